@@ -1,0 +1,322 @@
+"""Six statistics of each tensor in one pass, and multi-tensor scaling: the operators, their schemas and the choice of a backend.
+
+Every backend writes the same raw rows. A row [6] holds, in the order of `STATS`, `sum(x) * 2**-e`, `sum(|x|) * 2**-e`,
+`sum(x**2) * 2**-2e`, `max(|x|)`, the number of zeros and the number of NaN and infinite elements. `e` is a function of `max(|x|)`: zero
+unless a float64 tensor's largest magnitude lies outside [2**-480, 2**480], and never zero-ing or overflowing a square. `true_rows` and
+`norms` undo it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradprobe.errors import ArgumentError, BackendError
+from gradprobe.ops import native, reference
+from gradprobe.ops.reference import range_exponent
+
+__all__ = [
+    "STATS",
+    "Backend",
+    "backends",
+    "grad_stats",
+    "grad_stats_into",
+    "norms",
+    "resolve",
+    "scale_",
+    "true_rows",
+]
+
+STATS = ("sum", "sum_abs", "sum_sq", "abs_max", "n_zero", "n_nonfinite")
+
+_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
+
+# ---- Schemas, once for all backends.
+
+_library = torch.library.Library("gradprobe", "DEF")
+_library.define(
+    "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+)
+_library.define(
+    "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+@torch.library.register_fake("gradprobe::grad_stats_into", lib=_library)
+def _grad_stats_into_fake(tensors: Sequence[Tensor], out: Tensor) -> None:
+    torch._check(
+        out.dim() == 2 and out.shape[0] == len(tensors) and out.shape[1] == len(STATS),
+        lambda: f"out: needed shape [{len(tensors)}, {len(STATS)}], got {list(out.shape)}",
+    )
+
+
+@torch.library.register_fake("gradprobe::scale_", lib=_library)
+def _scale_fake(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    torch._check(
+        coefficient.numel() == 1, lambda: f"coefficient: needed one element, got shape {list(coefficient.shape)}"
+    )
+
+
+# The operators run everywhere: where no compiled or Triton kernel is registered for a device, dispatch ends here.
+_library.impl("grad_stats_into", reference.grad_stats_into, "CompositeExplicitAutograd")
+_library.impl("scale_", reference.scale_, "CompositeExplicitAutograd")
+
+
+# ---- Backends.
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: "native", "triton" or "reference".
+        grad_stats_into: writes raw rows of K tensors into a [K, 6] float64 tensor on their device.
+        scale_: multiplies tensors in place by a one-element tensor on their device.
+    """
+
+    name: str
+    grad_stats_into: Callable[[Sequence[Tensor], Tensor], None]
+    scale_: Callable[[Sequence[Tensor], Tensor], None]
+
+
+_REFERENCE = Backend("reference", reference.grad_stats_into, reference.scale_)
+_NATIVE = Backend(
+    "native", torch.ops.gradprobe.grad_stats_into.default, torch.ops.gradprobe.scale_.default
+)
+
+
+def _native_reason(device_type: str) -> str:
+    """ "ready" if the compiled part can serve the device type, else the reason why not."""
+    return native.parts().get(device_type, f"has no kernels for {device_type} tensors")
+
+
+def _triton_reason(device_type: str) -> str:
+    """ "ready" if the Triton kernels can serve the device type, else the reason why not."""
+    return "the Triton kernels are not part of this version"
+
+
+# In the order of preference. The reference serves every device.
+_CHOICES: dict[str, tuple[Backend | None, Callable[[str], str]]] = {
+    "native": (_NATIVE, _native_reason),
+    "triton": (None, _triton_reason),
+    "reference": (_REFERENCE, lambda device_type: "ready"),
+}
+
+
+def backends() -> dict[str, str]:
+    """Lists the backends and whether they can run here.
+
+    Returns:
+        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" where only its CPU part is there.
+
+    Example:
+        >>> backends()["reference"]
+        'ready'
+    """
+    parts = native.parts()
+    if parts["cpu"] == parts["cuda"]:
+        of_native = parts["cpu"]
+    elif parts["cpu"] == "ready":
+        of_native = f"ready for cpu; cuda: {parts['cuda']}"
+    else:
+        of_native = f"cpu: {parts['cpu']}; cuda: {parts['cuda']}"
+    return {"native": of_native, "triton": _triton_reason("cuda"), "reference": "ready"}
+
+
+def resolve(backend: str, device: torch.device) -> Backend:
+    """Chooses the backend for tensors on a device.
+
+    Args:
+        backend: "auto" for the best that is ready (native, then Triton, then reference), or a name, which is never replaced by another.
+        device: where the tensors are.
+
+    Returns:
+        The backend.
+
+    Raises:
+        ArgumentError: no backend of that name.
+        BackendError: the named backend cannot run on that device; the message says why.
+
+    Example:
+        >>> resolve("reference", torch.device("cpu")).name
+        'reference'
+    """
+    if backend != "auto" and backend not in _CHOICES:
+        names = ", ".join(("auto", *_CHOICES))
+        raise ArgumentError(f"backend: needed one of {names}, got {backend!r}")
+    for name, (choice, reason_of) in _CHOICES.items():
+        if backend not in ("auto", name):
+            continue
+        reason = reason_of(device.type)
+        if choice is not None and reason == "ready":
+            return choice
+        if backend == name:
+            raise BackendError(f"backend {name!r} cannot run on {device.type}: {reason}")
+    raise BackendError(f"no backend can run on {device.type}")
+
+
+# ---- Public functions.
+
+
+def _plain(tensors: Iterable[Tensor], needed: tuple[torch.dtype, ...], *, writable: bool) -> list[Tensor]:
+    """Checks tensors and turns them into dense ones; complex ones are handled by the caller."""
+    if isinstance(tensors, Tensor):
+        raise ArgumentError("tensors: needed a sequence of tensors, got one Tensor; put it into a list")
+    checked: list[Tensor] = []
+    for k, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"tensors[{k}]: needed a Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in needed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in needed)
+            raise ArgumentError(f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        if checked and tensor.device != checked[0].device:
+            raise ArgumentError(
+                f"tensors[{k}]: needed device {checked[0].device}, that of tensors[0], got {tensor.device}"
+            )
+        if tensor.layout == torch.sparse_coo:
+            # A product reaches duplicates of an index one by one, their sum included; statistics need the sum itself.
+            tensor = tensor._values() if writable else tensor.detach().coalesce().values()
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+            tensor = tensor.values()
+        elif tensor.layout != torch.strided:
+            raise ArgumentError(f"tensors[{k}]: needed a strided or sparse layout, got {tensor.layout}")
+        checked.append(tensor)
+    return checked
+
+
+def _absolute(tensor: Tensor) -> Tensor:
+    """Absolute values of a complex tensor; of half precision in float32, whose range holds sqrt(2) * 65504."""
+    return tensor.to(torch.complex64).abs() if tensor.dtype == torch.complex32 else tensor.abs()
+
+
+def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
+    """Takes six statistics of each tensor, reading every element once.
+
+    Right to 1e-6 for every magnitude that the dtypes hold, subnormal numbers included, whether or not `torch.set_flush_denormal` is on.
+    NaN and infinity propagate into sums and maximum and are counted.
+
+    Args:
+        tensors: K tensors on one device, any shape and layout, of float16, bfloat16, float32, float64 or complex dtype, mixed as
+            they come. Of sparse tensors the specified values are taken, duplicates summed; of complex ones the absolute values.
+        backend: "auto", "native", "triton" or "reference"; see `backends`.
+
+    Returns:
+        [K, 6] float64 on the tensors' device, columns in the order of `STATS`. Rows of empty tensors are zero. A sum beyond the range of
+        float64 is infinite here; take `norms` of raw rows where that matters.
+
+    Raises:
+        ArgumentError: a tensor of another dtype, layout or device, or no tensor at all; the message names its index.
+        BackendError: the named backend cannot run there.
+
+    Example:
+        >>> grad_stats([torch.tensor([3.0, -4.0, 0.0]), torch.tensor([1e-25, float("inf")])])
+        tensor([[-1.,  7., 25.,  4.,  1.,  0.],
+                [inf, inf, inf, inf,  0.,  1.]], dtype=torch.float64)
+    """
+    plain = _plain(tensors, _FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
+    if not plain:
+        return torch.zeros(0, len(STATS), dtype=torch.float64)
+    real = [_absolute(t.detach()) if t.is_complex() else t for t in plain]
+    device = real[0].device
+    out = torch.empty(len(real), len(STATS), dtype=torch.float64, device=device)
+    resolve(backend, device).grad_stats_into(real, out)
+    return true_rows(out)
+
+
+def grad_stats_into(tensors: Sequence[Tensor], out: Tensor, backend: Backend) -> None:
+    """Writes raw rows into `out`: the hot path, with the checks that the backend itself makes.
+
+    Args:
+        tensors: list of K dense tensors of float16, bfloat16, float32 or float64 on the device of `out`.
+        out: [K, 6] float64, contiguous; may be a view of a larger tensor.
+        backend: what `resolve` gave for that device.
+
+    Raises:
+        RuntimeError: a tensor or `out` is not as needed; the message names it and what came.
+
+    Example:
+        >>> out = torch.empty(1, 6, dtype=torch.float64)
+        >>> grad_stats_into([torch.tensor([3.0, -4.0])], out, resolve("auto", out.device))
+        >>> norms(out).tolist()
+        [5.0]
+    """
+    backend.grad_stats_into(tensors, out)
+
+
+def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "auto") -> None:
+    """Multiplies tensors in place by a coefficient that stays on the device, as gradient clipping needs it.
+
+    Each product is rounded once, as `tensor.mul_(coefficient)` rounds it: computed in float64 for float64 tensors, in float32 for the
+    other dtypes.
+
+    Args:
+        tensors: tensors on one device, of float16, bfloat16, float32, float64 or complex dtype, any layout without overlapping elements.
+        coefficient: one element, float32 or float64, on the same device.
+        backend: "auto", "native", "triton" or "reference"; see `backends`.
+
+    Raises:
+        ArgumentError: an argument is not as needed; the message names it and what came.
+        BackendError: the named backend cannot run there.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> scale_([x], torch.tensor(0.5))
+        >>> x
+        tensor([0.5000, 1.0000])
+    """
+    plain = _plain(tensors, _FLOAT_DTYPES + _COMPLEX_DTYPES, writable=True)
+    if coefficient.dtype not in (torch.float32, torch.float64) or coefficient.numel() != 1:
+        raise ArgumentError(
+            f"coefficient: needed one float32 or float64 element, got {coefficient.dtype} of shape {list(coefficient.shape)}"
+        )
+    if not plain:
+        return
+    if coefficient.device != plain[0].device:
+        raise ArgumentError(f"coefficient: needed device {plain[0].device}, got {coefficient.device}")
+    with torch.no_grad():
+        # A lazily conjugated tensor is scaled through its base: the coefficient is real.
+        real = [torch.view_as_real(t.conj() if t.is_conj() else t) if t.is_complex() else t for t in plain]
+        resolve(backend, coefficient.device).scale_(real, coefficient)
+
+
+def true_rows(rows: Tensor) -> Tensor:
+    """Turns raw rows into rows of true values.
+
+    Args:
+        rows: [..., 6] float64, as `grad_stats_into` writes them.
+
+    Returns:
+        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not suffer from that.
+
+    Example:
+        >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601
+        True
+    """
+    factor = torch.exp2(range_exponent(rows[..., 3]))
+    sums = rows[..., :2] * factor.unsqueeze(-1)
+    # The squared factor itself may be out of range: in two steps.
+    sum_sq = rows[..., 2:3] * factor.unsqueeze(-1) * factor.unsqueeze(-1)
+    return torch.cat((sums, sum_sq, rows[..., 3:]), dim=-1)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Euclidean norms from raw rows, exact also where the sum of squares leaves the range of float64.
+
+    Args:
+        rows: [..., 6] float64, as `grad_stats_into` writes them.
+
+    Returns:
+        [...] float64.
+
+    Example:
+        >>> raw = torch.empty(1, 6, dtype=torch.float64)
+        >>> grad_stats_into([torch.tensor([3e300, 4e300], dtype=torch.float64)], raw, resolve("auto", raw.device))
+        >>> f"{norms(raw).item():.6e}"
+        '5.000000e+300'
+    """
+    return rows[..., 2].sqrt() * torch.exp2(range_exponent(rows[..., 3]))

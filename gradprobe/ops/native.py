@@ -1,0 +1,68 @@
+"""Finds and loads the compiled part, `gradprobe._C`, and says which of its parts can run here.
+
+The module is a plain shared library that registers implementations of the operators with torch's dispatcher; it has no Python entry
+point. `gradprobe/_build_info.json`, written by the build, says for each part "built" or why it was left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_BUILD_INFO = "_build_info.json"
+
+
+def _build_info(library: Path | None) -> dict[str, str]:
+    """What the build wrote about its parts; empty where no build has run."""
+    folders = [_PACKAGE] if library is None else [library.parent, _PACKAGE]
+    for folder in folders:
+        path = folder / _BUILD_INFO
+        if path.is_file():
+            return {str(part): str(state) for part, state in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {}
+
+
+def _find() -> Path | None:
+    """The shared library, beside the package or where an editable install has put it."""
+    spec = importlib.util.find_spec("gradprobe._C")
+    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+
+
+@cache
+def parts() -> dict[str, str]:
+    """Loads the compiled part once, and reports on its parts.
+
+    Returns:
+        "cpu" and "cuda", each with "ready" or the reason why it cannot run here. "cuda" is ready where its kernels are loaded; whether
+        there is a GPU is for torch to say.
+
+    Example:
+        >>> sorted(parts())
+        ['cpu', 'cuda']
+    """
+    library = _find()
+    info = _build_info(library)
+    if library is None:
+        state = info.get("native", "not built: no build of gradprobe._C has run for this installation")
+        reason = "gradprobe._C is missing" if state == "built" else state
+        return {"cpu": reason, "cuda": reason}
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        reason = f"{library.name} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}"
+        return {"cpu": reason, "cuda": reason}
+    return {part: _registered(key, info) for part, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
+
+
+def _registered(key: str, info: dict[str, str]) -> str:
+    """ "ready" if the loaded library implements every operator for the dispatch key, else the reason that the build gave."""
+    for operator in ("gradprobe::grad_stats_into", "gradprobe::scale_"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
+            state = info.get(key.lower(), "not built: the build left no reason")
+            return f"the library has no {key} kernels, although the build says so" if state == "built" else state
+    return "ready"

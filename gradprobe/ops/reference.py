@@ -1,0 +1,144 @@
+"""The statistics and the scaling in plain torch: the truth that the kernels are tested against, and the backend of last resort.
+
+Works on every device and in every layout, in float64, without a host synchronisation. Reads the bit patterns where arithmetic would
+not do: `torch.set_flush_denormal(True)` makes torch's own conversions and comparisons take subnormal numbers for zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# dtype -> the integer of the same width, mask of |x|, bits of infinity, mask of the fraction (for types whose subnormals need care).
+_BITS = {
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000, 0x007FFFFF),
+    torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
+}
+
+# Elements that are worked on at once: bounds the memory of a call, also for an expanded tensor of any size.
+_PIECE_NUMEL = 1 << 22
+
+
+def range_exponent(abs_max: Tensor) -> Tensor:
+    """The exponent `e` of rows whose largest magnitudes are given; their sums are of `x * 2**-e`.
+
+    Args:
+        abs_max: largest magnitudes, any shape, float64.
+
+    Returns:
+        600, -600 or 0 per entry, float64, same shape.
+
+    Source: the three ranges are those of J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector", ACM TOMS
+        4 (1978).
+
+    Example:
+        >>> range_exponent(torch.tensor([0.0, 1e-200, 1.0, 1e200], dtype=torch.float64)).tolist()
+        [0.0, -600.0, 0.0, 600.0]
+    """
+    bits = abs_max.contiguous().view(torch.int64)
+    finite = bits < _BITS[torch.float64][2]
+    large = finite & (abs_max > 2.0**480)
+    # Compared as integers: a subnormal abs_max is small, not zero, also where denormals are flushed.
+    small = (bits > 0) & (bits < ((1023 - 480) << 52))
+    return large.double() * 600.0 - small.double() * 600.0
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Splits a tensor into flat pieces of at most `_PIECE_NUMEL` elements; only a piece is ever copied."""
+    if tensor.numel() <= _PIECE_NUMEL:
+        yield tensor.reshape(-1).resolve_neg()
+        return
+    dim = max(range(tensor.dim()), key=lambda d: tensor.shape[d])
+    length = tensor.shape[dim]
+    step = max(1, _PIECE_NUMEL * length // tensor.numel())
+    for start in range(0, length, step):
+        yield from _pieces(tensor.narrow(dim, start, min(step, length - start)))
+
+
+def _as_wide(piece: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32: every value is exact, and no subnormal float16 stays subnormal."""
+    return piece if piece.dtype in _BITS else piece.float()
+
+
+def _scaled(piece: Tensor, factor: Tensor) -> Tensor:
+    """`piece * factor` in float64, [N]; subnormal inputs are built from their fraction bits, so that none is flushed."""
+    integer, mask, _, fraction = _BITS[piece.dtype]
+    bits = piece.view(integer)
+    is_subnormal = (bits & mask) <= fraction
+    unit = 2.0**-149 if piece.dtype == torch.float32 else 2.0**-500
+    # The unit of float64 subnormals is 2**-1074: split in two, since with FTZ that product is zero unless `factor` comes between.
+    rest = 1.0 if piece.dtype == torch.float32 else 2.0**-574
+    magnitude = (bits & fraction).double() * unit * factor * rest
+    return torch.where(is_subnormal, torch.where(bits < 0, -magnitude, magnitude), piece.double() * factor)
+
+
+def _row(tensor: Tensor) -> Tensor:
+    """The raw row [6] of one tensor."""
+    abs_max_bits = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    n_zero = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    n_nonfinite = torch.zeros_like(n_zero)
+    wide_dtype = tensor.dtype if tensor.dtype in _BITS else torch.float32
+    integer, mask, infinity, _ = _BITS[wide_dtype]
+    for piece in _pieces(tensor):
+        bits = _as_wide(piece).view(integer) & mask
+        abs_max_bits = torch.maximum(abs_max_bits, bits.amax())
+        n_zero = n_zero + (bits == 0).sum()
+        n_nonfinite = n_nonfinite + (bits >= infinity).sum()
+    one = torch.ones(1, dtype=torch.float64, device=tensor.device)
+    abs_max = _scaled(abs_max_bits.to(integer).reshape(1).view(wide_dtype), one)
+    if wide_dtype == torch.float64:
+        abs_max = abs_max_bits.reshape(1).view(torch.float64)
+    abs_max = torch.where(torch.isnan(abs_max), torch.nan, abs_max)  # a NaN loses its payload
+    # With a NaN or infinity among them, finite elements are scaled down so that they cannot overflow: the sums are non-finite anyway.
+    exponent = torch.where(torch.isfinite(abs_max), range_exponent(abs_max), 600.0)
+    factor = torch.where(exponent > 0, 2.0**-600, torch.where(exponent < 0, 2.0**600, one))
+    sums = torch.zeros(3, dtype=torch.float64, device=tensor.device)
+    for piece in _pieces(tensor):
+        scaled = _scaled(_as_wide(piece), factor)
+        sums = sums + torch.stack((scaled.sum(), scaled.abs().sum(), scaled.square().sum()))
+    return torch.cat((sums, abs_max, torch.stack((n_zero, n_nonfinite))))
+
+
+def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """Writes the raw statistics of each tensor into a row of `out`.
+
+    Args:
+        tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
+        out: [K, 6] float64, columns in the order of `gradprobe.STATS`. Sums are of `x * 2**-e` with e = `range_exponent(abs_max)`.
+
+    Example:
+        >>> out = torch.empty(1, 6, dtype=torch.float64)
+        >>> grad_stats_into([torch.tensor([3.0, -4.0, 0.0])], out)
+        >>> out.tolist()
+        [[-1.0, 7.0, 25.0, 4.0, 1.0, 0.0]]
+    """
+    for k, tensor in enumerate(tensors):
+        if tensor.numel() == 0:
+            out[k].zero_()
+        else:
+            out[k].copy_(_row(tensor.detach()))
+
+
+def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+    """Multiplies each tensor by `coefficient` in place, rounding each product once to the tensor's dtype.
+
+    Args:
+        tensors: float16, bfloat16, float32 or float64 tensors, any layout without overlap. The product is computed in float32 for
+            the first three, in float64 for the last.
+        coefficient: one element, float32 or float64, on the tensors' device.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> scale_([x], torch.tensor(0.5))
+        >>> x.tolist()
+        [0.5, 1.0]
+    """
+    scalar = coefficient.detach().reshape(())
+    for tensor in tensors:
+        target = tensor.detach()  # shares storage and version counter
+        if target.dtype in _BITS:
+            target.mul_(scalar.to(target.dtype))
+        else:
+            target.copy_(target.float().mul_(scalar.float()))
