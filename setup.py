@@ -1,0 +1,61 @@
+"""The two native modules and the dependency on torch; everything else stands in pyproject.toml."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+import native  # noqa: E402
+from toolchain import PINNED_TORCH  # noqa: E402
+
+plan = native.make_plan()
+
+
+class BuildNative(build_ext):
+    """Hands the modules to ninja and puts the libraries where setuptools expects them."""
+
+    def run(self) -> None:
+        """Refuses to build nothing where there is a compiler, then builds."""
+        plan.check()
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Returns the library's path: the kernels know nothing of Python, so their name has no tag of its version."""
+        package, _, name = fullname.rpartition(".")
+        return str(Path(package, "_C.so")) if name == "_C" else super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        """Builds all modules in one run of ninja."""
+        for name, library in native.build(plan).items():
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(library), str(target))
+
+
+class BuildPython(build_py):
+    """Adds the record of what was built."""
+
+    def run(self) -> None:
+        """Copies the package and writes the record beside it."""
+        plan.check()
+        super().run()
+        native.write_info(ROOT if self.editable_mode else Path(self.build_lib), plan.info)
+
+
+setup(
+    ext_modules=[Extension(module.name, module.sources) for module in plan.modules],
+    install_requires=[
+        plan.torch.requirement if plan.torch else f"torch=={PINNED_TORCH}",
+        "numpy>=1.26",
+        "rich>=13.7",
+        "typer>=0.12",
+    ],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+)
