@@ -18,6 +18,7 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+
 from toolchain import PINNED_TORCH, ToolchainError, find_cxx, find_torch
 
 __all__ = [

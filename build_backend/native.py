@@ -113,7 +113,11 @@ def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
         newest = cuda.targets[-1]
         nvcc_flags = ["-O3", "-std=c++20", "-Icsrc"]
         nvcc_flags += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in cuda.targets]
-        nvcc_flags += [f"-gencode=arch=compute_{newest},code=compute_{newest}", "-cudart=static", "-Werror=all-warnings"]
+        nvcc_flags += [
+            f"-gencode=arch=compute_{newest},code=compute_{newest}",
+            "-cudart=static",
+            "-Werror=all-warnings",
+        ]
         nvcc_flags += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror", "-Xfatbin=-compress-all"]
         nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra,-Werror"]
     # No Python headers in it, so no ABI tag either: torch.ops.load_library opens it.
@@ -121,9 +125,7 @@ def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
 
 
 def _hooks(torch: Torch, python_includes: list[Path]) -> Module:
-    include = _system_includes(
-        torch.root / "include", torch.root / "include/torch/csrc/api/include", *python_includes
-    )
+    include = _system_includes(torch.root / "include", torch.root / "include/torch/csrc/api/include", *python_includes)
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
@@ -175,7 +177,11 @@ def make_plan() -> Plan:
     for part, source in (("native", "csrc/register.cpp"), ("hooks", "csrc/hooks.cpp")):
         if not (ROOT / source).is_file():
             info[part] = f"{source} is not there yet"
-            modules = [module for module in modules if source not in module.sources and source.replace("csrc/register.cpp", "_C") not in module.file_name]
+            modules = [
+                module
+                for module in modules
+                if source not in module.sources and source.replace("csrc/register.cpp", "_C") not in module.file_name
+            ]
     return Plan(modules, info, cxx, torch, cuda)
 
 

@@ -94,7 +94,7 @@ def find_cxx() -> tuple[list[str] | None, str]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("#include <concepts>\n#include <vector>\nint answer() { return std::vector<int>(42).size(); }\n")
+            source.write_text("#include <concepts>\n#include <vector>\nstd::vector<int> answer() { return {42}; }\n")
             flags = ["-std=c++20", "-shared", "-fPIC", str(source), "-o", str(Path(folder, "probe.so"))]
             attempt = _run([*command, *flags])
         if attempt.returncode == 0:

@@ -1,0 +1,73 @@
+# `make demo` and `make test` take a fresh clone to the end; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= python3
+# Another build of torch: make TORCH='torch==2.13.0 --index-url …'
+TORCH ?= torch==$(shell sed -n 's/^PINNED_TORCH = "\(.*\)"/\1/p' build_backend/toolchain.py)
+# More pytest options: make test PYTEST='-k probe -x'
+PYTEST ?=
+
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+ENV_STAMP := .venv/.environment
+BUILD_STAMP := .venv/.built
+DEV_STAMP := .venv/.dev
+BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell find csrc -type f)
+CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
+
+.PHONY: demo test lint format build test-gpu bench clean help
+
+demo: $(BUILD_STAMP)  ## degradation sweep on real data (plain and residual nets, 20 and 56 layers) and its report
+	mkdir -p demo
+	$(BIN)/gradprobe sweep --data digits --families plain,resnet --depths 20,56 --seeds 0 --jobs 2 --out demo/run.sqlite
+	$(BIN)/gradprobe report demo/run.sqlite --html demo/report.html
+
+test: lint  ## lint, tests, doctests; with CI=true the long tests too
+	$(BIN)/python -m pytest $(MARKS) $(PYTEST)
+
+lint: $(DEV_STAMP)  ## ruff, mypy --strict, clang-format: checks only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(DEV_STAMP)  ## ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+build: $(BUILD_STAMP)  ## environment in .venv and the native build
+
+test-gpu: $(DEV_STAMP)  ## the tests that need a CUDA device
+	@$(BIN)/python -c "import torch; raise SystemExit(None if torch.cuda.is_available() else 'make test-gpu: torch sees no CUDA device')"
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+bench: $(DEV_STAMP)  ## every benchmark, one after another
+	for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## remove environment, build and results of the demo
+	rm -rf .venv build dist demo *.egg-info gradprobe/*.so gradprobe/_build_info.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+$(ENV_STAMP): build_backend/toolchain.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH) 'setuptools>=77' 'ninja>=1.11'
+	touch $@
+
+$(BUILD_STAMP): $(ENV_STAMP) $(BUILD_INPUTS)
+	$(BIN)/python -m pip install --no-build-isolation -e '.[sweep,report]'
+	touch $@
+
+$(DEV_STAMP): $(BUILD_STAMP)
+	$(BIN)/python -m pip install --no-build-isolation -e '.[dev]'
+	touch $@
