@@ -1,0 +1,370 @@
+"""What a sweep says so far: per network the errors over seeds, the gradient over depth and a verdict."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gradprobe.diagnose import flow_verdict
+from gradprobe.report.rows import CellRow, EpochRow, LayerRow, SweepRun
+
+DONE = "done"
+"""The status of a cell that has run all its epochs."""
+
+DIVERGED = "diverged"
+"""The status of a cell that stopped because its training loss became non-finite."""
+
+DEGRADED = "degraded optimisation"
+"""The verdict on a net with sound gradients and a training error clearly above that of a shallower net."""
+
+MARGIN_PCT = 2.0
+"""With several seeds, a smaller difference of mean training errors (percentage points) never counts, however even."""
+
+SINGLE_SEED_MARGIN_PCT = 3.0
+"""With one seed on a side the spread is unknown: only a difference of training errors this large (points) counts."""
+
+EARLIEST_COMPARISON = 0.3
+"""Share of the planned epochs before which training errors are not compared; AUTOTRAINER waits as long."""
+
+# One-sided 95 % quantile of Student's t by degrees of freedom; between two entries the lower degree's value is used.
+_T95 = {1: 6.314, 2: 2.920, 3: 2.353, 4: 2.132, 5: 2.015, 6: 1.943, 8: 1.860, 10: 1.812, 20: 1.725, 30: 1.697}
+
+# From the mildest to the worst, for seeds that disagree in equal numbers.
+_SEVERITY = ("healthy", "vanishing", "exploding", "non-finite")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values over seeds, with their mean and sample standard deviation (None for a single seed)."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean; NaN when any value is not finite."""
+        return statistics.fmean(self.values) if all(map(math.isfinite, self.values)) else math.nan
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation; None for one value, NaN when any is not finite."""
+        if len(self.values) < 2:
+            return None
+        return math.nan if math.isnan(self.mean) else statistics.stdev(self.values)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The gradient over depth at one epoch; epoch 0 is the first step.
+
+    Attributes:
+        epoch: The epoch.
+        profiles: Per seed, the weight layers in depth order.
+        votes: Number of seeds by their flow verdict.
+    """
+
+    epoch: int
+    profiles: tuple[tuple[LayerRow, ...], ...]
+    votes: Mapping[str, int]
+
+    @property
+    def verdict(self) -> str:
+        """The most frequent verdict over seeds; of equally frequent ones the worst."""
+        return max(self.votes, key=lambda word: (self.votes[word], _SEVERITY.index(word)))
+
+    @property
+    def first(self) -> float:
+        """Median over seeds of the L2 norm at the first weight layer."""
+        return median([rows[0].norm_l2 for rows in self.profiles])
+
+    @property
+    def last(self) -> float:
+        """Median over seeds of the L2 norm at the last weight layer."""
+        return median([rows[-1].norm_l2 for rows in self.profiles])
+
+    @property
+    def ratio(self) -> float:
+        """First / last; NaN where it has no meaning, infinite where only the last is zero."""
+        if self.last == 0:
+            return math.inf if self.first > 0 else math.nan
+        return self.first / self.last
+
+    @property
+    def when(self) -> str:
+        """The moment in words."""
+        return "the first step" if self.epoch == 0 else f"epoch {self.epoch}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Training errors of a net and of the best shallower one of its family, both after the same epoch."""
+
+    other: str
+    epoch: int
+    error: Spread
+    other_error: Spread
+
+    @property
+    def clearly_above(self) -> bool:
+        """Whether the deeper net's error is higher by more than seeds explain."""
+        return clearly_above(self.error.values, self.other_error.values)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One cell and its epochs by number."""
+
+    cell: CellRow
+    epochs: Mapping[int, EpochRow]
+
+    @property
+    def done(self) -> bool:
+        """Whether it has run all its epochs."""
+        return self.cell.status == DONE
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it stopped at a non-finite training loss."""
+        return self.cell.status == DIVERGED
+
+
+@dataclass(frozen=True)
+class NetSummary:
+    """All that a report says of one family at one depth.
+
+    Attributes:
+        family: Name of the family.
+        depth: Depth in weight layers, as the family counts them.
+        results: Every planned cell, whatever its state.
+        counted: The cells behind the numbers: those that are done or, while none is, those that have begun.
+        epoch: The newest epoch that all counted cells have; None while none has begun.
+        initial: Gradient over depth at the first step, None where not recorded.
+        end: The same at `epoch`, None where not recorded or `epoch` is 0.
+        comparison: With the best shallower net of the family, None where there is none or it is too early.
+    """
+
+    family: str
+    depth: int
+    results: tuple[CellResult, ...]
+    counted: tuple[CellResult, ...]
+    epoch: int | None
+    initial: Moment | None
+    end: Moment | None
+    comparison: Comparison | None
+
+    @property
+    def name(self) -> str:
+        """Family and depth, as in "plain-56"."""
+        return f"{self.family}-{self.depth}"
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters."""
+        return self.results[0].cell.parameters
+
+    @property
+    def finished(self) -> bool:
+        """Whether no cell has epochs left to run."""
+        return all(result.done or result.diverged for result in self.results)
+
+    @property
+    def n_done(self) -> int:
+        """Number of seeds that have run all their epochs."""
+        return sum(result.done for result in self.results)
+
+    @property
+    def n_diverged(self) -> int:
+        """Number of seeds that diverged."""
+        return sum(result.diverged for result in self.results)
+
+    @property
+    def progress(self) -> str:
+        """How far the seeds are: "3" when all are done, "1 of 3", "0 of 3, epoch 7", "2 of 3, 1 diverged"."""
+        if self.n_done == len(self.results):
+            return str(self.n_done)
+        text = f"{self.n_done} of {len(self.results)}"
+        if self.n_diverged:
+            text += f", {self.n_diverged} diverged"
+        elif self.epoch is None:
+            text += ", not started"
+        elif self.n_done == 0:
+            text += f", epoch {self.epoch}"
+        return text
+
+    @property
+    def train_error_pct(self) -> Spread | None:
+        """Training error at `epoch` over the counted seeds."""
+        return _errors(self.counted, self.epoch, "train")
+
+    @property
+    def test_error_pct(self) -> Spread | None:
+        """Test error at `epoch` over the counted seeds."""
+        return _errors(self.counted, self.epoch, "test")
+
+    @property
+    def seconds(self) -> float:
+        """Time of all recorded epochs of all cells."""
+        times = (row.seconds for result in self.results for row in result.epochs.values())
+        return math.fsum(time for time in times if math.isfinite(time))
+
+    @property
+    def verdict_moment(self) -> Moment | None:
+        """The newest moment with a recorded gradient: where the verdict is taken."""
+        return self.end or self.initial
+
+    @property
+    def verdict(self) -> str | None:
+        """The verdict so far: that on the gradient, or `DEGRADED`; None while nothing is recorded.
+
+        A net most of whose seeds diverged is non-finite. An unsound gradient names itself. Only with sound gradients is
+        a training error above the shallower net's called degraded optimisation: He et al. 2015, section 4.1, keep the
+        two apart.
+        """
+        if 2 * self.n_diverged > len(self.results):
+            return "non-finite"
+        flow = self.verdict_moment.verdict if self.verdict_moment else None
+        if flow == "healthy" and self.comparison is not None and self.comparison.clearly_above:
+            return DEGRADED
+        return flow
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sweep's nets in order of family (as first met) and depth, with what the file says of itself."""
+
+    config: Mapping[str, object]
+    meta: Mapping[str, str]
+    nets: tuple[NetSummary, ...]
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families in order."""
+        return tuple(dict.fromkeys(net.family for net in self.nets))
+
+    @property
+    def cells_finished(self) -> int:
+        """Number of cells with nothing left to run."""
+        return sum(result.done or result.diverged for net in self.nets for result in net.results)
+
+    @property
+    def cells_planned(self) -> int:
+        """Number of all cells."""
+        return sum(len(net.results) for net in self.nets)
+
+
+def clearly_above(deeper: Sequence[float], shallower: Sequence[float]) -> bool:
+    """Says whether the deeper net's training error is higher by more than seeds explain.
+
+    With two or more seeds on both sides: Welch's one-sided t-test at 95 %, and at least `MARGIN_PCT` points between the
+    means. With one seed on a side: at least `SINGLE_SEED_MARGIN_PCT` points.
+
+    Args:
+        deeper: Training errors of the deeper net, one per seed, in percent.
+        shallower: The same of the shallower net.
+
+    Returns:
+        True when the difference is clear; False also where an error is missing or not finite.
+
+    Source:
+        Welch, "The generalization of 'Student's' problem when several different population variances are involved",
+        Biometrika 34, 1947.
+
+    >>> clearly_above([67.0], [0.3]), clearly_above([2.0], [0.3]), clearly_above([2.9, 3.1], [0.2, 0.4])
+    (True, False, True)
+    """
+    if not deeper or not shallower or not all(map(math.isfinite, (*deeper, *shallower))):
+        return False
+    difference = statistics.fmean(deeper) - statistics.fmean(shallower)
+    if len(deeper) < 2 or len(shallower) < 2:
+        return difference >= SINGLE_SEED_MARGIN_PCT
+    if difference < MARGIN_PCT:
+        return False
+    sides = [(statistics.variance(values) / len(values), len(values) - 1) for values in (deeper, shallower)]
+    squared_error = sum(square for square, _ in sides)
+    weight = sum(square * square / degrees for square, degrees in sides)
+    # Equal seeds have no variance (or one whose square underflows): then any difference is clear.
+    degrees_of_freedom = squared_error * squared_error / weight if weight > 0 else math.inf
+    # The small addend keeps a rounded 1.9999999 in its place.
+    quantile = _T95[max(known for known in _T95 if known <= max(1.0, degrees_of_freedom + 1e-9))]
+    return difference > quantile * math.sqrt(squared_error)
+
+
+def median(values: Sequence[float]) -> float:
+    """Median that is NaN when any value is NaN, where sorting would hide it.
+
+    >>> median([3.0, 1.0, 2.0])
+    2.0
+    """
+    return math.nan if any(map(math.isnan, values)) else statistics.median(values)
+
+
+def summarise(run: SweepRun) -> Summary:
+    """Reads a run once and draws its conclusions.
+
+    Args:
+        run: The recorded sweep; unfinished cells, missing layers and non-finite values are all allowed.
+
+    Returns:
+        The summary that the terminal, the page, the charts and the exports share.
+    """
+    groups: dict[tuple[str, int], list[CellResult]] = {}
+    for cell in run.cells():
+        epochs = {row.epoch: row for row in run.epochs(cell.id)}
+        groups.setdefault((cell.family, cell.depth), []).append(CellResult(cell, epochs))
+    families = list(dict.fromkeys(family for family, _ in groups))
+    planned = run.config.get("epochs")
+    earliest = max(1.0, EARLIEST_COMPARISON * planned if isinstance(planned, int) else 0.0)
+    nets: list[NetSummary] = []
+    for family, depth in sorted(groups, key=lambda key: (families.index(key[0]), key[1])):
+        results = groups[family, depth]
+        begun = [result for result in results if result.epochs]
+        counted = [result for result in begun if result.done] or begun
+        epoch = min((max(result.epochs) for result in counted), default=None)
+        net = NetSummary(
+            family=family,
+            depth=depth,
+            results=tuple(results),
+            counted=tuple(counted),
+            epoch=epoch,
+            initial=_moment(run, counted, 0),
+            end=_moment(run, counted, epoch) if epoch else None,
+            comparison=_compare(counted, epoch or 0, [net for net in nets if net.family == family], earliest),
+        )
+        nets.append(net)
+    return Summary(run.config, run.meta, tuple(nets))
+
+
+def _errors(results: Sequence[CellResult], epoch: int | None, split: str) -> Spread | None:
+    rows = [result.epochs[epoch] for result in results if epoch in result.epochs] if epoch is not None else []
+    if not rows:
+        return None
+    return Spread(tuple(row.train_error_pct if split == "train" else row.test_error_pct for row in rows))
+
+
+def _moment(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> Moment | None:
+    recorded = (run.layers(result.cell.id, epoch) for result in counted)
+    profiles = tuple(tuple(sorted(rows, key=lambda row: row.position)) for rows in recorded if rows)
+    if not profiles:
+        return None
+    return Moment(epoch, profiles, Counter(map(_flow, profiles)))
+
+
+def _flow(rows: Sequence[LayerRow]) -> str:
+    # A median over an epoch's steps may be finite although some step was not; the count remembers it.
+    return "non-finite" if any(row.nonfinite for row in rows) else flow_verdict([row.norm_l2 for row in rows])
+
+
+def _compare(
+    counted: Sequence[CellResult], epoch: int, shallower: Sequence[NetSummary], earliest: float
+) -> Comparison | None:
+    best: Comparison | None = None
+    for net in shallower:
+        common = min(epoch, net.epoch or 0)
+        ours, theirs = _errors(counted, common, "train"), _errors(net.counted, common, "train")
+        if common < earliest or ours is None or theirs is None:
+            continue
+        if best is None or theirs.mean < best.other_error.mean:
+            best = Comparison(net.name, common, ours, theirs)
+    return best

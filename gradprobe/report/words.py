@@ -1,0 +1,129 @@
+"""The report in words: numbers as text, and each net's verdict with the evidence for it."""
+
+from __future__ import annotations
+
+import math
+
+from gradprobe.report.summary import DEGRADED, Comparison, Moment, NetSummary, Spread, Summary
+
+_FLOW_WORDS = {
+    "healthy": "are sound",
+    "vanishing": "vanish towards the input",
+    "exploding": "explode towards the input",
+    "non-finite": "hold NaN or infinite values",
+}
+
+
+def number(value: float) -> str:
+    """Three significant digits, or two and an exponent outside [0.001, 100000).
+
+    >>> number(449.7), number(2.13e-6), number(0.0), number(1.0), number(float("nan"))
+    ('450', '2.1e-6', '0', '1.00', 'NaN')
+    """
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 99_999.5:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    digits = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))
+    return f"{value:.{digits}f}"
+
+
+def percent(spread: Spread | None) -> str:
+    """Mean and standard deviation of an error in percent, without the sign; a dash while nothing is recorded.
+
+    >>> percent(Spread((1.0, 2.0, 3.0))), percent(Spread((67.04,))), percent(None)
+    ('2.0 ± 1.0', '67.0', '–')
+    """
+    if spread is None:
+        return "–"
+    mean = "NaN" if math.isnan(spread.mean) else f"{spread.mean:.1f}"
+    return mean if spread.std is None or math.isnan(spread.std) else f"{mean} ± {spread.std:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest units that a reader wants.
+
+    >>> duration(0.42), duration(71.8), duration(7384)
+    ('0.4 s', '1 min 12 s', '2 h 3 min')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def explain(net: NetSummary) -> str:
+    """One net's verdict and its evidence, in sentences."""
+    if net.epoch is None:
+        return "Not started."
+    parts = _flow_sentences(net)
+    if net.n_diverged:
+        seeds = f"{net.n_diverged} of {len(net.results)} seeds" if len(net.results) > 1 else "its one seed"
+        parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
+    if net.comparison is not None:
+        parts.append(_comparison_sentence(net, net.comparison))
+    if not net.finished:
+        parts.append(f"Not finished: {net.progress}.")
+    return " ".join(parts)
+
+
+def headline(summary: Summary) -> list[str]:
+    """What the whole sweep shows, one sentence for each family with two depths or more."""
+    sentences: list[str] = []
+    for family in summary.families:
+        compared = [
+            (net, net.comparison) for net in summary.nets if net.family == family and net.comparison is not None
+        ]
+        worse = [(net, comparison) for net, comparison in compared if comparison.clearly_above]
+        if compared:
+            net, comparison = (worse or compared)[-1]
+            start = "Deeper is worse for" if worse else "Deeper is not clearly worse for"
+            sentences.append(
+                f"{start} {family}: after epoch {comparison.epoch} the training error is {percent(comparison.error)} % "
+                f"for {net.name} and {percent(comparison.other_error)} % for {comparison.other}."
+            )
+    return sentences
+
+
+def _flow_sentences(net: NetSummary) -> list[str]:
+    moments = [moment for moment in (net.initial, net.end) if moment is not None]
+    if not moments:
+        return ["No gradient is recorded."]
+    clauses: list[str] = []
+    for before, moment in zip([None, *moments], moments, strict=False):
+        if before is None:
+            norms = f"norm {number(moment.first)} in the first weight layer, {number(moment.last)} in the last"
+            clauses.append(f"gradients {_flow(moment)} at {moment.when} ({norms})")
+        else:
+            same = "" if _flow(before) == _flow(moment) else f"they {_flow(moment)} "
+            clauses.append(f"{same}at {moment.when} ({number(moment.first)} and {number(moment.last)})")
+    text = " and ".join(clauses)
+    return [f"{text[:1].upper()}{text[1:]}."]
+
+
+def _flow(moment: Moment) -> str:
+    seeds = sum(moment.votes.values())
+    agreeing = moment.votes[moment.verdict]
+    return _FLOW_WORDS[moment.verdict] + ("" if agreeing == seeds else f" in {agreeing} of {seeds} seeds")
+
+
+def _comparison_sentence(net: NetSummary, comparison: Comparison) -> str:
+    errors = f"training error, {percent(comparison.error)} %,"
+    other = f"that of {comparison.other}, {percent(comparison.other_error)} %"
+    text = f"After epoch {comparison.epoch} the {errors} is"
+    if not comparison.clearly_above:
+        return f"{text} not clearly above {other}."
+    text = f"{text} clearly above {other}"
+    if net.verdict != DEGRADED:
+        return f"{text}; while the gradients are not sound this is not called degraded optimisation."
+    vanished = any(moment is not None and "vanishing" in moment.votes for moment in (net.initial, net.end))
+    return f"{text}{'.' if vanished else ': the deeper net is harder to optimise, and its gradients do not vanish.'}"
