@@ -22,6 +22,7 @@ __all__ = [
     "STATS",
     "Backend",
     "backends",
+    "dense_values",
     "grad_stats",
     "grad_stats_into",
     "norms",
@@ -192,6 +193,26 @@ def _plain(tensors: Iterable[Tensor], needed: tuple[torch.dtype, ...], *, writab
 def _absolute(tensor: Tensor) -> Tensor:
     """Absolute values of a complex tensor; of half precision in float32, whose range holds sqrt(2) * 65504."""
     return tensor.to(torch.complex64).abs() if tensor.dtype == torch.complex32 else tensor.abs()
+
+
+def dense_values(tensor: Tensor) -> Tensor:
+    """Gives the values whose statistics count, as a real dense tensor.
+
+    Args:
+        tensor: any layout, of float16, bfloat16, float32, float64 or complex dtype.
+
+    Returns:
+        The specified values of a sparse tensor, duplicates summed; the absolute values of a complex one; the tensor itself otherwise.
+
+    Raises:
+        ArgumentError: a tensor of another dtype or layout.
+
+    Example:
+        >>> dense_values(torch.tensor([3 + 4j]))
+        tensor([5.])
+    """
+    (plain,) = _plain([tensor], _FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
+    return _absolute(plain.detach()) if plain.is_complex() else plain
 
 
 def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:

@@ -1,0 +1,199 @@
+// Autograd hooks in C++: they note, for every parameter, that its gradient is ready, and call back once per backward.
+// Built against one exact torch: the hook classes are not part of the stable ABI.
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace gradprobe {
+namespace {
+
+namespace autograd = torch::autograd;
+using Accumulator = decltype(autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()));
+
+// What a hook saw: which tensor held the gradient, and at which version.
+struct Sighting {
+  const void* gradient = nullptr;
+  uint32_t version = 0;
+};
+
+Sighting sighting_of(const at::Tensor& gradient) {
+  if (!gradient.defined()) return {};
+  return {gradient.unsafeGetTensorImpl(), static_cast<uint32_t>(gradient._version())};
+}
+
+// Outlives the taps when a graph still holds an accumulator; holds no parameter, so that no cycle keeps a model alive.
+struct State {
+  explicit State(size_t n_parameters) : sightings(n_parameters) {}
+
+  std::vector<Sighting> sightings;  // [K]; one writer each: the engine runs an accumulator once at a time
+  std::atomic<bool> enabled{true};
+  std::atomic<int> queued_task{-1};  // graph task whose end is already awaited; a failed backward leaves a stale id
+  py::object on_backward_end = py::none();
+};
+
+void notify(const std::shared_ptr<State>& state) {
+  state->queued_task.store(-1);
+  if (!state->enabled.load()) return;
+  py::gil_scoped_acquire gil;
+  if (!state->on_backward_end.is_none()) state->on_backward_end();
+}
+
+class ReadyHook final : public autograd::FunctionPostHook {
+ public:
+  ReadyHook(std::shared_ptr<State> state, size_t index, autograd::Node* accumulator, bool notifies)
+      : state_(std::move(state)), index_(index), accumulator_(accumulator), notifies_(notifies) {}
+
+  autograd::variable_list operator()(const autograd::variable_list& outputs,
+                                     const autograd::variable_list& /*inputs*/) override {
+    if (!state_->enabled.load(std::memory_order_relaxed)) return outputs;
+    const at::Tensor& gradient = static_cast<autograd::AccumulateGrad*>(accumulator_)->variable.grad();
+    state_->sightings[index_] = sighting_of(gradient);
+    if (notifies_) {
+      const int task = autograd::get_current_graph_task_id();
+      if (state_->queued_task.exchange(task) != task) {
+        autograd::Engine::get_default_engine().queue_callback([state = state_] { notify(state); });
+      }
+    }
+    return outputs;
+  }
+
+  // Compiled autograd asks every hook for its arguments and would refuse the graph; this one takes no part in it.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
+
+ private:
+  std::shared_ptr<State> state_;
+  size_t index_;
+  autograd::Node* accumulator_;  // owns this hook
+  bool notifies_;
+};
+
+class GradientTaps {
+ public:
+  GradientTaps(std::vector<at::Tensor> parameters, py::object on_backward_end)
+      : parameters_(std::move(parameters)),
+        accumulators_(parameters_.size()),
+        keys_(parameters_.size(), 0),
+        state_(std::make_shared<State>(parameters_.size())),
+        notifies_(!on_backward_end.is_none()) {
+    state_->on_backward_end = std::move(on_backward_end);
+    arm();
+  }
+  GradientTaps(const GradientTaps&) = delete;
+  GradientTaps& operator=(const GradientTaps&) = delete;
+  ~GradientTaps() { remove(); }
+
+  // A conversion such as model.double() gives a parameter a new accumulator; the hook has to follow.
+  int64_t arm() {
+    int64_t armed = 0;
+    for (size_t k = 0; k < parameters_.size(); ++k) {
+      if (!parameters_[k].requires_grad()) continue;
+      Accumulator current = autograd::impl::grad_accumulator(parameters_[k]);
+      if (current == accumulators_[k]) continue;
+      unhook(k);
+      keys_[k] = current->add_post_hook(std::make_unique<ReadyHook>(state_, k, current.get(), notifies_));
+      accumulators_[k] = std::move(current);
+      ++armed;
+    }
+    return armed;
+  }
+
+  void remove() {
+    state_->enabled.store(false);
+    for (size_t k = 0; k < parameters_.size(); ++k) unhook(k);
+    state_->on_backward_end = py::none();
+  }
+
+  void set_enabled(bool enabled) { state_->enabled.store(enabled); }
+
+  void reset() { std::fill(state_->sightings.begin(), state_->sightings.end(), Sighting{}); }
+
+  int64_t n_fired() const {
+    return std::count_if(state_->sightings.begin(), state_->sightings.end(),
+                         [](const Sighting& sighting) { return sighting.gradient != nullptr; });
+  }
+
+  // Takes the gradients as they are now for what the hooks saw: someone with a right to it has changed them.
+  void sight() {
+    for (size_t k = 0; k < parameters_.size(); ++k) {
+      if (state_->sightings[k].gradient != nullptr) state_->sightings[k] = sighting_of(parameters_[k].grad());
+    }
+  }
+
+  std::vector<bool> fired() const {
+    std::vector<bool> result(parameters_.size());
+    for (size_t k = 0; k < result.size(); ++k) result[k] = state_->sightings[k].gradient != nullptr;
+    return result;
+  }
+
+  // True where a gradient that a hook saw was changed or replaced since.
+  bool modified() const {
+    for (size_t k = 0; k < parameters_.size(); ++k) {
+      const Sighting& sighting = state_->sightings[k];
+      if (sighting.gradient == nullptr) continue;
+      const Sighting now = sighting_of(parameters_[k].grad());
+      if (now.gradient != sighting.gradient || now.version != sighting.version) return true;
+    }
+    return false;
+  }
+
+  // The gradients [K] with None where there is none, and whether each is dense and of its parameter's dtype and device.
+  std::pair<py::list, bool> gradients() const {
+    py::list result(parameters_.size());
+    bool regular = true;
+    for (size_t k = 0; k < parameters_.size(); ++k) {
+      const at::Tensor& gradient = parameters_[k].grad();
+      if (!gradient.defined()) {
+        result[k] = py::none();
+        regular = false;
+        continue;
+      }
+      regular = regular && gradient.layout() == at::kStrided && !gradient.is_complex() &&
+                gradient.scalar_type() == parameters_[k].scalar_type() && gradient.device() == parameters_[k].device() &&
+                !gradient.unsafeGetTensorImpl()->is_python_dispatch();
+      result[k] = gradient;
+    }
+    return {std::move(result), regular};
+  }
+
+ private:
+  void unhook(size_t k) {
+    if (!accumulators_[k]) return;
+    accumulators_[k]->del_post_hook(keys_[k]);
+    accumulators_[k] = Accumulator();
+  }
+
+  std::vector<at::Tensor> parameters_;
+  std::vector<Accumulator> accumulators_;  // keeps the nodes, and with them the hooks, alive
+  std::vector<uintptr_t> keys_;
+  std::shared_ptr<State> state_;
+  bool notifies_;
+};
+
+}  // namespace
+}  // namespace gradprobe
+
+PYBIND11_MODULE(_hooks, module) {
+  py::class_<gradprobe::GradientTaps>(module, "GradientTaps")
+      .def(py::init<std::vector<at::Tensor>, py::object>(), py::arg("parameters"), py::arg("on_backward_end"))
+      .def("arm", &gradprobe::GradientTaps::arm)
+      .def("remove", &gradprobe::GradientTaps::remove)
+      .def("set_enabled", &gradprobe::GradientTaps::set_enabled, py::arg("enabled"))
+      .def("reset", &gradprobe::GradientTaps::reset)
+      .def("n_fired", &gradprobe::GradientTaps::n_fired)
+      .def("sight", &gradprobe::GradientTaps::sight)
+      .def("fired", &gradprobe::GradientTaps::fired)
+      .def("modified", &gradprobe::GradientTaps::modified)
+      .def("gradients", &gradprobe::GradientTaps::gradients);
+}

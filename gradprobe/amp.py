@@ -1,0 +1,69 @@
+"""Watches a gradient scaler: are the gradients scaled now, and did it skip the optimizer's step?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.amp.grad_scaler import OptState
+
+
+class ScalerWatch:
+    """Wraps `unscale_` and `step` of one scaler object until `remove`.
+
+    Args:
+        scaler: The scaler in use.
+        optimizer: The optimizer whose steps count; None for any.
+        on_unscaled: Called after the scaler has unscaled gradients.
+        on_stepped: Called after each `scaler.step` with a device tensor that is non-zero if the step was skipped.
+    """
+
+    def __init__(
+        self,
+        scaler: torch.amp.GradScaler,
+        optimizer: torch.optim.Optimizer | None,
+        on_unscaled: Callable[[], None],
+        on_stepped: Callable[[torch.Tensor], None],
+    ) -> None:
+        self._scaler = scaler
+        self._watched = None if optimizer is None else id(optimizer)
+        unscale, step = scaler.unscale_, scaler.step
+
+        def unscale_and_tell(optimizer: torch.optim.Optimizer) -> None:
+            unscale(optimizer)
+            if self._concerns(optimizer):
+                on_unscaled()
+
+        def step_and_tell(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+            result = step(optimizer, *args, **kwargs)
+            if self._concerns(optimizer):
+                found = list(scaler._found_inf_per_device(optimizer).values())
+                on_stepped(sum((flag.to(found[0].device) for flag in found[1:]), start=found[0]))
+            return result
+
+        scaler.unscale_ = unscale_and_tell  # type: ignore[method-assign]
+        scaler.step = step_and_tell  # type: ignore[method-assign]
+
+    def inverse_scale(self) -> torch.Tensor | None:
+        """Gives the factor that undoes the scale of the gradients as they are now, on the device.
+
+        Returns:
+            A 0-d tensor, or None where the gradients are not scaled.
+        """
+        scale = self._scaler._scale if self._scaler.is_enabled() else None
+        if scale is None:
+            return None
+        states = self._scaler._per_optimizer_states
+        stages = [state["stage"] for key, state in states.items() if self._watched in (None, key)]
+        if any(stage is not OptState.READY for stage in stages):
+            return None
+        return scale.double().reciprocal()
+
+    def remove(self) -> None:
+        """Gives the scaler its own methods back."""
+        del self._scaler.unscale_
+        del self._scaler.step
+
+    def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
+        return self._scaler.is_enabled() and self._watched in (None, id(optimizer))

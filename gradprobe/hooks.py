@@ -1,0 +1,188 @@
+"""Taps on a model's parameters: which gradients are ready, and when a backward has ended."""
+
+from __future__ import annotations
+
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+
+from gradprobe.sites import is_regular
+
+
+class Taps(Protocol):
+    """Hooks on K parameters; the C++ module and `PythonTaps` both are one."""
+
+    def arm(self) -> int:
+        """Follows parameters that were converted to another dtype or device; returns how many were."""
+
+    def remove(self) -> None:
+        """Removes every hook, for good."""
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switches what the hooks do; they stay installed."""
+
+    def reset(self) -> None:
+        """Forgets what fired."""
+
+    def n_fired(self) -> int:
+        """Counts the gradients that became ready since the last reset."""
+
+    def sight(self) -> None:
+        """Takes the gradients as they are now for unmodified."""
+
+    def fired(self) -> list[bool]:
+        """Tells for each parameter whether its gradient became ready since the last reset. Length K."""
+
+    def modified(self) -> bool:
+        """Tells whether a gradient was changed or replaced since its hook saw it."""
+
+    def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
+        """Returns the K gradients, and whether all are present, dense and of their parameter's dtype and device."""
+
+
+@cache
+def native_hooks() -> tuple[Any | None, str]:
+    """Loads the C++ hooks.
+
+    Returns:
+        The module and "ready", or None and the reason why not.
+    """
+    try:
+        return importlib.import_module("gradprobe._hooks"), "ready"
+    except ImportError as error:
+        reason = "not built" if isinstance(error, ModuleNotFoundError) else f"built against another torch: {error}"
+        return None, reason
+
+
+def install(
+    parameters: Sequence[torch.Tensor],
+    on_backward_end: Callable[[], None] | None = None,
+    on_gradient: Callable[[int], None] | None = None,
+) -> Taps:
+    """Installs taps, in C++ where they are built and nothing has to run per parameter.
+
+    Args:
+        parameters: K leaf tensors that require a gradient.
+        on_backward_end: Called once at the end of each backward in which a tap fired.
+        on_gradient: Called with k as soon as gradient k is ready, before other hooks of the parameter may free it.
+
+    Returns:
+        The installed taps.
+    """
+    module, _ = native_hooks()
+    if module is None or on_gradient is not None:
+        return PythonTaps(parameters, on_backward_end, on_gradient)
+    taps: Taps = module.GradientTaps(list(parameters), on_backward_end)
+    return taps
+
+
+class PythonTaps:
+    """The twin of the C++ taps, through public Python hooks.
+
+    Args:
+        parameters: K leaf tensors that require a gradient.
+        on_backward_end: Called once at the end of each backward in which a tap fired.
+        on_gradient: Called with k as soon as gradient k is ready.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        on_backward_end: Callable[[], None] | None,
+        on_gradient: Callable[[int], None] | None = None,
+    ) -> None:
+        self._parameters = tuple(parameters)
+        self._on_backward_end = on_backward_end
+        self._on_gradient = on_gradient
+        self._enabled = True
+        self._queued_task = -1
+        self._sightings: list[tuple[int, int] | None] = [None] * len(self._parameters)
+        self._placement = _placement(self._parameters)
+        self._handles: list[RemovableHandle] = []
+        for k, parameter in enumerate(self._parameters):
+            handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))  # type: ignore[no-untyped-call]
+            hooks: OrderedDict[int, Any] = parameter._post_accumulate_grad_hooks  # type: ignore[assignment]
+            hooks.move_to_end(handle.id, last=False)  # a hook of the user's may step and free the gradient
+            self._handles.append(handle)
+
+    def arm(self) -> int:
+        """Counts the parameters that were converted since the last call."""
+        # these hooks sit on the parameter itself and survive a conversion
+        placement = _placement(self._parameters)
+        changed = sum(now != then for now, then in zip(placement, self._placement, strict=True))
+        self._placement = placement
+        return changed
+
+    def remove(self) -> None:
+        """Removes every hook, for good."""
+        self._enabled = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switches what the hooks do; they stay installed."""
+        self._enabled = enabled
+
+    def reset(self) -> None:
+        """Forgets what fired."""
+        self._sightings = [None] * len(self._parameters)
+
+    def n_fired(self) -> int:
+        """Counts the gradients that became ready since the last reset."""
+        return sum(sighting is not None for sighting in self._sightings)
+
+    def sight(self) -> None:
+        """Takes the gradients as they are now for unmodified."""
+        for k, parameter in enumerate(self._parameters):
+            if self._sightings[k] is not None and parameter.grad is not None:
+                self._sightings[k] = (id(parameter.grad), parameter.grad._version)
+
+    def fired(self) -> list[bool]:
+        """Tells for each parameter whether its gradient became ready since the last reset."""
+        return [sighting is not None for sighting in self._sightings]
+
+    def modified(self) -> bool:
+        """Tells whether a gradient was changed or replaced since its hook saw it."""
+        return any(
+            sighting is not None
+            and (parameter.grad is None or sighting != (id(parameter.grad), parameter.grad._version))
+            for parameter, sighting in zip(self._parameters, self._sightings, strict=True)
+        )
+
+    def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
+        """Returns the K gradients, and whether all are regular."""
+        gradients = [parameter.grad for parameter in self._parameters]
+        regular = all(
+            gradient is not None and is_regular(gradient, parameter)
+            for gradient, parameter in zip(gradients, self._parameters, strict=True)
+        )
+        return gradients, regular
+
+    def _on_ready(self, k: int, parameter: torch.Tensor) -> None:
+        if not self._enabled or parameter.grad is None:
+            return
+        self._sightings[k] = (id(parameter.grad), parameter.grad._version)
+        if self._on_gradient is not None:
+            self._on_gradient(k)
+        if self._on_backward_end is None:
+            return
+        task = torch._C._current_graph_task_id()
+        if task != self._queued_task:
+            self._queued_task = task
+            Variable._execution_engine.queue_callback(self._notify)
+
+    def _notify(self) -> None:
+        self._queued_task = -1
+        if self._enabled and self._on_backward_end is not None:
+            self._on_backward_end()
+
+
+def _placement(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.device, torch.dtype]]:
+    return [(parameter.device, parameter.dtype) for parameter in parameters]

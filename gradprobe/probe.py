@@ -1,0 +1,527 @@
+"""The probe: attaches to a model, measures its gradients in every step, and hands out what it saw."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
+
+from gradprobe import hooks, sinks
+from gradprobe.amp import ScalerWatch
+from gradprobe.collector import Collector
+from gradprobe.diagnose import Finding, diagnose
+from gradprobe.errors import ArgumentError, GradprobeError, GradprobeWarning
+from gradprobe.measured import Measured, Provenance
+from gradprobe.record import Finished, Record, Slot
+from gradprobe.sites import Site, newly_trainable, parameter_sites
+from gradprobe.snapshot import SiteTable, Snapshot, to_pandas
+
+if TYPE_CHECKING:
+    import pandas
+
+When = Literal["auto", "step", "backward", "hook"]
+MOMENTS: tuple[When, ...] = ("auto", "step", "backward", "hook")
+
+_attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What a probe sees of its model.
+
+    Attributes:
+        observed: Sites that had a gradient in at least one measured step.
+        silent: Sites that never had one.
+        unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
+        frozen: Parameters that did not require a gradient at attach.
+        unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
+        tied: Sites with more than one name, by first name.
+        steps: Number of measured steps.
+    """
+
+    observed: tuple[str, ...]
+    silent: tuple[str, ...]
+    unhooked: tuple[str, ...]
+    frozen: tuple[str, ...]
+    unknown: tuple[str, ...]
+    tied: dict[str, tuple[str, ...]]
+    steps: int
+
+
+def attach(
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    params: bool = True,
+    activations: bool = False,
+    junctions: bool | None = None,
+    every: int = 1,
+    capacity: int = 1024,
+    backend: str = "auto",
+    when: When = "auto",
+    grad_scaler: torch.amp.GradScaler | None = None,
+    process_group: object | None = None,
+) -> Probe:
+    """Attaches a probe to a model. It changes neither the training nor the random numbers.
+
+    Args:
+        model: Any module with at least one trainable parameter.
+        optimizer: Closes a step each time it steps; without one, call `Probe.step()` once per step.
+        params: Observe the gradients of the parameters.
+        activations: Not available yet.
+        junctions: Not available yet.
+        every: Measure each step whose number is a multiple of this.
+        capacity: Number of measured steps kept, newest first to stay.
+        backend: "auto", or a name from `gradprobe.backends()`.
+        when: When gradients are measured: "step" as the optimizer is about to use them; "backward" at the end of each
+            backward, before anything else can change them; "hook" each as it becomes ready, for optimizers that step
+            inside backward; "auto" is "step" with an optimizer and "backward" without.
+        grad_scaler: The gradient scaler in use; numbers are then given unscaled, and skipped steps are marked.
+        process_group: Not available yet.
+
+    Returns:
+        The probe; also a context manager that detaches at its end.
+
+    Raises:
+        ArgumentError: An argument is not what was needed, or the model has a probe already.
+        BackendError: The backend cannot run on the model's device.
+        NotImplementedError: Something was asked for that is not available yet.
+
+    Example:
+        >>> model = nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with attach(model, optimizer=optimizer) as probe:
+        ...     model(torch.ones(4, 3)).sum().backward()
+        ...     optimizer.step()
+        >>> probe.latest()["bias"].norm
+        4.0
+    """
+    for name, value in (("activations", activations), ("junctions", junctions), ("process_group", process_group)):
+        if value:
+            raise NotImplementedError(f"{name}: not available in this version; leave it out")
+    return Probe(
+        model,
+        optimizer=optimizer,
+        params=params,
+        every=every,
+        capacity=capacity,
+        backend=backend,
+        when=when,
+        grad_scaler=grad_scaler,
+    )
+
+
+class Probe:
+    """Measures the gradients of one model; made by `attach`, which describes the arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: torch.optim.Optimizer | None,
+        params: bool,
+        every: int,
+        capacity: int,
+        backend: str,
+        when: When,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        _check_arguments(model, optimizer, params, every, capacity, when, grad_scaler)
+        self._found = parameter_sites(model)
+        if optimizer is not None:
+            _check_shares_parameters(optimizer, self._found.parameters)
+        self._collector = Collector(self._found.parameters, backend)
+        self._model = weakref.ref(model)
+        self._every = every
+        self._capacity = capacity
+        self._when: When = when if when != "auto" else ("step" if optimizer is not None else "backward")
+        self._averages = isinstance(model, nn.parallel.DistributedDataParallel) and self._when == "step"
+        self._table = _site_table(self._found.sites)
+        self._record = Record(capacity, self._collector.rows_on)
+        self._archive: deque[Snapshot] = deque(maxlen=capacity)  # steps from before the model moved
+        self._step = 0
+        self._n_measured = 0
+        self._pause_depth = 0
+        self._measured: Measured | None = None  # what the open step has measured
+        self._clipped = False
+        self._closed_by_optimizer = False
+        self._last_was_measured = False
+        self._scale: torch.Tensor | float = 1.0
+        self._skipped: torch.Tensor | float = 0.0
+        self._provenance = Provenance("unscaled", "local", "pre-clip")
+        self._observed = np.zeros(len(self._found.sites), dtype=np.bool_)
+        self._unhooked = np.zeros(len(self._found.sites), dtype=np.bool_)
+        self._told: set[str] = set()
+        self._detached = False
+        self._taps = self._install_taps()
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._handles: list[RemovableHandle] = []
+        if optimizer is not None:  # these references keep the probe alive for a caller who keeps none
+            self._handles = [
+                optimizer.register_step_pre_hook(partial(self._on_optimizer_step, after=False)),
+                optimizer.register_step_post_hook(partial(self._on_optimizer_step, after=True)),
+            ]
+        self._scaler: ScalerWatch | None = None
+        if grad_scaler is not None:
+            self._scaler = ScalerWatch(grad_scaler, optimizer, self._taps.sight, self._on_scaler_step)
+        _attached[model] = self
+
+    def step(self, loss: torch.Tensor | float | None = None) -> None:
+        """Closes the step: what was measured becomes a snapshot. Called for you where an optimizer was given.
+
+        With an optimizer it may still be called, after the optimizer's step, to add the loss.
+
+        Args:
+            loss: The loss of the step, with one element; it is not waited for.
+
+        Raises:
+            ArgumentError: The loss is no number, or the probe is detached.
+        """
+        self._check_attached()
+        _check_loss(loss)
+        if self._closed_by_optimizer and self._taps.n_fired() == 0:
+            self._closed_by_optimizer = False
+            if loss is not None and self._last_was_measured:
+                self._record.add_loss(loss)
+            return
+        self._close(loss)
+
+    def latest(self, wait: bool = False) -> Snapshot | None:
+        """Gives the newest finished step.
+
+        Args:
+            wait: Wait for the device, so that the last closed step is there; otherwise it may be an earlier one.
+
+        Returns:
+            The snapshot, or None where no step is finished.
+        """
+        for position in reversed(self._record.positions()):
+            finished = self._record.read(position, wait)
+            if finished is not None:
+                return self._snapshot(finished)
+        return self._archive[-1] if self._archive else None
+
+    def history(self) -> list[Snapshot]:
+        """Gives the finished steps that are kept, oldest first; waits for the device."""
+        finished = (self._record.read(position, wait=True) for position in self._record.positions())
+        snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
+        return snapshots[-self._capacity :]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Gives the history as one tidy table: a row for each step and site, a column for each statistic."""
+        return to_pandas(self.history())
+
+    def to_jsonl(self, path: str | PathLike[str]) -> None:
+        """Writes the history to a new file, one JSON object for each step and site.
+
+        Args:
+            path: File to create.
+
+        Raises:
+            StoreError: The file exists or cannot be written.
+        """
+        sinks.write_jsonl(self.history(), path)
+
+    def findings(self) -> list[Finding]:
+        """Applies the rules of `gradprobe.diagnose` to the history."""
+        return diagnose(self.history())
+
+    def coverage(self) -> Coverage:
+        """Tells what the probe has seen, and what it cannot see."""
+        names = np.asarray(self._table.names, dtype=object)
+        model = self._model()
+        return Coverage(
+            observed=tuple(names[self._observed]),
+            silent=tuple(names[~self._observed]),
+            unhooked=tuple(names[self._unhooked]),
+            frozen=self._found.frozen,
+            unknown=() if model is None else newly_trainable(model, self._found),
+            tied={site.name: site.names for site in self._found.sites if len(site.names) > 1},
+            steps=self._n_measured,
+        )
+
+    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> torch.Tensor:
+        """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, with the norms that the probe takes anyway.
+
+        The step's snapshot then holds the gradients from before clipping.
+
+        Args:
+            max_norm: Largest total norm allowed.
+            error_if_nonfinite: Raise if the total norm is NaN or infinite; this waits for the device.
+
+        Returns:
+            The total norm before clipping, 0-d, in the gradients' dtype but at least float32.
+
+        Raises:
+            ArgumentError: `max_norm` is no number, or the probe is detached.
+            RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
+
+        Example:
+            >>> model = nn.Linear(2, 1, bias=False)
+            >>> probe = attach(model)
+            >>> model(torch.tensor([[3.0, 4.0]])).backward()
+            >>> probe.clip_grad_norm_(1.0)
+            tensor(5.)
+        """
+        self._check_attached()
+        if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
+            raise ArgumentError(f"max_norm: need a number; got {max_norm!r}")
+        if self._measured is None or self._when == "hook" or self._taps.modified():
+            self._measure()
+        total = self._collector.total_norm(self._record.rows())
+        if error_if_nonfinite and not bool(torch.isfinite(total)):
+            raise RuntimeError(f"clip_grad_norm_: need a finite total norm; got {total.item()}")
+        gradients, regular = self._taps.gradients()
+        self._collector.scale_(gradients, regular, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        self._clipped = True
+        self._taps.reset()  # a later backward shows as fired again
+        return total.to(self._collector.norm_dtype)
+
+    @contextmanager
+    def paused(self) -> Iterator[Probe]:
+        """Measures nothing inside the block. Steps are still counted, so that their numbers stay the training's."""
+        self._pause_depth += 1
+        self._set_enabled()
+        try:
+            yield self
+        finally:
+            self._pause_depth -= 1
+            self._set_enabled()
+
+    def detach(self) -> None:
+        """Removes every hook. What was measured stays readable. Calling it again does nothing."""
+        if self._detached:
+            return
+        self._detached = True
+        self._taps.remove()
+        for handle in self._handles:
+            handle.remove()
+        if self._scaler is not None:
+            self._scaler.remove()
+        model = self._model()
+        if model is not None and _attached.get(model) is self:
+            del _attached[model]
+        self._archive_history()
+        self._record = Record(1, {})
+        self._collector.release()
+        self._found = replace(self._found, parameters=())
+        self._taps = hooks.PythonTaps((), None)
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "detached" if self._detached else f"when={self._when!r}, every={self._every}"
+        return f"Probe({len(self._found.sites)} sites, {self._n_measured} steps measured, {state})"
+
+    def _install_taps(self) -> hooks.Taps:
+        me = weakref.ref(self)  # the taps live in the probe; a strong reference here would keep both for ever
+
+        def on_backward_end() -> None:
+            probe = me()
+            if probe is not None:
+                probe._on_backward_end()
+
+        def on_gradient(k: int) -> None:
+            probe = me()
+            if probe is not None:
+                probe._on_gradient(k)
+
+        needs_end = self._when == "backward" or self._averages
+        return hooks.install(
+            self._found.parameters,
+            on_backward_end if needs_end else None,
+            on_gradient if self._when == "hook" else None,
+        )
+
+    def _wanted(self) -> bool:
+        return self._pause_depth == 0 and self._step % self._every == 0
+
+    def _on_backward_end(self) -> None:
+        if self._averages:  # DDP finishes its buckets after this; called again from there, the gradients are averaged
+            Variable._execution_engine.queue_callback(self._taps.sight)
+        else:
+            self._measure()
+
+    def _on_gradient(self, k: int) -> None:
+        gradient = self._found.parameters[k].grad
+        if gradient is None:
+            return
+        if self._measured is None:
+            self._regroup_if_moved()
+            n_sites = len(self._found.sites)
+            self._measured = Measured(np.zeros(n_sites, dtype=np.bool_), np.zeros(n_sites, dtype=np.int64))
+            self._describe("pre-clip")
+        self._measured.numels[k] = self._collector.measure_one(k, gradient, self._record.rows())
+        self._measured.present[k] = True
+
+    def _on_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], *, after: bool
+    ) -> None:
+        # a closure runs its backward inside the step, so that the gradients are there only afterwards
+        has_closure = any(callable(value) for value in (*args, *kwargs.values()))
+        if has_closure == after:
+            self._close(None, getattr(optimizer, "found_inf", None))
+            self._closed_by_optimizer = True
+
+    def _on_scaler_step(self, found_inf: torch.Tensor) -> None:
+        if self._optimizer is None:
+            self._skipped = found_inf
+        elif not self._closed_by_optimizer:  # the scaler did not let the optimizer step
+            self._close(None, found_inf)
+            self._closed_by_optimizer = True
+
+    def _measure(self) -> None:
+        self._regroup_if_moved()
+        gradients, regular = self._taps.gradients()
+        self._describe("post-clip" if self._taps.modified() else "pre-clip")
+        self._measured = self._collector.measure(gradients, regular, self._record.rows())
+        if self._taps.n_fired() < len(gradients):
+            self._unhooked |= self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
+
+    def _describe(self, clipping: Literal["pre-clip", "post-clip"]) -> None:
+        scale = self._scaler.inverse_scale() if self._scaler is not None else None
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        fused_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes the scale itself
+        if scale is None and isinstance(fused_scale, torch.Tensor):
+            scale = fused_scale.double().reciprocal()
+        self._scale = 1.0 if scale is None else scale
+        self._provenance = Provenance("unscaled", "averaged" if self._averages else "local", clipping)
+
+    def _close(self, loss: torch.Tensor | float | None, found_inf: torch.Tensor | None = None) -> None:
+        wanted = self._wanted()
+        if wanted:
+            # after a clip_grad_norm_ a fired tap means that another backward has added to the gradients
+            if self._measured is None or (self._when == "step" and self._taps.n_fired() > 0 and self._clipped):
+                self._measure()
+            self._finish(loss, self._skipped if found_inf is None else found_inf)
+        self._last_was_measured = wanted and self._measured is not None
+        self._measured = None
+        self._clipped = False
+        self._skipped = 0.0
+        self._step += 1
+        self._taps.reset()
+        self._set_enabled()
+
+    def _finish(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
+        measured = self._measured
+        assert measured is not None
+        if not measured.present.any():
+            self._measured = None
+            self._warn(
+                "blind",
+                f"step {self._step}: no parameter has a gradient. Call step() after backward and before zero_grad, "
+                "or attach with when='hook' if the optimizer steps inside backward; nothing was recorded",
+            )
+            return
+        self._record.commit(Slot(self._step, self._provenance, measured), loss, self._scale, skipped)
+        self._n_measured += 1
+        self._observed |= measured.present
+        if not measured.present.all():
+            silent = [name for name, seen in zip(self._table.names, self._observed, strict=True) if not seen]
+            if silent:
+                shown = ", ".join(silent[:5]) + (", …" if len(silent) > 5 else "")
+                self._warn("silent", f"{len(silent)} parameters had no gradient in step {self._step}: {shown}")
+
+    def _regroup_if_moved(self) -> None:
+        if self._taps.arm() and self._collector.moved():
+            self._archive_history()
+            self._collector.regroup()
+            self._record = Record(self._capacity, self._collector.rows_on)
+
+    def _archive_history(self) -> None:
+        kept = self.history()
+        self._archive.clear()
+        self._archive.extend(kept)
+
+    def _snapshot(self, finished: Finished) -> Snapshot:
+        slot = finished.slot
+        return Snapshot(
+            step=slot.step,
+            loss=finished.loss,
+            provenance=slot.provenance,
+            skipped=finished.skipped,
+            table=self._table,
+            rows=self._collector.in_site_order(finished.rows),
+            measured=slot.measured,
+            scale=finished.scale,
+        )
+
+    def _set_enabled(self) -> None:
+        self._taps.set_enabled(self._wanted())
+
+    def _warn(self, topic: str, message: str) -> None:
+        if topic not in self._told:
+            self._told.add(topic)
+            warnings.warn(f"gradprobe: {message}", GradprobeWarning, stacklevel=4)
+
+    def _check_attached(self) -> None:
+        if self._detached:
+            raise GradprobeError("the probe is detached; attach a new one")
+
+
+def _site_table(sites: Sequence[Site]) -> SiteTable:
+    return SiteTable(
+        names=tuple(site.name for site in sites),
+        kinds=tuple(site.kind for site in sites),
+        ndims=tuple(len(site.shape) for site in sites),
+        index={name: k for k, site in enumerate(sites) for name in site.names},
+    )
+
+
+def _check_arguments(
+    model: object,
+    optimizer: object,
+    params: object,
+    every: object,
+    capacity: object,
+    when: object,
+    grad_scaler: object,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(optimizer).__name__}")
+    if params is not True:
+        raise ArgumentError(f"params: need True, since there is nothing else to observe yet; got {params!r}")
+    for name, value in (("every", every), ("capacity", capacity)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
+    if when not in MOMENTS:
+        raise ArgumentError(f"when: need one of {', '.join(MOMENTS)}; got {when!r}")
+    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+        raise ArgumentError(f"grad_scaler: need a torch.amp.GradScaler or None; got {type(grad_scaler).__name__}")
+    if model in _attached:
+        raise ArgumentError("model: has a probe already; call its detach() first")
+
+
+def _check_shares_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if stepped.isdisjoint(id(parameter) for parameter in parameters):
+        raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
+
+
+def _check_loss(loss: object) -> None:
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise ArgumentError(f"loss: need one real number; got a tensor of shape {tuple(loss.shape)}, {loss.dtype}")
+    elif loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float))):
+        raise ArgumentError(f"loss: need a number or a tensor of one element; got {type(loss).__name__}")

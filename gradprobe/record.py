@@ -1,0 +1,174 @@
+"""The ring of finished steps: rows on the device, read on the host without stopping the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from gradprobe import ops
+from gradprobe.measured import FloatArray, Measured, Provenance
+
+LOSS, SCALE, SKIPPED = range(3)  # columns of the extra row that each step has on the first device
+
+
+@dataclass(slots=True)
+class Slot:
+    """One step in the ring: what the host knows of it at once.
+
+    Attributes:
+        step: Number of the step.
+        provenance: How its gradients came to be what they are.
+        measured: Which sites had a gradient, and their sizes.
+        extras: Loss, scale and skipped, where the host knows them; the others are in the extra row.
+        has_loss: A loss was given.
+        ready: For each device that is not the host, the event after which its rows can be read.
+    """
+
+    step: int
+    provenance: Provenance
+    measured: Measured
+    extras: dict[int, float] = field(default_factory=dict)
+    has_loss: bool = False
+    ready: dict[torch.device, torch.Event] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A step that has arrived on the host.
+
+    Attributes:
+        slot: What the host knew of it.
+        rows: For each device its site rows. Values of shape [K, 6].
+        loss: The loss, or None where none was given.
+        scale: Factor on the gradients that undoes loss scaling.
+        skipped: The optimizer's step was skipped.
+    """
+
+    slot: Slot
+    rows: dict[torch.device, FloatArray]
+    loss: float | None
+    scale: float
+    skipped: bool
+
+
+class Record:
+    """A ring of `capacity` steps on each device, mirrored in pinned host memory where the device is not the host.
+
+    Args:
+        capacity: Number of steps kept.
+        rows_on: Number of site rows for each device.
+    """
+
+    def __init__(self, capacity: int, rows_on: Mapping[torch.device, int]) -> None:
+        self._capacity = capacity
+        self._rings: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6]
+        self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6] on the host
+        for device, n_rows in rows_on.items():
+            shape = (capacity, n_rows + 1, len(ops.STATS))
+            ring = torch.empty(shape, dtype=torch.float64, device=device)
+            on_host = device.type == "cpu"
+            self._rings[device] = ring
+            self._mirrors[device] = ring if on_host else torch.empty(shape, dtype=torch.float64, pin_memory=True)
+        self._first = next(iter(self._rings), torch.device("cpu"))
+        self._slots: list[Slot | None] = [None] * capacity
+        self._next = 0
+        self._rows = self._open_rows()
+
+    def rows(self) -> dict[torch.device, torch.Tensor]:
+        """The site rows of the open step, for each device. Values of shape [K, 6]."""
+        return self._rows
+
+    def commit(
+        self,
+        slot: Slot,
+        loss: torch.Tensor | float | None,
+        scale: torch.Tensor | float,
+        skipped: torch.Tensor | float,
+    ) -> None:
+        """Finishes the open step and opens the next.
+
+        Args:
+            slot: What the host knows of it.
+            loss: The loss, on any device.
+            scale: Factor on the gradients that undoes loss scaling.
+            skipped: Non-zero where the optimizer's step was skipped.
+        """
+        position = self._next
+        self._slots[position] = slot
+        self._write(position, SCALE, scale)
+        self._write(position, SKIPPED, skipped)
+        if loss is not None:
+            slot.has_loss = True
+            self._write(position, LOSS, loss)
+        self._publish(position)
+        self._next = (position + 1) % self._capacity
+        self._rows = self._open_rows()
+
+    def add_loss(self, loss: torch.Tensor | float) -> None:
+        """Adds the loss to the newest finished step.
+
+        Args:
+            loss: The loss, on any device.
+        """
+        position = (self._next - 1) % self._capacity
+        slot = self._slots[position]
+        if slot is None:
+            raise IndexError("no step is finished yet")
+        slot.has_loss = True
+        self._write(position, LOSS, loss)
+        if LOSS not in slot.extras:
+            self._publish(position)
+
+    def positions(self) -> list[int]:
+        """Positions of the finished steps in the ring, oldest first."""
+        order = [(self._next + offset) % self._capacity for offset in range(self._capacity)]
+        return [position for position in order if self._slots[position] is not None]
+
+    def read(self, position: int, wait: bool) -> Finished | None:
+        """Copies one finished step out of the ring.
+
+        Args:
+            position: One of `positions()`.
+            wait: Wait for the device; otherwise a step that has not arrived yet gives None.
+
+        Returns:
+            The step, or None.
+        """
+        slot = self._slots[position]
+        if slot is None:
+            return None
+        for event in slot.ready.values():
+            if wait:
+                event.synchronize()
+            elif not event.query():
+                return None
+        copies = {device: mirror[position].numpy().copy() for device, mirror in self._mirrors.items()}
+        extra = copies[self._first][-1]  # [6]
+        loss, scale, skipped = (slot.extras.get(column, float(extra[column])) for column in (LOSS, SCALE, SKIPPED))
+        rows = {device: copy[:-1] for device, copy in copies.items()}
+        return Finished(slot, rows, loss if slot.has_loss else None, scale, skipped != 0)
+
+    def _open_rows(self) -> dict[torch.device, torch.Tensor]:
+        return {device: ring[self._next, :-1] for device, ring in self._rings.items()}
+
+    def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
+        slot = self._slots[position]
+        assert slot is not None
+        if isinstance(value, torch.Tensor):
+            slot.extras.pop(column, None)
+            self._rings[self._first][position, -1, column].copy_(value.detach().reshape(()), non_blocking=True)
+        else:
+            slot.extras[column] = float(value)
+
+    def _publish(self, position: int) -> None:
+        slot = self._slots[position]
+        assert slot is not None
+        for device, ring in self._rings.items():
+            mirror = self._mirrors[device]
+            if mirror is not ring:
+                mirror[position].copy_(ring[position], non_blocking=True)
+                event = torch.Event(device)
+                event.record()
+                slot.ready[device] = event

@@ -1,0 +1,53 @@
+"""Snapshots as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+
+from gradprobe.errors import StoreError
+from gradprobe.snapshot import COLUMNS, Snapshot
+
+
+def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> None:
+    """Writes snapshots to a new file: one line for each step and site, strict JSON in UTF-8.
+
+    Numbers that JSON does not have are written as the strings "NaN", "Infinity" and "-Infinity".
+
+    Args:
+        snapshots: Any number of snapshots.
+        path: File to create.
+
+    Raises:
+        StoreError: The file exists or cannot be written.
+    """
+    try:
+        with Path(path).open("x", encoding="utf-8") as file:
+            for snapshot in snapshots:
+                for line in _lines(snapshot):
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
+    except FileExistsError as error:
+        raise StoreError(f"path: need a file that does not exist yet; {path} does") from error
+    except OSError as error:
+        raise StoreError(f"path: cannot write {path}: {error.strerror}") from error
+
+
+def _lines(snapshot: Snapshot) -> Iterable[dict[str, object]]:
+    head: dict[str, object] = {
+        "step": snapshot.step,
+        "loss": _number(snapshot.loss),
+        "skipped": snapshot.skipped,
+        **snapshot.provenance._asdict(),
+    }
+    for stats in snapshot.sites.values():
+        values = {column: _number(getattr(stats, column)) for column in COLUMNS}
+        yield {**head, "site": stats.name, "kind": stats.kind, **values}
+
+
+def _number(value: float | None) -> float | str | None:
+    if value is None or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
