@@ -27,9 +27,10 @@ class BuildNative(build_ext):
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Returns the library's path: the kernels know nothing of Python, so their name has no tag of its version."""
+        """Returns a library's path in its package; setuptools asks with and without the package's name."""
         package, _, name = fullname.rpartition(".")
-        return str(Path(package, "_C.so")) if name == "_C" else super().get_ext_filename(fullname)
+        file_names = {module.name.rpartition(".")[2]: module.file_name for module in plan.modules}
+        return str(Path(package, file_names[name]))
 
     def build_extensions(self) -> None:
         """Builds all modules in one run of ninja."""
@@ -46,7 +47,9 @@ class BuildPython(build_py):
         """Copies the package and writes the record beside it."""
         plan.check()
         super().run()
-        native.write_info(ROOT if self.editable_mode else Path(self.build_lib), plan.info)
+        package = (ROOT if self.editable_mode else Path(self.build_lib)) / "gradprobe"
+        native.remove_stale(package, plan)
+        native.write_info(package, plan.info)
 
 
 setup(

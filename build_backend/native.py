@@ -28,6 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("native", "hooks", "cuda")
 BUILT = "built"
 
+# The kernels know nothing of Python, so their name has no tag of its version: torch.ops.load_library opens them.
+_KERNELS_FILE = "_C.so"
+_HOOKS_FILE = f"_hooks{sysconfig.get_config_var('EXT_SUFFIX')}"
+
 # The oldest torch that the kernels load on: headers offer nothing newer than this.
 _STABLE_ABI = "0x020b000000000000"
 _CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
@@ -120,17 +124,15 @@ def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
         ]
         nvcc_flags += ["-Xptxas=-warn-spills,-warn-lmem-usage,-Werror", "-Xfatbin=-compress-all"]
         nvcc_flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-g0,-Wall,-Wextra,-Werror"]
-    # No Python headers in it, so no ABI tag either: torch.ops.load_library opens it.
-    return Module("gradprobe._C", "_C.so", sources, [*_CXX_FLAGS, *defines, "-Icsrc", *include], link, nvcc_flags)
+    return Module("gradprobe._C", _KERNELS_FILE, sources, [*_CXX_FLAGS, *defines, "-Icsrc", *include], link, nvcc_flags)
 
 
 def _hooks(torch: Torch, python_includes: list[Path]) -> Module:
     include = _system_includes(torch.root / "include", torch.root / "include/torch/csrc/api/include", *python_includes)
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
     flags = [*_CXX_FLAGS, "-DTORCH_EXTENSION_NAME=_hooks", "-Icsrc", *include]
-    return Module("gradprobe._hooks", f"_hooks{suffix}", ["csrc/hooks.cpp"], flags, link)
+    return Module("gradprobe._hooks", _HOOKS_FILE, ["csrc/hooks.cpp"], flags, link)
 
 
 def _left_out() -> set[str]:
@@ -231,9 +233,13 @@ def build(plan: Plan) -> dict[str, Path]:
     return {module.name: folder / module.file_name for module in plan.modules}
 
 
-def write_info(folder: Path, info: dict[str, str]) -> Path:
+def remove_stale(package: Path, plan: Plan) -> None:
+    """Removes libraries of an earlier build that this plan does not make again."""
+    for name in {_KERNELS_FILE, _HOOKS_FILE} - {module.file_name for module in plan.modules}:
+        (package / name).unlink(missing_ok=True)
+
+
+def write_info(package: Path, info: dict[str, str]) -> None:
     """Records what was built and why a part was not, for ``gradprobe.backends()`` and ``gradprobe doctor``."""
-    path = folder / "gradprobe" / "_build_info.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(info, indent=2) + "\n")
-    return path
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")

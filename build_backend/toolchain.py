@@ -133,13 +133,8 @@ def find_cuda() -> tuple[Cuda | None, str]:
 
 
 def find_ninja() -> str:
-    """Returns ninja's path: from the Python package where installed, otherwise from the path."""
-    try:
-        import ninja
-    except ImportError:
-        found = shutil.which("ninja")
-    else:
-        found = shutil.which("ninja", path=ninja.BIN_DIR)
+    """Returns ninja's path: on PATH in an isolated build, beside Python in an environment that is not activated."""
+    found = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if found is None:
         raise ToolchainError("the native build needs ninja: pip install ninja")
     return found
