@@ -1,0 +1,260 @@
+"""The report of a sweep as one page that needs nothing beside itself: no network, no other file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from gradprobe.errors import StoreError
+from gradprobe.report.charts import NARROW, WIDE, Chart, error_chart, gradient_chart, hidden_layers, svg
+from gradprobe.report.palette import Palette
+from gradprobe.report.rows import SweepRun
+from gradprobe.report.style import CSS, SCRIPT
+from gradprobe.report.summary import (
+    DEGRADED,
+    EARLIEST_COMPARISON,
+    MARGIN_PCT,
+    SINGLE_SEED_MARGIN_PCT,
+    Moment,
+    NetSummary,
+    Summary,
+    summarise,
+)
+from gradprobe.report.words import duration, explain, headline, number, percent
+
+_CLASSES = {"healthy": "healthy", DEGRADED: "degraded", None: "unknown"}
+
+# He et al. 2015 (arXiv:1512.03385), Table 6: depth, test error %.
+_HE_TABLE_6 = ((20, "8.75"), (32, "7.51"), (44, "7.17"), (56, "6.97"), (110, "6.43"), (1202, "7.93"))
+
+
+def write(run: SweepRun, path: str | Path) -> Path:
+    """Writes the page.
+
+    Args:
+        run: The recorded sweep, finished or not.
+        path: The HTML file; missing folders are made, an older page is replaced.
+
+    Returns:
+        The path written.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
+    path = Path(path)
+    text = page(summarise(run))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write the page: {error}") from error
+    return path
+
+
+def page(summary: Summary) -> str:
+    """The page's text.
+
+    Args:
+        summary: The sweep.
+
+    Returns:
+        A complete HTML document.
+    """
+    data = str(summary.config.get("data", "unknown data"))
+    title = f"Degradation sweep on {data}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="facts">{escape(_facts(summary))}</p>',
+        _notice(summary),
+        *(f'<p class="lead">{_typeset(line)}</p>' for line in headline(summary)),
+        *_figures(summary),
+        _table(summary),
+        _verdicts(summary),
+        _reference(data),
+        _method(),
+        _run(summary),
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)} – gradprobe</title>\n<style>{CSS}{_dark_rules(summary)}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _facts(summary: Summary) -> str:
+    seeds = {result.cell.seed for net in summary.nets for result in net.results}
+    facts = [f"{summary.cells_planned} training runs", f"{len(summary.nets)} networks × {len(seeds)} seeds"]
+    if len(seeds) == 1:
+        facts[1] = f"{len(summary.nets)} networks, one seed"
+    if "epochs" in summary.config:
+        facts.append(f"{summary.config['epochs']} epochs")
+    seconds = sum(net.seconds for net in summary.nets)
+    if seconds > 0:
+        facts.append(f"{duration(seconds)} of training")
+    return " · ".join(facts)
+
+
+def _notice(summary: Summary) -> str:
+    done, planned = summary.cells_finished, summary.cells_planned
+    if not planned:
+        return '<p class="notice">The run holds no networks yet.</p>'
+    if done == planned:
+        return ""
+    return f'<p class="notice">{done} of {planned} runs are finished. Everything below is what is known so far.</p>'
+
+
+def _figures(summary: Summary) -> Iterable[str]:
+    several = any(len(net.counted) > 1 for net in summary.nets)
+    caption = "Error against depth, on one scale for both panels."
+    if several:
+        caption += " Circles are seeds, dots their means, bars one standard deviation to each side."
+    if any(not net.finished for net in summary.nets):
+        caption += " Networks that are still training stand at their newest epoch."
+    charts = [error_chart(summary, size) for size in (WIDE, NARROW)]
+    yield _figure("Error against depth", charts, caption)
+    caption = "L2 norm of each weight's gradient, layer by layer, on a logarithmic scale."
+    if several:
+        caption += " Lines are medians over seeds, bands their range."
+    hidden = hidden_layers(summary)
+    if hidden:
+        caption += f" Zero, NaN and infinite norms cannot be drawn on this scale: {'; '.join(hidden)}."
+    charts = [gradient_chart(summary, size) for size in (WIDE, NARROW)]
+    yield _figure("The gradient on its way to the input", charts, caption)
+
+
+def _figure(title: str, charts: Sequence[Chart | None], caption: str) -> str:
+    wide, narrow = charts
+    if wide is None or narrow is None:
+        return f'<h2>{escape(title)}</h2>\n<p class="note">Nothing to draw: no finite value is recorded.</p>'
+    return (
+        f'<h2>{escape(title)}</h2>\n<figure>\n<div class="wide">{_inline(wide)}</div>\n'
+        f'<div class="narrow">{_inline(narrow)}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
+    )
+
+
+def _inline(chart: Chart) -> str:
+    # Inside a page an SVG needs no namespace; without it the page holds no address at all.
+    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg(chart))
+
+
+def _table(summary: Summary) -> str:
+    if not summary.nets:
+        return ""
+    groups = '<th colspan="6"></th><th colspan="3" class="group">gradient at the first step</th>'
+    groups += '<th colspan="3" class="group">gradient at the end</th>'
+    columns = "".join(f'<th class="text">{head}</th>' for head in ("network", "verdict so far", "seeds"))
+    errors = ("parameters", "training<br>error&nbsp;%", "test<br>error&nbsp;%")
+    columns += "".join(f"<th>{head}</th>" for head in (*errors, *("first", "last", "first/last") * 2))
+    rows = "\n".join(_table_row(net) for net in summary.nets)
+    return (
+        f'<h2>All numbers</h2>\n<div class="scroll"><table>\n<thead><tr>{groups}</tr>\n<tr>{columns}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody>\n</table></div>\n"
+        '<p class="note">Errors are mean ± standard deviation over seeds. Gradient norms are those of the first and '
+        "the last weight layer, medians over seeds.</p>"
+    )
+
+
+def _table_row(net: NetSummary) -> str:
+    cells = [f"{net.parameters:,}", percent(net.train_error_pct), percent(net.test_error_pct)]
+    numbers = "".join(f"<td>{_typeset(cell)}</td>" for cell in (*cells, *_ends(net.initial), *_ends(net.end)))
+    when = f'<span class="small">{net.verdict_moment.when}</span>' if net.verdict_moment else ""
+    return (
+        f'<tr><th scope="row">{escape(net.name)}</th><td class="text">{_verdict(net)}{when}</td>'
+        f'<td class="text">{escape(net.progress)}</td>{numbers}</tr>'
+    )
+
+
+def _ends(moment: Moment | None) -> list[str]:
+    return ["–"] * 3 if moment is None else [number(moment.first), number(moment.last), number(moment.ratio)]
+
+
+def _verdict(net: NetSummary) -> str:
+    return f'<span class="verdict {_CLASSES.get(net.verdict, "broken")}">{escape(net.verdict or "none yet")}</span>'
+
+
+def _verdicts(summary: Summary) -> str:
+    if not summary.nets:
+        return ""
+    items = "\n".join(
+        f"<dt>{escape(net.name)}</dt><dd>{_verdict(net)}<br>{_typeset(explain(net))}</dd>" for net in summary.nets
+    )
+    return f"<h2>Verdicts and their evidence</h2>\n<dl>\n{items}\n</dl>"
+
+
+def _reference(data: str) -> str:
+    if not data.startswith("cifar10"):
+        return ""
+    cells = "".join(f'<tr><th scope="row">ResNet-{depth}</th><td>{error}</td></tr>' for depth, error in _HE_TABLE_6)
+    return (
+        "<h2>For comparison</h2>\n<p>Test error on CIFAR-10 as printed by He et al. 2015 (arXiv:1512.03385, Table 6), "
+        "after 64,000 iterations of batch 128 on augmented images. A shorter run or another recipe does not reach "
+        "them.</p>"
+        f'\n<table style="min-width:0"><thead><tr><th class="text">network</th><th>test error&nbsp;%</th></tr></thead>'
+        f"<tbody>{cells}</tbody></table>"
+    )
+
+
+_METHOD = (
+    "Gradients were recorded by gradprobe while the networks trained: one pass over each weight's gradient, exact over "
+    "the whole range of the data type. The norm is that of the gradient which the optimizer used.",
+    "“At the first step” is the gradient of the first training step, at initialisation. At a later epoch it is, layer "
+    "by layer, the median over that epoch's steps. Only weights of more than one dimension are shown, in depth order.",
+    "A gradient is vanishing, exploding or sound by the ratio of its norm in the first weight layer to that in the "
+    "last (thresholds of AUTOTRAINER, Zhang et al., ICSE 2021), and non-finite where any element is NaN or infinite. "
+    "With several seeds the most frequent verdict counts.",
+    "“Degraded optimisation” means: the gradient is sound, and still the training error is clearly above that of a "
+    "shallower network of the same family. Clearly above is, with several seeds on both sides, Welch's one-sided t-"
+    f"test at 95 % and at least {MARGIN_PCT:g} percentage points between the means; with a single seed, at least "
+    f"{SINGLE_SEED_MARGIN_PCT:g} points. Both networks are compared after the same epoch, and not before "
+    f"{100 * EARLIEST_COMPARISON:g} % of the planned epochs.",
+    "He et al. 2015 (arXiv:1512.03385, section 4.1) found vanishing gradients an unlikely cause of this degradation in "
+    "networks with batch normalisation.",
+)
+
+
+def _method() -> str:
+    points = "\n".join(f"<li>{escape(point)}</li>" for point in _METHOD)
+    return f"<h2>How the numbers were measured</h2>\n<ul>\n{points}\n</ul>"
+
+
+def _run(summary: Summary) -> str:
+    facts = {**summary.config, **{key: value for key, value in summary.meta.items() if key != "config"}}
+    items = "\n".join(
+        f"<dt>{escape(_spaced(key))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in facts.items()
+    )
+    return f'<h2>The run</h2>\n<dl class="run">\n{items}\n</dl>'
+
+
+def _spaced(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_spaced(str(key))} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)
+
+
+def _typeset(text: str) -> str:
+    """Escapes a text, sets its powers of ten as such and keeps a number with what belongs to it on one line."""
+    text = escape(text).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+    text = re.sub(r"(\d)e(-?)(\d+)\b", lambda m: f"{m[1]}&nbsp;×&nbsp;10<sup>{'−' if m[2] else ''}{m[3]}</sup>", text)
+    return re.sub(r"\b([a-z]\w*-\d+)\b", r'<span class="net">\1</span>', text)
+
+
+def _dark_rules(summary: Summary) -> str:
+    """Recolours the drawings on a dark page; a rule outweighs the colour that a mark carries."""
+    rules = "".join(
+        f'svg [{kind}="{light}"] {{ {kind}: {dark}; }}\n'
+        for light, dark in Palette(summary).dark().items()
+        for kind in ("fill", "stroke")
+    )
+    return f"@media (prefers-color-scheme: dark) {{\n{rules}}}\n"
