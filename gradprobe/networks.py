@@ -1,7 +1,7 @@
-"""The networks of the depth problem: plain and residual nets of the same depth, and the lesson's deep CNN without normalisation.
+"""The networks of the depth problem: plain and residual nets of the same depth, and a deep CNN without normalisation.
 
-Sources: He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), section 4.2 for the CIFAR layout and
-table 1 for the ImageNet layout.
+Sources: He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), section 4.2 for the CIFAR
+layout and table 1 for the ImageNet layout.
 """
 
 from __future__ import annotations
@@ -49,21 +49,22 @@ def plain(
     """Builds the plain net of a depth: the residual net of the same depth without its shortcuts.
 
     Args:
-        depth: weight layers along the longest path. 6n+2 (8, 14, 20, …, 1202) is He et al.'s CIFAR layout; 18, 34, 50, 101 and 152
-            are their ImageNet layout. 50 and 152 are both: they are the ImageNet nets unless ``layout="cifar"`` is asked for.
-        layout: ``"cifar"`` (3x3 stem, widths 16/32/64) or ``"imagenet"`` (7x7 stem, max-pool, four stages); by default what the
-            depth says.
+        depth: weight layers along the longest path. 6n+2 (8, 14, 20, …, 1202) is He et al.'s CIFAR layout; 18, 34, 50,
+            101 and 152 are their ImageNet layout. 50 and 152 are both: they are the ImageNet nets unless
+            ``layout="cifar"`` is asked for.
+        layout: ``"cifar"`` (3x3 stem, widths 16/32/64) or ``"imagenet"`` (7x7 stem, max-pool, four stages); by default
+            what the depth says.
         in_channels: channels of the input images.
         num_classes: outputs; by default 10 (CIFAR layout) or 1000 (ImageNet layout).
         width: channels of the first stage; by default 16 or 64. Each later stage doubles it.
-        norm: ``"batch"`` puts a batch normalisation after every convolution, which then has no bias of its own; ``"none"`` leaves
-            the normalisation out and gives the convolution a bias.
-        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"`` (PyTorch's own) for the weights; biases start as
-            PyTorch starts them.
+        norm: ``"batch"`` puts a batch normalisation after every convolution, which then has no bias of its own;
+            ``"none"`` leaves the normalisation out and gives the convolution a bias.
+        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"`` (PyTorch's own) for the weights; biases
+            start as PyTorch starts them.
 
     Returns:
-        A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights come from torch's global
-        random stream.
+        A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights come from
+        torch's global random stream.
 
     Raises:
         ArgumentError: an option is not one of those above; the message lists what there is.
@@ -87,8 +88,9 @@ def resnet(
 ) -> nn.Module:
     """Builds the residual net of a depth.
 
-    The CIFAR layout has parameter-free shortcuts (option A: stride 2 and zero-padded channels), so it has exactly the parameters of
-    the plain net; the ImageNet layout has projections where the shape changes (option B), and bottlenecks from 50 layers on.
+    The CIFAR layout has parameter-free shortcuts (option A: stride 2 and zero-padded channels), so it has exactly the
+    parameters of the plain net; the ImageNet layout has projections where the shape changes (option B), and bottlenecks
+    from 50 layers on.
 
     Args:
         depth: as for `plain`.
@@ -115,7 +117,7 @@ def resnet(
 
 
 def deep_cnn(num_layers: int = 20, *, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> nn.Module:
-    """Builds a stack of 3x3 convolutions and ReLUs with nothing to keep its gradients alive: no normalisation, PyTorch's own init.
+    """Builds 3x3 convolutions and ReLUs with nothing to keep their gradients alive: no norm, PyTorch's own init.
 
     Args:
         num_layers: convolutions, at least 1.
@@ -162,7 +164,9 @@ def default_layout(depth: int) -> Layout:
         return "imagenet"
     if _is_whole(depth) and depth >= 8 and depth % 6 == 2:
         return "cifar"
-    raise ArgumentError(f"depth: needed 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …) or one of {_listed(IMAGENET_DEPTHS)}, got {depth!r}")
+    raise ArgumentError(
+        f"depth: needed 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …) or one of {_listed(IMAGENET_DEPTHS)}, got {depth!r}"
+    )
 
 
 def _build(
@@ -284,7 +288,7 @@ def _stages(
     width: int,
     norm: Norm,
 ) -> nn.Sequential:
-    """The body of both layouts: each stage doubles the channels, and all but the first halve the map in their first block."""
+    """The body of both layouts: each stage after the first doubles the channels and halves the map."""
     stages: list[nn.Module] = []
     in_channels = width
     for index, blocks in enumerate(blocks_per_stage):

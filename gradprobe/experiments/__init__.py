@@ -1,5 +1,5 @@
 """The degradation sweep: networks by depth trained on real data with the probe attached.
 
-Imports flow one way: ``cli`` uses ``sweep``, which uses ``train``, ``data`` and ``store``. ``store`` needs no torch, so that a
-report starts at once.
+Imports flow one way: ``cli`` uses ``sweep``, which uses ``train``, ``data`` and ``store``. ``store`` needs no torch, so
+that a report starts at once.
 """

@@ -29,6 +29,7 @@ class Dataset:
 
     Attributes:
         name: ``"digits"`` or ``"cifar10"``.
+        spec: what `load` takes to load it again, from any working folder.
         train_x: [N, C, H, W] float32.
         train_y: [N] int64.
         test_x: [M, C, H, W] float32.
@@ -39,6 +40,7 @@ class Dataset:
     """
 
     name: str
+    spec: str
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
@@ -65,7 +67,7 @@ class Dataset:
         digest = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -73,8 +75,9 @@ def load(spec: str) -> Dataset:
     """Loads a data set.
 
     Args:
-        spec: ``"digits"`` (scikit-learn's 1,797 handwritten digits of 8x8, embedded, split 75/25 by class) or ``"cifar10:DIR"``
-            (CIFAR-10's binary files: those of data_batch_1.bin to data_batch_5.bin that are there, and test_batch.bin).
+        spec: ``"digits"`` (scikit-learn's 1,797 handwritten digits of 8x8, embedded, split 75/25 by class) or
+            ``"cifar10:DIR"`` (CIFAR-10's binary files: those of data_batch_1.bin to data_batch_5.bin that are there,
+            and test_batch.bin).
 
     Returns:
         The data set. Pixels are scaled to 0..1 before the mean is subtracted.
@@ -130,6 +133,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def _centred(
     name: str,
+    spec: str,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
     *,
@@ -137,7 +141,7 @@ def _centred(
     files: tuple[str, ...] = (),
 ) -> Dataset:
     mean = train[0].mean(dim=0)  # [C, H, W]
-    return Dataset(name, train[0] - mean, train[1], test[0] - mean, test[1], 10, augmented, files)
+    return Dataset(name, spec, train[0] - mean, train[1], test[0] - mean, test[1], 10, augmented, files)
 
 
 def _digits() -> Dataset:
@@ -150,7 +154,7 @@ def _digits() -> Dataset:
     train, test = train_test_split(np.arange(len(bunch.target)), test_size=0.25, random_state=0, stratify=bunch.target)
     images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16  # [N, 1, 8, 8]
     labels = torch.tensor(bunch.target, dtype=torch.int64)
-    return _centred("digits", (images[train], labels[train]), (images[test], labels[test]), augmented=False)
+    return _centred("digits", "digits", (images[train], labels[train]), (images[test], labels[test]), augmented=False)
 
 
 def _cifar10(folder: Path) -> Dataset:
@@ -165,7 +169,9 @@ def _cifar10(folder: Path) -> Dataset:
         raise ArgumentError(f"data: {folder} {state} {', '.join(missing)}")
     batches = [_cifar10_file(folder / name) for name in present]
     train = (torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
-    return _centred("cifar10", train, _cifar10_file(folder / _CIFAR_TEST), augmented=True, files=(*present, _CIFAR_TEST))
+    test = _cifar10_file(folder / _CIFAR_TEST)
+    spec = f"cifar10:{folder.resolve()}"
+    return _centred("cifar10", spec, train, test, augmented=True, files=(*present, _CIFAR_TEST))
 
 
 def _cifar10_file(path: Path) -> tuple[Tensor, Tensor]:
@@ -175,8 +181,8 @@ def _cifar10_file(path: Path) -> tuple[Tensor, Tensor]:
         raise ArgumentError(f"data: {path} cannot be read: {error}") from error
     if raw.size == 0 or raw.size % _CIFAR_RECORD:
         raise ArgumentError(
-            f"data: {path} is damaged or short: needed a multiple of {_CIFAR_RECORD:,} bytes (1 label, {_CIFAR_PIXELS:,} pixels; "
-            f"{10_000 * _CIFAR_RECORD:,} for the full 10,000 images), found {raw.size:,}"
+            f"data: {path} is damaged or short: needed a multiple of {_CIFAR_RECORD:,} bytes (1 label and "
+            f"{_CIFAR_PIXELS:,} pixels; {10_000 * _CIFAR_RECORD:,} for the full 10,000 images), found {raw.size:,}"
         )
     records = raw.reshape(-1, _CIFAR_RECORD)
     labels = records[:, 0]

@@ -1,8 +1,8 @@
 """One SQLite file per sweep: what was asked, what was measured, and what is needed to go on after a kill.
 
-The file is in WAL mode and is written by one process, one transaction per epoch of a cell: the measurements of the epoch and the
-checkpoint from which the next one starts are there together or not at all. Not-a-number is NULL in the file and ``nan`` when read
-(SQLite has no NaN); infinities are kept.
+The file is in WAL mode and is written by one process, one transaction per epoch of a cell: the measurements of the
+epoch and the checkpoint from which the next one starts are there together or not at all. Not-a-number is NULL in the
+file and ``nan`` when read (SQLite has no NaN); infinities are kept.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from gradprobe.errors import StoreError
 
 APPLICATION_ID = 0x67725072  # "grPr"
 SCHEMA_VERSION = 1
 
+RunT = TypeVar("RunT", bound="Run")
+
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION_ID};
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE cell(
-    id INTEGER PRIMARY KEY, family TEXT NOT NULL, depth INTEGER NOT NULL, seed INTEGER NOT NULL, parameters INTEGER NOT NULL,
-    status TEXT NOT NULL CHECK(status IN ('pending', 'done', 'diverged')), UNIQUE(family, depth, seed));
+    id INTEGER PRIMARY KEY, family TEXT NOT NULL, depth INTEGER NOT NULL, seed INTEGER NOT NULL,
+    parameters INTEGER NOT NULL, status TEXT NOT NULL CHECK(status IN ('pending', 'done', 'diverged')),
+    UNIQUE(family, depth, seed));
 CREATE TABLE epoch(
     cell INTEGER NOT NULL REFERENCES cell(id), epoch INTEGER NOT NULL, train_loss REAL, train_error_pct REAL,
     test_error_pct REAL, seconds REAL, PRIMARY KEY(cell, epoch));
@@ -44,8 +47,8 @@ CREATE TABLE checkpoint(cell INTEGER PRIMARY KEY REFERENCES cell(id), epoch INTE
 class Cell:
     """One network of the sweep.
 
-    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (its training loss became non-finite, and it
-    stopped in that epoch, the last one recorded).
+    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (its training loss became
+    non-finite, and it stopped in that epoch, the last one recorded).
     """
 
     id: int
@@ -76,8 +79,8 @@ class EpochRow:
 class LayerRow:
     """The gradient of one weight (more than one dimension), in depth order by ``position``.
 
-    Epoch 0 holds the first step's gradient, epoch e the median over the steps of epoch e; ``nonfinite`` is the largest count of
-    any step.
+    Epoch 0 holds the first step's gradient, epoch e the median over the steps of epoch e; ``nonfinite`` is the largest
+    count of any step.
     """
 
     epoch: int
@@ -98,7 +101,9 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-            raise StoreError(f"{path}: needed a run written by gradprobe sweep, found a file that is no SQLite database") from error
+            raise StoreError(
+                f"{path}: needed a run written by gradprobe sweep, found a file that is no SQLite database"
+            ) from error
         raise StoreError(f"{path}: {error}") from error
 
 
@@ -107,16 +112,18 @@ def _number(value: float | None) -> float:
 
 
 class Run:
-    """A sweep's file, opened for reading; it may be read while a sweep writes it. Closes with ``close()`` or ``with``."""
+    """A sweep's file, opened for reading, also while a sweep writes it. Close it, or use it in ``with``."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._db = connection
 
-    def __enter__(self) -> Self:
+    def __enter__(self: RunT) -> RunT:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -129,7 +136,7 @@ class Run:
 
     @property
     def meta(self) -> dict[str, str]:
-        """Every key of the file's head: ``schema_version``, ``gradprobe_version``, ``torch_version``, ``config``, …"""
+        """The file's head: ``schema_version``, ``gradprobe_version``, ``torch_version``, ``config`` and more."""
         return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
 
     @property
@@ -140,11 +147,13 @@ class Run:
 
     def cells(self) -> list[Cell]:
         """All cells, by family, depth and seed in the order in which they were asked for."""
-        return [Cell(*row) for row in self._rows("SELECT id, family, depth, seed, parameters, status FROM cell ORDER BY id")]
+        return [
+            Cell(*row) for row in self._rows("SELECT id, family, depth, seed, parameters, status FROM cell ORDER BY id")
+        ]
 
     def epochs(self, cell_id: int) -> list[EpochRow]:
         """The epochs of a cell that are recorded so far, from 0 on."""
-        query = "SELECT epoch, train_loss, train_error_pct, test_error_pct, seconds FROM epoch WHERE cell = ? ORDER BY epoch"
+        query = f"SELECT {', '.join(_EPOCH_COLUMNS)} FROM epoch WHERE cell = ? ORDER BY epoch"
         return [EpochRow(row[0], *map(_number, row[1:])) for row in self._rows(query, cell_id)]
 
     def layers(self, cell_id: int, epoch: int) -> list[LayerRow]:
@@ -154,6 +163,7 @@ class Run:
         return [LayerRow(*row[:3], *map(_number, row[3:7]), *row[7:]) for row in rows]
 
 
+_EPOCH_COLUMNS = tuple(field.name for field in fields(EpochRow))
 _LAYER_COLUMNS = tuple(field.name for field in fields(LayerRow))
 
 
@@ -179,7 +189,8 @@ class RunWriter(Run):
         """
         with _sqlite_errors(self.path), self._db:
             self._db.executemany(
-                "INSERT INTO cell(family, depth, seed, parameters, status) VALUES(?, ?, ?, ?, 'pending') ON CONFLICT DO NOTHING",
+                "INSERT INTO cell(family, depth, seed, parameters, status) VALUES(?, ?, ?, ?, 'pending') "
+                "ON CONFLICT DO NOTHING",
                 cells,
             )
 
@@ -189,7 +200,12 @@ class RunWriter(Run):
         return bytes(rows[0][0]) if rows else None
 
     def save(
-        self, cell_id: int, epochs: Sequence[EpochRow], layers: Sequence[LayerRow], state: bytes, status: str = "pending"
+        self,
+        cell_id: int,
+        epochs: Sequence[EpochRow],
+        layers: Sequence[LayerRow],
+        state: bytes,
+        status: str = "pending",
     ) -> None:
         """Records an epoch of a cell, in one transaction.
 
@@ -202,7 +218,9 @@ class RunWriter(Run):
         """
         places = ", ".join("?" * (len(_LAYER_COLUMNS) + 1))
         with _sqlite_errors(self.path), self._db:
-            self._db.executemany("INSERT INTO epoch VALUES(?, ?, ?, ?, ?, ?)", [(cell_id, *astuple(row)) for row in epochs])
+            self._db.executemany(
+                "INSERT INTO epoch VALUES(?, ?, ?, ?, ?, ?)", [(cell_id, *astuple(row)) for row in epochs]
+            )
             self._db.executemany(
                 f"INSERT INTO layer(cell, {', '.join(_LAYER_COLUMNS)}) VALUES({places})",
                 [(cell_id, *astuple(row)) for row in layers],
@@ -216,7 +234,7 @@ class RunWriter(Run):
         if status != "pending":
             with _sqlite_errors(self.path):
                 # Gives back the pages of the checkpoint, which is many times larger than all measurements.
-                self._db.execute("PRAGMA incremental_vacuum").fetchall()
+                self._db.executescript("PRAGMA incremental_vacuum")
 
 
 def open_run(path: str | Path) -> Run:
@@ -249,7 +267,8 @@ def open_run(path: str | Path) -> Run:
         try:
             connection.execute("SELECT 1 FROM sqlite_master").fetchall()
         except sqlite3.OperationalError:
-            # WAL needs a shared-memory file beside the database; a read-only folder allows none, nor can anything be writing there.
+            # WAL needs a shared-memory file beside the database; a read-only folder allows none, nor can anything be
+            # writing there.
             connection.close()
             if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")):
                 raise
@@ -274,8 +293,8 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
         The writer; close it, or use it in a ``with`` statement.
 
     Raises:
-        StoreError: the file is not one of ours, is damaged, cannot be written, is being written by another sweep, or was made with
-            another configuration (the message names the options that differ). The file is left as it is.
+        StoreError: the file is not one of ours, is damaged, cannot be written, is being written by another sweep, or
+            was made with another configuration (the message names the options that differ). The file is left as it is.
 
     Example:
         >>> import tempfile
@@ -356,7 +375,9 @@ def _check_ours(path: Path, connection: sqlite3.Connection) -> None:
             raise StoreError(f"{path}: needed a run written by gradprobe sweep, found another SQLite database")
         version = _meta(connection, "schema_version")
     if version != str(SCHEMA_VERSION):
-        raise StoreError(f"{path}: written with schema version {version}; this gradprobe reads version {SCHEMA_VERSION}")
+        raise StoreError(
+            f"{path}: written with schema version {version}; this gradprobe reads version {SCHEMA_VERSION}"
+        )
 
 
 def _check_config(path: Path, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -374,7 +395,7 @@ def _lock_path(path: Path) -> Path:
 
 
 def _take_lock(path: Path) -> sqlite3.Connection:
-    """Holds ``path`` for this process until it closes the lock or dies: SQLite's locks work on every system and end with a kill."""
+    """Holds ``path`` for this process. SQLite's own locks work on every system and end with their process."""
     lock = sqlite3.connect(_lock_path(path), timeout=0.0)
     try:
         lock.execute("BEGIN EXCLUSIVE")
