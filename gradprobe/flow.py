@@ -16,7 +16,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
-from gradprobe.diagnose import Finding, Verdict, diagnose, layer_status, verdict, weight_sites
+from gradprobe.diagnose import Finding, Verdict, diagnose, layer_status, verdict
 from gradprobe.errors import ArgumentError, GradprobeWarning
 from gradprobe.probe import attach
 from gradprobe.snapshot import Snapshot
@@ -221,8 +221,8 @@ def check_gradient_flow(
 
 
 def _report(model: nn.Module, snapshot: Snapshot, silent: Sequence[str], order: Mapping[str, int]) -> FlowReport:
-    last = snapshot[weight_sites(snapshot)[-1]].norm
-    weights = set(weight_sites(snapshot))
+    # weights, biases and scales differ in size and in role: each is compared with the last of its own sort
+    last_norms = {_sort(name, snapshot): snapshot[name].norm for name in snapshot}
     layers = []
     for name in snapshot.table.names:
         depth = _depth(name, order)
@@ -230,8 +230,7 @@ def _report(model: nn.Module, snapshot: Snapshot, silent: Sequence[str], order: 
             layers.append(LayerFlow(depth, name, 0.0, 0.0, 0.0, 0.0, 0, 0, "no gradient"))
             continue
         site = snapshot[name]
-        # a bias or a scale has far fewer elements than a weight, so only weights are compared over depth
-        status = "non-finite" if site.nonfinite else layer_status(site.norm, last) if name in weights else "healthy"
+        status = "non-finite" if site.nonfinite else layer_status(site.norm, last_norms[_sort(name, snapshot)])
         layers.append(
             LayerFlow(
                 depth, name, site.norm, site.rms, site.abs_max, site.zero_fraction, site.nonfinite, site.numel, status
@@ -327,6 +326,10 @@ def _execution_order(model: nn.Module) -> Iterator[dict[str, int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sort(site: str, snapshot: Snapshot) -> tuple[str, bool]:
+    return site.rpartition(".")[2], snapshot.table.ndims[snapshot.table.index[site]] > 1
 
 
 def _depth(site: str, order: Mapping[str, int]) -> int:

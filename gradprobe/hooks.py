@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -107,8 +106,7 @@ class PythonTaps:
         self._handles: list[RemovableHandle] = []
         for k, parameter in enumerate(self._parameters):
             handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))  # type: ignore[no-untyped-call]
-            hooks: OrderedDict[int, Any] = parameter._post_accumulate_grad_hooks  # type: ignore[assignment]
-            hooks.move_to_end(handle.id, last=False)  # a hook of the user's may step and free the gradient
+            _run_first(parameter._post_accumulate_grad_hooks, handle.id)
             self._handles.append(handle)
 
     def arm(self) -> int:
@@ -186,3 +184,12 @@ class PythonTaps:
 
 def _placement(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.device, torch.dtype]]:
     return [(parameter.device, parameter.dtype) for parameter in parameters]
+
+
+def _run_first(hooks: MutableMapping[int, Any], key: int) -> None:
+    # a hook of the user's may step and free the gradient; torch runs them in the order of insertion
+    ours = hooks.pop(key)
+    others = dict(hooks)
+    hooks.clear()
+    hooks[key] = ours
+    hooks.update(others)

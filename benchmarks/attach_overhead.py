@@ -1,0 +1,104 @@
+"""What `gradprobe.attach` adds to a training step, against the ways that people measure gradients by hand.
+
+Two models: 1,000 small parameters (500 Linear(16), where the cost per tensor shows) and a ResNet-20. The ways run in
+turn within each round, so that they meet the same machine; medians with the quartiles.
+
+    python benchmarks/attach_overhead.py [--rounds 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+import gradprobe
+from gradprobe import hooks
+
+Step = Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=60)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    print(f"{processor()}, 1 thread; torch {torch.__version__}, python {platform.python_version()}")
+    print(f"backends: {gradprobe.backends()}; C++ hooks: {hooks.native_hooks()[1]}")
+    small = nn.Sequential(*(nn.Linear(16, 16) for _ in range(500)))
+    compare("1,000 small parameters", small, torch.randn(4, 16), rounds)
+    compare("ResNet-20, batch 32", gradprobe.networks.resnet(20), torch.randn(32, 3, 32, 32), max(10, rounds // 4))
+
+
+def compare(title: str, model: nn.Module, x: torch.Tensor, rounds: int) -> None:
+    """Times the ways in turn and prints what each adds to the bare step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    ways: dict[str, Callable[[], Callable[[], None]]] = {
+        "bare step": lambda: lambda: None,
+        "Python hook, grad.norm()": lambda: python_hooks(model),
+        "gradprobe.attach, every step": lambda: gradprobe.attach(model, optimizer=optimizer).detach,
+        "gradprobe.attach, every=10": lambda: gradprobe.attach(model, optimizer=optimizer, every=10).detach,
+    }
+    times_ms: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, enter in ways.items():
+            leave = enter()
+            step()
+            repeats = 10
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            times_ms[way].append((time.perf_counter() - start) * 1e3 / repeats)
+            leave()
+    bare = np.array(times_ms["bare step"])
+    print(f"\n{title}: bare step {np.median(bare):.2f} ms")
+    print(f"{'way':32}{'added, ms: median':>20}{'quartiles':>18}{'of the step':>14}")
+    added = {}
+    for way in list(ways)[1:]:
+        difference = np.array(times_ms[way]) - bare  # round by round
+        low, middle, high = np.percentile(difference, [25, 50, 75])
+        added[way] = statistics.median(difference)
+        print(f"{way:32}{middle:20.3f}{f'{low:.3f} … {high:.3f}':>18}{middle / np.median(bare):14.1%}")
+    ratio = added["gradprobe.attach, every step"] / added["Python hook, grad.norm()"]
+    print(f"attach / Python hook with grad.norm(): {ratio:.3f}")
+
+
+def python_hooks(model: nn.Module) -> Callable[[], None]:
+    """Registers the hook that most scripts use, keeping the norm of each gradient."""
+    norms: dict[int, torch.Tensor] = {}
+
+    def keep(parameter: torch.Tensor) -> None:
+        norms[id(parameter)] = parameter.grad.norm()
+
+    handles = [parameter.register_post_accumulate_grad_hook(keep) for parameter in model.parameters()]
+
+    def leave() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return leave
+
+
+def processor() -> str:
+    """Names the processor as the system does."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
