@@ -1,0 +1,194 @@
+// What the kernels share: element types, 16-byte access, the sums of a thread and of a block, launching.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../chunks.h"
+#include "../stats.h"
+#include "launch.h"
+
+namespace gradprobe::cuda {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarp = 32;
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kChunkBytes = 64 * 1024;
+
+template <typename T>
+inline constexpr int kVectorNumel = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+inline constexpr int kChunkNumel = kChunkBytes / static_cast<int>(sizeof(T));
+
+// Kernel parameters hold 32,764 bytes from CUDA 12.1 on (compute capability 7.0 and up), 4,096 before.
+inline constexpr int kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
+
+// ---- Elements
+
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ double widened(double x) { return x; }
+
+template <typename T>
+__device__ __forceinline__ T narrowed(Wide<T> x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+template <typename T>
+struct alignas(kVectorBytes) Vector {
+  T element[kVectorNumel<T>];
+};
+
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+  const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(address));
+  Vector<T> vector;
+  memcpy(&vector, &bytes, sizeof vector);
+  return vector;
+}
+
+// Calls body with a null pointer to the C++ type of `element`.
+template <typename Body>
+cudaError_t with_type(Element element, Body&& body) {
+  switch (element) {
+    case Element::f16:
+      return body(static_cast<__half*>(nullptr));
+    case Element::bf16:
+      return body(static_cast<__nv_bfloat16*>(nullptr));
+    case Element::f32:
+      return body(static_cast<float*>(nullptr));
+    case Element::f64:
+      return body(static_cast<double*>(nullptr));
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Where the 16-byte vectors of a range lie: `head` single elements before them, `tail` after.
+struct Split {
+  int head;
+  int n_vectors;
+  int tail;
+};
+
+template <typename T>
+__device__ __forceinline__ Split split_range(const T* begin, int numel) {
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(begin) % kVectorBytes);
+  int head = past == 0 ? 0 : (kVectorBytes - past) / static_cast<int>(sizeof(T));
+  head = head < numel ? head : numel;
+  const int n_vectors = (numel - head) / kVectorNumel<T>;
+  return {head, n_vectors, numel - head - n_vectors * kVectorNumel<T>};
+}
+
+// ---- Sums of one thread
+
+// float and narrower: sums of groups in float, carried in double. Their raw rows have exponent 0 always (float's range
+// lies within).
+template <typename Number>
+struct ThreadSums {
+  double sum = 0.0;
+  double sum_abs = 0.0;
+  double sum_sq = 0.0;
+  int32_t abs_max_bits = 0;
+  int32_t n_zero = 0;
+  int32_t n_nonfinite = 0;
+
+  template <int n>
+  __device__ __forceinline__ void add_group(const float (&x)[n]) {
+    static_assert(n <= kFastAdds);
+    FastSums fast = fast_identity();
+#pragma unroll
+    for (int i = 0; i < n; ++i) add(fast, x[i]);
+    abs_max_bits = fast.abs_max_bits > abs_max_bits ? fast.abs_max_bits : abs_max_bits;
+    if (fast_is_exact(fast.abs_max_bits)) {
+      sum += fast.sum;
+      sum_abs += fast.sum_abs;
+      sum_sq += fast.sum_sq;
+      n_zero += fast.n_zero;
+    } else {
+      Stats exact = identity();
+#pragma unroll
+      for (int i = 0; i < n; ++i) add(exact, x[i], 1.0);
+      sum += exact.sum;
+      sum_abs += exact.sum_abs;
+      sum_sq += exact.sum_sq;
+      n_zero += static_cast<int32_t>(exact.n_zero);
+      n_nonfinite += static_cast<int32_t>(exact.n_nonfinite);
+    }
+  }
+
+  __device__ __forceinline__ Stats stats() const {
+    return {sum, sum_abs, sum_sq, static_cast<double>(float_of_bits(abs_max_bits)), n_zero, n_nonfinite};
+  }
+};
+
+template <>
+struct ThreadSums<double> {
+  Stats total = identity();
+
+  template <int n>
+  __device__ __forceinline__ void add_group(const double (&x)[n]) {
+    int64_t abs_max_bits = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) abs_max_bits = abs_bits(x[i]) > abs_max_bits ? abs_bits(x[i]) : abs_max_bits;
+    const double abs_max = double_of_bits(abs_max_bits);
+    Stats group = identity();
+    const double factor = range_factor(abs_max);
+#pragma unroll
+    for (int i = 0; i < n; ++i) add(group, x[i], factor);
+    total = merge(total, group);
+  }
+
+  __device__ __forceinline__ Stats stats() const { return total; }
+};
+
+// ---- Sums of a block
+
+__device__ __forceinline__ Stats shuffle_down(const Stats& stats, int delta) {
+  constexpr unsigned kAllLanes = 0xffffffffu;
+  return {__shfl_down_sync(kAllLanes, stats.sum, delta),    __shfl_down_sync(kAllLanes, stats.sum_abs, delta),
+          __shfl_down_sync(kAllLanes, stats.sum_sq, delta), __shfl_down_sync(kAllLanes, stats.abs_max, delta),
+          __shfl_down_sync(kAllLanes, stats.n_zero, delta), __shfl_down_sync(kAllLanes, stats.n_nonfinite, delta)};
+}
+
+// The statistics of all threads of the block, in thread 0, merged in a fixed order. Two calls need a barrier between
+// them.
+[[maybe_unused]] static __device__ Stats merge_block(const Stats& mine) {
+  __shared__ Stats of_thread[kThreads];
+  of_thread[threadIdx.x] = mine;
+  __syncthreads();
+  Stats all = identity();
+  if (threadIdx.x < kWarp) {
+    all = of_thread[threadIdx.x];
+    for (int t = static_cast<int>(threadIdx.x) + kWarp; t < kThreads; t += kWarp) all = merge(all, of_thread[t]);
+    for (int delta = kWarp / 2; delta > 0; delta /= 2) all = merge(all, shuffle_down(all, delta));
+  }
+  return all;
+}
+
+// ---- Launching
+
+template <typename... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t n_blocks, cudaStream_t stream,
+                   const std::type_identity_t<Parameters>&... arguments) {
+  if (n_blocks < 1 || n_blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(n_blocks)), dim3(kThreads), pointers, 0, stream);
+}
+
+}  // namespace gradprobe::cuda

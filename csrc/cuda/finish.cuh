@@ -1,0 +1,78 @@
+// The second launch: merges the partial results of each row's chunks and writes the rows.
+#pragma once
+
+#include "device.cuh"
+
+namespace gradprobe::cuda {
+namespace {  // each file that includes this has its own kernel
+
+template <int kCapacity>
+struct FinishTable {
+  uint32_t first_partial[kCapacity];
+  uint32_t n_partials[kCapacity];
+  uint32_t row[kCapacity];
+};
+
+inline constexpr int kFinishRows = (kParameterBytes - 32) / 12;
+inline constexpr int kFinishRowsSmall = 64;
+
+// One block for each row. Threads stride over the partials, two loads in flight, so a row of 1e5 chunks is still short
+// work.
+template <int kCapacity>
+__global__ void __launch_bounds__(kThreads)
+    merge_partials(const __grid_constant__ FinishTable<kCapacity> table, const Stats* partials, double* rows) {
+  const Stats* first = partials + table.first_partial[blockIdx.x];
+  const int64_t n = table.n_partials[blockIdx.x];
+  Stats mine = identity();
+  int64_t i = threadIdx.x;
+  for (; i + kThreads < n; i += 2 * kThreads) {
+    const Stats near = first[i];
+    const Stats far = first[i + kThreads];
+    mine = merge(merge(mine, near), far);
+  }
+  if (i < n) mine = merge(mine, first[i]);
+  const Stats all = merge_block(mine);
+  if (threadIdx.x == 0) finish(all, rows + int64_t{kStats} * table.row[blockIdx.x]);
+}
+
+// Collects rows that need merging. The caller flushes when full, once the launches that write the partials are
+// enqueued.
+class Finisher {
+ public:
+  Finisher(const Stats* partials, double* rows, cudaStream_t stream)
+      : partials_(partials), rows_(rows), stream_(stream) {}
+
+  bool full() const { return n_rows_ == kFinishRows; }
+
+  void add(int64_t first_partial, int64_t n_partials, int64_t row) {
+    table_.first_partial[n_rows_] = static_cast<uint32_t>(first_partial);
+    table_.n_partials[n_rows_] = static_cast<uint32_t>(n_partials);
+    table_.row[n_rows_] = static_cast<uint32_t>(row);
+    ++n_rows_;
+  }
+
+  cudaError_t flush() {
+    if (n_rows_ == 0) return cudaSuccess;
+    const int n_rows = n_rows_;
+    n_rows_ = 0;
+    if (n_rows > kFinishRowsSmall)
+      return launch(merge_partials<kFinishRows>, n_rows, stream_, table_, partials_, rows_);
+    FinishTable<kFinishRowsSmall> small;
+    for (int i = 0; i < n_rows; ++i) {
+      small.first_partial[i] = table_.first_partial[i];
+      small.n_partials[i] = table_.n_partials[i];
+      small.row[i] = table_.row[i];
+    }
+    return launch(merge_partials<kFinishRowsSmall>, n_rows, stream_, small, partials_, rows_);
+  }
+
+ private:
+  FinishTable<kFinishRows> table_;
+  int n_rows_ = 0;
+  const Stats* partials_;
+  double* rows_;
+  cudaStream_t stream_;
+};
+
+}  // namespace
+}  // namespace gradprobe::cuda

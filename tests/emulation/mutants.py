@@ -1,0 +1,148 @@
+"""Planted bugs: textual changes of the kernels' source, each of which the checks must catch."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from emulation.harness import CSRC
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: `old` in `file` becomes `new`; the checks under `caught_by` must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+
+
+MUTANTS = (
+    Mutant(
+        "missing_barrier",
+        "cuda/device.cuh",
+        "  __syncthreads();\n  Stats all",
+        "  Stats all",
+        "grad_stats/boundaries/f32",
+    ),
+    Mutant(
+        "wrong_lane_mask",
+        "cuda/device.cuh",
+        "kAllLanes = 0xffffffffu",
+        "kAllLanes = 0x0000ffffu",
+        "grad_stats/boundaries/f32",
+    ),
+    Mutant(
+        "divergent_shuffle",
+        "cuda/device.cuh",
+        "if (threadIdx.x < kWarp) {",
+        "if (threadIdx.x < kWarp - 1) {",
+        "grad_stats/boundaries/f32",
+    ),
+    Mutant(
+        "warps_left_out",
+        "cuda/device.cuh",
+        "+ kWarp; t < kThreads;",
+        "+ kWarp; t < kThreads - kWarp;",
+        "grad_stats/boundaries/f32",
+    ),
+    Mutant(
+        "tail_off_by_one",
+        "cuda/grad_stats.cu",
+        "thread < split.tail",
+        "thread + 1 < split.tail",
+        "grad_stats/boundaries/f16",
+    ),
+    Mutant("head_counted_twice", "cuda/grad_stats.cu", "begin + split.head;", "begin;", "grad_stats/misaligned/f64"),
+    Mutant(
+        "misaligned_vector_load", "cuda/device.cuh", "past == 0 ? 0 :", "past != 4 ? 0 :", "grad_stats/misaligned/bf16"
+    ),
+    Mutant("dropped_last_chunk", "chunks.h", " + (numel % chunk_numel != 0)", "", "grad_stats/boundaries/f32"),
+    Mutant(
+        "chunk_past_the_end",
+        "chunks.h",
+        "(left < chunk_numel ? left : chunk_numel)",
+        "chunk_numel",
+        "grad_stats/boundaries/f64",
+    ),
+    Mutant(
+        "unrolled_loop_overruns",
+        "cuda/grad_stats.cu",
+        "v + (kLoads - 1) * kThreads <",
+        "v + (kLoads - 2) * kThreads <",
+        "grad_stats/boundaries/f16",
+    ),
+    Mutant(
+        "vector_dropped",
+        "cuda/grad_stats.cu",
+        "for (; v < split.n_vectors; v",
+        "for (; v + 1 < split.n_vectors; v",
+        "grad_stats/boundaries/f32",
+    ),
+    Mutant(
+        "swapped_statistics", "stats.h", "row[0] = stats.sum;", "row[0] = stats.sum_abs;", "grad_stats/boundaries/f32"
+    ),
+    Mutant("nan_lost_in_max", "stats.h", "(a > b || a != a) ? a : b", "a > b ? a : b", "grad_stats/extremes/f32"),
+    Mutant("squares_underflow", "stats.h", "kFastMin = 0x1p-55f", "kFastMin = 0x1p-148f", "grad_stats/extremes/f32"),
+    Mutant("squares_overflow", "stats.h", "kFastMax = 0x1p+55f", "kFastMax = 0x1p+127f", "grad_stats/extremes/bf16"),
+    Mutant(
+        "bins_ignored",
+        "stats.h",
+        "return exponent == 0 ? 1.0 : exponent > 0 ? 0x1p-600 : 0x1p+600;",
+        "return 1.0;",
+        "grad_stats/extremes/f64",
+    ),
+    Mutant(
+        "int32_index",
+        "cuda/grad_stats.cu",
+        "(table.data[tensor]) + chunk.begin",
+        "(table.data[tensor]) + static_cast<int>(chunk.begin)",
+        "grad_stats/beyond_int32",
+    ),
+    Mutant(
+        "second_load_lost",
+        "cuda/finish.cuh",
+        "merge(merge(mine, near), far)",
+        "merge(mine, near)",
+        "grad_stats/many_chunks",
+    ),
+    Mutant(
+        "launch_overwrites_partials",
+        "cuda/grad_stats.cu",
+        "partials + chunks_done,",
+        "partials,",
+        "grad_stats/many/3000",
+    ),
+    Mutant(
+        "finish_before_sums",
+        "cuda/grad_stats.cu",
+        "        if (const cudaError_t error = flush()) return error;\n        if",
+        "        if",
+        "grad_stats/many/3000-mostly-empty",
+    ),
+    Mutant(
+        "empty_row_unwritten",
+        "cuda/grad_stats.cu",
+        "if (chunks != 1) {",
+        "if (chunks > 1) {",
+        "grad_stats/boundaries/f32",
+    ),
+    Mutant(
+        "row_truncated", "cuda/grad_stats.cu", "row_span < 0 || row_span > 0xffff ||", "", "grad_stats/scattered_rows"
+    ),
+)
+
+
+def plant(mutant: Mutant, folder: Path) -> Path:
+    """Copies csrc into `folder`, with the bug; returns the copy. The text to change must occur exactly once."""
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    path = csrc / mutant.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} has {source.count(mutant.old)} times: {mutant.old!r}")
+    path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+    return csrc

@@ -1,0 +1,243 @@
+"""Named checks of the emulated kernels.
+
+`python -m emulation.sweep LIBRARY [--only PREFIX] [--short] [--exact-ends]` runs them in a process of their own, as the
+sanitizers and the planted bugs need it: it exits with 1 and the check's name when one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emulation.harness import (
+    CHUNK_BYTES,
+    ELEMENTS,
+    ITEM_BYTES,
+    VECTOR_BYTES,
+    Block,
+    KernelError,
+    Kernels,
+    decode,
+    encode,
+)
+from emulation.twin import check_row
+
+THREADS = 256
+LOADS = 4
+
+Check = Callable[[Kernels], None]
+
+
+def sizes_at_boundaries(element: str, short: bool = False) -> list[int]:
+    """Numbers of elements around each boundary that the kernels know: vector, warp, block, unrolled loop, chunk."""
+    vector = VECTOR_BYTES // ITEM_BYTES[element]
+    chunk = CHUNK_BYTES // ITEM_BYTES[element]
+    marks = [1, vector, 32, 256, 32 * vector, THREADS * vector, LOADS * THREADS * vector, chunk]
+    if not short:
+        marks += [2 * vector, (LOADS - 1) * THREADS * vector, 2 * chunk]
+    return sorted({0, *(mark + step for mark in marks for step in (-1, 0, 1)), chunk + vector - 1})
+
+
+def random_values(rng: np.random.Generator, numel: int) -> NDArray[np.float64]:
+    """Gradients as they come: normal, some zero, a scale of their own."""
+    values = rng.standard_normal(numel) * 10.0 ** rng.uniform(-3, 1)
+    values[rng.random(numel) < 0.05] = 0.0
+    return values
+
+
+def check_tensors(kernels: Kernels, blocks: list[Block], what: str) -> None:
+    """The raw rows of `blocks` must be those of the twin, and the same bits in every order of threads."""
+    kernels.seed(len(blocks))
+    rows = kernels.grad_stats(blocks)
+    for k, (row, block) in enumerate(zip(rows, blocks, strict=True)):
+        check_row(
+            row,
+            decode(block.storage, block.element),
+            block.element,
+            f"{what}, tensor {k} [{block.storage.size}] + {block.offset}",
+        )
+    kernels.seed(len(blocks) + 1)
+    again = kernels.grad_stats(blocks)
+    if again.tobytes() != rows.tobytes():
+        raise AssertionError(f"{what}: another order of threads gives other bits")
+
+
+def boundaries(element: str, short: bool) -> Check:
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(1)
+        vector = VECTOR_BYTES // ITEM_BYTES[element]
+        blocks = [
+            Block(encode(random_values(rng, numel), element), element, offset=k % vector)
+            for k, numel in enumerate(sizes_at_boundaries(element, short))
+        ]
+        check_tensors(kernels, blocks, f"{element} sizes at boundaries")
+
+    return check
+
+
+def misaligned(element: str) -> Check:
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(2)
+        vector = VECTOR_BYTES // ITEM_BYTES[element]
+        numel = THREADS * vector + vector + 1
+        blocks = [Block(encode(random_values(rng, numel + k), element), element, offset=k) for k in range(vector)]
+        check_tensors(kernels, blocks, f"{element} misaligned")
+
+    return check
+
+
+def _extremes(element: str) -> list[NDArray[np.float64]]:
+    """Values at the ends of a type's range, alone and mixed, NaN and infinities among them."""
+    smallest, largest = {
+        "f16": (2.0**-24, 65504.0),
+        "bf16": (2.0**-133, 2.0**127),
+        "f32": (2.0**-149, 3.4e38),
+        "f64": (5e-324, 1.7e308),
+    }[element]
+    rng = np.random.default_rng(3)
+    cases = []
+    for exponent in np.linspace(np.log2(smallest), np.log2(largest), 9):
+        magnitude = 2.0 ** np.clip(exponent, np.log2(smallest), np.log2(largest) - 1)
+        cases.append(magnitude * rng.uniform(0.5, 1.0, 1500) * rng.choice([-1, 1], 1500))
+        cases.append(np.full(1100, magnitude))
+    spread = 2.0 ** rng.uniform(np.log2(smallest), np.log2(largest) - 1, 5000) * rng.choice([-1, 1], 5000)
+    cases += [
+        spread,
+        np.sort(spread),
+        np.zeros(999),
+        -np.zeros(33),
+        np.array([largest, -largest, smallest]),
+        np.array([smallest]),
+    ]
+    for special in ([np.nan], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan, np.inf]):
+        for values in (spread, np.full(700, largest), np.zeros(300), rng.standard_normal(70_000)):
+            for position in (0, len(values) // 2, len(values) - len(special)):
+                changed = values.copy()
+                changed[position : position + len(special)] = special
+                cases.append(changed)
+    return cases
+
+
+def extremes(element: str, short: bool) -> Check:
+    def check(kernels: Kernels) -> None:
+        cases = _extremes(element)[:: 4 if short else 1]
+        check_tensors(
+            kernels,
+            [Block(encode(values, element), element, k % 2) for k, values in enumerate(cases)],
+            f"{element} extremes",
+        )
+
+    return check
+
+
+def many(n_tensors: int, share_empty: float) -> Check:
+    """More tensors than a launch's table holds, with tensors of two chunks in the first and in the last launch."""
+
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(4)
+        sizes = np.where(rng.random(n_tensors) < share_empty, 0, rng.integers(1, 40, n_tensors))
+        sizes[[3, -3]] = CHUNK_BYTES // 4 + 5
+        blocks = [Block(encode(random_values(rng, int(n)), "f32"), "f32") for n in sizes]
+        kernels.take_launches()
+        rows = kernels.grad_stats(blocks)
+        for k, (row, block) in enumerate(zip(rows, blocks, strict=True)):
+            check_row(row, decode(block.storage, "f32"), "f32", f"{n_tensors} tensors, number {k}")
+
+    return check
+
+
+def scattered_rows(kernels: Kernels) -> None:
+    """Rows of one type among those of others, in any order and far apart; the rest of the output stays as it was."""
+    rng = np.random.default_rng(5)
+    rows = [7, 3, 70_000, 12, 65_536 + 7, 5]
+    blocks = [Block(encode(random_values(rng, n), "bf16"), "bf16") for n in (10, 40_000, 33, 0, 70_000, 1)]
+    out = kernels.grad_stats(blocks, rows=rows, n_rows=70_001)
+    for row, block in zip(rows, blocks, strict=True):
+        check_row(out[row], decode(block.storage, "bf16"), "bf16", f"row {row}")
+    if not np.isnan(np.delete(out, rows, axis=0)).all():
+        raise AssertionError("a kernel wrote rows that it does not own")
+
+
+def many_chunks(n_chunks: int) -> Check:
+    """Two loads in flight in the second launch, and its remainders."""
+
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(6)
+        blocks = [
+            Block(encode(random_values(rng, n * CHUNK_BYTES // 8 + 5), "f64"), "f64", n % 2)
+            for n in (n_chunks, THREADS, THREADS - 1)
+        ]
+        check_tensors(kernels, blocks, "many chunks")
+
+    return check
+
+
+def beyond_int32(kernels: Kernels) -> None:
+    """Elements after number 2**31 of one tensor. Memory is reserved, not used: untouched pages read as zeros."""
+    numel = 2**31 + 70_001
+    chunk = CHUNK_BYTES // 2
+    first_block = 2**31 // chunk - 1
+    with mmap.mmap(
+        -1, numel * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    ) as memory:
+        storage = np.frombuffer(memory, dtype=np.float16)
+        storage[2**31 - 3 :] = 0.5
+        storage[-1] = 2.0
+        kernels.run_only(first_block)
+        try:
+            row = kernels.grad_stats_at(storage.ctypes.data, numel, "f16")[0]
+        finally:
+            kernels.run_only(0)
+            tail = storage[first_block * chunk :].astype(np.float64)
+            del storage
+    check_row(row, tail, "f16", "a tensor of more than 2**31 elements")
+
+
+def all_checks(short: bool = False) -> dict[str, Check]:
+    """Every check by its name. `short` leaves out sizes, for the thread sanitizer and other slow builds."""
+    checks: dict[str, Check] = {}
+    for element in ELEMENTS:
+        checks[f"grad_stats/boundaries/{element}"] = boundaries(element, short)
+        checks[f"grad_stats/misaligned/{element}"] = misaligned(element)
+        checks[f"grad_stats/extremes/{element}"] = extremes(element, short)
+    checks["grad_stats/scattered_rows"] = scattered_rows
+    if not short:
+        checks["grad_stats/beyond_int32"] = beyond_int32
+        checks["grad_stats/many/3000"] = many(3000, share_empty=0.02)
+        checks["grad_stats/many/3000-mostly-empty"] = many(3000, share_empty=0.97)
+    checks["grad_stats/many/300"] = many(300, share_empty=0.02)
+    checks["grad_stats/many_chunks"] = many_chunks(3 if short else 2 * THREADS + 1)
+    return checks
+
+
+def main() -> int:
+    """Runs the checks in order; the exit status says whether all held."""
+    parser = argparse.ArgumentParser(description="Checks a library of emulated kernels.")
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--only", action="append", help="run the checks whose names start with this")
+    parser.add_argument("--short", action="store_true", help="smaller sizes")
+    parser.add_argument(
+        "--exact-ends", action="store_true", help="no guard around tensors: the address sanitizer sees their ends"
+    )
+    arguments = parser.parse_args()
+    kernels = Kernels(arguments.library, guard_bytes=0 if arguments.exact_ends else 64)
+    for name, check in all_checks(arguments.short).items():
+        if arguments.only and not name.startswith(tuple(arguments.only)):
+            continue
+        try:
+            check(kernels)
+        except (AssertionError, KernelError) as error:
+            print(f"FAILED {name}: {error}", flush=True)
+            return 1
+    print("all held", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What the kernels must give: the same operations in extended precision, written without their source."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Largest errors allowed, relative to sum_abs for "sum" and to itself for the other sums.
+TOLERANCE = {"f16": 1e-6, "bf16": 1e-6, "f32": 1e-6, "f64": 1e-12}
+
+
+def range_exponent(abs_max: float) -> int:
+    """The exponent of a raw row, from the definition of raw rows."""
+    if abs_max == 0 or not np.isfinite(abs_max):
+        return 0
+    return 600 if abs_max > 2.0**480 else -600 if abs_max < 2.0**-480 else 0
+
+
+def raw_row(values: NDArray[np.float64]) -> NDArray[np.longdouble]:
+    """The raw row [6] of a tensor's values."""
+    wide = values.astype(np.longdouble)
+    magnitude = np.abs(wide)
+    abs_max = np.longdouble(0)
+    if values.size:
+        abs_max = np.longdouble(np.nan) if np.isnan(values).any() else magnitude.max()
+    scaled = np.ldexp(wide, -range_exponent(float(abs_max)))
+    with np.errstate(invalid="ignore"):
+        sums = [scaled.sum(), np.abs(scaled).sum(), (scaled * scaled).sum()]
+    return np.array([*sums, abs_max, np.sum(values == 0), np.sum(~np.isfinite(values))], dtype=np.longdouble)
+
+
+def check_row(got: NDArray[np.float64], values: NDArray[np.float64], element: str, what: str) -> None:
+    """Raises AssertionError, naming `what` and the column, unless `got` [6] is the raw row of `values`."""
+    needed = raw_row(values)
+    for column, exact in ((3, "abs_max"), (4, "n_zero"), (5, "n_nonfinite")):
+        same = got[column] == needed[column] or (np.isnan(got[column]) and np.isnan(needed[column]))
+        if not same:
+            raise AssertionError(f"{what}: {exact} is {got[column]!r}, needed {needed[column]!r}")
+    for column, name in ((0, "sum"), (1, "sum_abs"), (2, "sum_sq")):
+        if np.isfinite(needed[column]):
+            bound = TOLERANCE[element] * needed[1 if column == 0 else column]
+            if not abs(np.longdouble(got[column]) - needed[column]) <= bound:
+                raise AssertionError(
+                    f"{what}: {name} is {got[column]!r}, needed {needed[column]!r}, give or take {bound!r}"
+                )
+        elif not (got[column] == needed[column] or (np.isnan(got[column]) and np.isnan(needed[column]))):
+            raise AssertionError(f"{what}: {name} is {got[column]!r}, needed {needed[column]!r}")

@@ -1,0 +1,50 @@
+"""Planted bugs in the CUDA kernels, each of which the emulation's checks must catch: this proves the checks."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from emulation.harness import HARNESS, build, compiler, run_sweep, session_build
+from emulation.mutants import MUTANTS, Mutant, plant
+
+pytestmark = pytest.mark.skipif(
+    compiler() is None or sys.platform != "linux", reason="the emulation needs g++ on Linux"
+)
+
+# One of each kind runs always; the others with the long tests.
+ALWAYS = {
+    "missing_barrier",
+    "wrong_lane_mask",
+    "tail_off_by_one",
+    "misaligned_vector_load",
+    "dropped_last_chunk",
+    "swapped_statistics",
+    "nan_lost_in_max",
+    "squares_underflow",
+    "int32_index",
+}
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(m, id=m.name, marks=() if m.name in ALWAYS else pytest.mark.soak) for m in MUTANTS],
+)
+def test_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
+    csrc = plant(mutant, tmp_path)
+    for source in HARNESS:  # the same for every mutant
+        shutil.copy(session_build().parent / f"{Path(source).stem}-plain.o", tmp_path)
+    done = run_sweep(build(tmp_path, csrc=csrc), "plain", "--only", mutant.caught_by)
+    # Killed by a signal: the bug reached memory that is not there.
+    assert done.returncode < 0 or (done.returncode == 1 and f"FAILED {mutant.caught_by}" in done.stdout), (
+        done.stdout + done.stderr
+    )
+
+
+def test_names_of_always_exist() -> None:
+    assert {mutant.name for mutant in MUTANTS} >= ALWAYS
+
+
+def test_a_mutant_that_no_longer_matches_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 0 times"):
+        plant(Mutant("stale", "stats.h", "no such text", "", "grad_stats"), tmp_path)

@@ -1,0 +1,57 @@
+"""The CUDA kernels under the host compiler's sanitizers: memory, undefined behaviour, races within a block."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from emulation.harness import build, compiler, run_sweep, session_build
+from emulation.mutants import Mutant, plant
+
+pytestmark = pytest.mark.skipif(
+    compiler() is None or sys.platform != "linux", reason="the emulation needs g++ on Linux"
+)
+
+SHORT = ("--short", "--exact-ends")
+
+
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_no_report_in_short(mode: str) -> None:
+    only = ["--only", "grad_stats/boundaries/f16", "--only", "grad_stats/misaligned", "--only", "grad_stats/scattered"]
+    done = run_sweep(session_build(mode), mode, *SHORT, *only)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["address", "thread"])
+def test_no_report_in_all_checks(mode: str) -> None:
+    done = run_sweep(session_build(mode), mode, *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+READS_BEHIND_THE_END = Mutant(
+    "tail_reads_behind_the_end",
+    "cuda/grad_stats.cu",
+    "thread < split.tail",
+    "thread < split.tail + 1",
+    "grad_stats/boundaries/f16",
+)
+MISSING_BARRIER = Mutant(
+    "missing_barrier", "cuda/device.cuh", "  __syncthreads();\n  Stats all", "  Stats all", "grad_stats/misaligned/f32"
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "mutant", "report"),
+    [
+        pytest.param("address", READS_BEHIND_THE_END, "heap-buffer-overflow", id="address"),
+        pytest.param("thread", MISSING_BARRIER, "data race", id="thread", marks=pytest.mark.soak),
+    ],
+)
+def test_a_planted_bug_is_reported(mode: str, mutant: Mutant, report: str, tmp_path: Path) -> None:
+    csrc = plant(mutant, tmp_path)
+    for name in ("scheduler", "exports"):
+        shutil.copy(session_build(mode).parent / f"{name}-{mode}.o", tmp_path)
+    done = run_sweep(build(tmp_path, mode, csrc), mode, *SHORT, "--only", mutant.caught_by)
+    assert done.returncode == 66, done.stdout + done.stderr
+    assert report in done.stderr
