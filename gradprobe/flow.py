@@ -23,6 +23,20 @@ from gradprobe.snapshot import Snapshot
 
 SEED = 0
 BAR_WIDTH = 24
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
+}
 _SPEC = re.compile(r"^(?:(?P<dtype>\w+)(?:\[(?P<low>-?\d+):(?P<high>-?\d+)\])?:)?(?P<shape>\d+(?:,\d+)*)?$")
 
 
@@ -69,9 +83,9 @@ def parse_input(text: str) -> InputSpec:
     match = _SPEC.match(text.replace(" ", ""))
     if match is None or not text.strip():
         raise ArgumentError(f"input: need SHAPE or DTYPE:SHAPE or DTYPE[LOW:HIGH]:SHAPE, as 3,32,32; got {text!r}")
-    dtype = getattr(torch, match["dtype"] or "float32", None)
-    if not isinstance(dtype, torch.dtype):
-        raise ArgumentError(f"input: need a dtype of torch, as float32 or int64; got {match['dtype']!r} in {text!r}")
+    dtype = DTYPES.get(match["dtype"] or "float32")
+    if dtype is None:
+        raise ArgumentError(f"input: need a dtype of {', '.join(DTYPES)}; got {match['dtype']!r} in {text!r}")
     shape = tuple(int(size) for size in match["shape"].split(",")) if match["shape"] else ()
     if match["low"] is None:
         return InputSpec(shape, dtype)

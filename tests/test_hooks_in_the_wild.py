@@ -1,0 +1,170 @@
+"""The probe under torch's own machinery: checkpointing, compilation, data parallelism, copies."""
+
+import copy
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradprobe
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def assert_measured(probe: gradprobe.Probe, model: nn.Module) -> None:
+    snapshot = probe.latest()
+    assert snapshot is not None
+    truth = {name: np.linalg.norm(p.grad.double().numpy().ravel()) for name, p in model.named_parameters()}
+    assert {name: site.norm for name, site in snapshot.sites.items()} == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_checkpointing(when: str, use_reentrant: bool) -> None:
+    model = mlp()
+    with gradprobe.attach(model, when=when) as probe:
+        x = batch().requires_grad_()
+        checkpoint(model, x, use_reentrant=use_reentrant).square().mean().backward()
+        probe.step()
+        assert_measured(probe, model)
+        assert probe.coverage().unhooked == ()
+
+
+def test_retained_graph_and_double_backward_and_a_module_used_twice() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with gradprobe.attach(model) as probe:
+        loss = model(model(torch.ones(2, 4))).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        probe.step()
+        assert_measured(probe, model)
+        model.zero_grad()
+        loss = model(torch.ones(2, 4)).square().sum()
+        (gradient,) = torch.autograd.grad(loss, [model[0].weight], create_graph=True)
+        (loss + gradient.square().sum()).backward()
+        probe.step()
+        assert_measured(probe, model)
+        assert len(probe.history()) == 2
+
+
+def test_gradients_that_carry_a_graph() -> None:
+    model = mlp()
+    with gradprobe.attach(model) as probe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of the reference cycle that this makes
+            model(batch()).square().mean().backward(create_graph=True)
+        assert all(parameter.grad.requires_grad for parameter in model.parameters())
+        probe.step()
+        gradients = {name: p.grad.detach() for name, p in model.named_parameters()}
+        snapshot = probe.latest()
+        assert snapshot is not None
+        assert snapshot["0.weight"].norm == pytest.approx(gradients["0.weight"].norm().item(), rel=1e-6)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_a_compiled_model(when: str, moment: str) -> None:
+    model = mlp()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    if moment == "after":
+        compiled(batch()).square().mean().backward()
+        model.zero_grad()
+    with gradprobe.attach(model, when=when) as probe:
+        compiled(batch()).square().mean().backward()
+        probe.step()
+        assert_measured(probe, model)
+
+
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_compiled_autograd(when: str) -> None:
+    model = mlp()
+    with gradprobe.attach(model, when=when) as probe:
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+            model(batch()).square().mean().backward()
+        probe.step()
+        assert_measured(probe, model)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_data_parallel_gradients_are_averaged_and_said_to_be(clip: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(mlp())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            model(batch()).square().mean().backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            optimizer.step()
+            snapshot = probe.latest()
+            assert snapshot is not None
+            assert snapshot.provenance == ("unscaled", "averaged", "post-clip" if clip else "pre-clip")
+            assert_measured(probe, model)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_copies_and_pickles_of_an_attached_model_are_plain() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradprobe.attach(model, optimizer=optimizer) as probe:
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            clone(batch()).square().mean().backward()
+            gradprobe.attach(clone).detach()
+        copy.deepcopy(optimizer)
+        pickle.loads(pickle.dumps(optimizer))
+        assert probe.coverage().observed == ()
+
+
+def test_two_models_as_in_a_gan_step() -> None:
+    generator, critic = mlp(), nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (generator, critic)]
+    probes = [
+        gradprobe.attach(model, optimizer=optimizer)
+        for model, optimizer in zip((generator, critic), optimizers, strict=True)
+    ]
+    critic(generator(batch()).detach()).mean().backward()
+    optimizers[1].step()
+    optimizers[1].zero_grad()
+    critic(generator(batch())).mean().neg().backward()
+    optimizers[0].step()
+    assert_measured(probes[0], generator)
+    assert [len(probe.history()) for probe in probes] == [1, 1]
+    for probe in probes:
+        probe.detach()
+
+
+def test_threads_of_torch_do_not_change_a_bit() -> None:
+    model = nn.Sequential(nn.Linear(700, 900))
+    x = torch.randn(4, 700)
+    rows = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            model.zero_grad()
+            model(x).square().sum().backward()
+            model[0].weight.grad = torch.linspace(-1, 1, 700 * 900).reshape(900, 700)
+            with gradprobe.attach(model) as probe:
+                probe.step()
+            snapshot = probe.latest()
+            assert snapshot is not None
+            rows.append(snapshot.rows[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert rows[0].tobytes() == rows[1].tobytes()
