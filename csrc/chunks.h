@@ -1,7 +1,8 @@
 // The table that maps a chunk number to a tensor and a range of its elements, for host and device.
 //
-// Tensors are cut into chunks of `chunk_numel` elements (the last of each may be shorter; an empty tensor has none), numbered through
-// all tensors. The table holds the number of each tensor's first chunk, [n_tensors + 1], so a chunk finds its tensor by binary search.
+// Tensors are cut into chunks of `chunk_numel` elements (the last of each may be shorter; an empty tensor has none),
+// numbered through all tensors. The table holds the number of each tensor's first chunk, [n_tensors + 1], so a chunk
+// finds its tensor by binary search.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +32,8 @@ GRADPROBE_HD int64_t number_chunks(const int64_t* numel, int64_t n_tensors, int6
   return n_chunks;
 }
 
-// The tensor that chunk number `chunk` belongs to: the last whose first chunk is not after it (so that empty ones are passed over).
+// The tensor that chunk number `chunk` belongs to: the last whose first chunk is not after it (so that empty ones are
+// passed over).
 template <typename Index>
 GRADPROBE_HD int64_t find_tensor(const Index* first_chunk, int64_t n_tensors, int64_t chunk) {
   int64_t low = 0;
@@ -47,7 +49,8 @@ GRADPROBE_HD int64_t find_tensor(const Index* first_chunk, int64_t n_tensors, in
   return low;
 }
 
-// The range of chunk number `chunk` inside tensor `tensor` of `numel` elements, whose first chunk has number `first_chunk`.
+// The range of chunk number `chunk` inside tensor `tensor` of `numel` elements, whose first chunk has number
+// `first_chunk`.
 GRADPROBE_HD Chunk chunk_range(int64_t tensor, int64_t numel, int64_t first_chunk, int64_t chunk, int64_t chunk_numel) {
   const int64_t begin = (chunk - first_chunk) * chunk_numel;
   const int64_t left = numel - begin;

@@ -1,9 +1,13 @@
-// The six statistics of a tensor: identity, add, merge, finish. The one definition of their arithmetic, for host and device.
+// The six statistics of a tensor: identity, add, merge, finish. The one definition of their arithmetic, for host and
+// device.
 //
 // Two ways to add elements, one way to merge:
-//   FastSums  float accumulators, for at most kFastAdds elements each. Right to a few float roundings as long as the largest
-//             element of the group lies in [kFastMin, kFastMax] (`fast_is_exact`); a group outside is added again with `add(Stats&)`.
-//   Stats     double accumulators of x * 2**-range_exponent(abs_max), right for every finite float64 (three bins, Blue 1978,
+//   FastSums  float accumulators, for at most kFastAdds elements each. Right to a few float roundings as long as the
+//   largest
+//             element of the group lies in [kFastMin, kFastMax] (`fast_is_exact`); a group outside is added again with
+//             `add(Stats&)`.
+//   Stats     double accumulators of x * 2**-range_exponent(abs_max), right for every finite float64 (three bins, Blue
+//   1978,
 //             "A portable Fortran program to find the Euclidean norm of a vector").
 #pragma once
 
@@ -21,8 +25,8 @@ namespace gradprobe {
 // Columns of a row, in the order of gradprobe.STATS.
 inline constexpr int kStats = 6;
 
-// ---- Bit patterns. As integers, |x| orders like the numbers, with infinity above all finite and NaN above infinity: an integer
-// maximum of them finds the largest magnitude and never loses a NaN.
+// ---- Bit patterns. As integers, |x| orders like the numbers, with infinity above all finite and NaN above infinity:
+// an integer maximum of them finds the largest magnitude and never loses a NaN.
 
 GRADPROBE_HD int32_t abs_bits(float x) {
 #if defined(__CUDA_ARCH__)
@@ -71,15 +75,15 @@ GRADPROBE_HD bool is_finite(double x) { return abs_bits(x) < kDoubleInfBits; }
 
 // ---- The range of a row.
 
-// The e for which a row holds the sums of x * 2**-e; it depends on the row's abs_max alone. Only float64 tensors of extreme magnitude
-// have e != 0. With these limits no square overflows or loses digits, whatever the count below 2**63.
+// The e for which a row holds the sums of x * 2**-e; it depends on the row's abs_max alone. Only float64 tensors of
+// extreme magnitude have e != 0. With these limits no square overflows or loses digits, whatever the count below 2**63.
 GRADPROBE_HD int range_exponent(double abs_max) {
   if (!(abs_max > 0.0) || !is_finite(abs_max)) return 0;  // zero, NaN, infinity
   return abs_max > 0x1p+480 ? 600 : abs_max < 0x1p-480 ? -600 : 0;
 }
 
-// What `add(Stats&, x, factor)` multiplies elements by when the largest magnitude of their group is `abs_max`. A group with NaN or
-// infinity is scaled down, so that its finite elements cannot overflow; its sums are non-finite either way.
+// What `add(Stats&, x, factor)` multiplies elements by when the largest magnitude of their group is `abs_max`. A group
+// with NaN or infinity is scaled down, so that its finite elements cannot overflow; its sums are non-finite either way.
 GRADPROBE_HD double range_factor(double abs_max) {
   if (!is_finite(abs_max)) return 0x1p-600;
   const int exponent = range_exponent(abs_max);
@@ -88,12 +92,13 @@ GRADPROBE_HD double range_factor(double abs_max) {
 
 // ---- Fast sums.
 
-// Elements that one FastSums may take. Rounding: each add errs by at most half a unit in the last place, so sum_abs and sum_sq are off
-// by at most n * 2**-24 of themselves, sum by n * 2**-24 of sum_abs: 9.6e-7 for 16. Overflow: 16 * kFastMax**2 is below 2**127.
+// Elements that one FastSums may take. Rounding: each add errs by at most half a unit in the last place, so sum_abs and
+// sum_sq are off by at most n * 2**-24 of themselves, sum by n * 2**-24 of sum_abs: 9.6e-7 for 16. Overflow: 16 *
+// kFastMax**2 is below 2**127.
 inline constexpr int kFastAdds = 16;
 
-// Below kFastMin squares may be subnormal: 2**-150 is lost for each. Against kFastMin**2 = 2**-110 that is nothing for any group of
-// less than 2**16 elements (2**-24). Above kFastMax the squares overflow.
+// Below kFastMin squares may be subnormal: 2**-150 is lost for each. Against kFastMin**2 = 2**-110 that is nothing for
+// any group of less than 2**16 elements (2**-24). Above kFastMax the squares overflow.
 inline constexpr float kFastMin = 0x1p-55f;
 inline constexpr float kFastMax = 0x1p+55f;
 
@@ -116,10 +121,10 @@ GRADPROBE_HD void add(FastSums& sums, float x) {
   sums.n_zero += bits == 0;
 }
 
-// Whether the fast sums of a group (fewer than 2**16 elements) with this largest magnitude are right. False for NaN and infinity.
+// Whether the fast sums of a group (fewer than 2**16 elements) with this largest magnitude are right. False for NaN and
+// infinity.
 GRADPROBE_HD bool fast_is_exact(int32_t abs_max_bits) {
-  return abs_max_bits == 0 ||
-         (abs_max_bits >= abs_bits(kFastMin) && abs_max_bits <= abs_bits(kFastMax));
+  return abs_max_bits == 0 || (abs_max_bits >= abs_bits(kFastMin) && abs_max_bits <= abs_bits(kFastMax));
 }
 
 // ---- Stats: a partial result over any number of elements.
@@ -135,8 +140,8 @@ struct Stats {
 
 GRADPROBE_HD Stats identity() { return {0.0, 0.0, 0.0, 0.0, 0, 0}; }
 
-// Adds x to a group whose largest magnitude is known: `factor` = range_factor(of that). The caller must in the end have added the
-// element of that magnitude, otherwise the sums do not belong to abs_max.
+// Adds x to a group whose largest magnitude is known: `factor` = range_factor(of that). The caller must in the end have
+// added the element of that magnitude, otherwise the sums do not belong to abs_max.
 GRADPROBE_HD void add(Stats& stats, double x, double factor) {
   const double magnitude = double_of_bits(abs_bits(x));
   const double scaled = x * factor;
@@ -148,11 +153,10 @@ GRADPROBE_HD void add(Stats& stats, double x, double factor) {
   stats.n_nonfinite += !is_finite(magnitude);
 }
 
-// The partial result that fast sums stand for; only where `fast_is_exact` of the group's largest magnitude. The sums of several
-// FastSums of one group add up in double: fill one Stats by hand, or merge what this returns.
+// The partial result that fast sums stand for; only where `fast_is_exact` of the group's largest magnitude. The sums of
+// several FastSums of one group add up in double: fill one Stats by hand, or merge what this returns.
 GRADPROBE_HD Stats widen(const FastSums& sums) {
-  return {sums.sum,    sums.sum_abs, sums.sum_sq, static_cast<double>(float_of_bits(sums.abs_max_bits)),
-          sums.n_zero, 0};
+  return {sums.sum, sums.sum_abs, sums.sum_sq, static_cast<double>(float_of_bits(sums.abs_max_bits)), sums.n_zero, 0};
 }
 
 GRADPROBE_HD double max_magnitude(double a, double b) {
@@ -183,7 +187,8 @@ GRADPROBE_HD Stats merge(Stats a, Stats b) {
     rescale(a, range_exponent(a.abs_max), exponent);
     rescale(b, range_exponent(b.abs_max), exponent);
   }
-  // Finite elements cannot change a sum that is NaN or infinite, but rescaling them to exponent 0 could overflow: leave them out.
+  // Finite elements cannot change a sum that is NaN or infinite, but rescaling them to exponent 0 could overflow: leave
+  // them out.
   const bool use_a = !finite_a || finite_b;
   const bool use_b = !finite_b || finite_a;
   both.sum = (use_a ? a.sum : 0.0) + (use_b ? b.sum : 0.0);

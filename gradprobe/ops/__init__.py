@@ -1,9 +1,9 @@
-"""Six statistics of each tensor in one pass, and multi-tensor scaling: the operators, their schemas and the choice of a backend.
+"""Six statistics of each tensor in one pass, and multi-tensor scaling: public functions and the choice of a backend.
 
 Every backend writes the same raw rows. A row [6] holds, in the order of `STATS`, `sum(x) * 2**-e`, `sum(|x|) * 2**-e`,
-`sum(x**2) * 2**-2e`, `max(|x|)`, the number of zeros and the number of NaN and infinite elements. `e` is a function of `max(|x|)`: zero
-unless a float64 tensor's largest magnitude lies outside [2**-480, 2**480], and never zero-ing or overflowing a square. `true_rows` and
-`norms` undo it.
+`sum(x**2) * 2**-2e`, `max(|x|)`, the number of zeros and the number of NaN and infinite elements. `e` is a function of
+`max(|x|)`: zero unless a float64 tensor's largest magnitude lies outside [2**-480, 2**480], and never zero-ing or
+overflowing a square. `true_rows` and `norms` undo it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from gradprobe.errors import ArgumentError, BackendError
 from gradprobe.ops import native, reference
-from gradprobe.ops.reference import range_exponent
+from gradprobe.ops.reference import FLOAT_DTYPES, STATS, range_exponent
+from gradprobe.ops.schemas import GRAD_STATS_INTO, SCALE
 
 __all__ = [
     "STATS",
@@ -31,41 +33,7 @@ __all__ = [
     "true_rows",
 ]
 
-STATS = ("sum", "sum_abs", "sum_sq", "abs_max", "n_zero", "n_nonfinite")
-
-_FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
-
-# ---- Schemas, once for all backends.
-
-_library = torch.library.Library("gradprobe", "DEF")
-_library.define(
-    "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_library.define(
-    "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
-)
-
-
-@torch.library.register_fake("gradprobe::grad_stats_into", lib=_library)
-def _grad_stats_into_fake(tensors: Sequence[Tensor], out: Tensor) -> None:
-    torch._check(
-        out.dim() == 2 and out.shape[0] == len(tensors) and out.shape[1] == len(STATS),
-        lambda: f"out: needed shape [{len(tensors)}, {len(STATS)}], got {list(out.shape)}",
-    )
-
-
-@torch.library.register_fake("gradprobe::scale_", lib=_library)
-def _scale_fake(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    torch._check(
-        coefficient.numel() == 1, lambda: f"coefficient: needed one element, got shape {list(coefficient.shape)}"
-    )
-
-
-# The operators run everywhere: where no compiled or Triton kernel is registered for a device, dispatch ends here.
-_library.impl("grad_stats_into", reference.grad_stats_into, "CompositeExplicitAutograd")
-_library.impl("scale_", reference.scale_, "CompositeExplicitAutograd")
-
 
 # ---- Backends.
 
@@ -86,18 +54,25 @@ class Backend:
 
 
 _REFERENCE = Backend("reference", reference.grad_stats_into, reference.scale_)
-_NATIVE = Backend(
-    "native", torch.ops.gradprobe.grad_stats_into.default, torch.ops.gradprobe.scale_.default
-)
+
+
+def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """What the dispatcher does, without its way through Python for each tensor of the list."""
+    increment_version(out)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        GRAD_STATS_INTO(tensors, out)
+
+
+_NATIVE = Backend("native", _native_grad_stats_into, SCALE)
 
 
 def _native_reason(device_type: str) -> str:
-    """ "ready" if the compiled part can serve the device type, else the reason why not."""
+    """Returns "ready" if the compiled part can serve the device type, else the reason why not."""
     return native.parts().get(device_type, f"has no kernels for {device_type} tensors")
 
 
 def _triton_reason(device_type: str) -> str:
-    """ "ready" if the Triton kernels can serve the device type, else the reason why not."""
+    """Returns "ready" if the Triton kernels can serve the device type, else the reason why not."""
     return "the Triton kernels are not part of this version"
 
 
@@ -113,7 +88,8 @@ def backends() -> dict[str, str]:
     """Lists the backends and whether they can run here.
 
     Returns:
-        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" where only its CPU part is there.
+        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" where only its CPU
+        part is there.
 
     Example:
         >>> backends()["reference"]
@@ -133,7 +109,8 @@ def resolve(backend: str, device: torch.device) -> Backend:
     """Chooses the backend for tensors on a device.
 
     Args:
-        backend: "auto" for the best that is ready (native, then Triton, then reference), or a name, which is never replaced by another.
+        backend: "auto" for the best that is ready (native, then Triton, then reference), or a name, which is never
+            replaced by another.
         device: where the tensors are.
 
     Returns:
@@ -174,7 +151,9 @@ def _plain(tensors: Iterable[Tensor], needed: tuple[torch.dtype, ...], *, writab
             raise ArgumentError(f"tensors[{k}]: needed a Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in needed:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in needed)
-            raise ArgumentError(f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+            raise ArgumentError(
+                f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+            )
         if checked and tensor.device != checked[0].device:
             raise ArgumentError(
                 f"tensors[{k}]: needed device {checked[0].device}, that of tensors[0], got {tensor.device}"
@@ -202,7 +181,8 @@ def dense_values(tensor: Tensor) -> Tensor:
         tensor: any layout, of float16, bfloat16, float32, float64 or complex dtype.
 
     Returns:
-        The specified values of a sparse tensor, duplicates summed; the absolute values of a complex one; the tensor itself otherwise.
+        The specified values of a sparse tensor, duplicates summed; the absolute values of a complex one; the tensor
+        itself otherwise.
 
     Raises:
         ArgumentError: a tensor of another dtype or layout.
@@ -211,24 +191,25 @@ def dense_values(tensor: Tensor) -> Tensor:
         >>> dense_values(torch.tensor([3 + 4j]))
         tensor([5.])
     """
-    (plain,) = _plain([tensor], _FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
+    (plain,) = _plain([tensor], FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
     return _absolute(plain.detach()) if plain.is_complex() else plain
 
 
 def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     """Takes six statistics of each tensor, reading every element once.
 
-    Right to 1e-6 for every magnitude that the dtypes hold, subnormal numbers included, whether or not `torch.set_flush_denormal` is on.
-    NaN and infinity propagate into sums and maximum and are counted.
+    Right to 1e-6 for every magnitude that the dtypes hold, subnormal numbers included, whether or not
+    `torch.set_flush_denormal` is on. NaN and infinity propagate into sums and maximum and are counted.
 
     Args:
-        tensors: K tensors on one device, any shape and layout, of float16, bfloat16, float32, float64 or complex dtype, mixed as
-            they come. Of sparse tensors the specified values are taken, duplicates summed; of complex ones the absolute values.
+        tensors: K tensors on one device, any shape and layout, of float16, bfloat16, float32, float64 or complex dtype,
+            mixed as they come. Of sparse tensors the specified values are taken, duplicates summed; of complex ones the
+            absolute values.
         backend: "auto", "native", "triton" or "reference"; see `backends`.
 
     Returns:
-        [K, 6] float64 on the tensors' device, columns in the order of `STATS`. Rows of empty tensors are zero. A sum beyond the range of
-        float64 is infinite here; take `norms` of raw rows where that matters.
+        [K, 6] float64 on the tensors' device, columns in the order of `STATS`. Rows of empty tensors are zero. A sum
+        beyond the range of float64 is infinite here; take `norms` of raw rows where that matters.
 
     Raises:
         ArgumentError: a tensor of another dtype, layout or device, or no tensor at all; the message names its index.
@@ -239,7 +220,7 @@ def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
         tensor([[-1.,  7., 25.,  4.,  1.,  0.],
                 [inf, inf, inf, inf,  0.,  1.]], dtype=torch.float64)
     """
-    plain = _plain(tensors, _FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
+    plain = _plain(tensors, FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
     if not plain:
         return torch.zeros(0, len(STATS), dtype=torch.float64)
     real = [_absolute(t.detach()) if t.is_complex() else t for t in plain]
@@ -272,11 +253,12 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor, backend: Backend) ->
 def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "auto") -> None:
     """Multiplies tensors in place by a coefficient that stays on the device, as gradient clipping needs it.
 
-    Each product is rounded once, as `tensor.mul_(coefficient)` rounds it: computed in float64 for float64 tensors, in float32 for the
-    other dtypes.
+    Each product is rounded once, as `tensor.mul_(coefficient)` rounds it: computed in float64 for float64 tensors, in
+    float32 for the other dtypes.
 
     Args:
-        tensors: tensors on one device, of float16, bfloat16, float32, float64 or complex dtype, any layout without overlapping elements.
+        tensors: tensors on one device, of float16, bfloat16, float32, float64 or complex dtype, any layout without
+            overlapping elements.
         coefficient: one element, float32 or float64, on the same device.
         backend: "auto", "native", "triton" or "reference"; see `backends`.
 
@@ -290,10 +272,11 @@ def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "au
         >>> x
         tensor([0.5000, 1.0000])
     """
-    plain = _plain(tensors, _FLOAT_DTYPES + _COMPLEX_DTYPES, writable=True)
+    plain = _plain(tensors, FLOAT_DTYPES + _COMPLEX_DTYPES, writable=True)
     if coefficient.dtype not in (torch.float32, torch.float64) or coefficient.numel() != 1:
         raise ArgumentError(
-            f"coefficient: needed one float32 or float64 element, got {coefficient.dtype} of shape {list(coefficient.shape)}"
+            "coefficient: needed one float32 or float64 element, "
+            f"got {str(coefficient.dtype).removeprefix('torch.')} of shape {list(coefficient.shape)}"
         )
     if not plain:
         return
@@ -312,7 +295,8 @@ def true_rows(rows: Tensor) -> Tensor:
         rows: [..., 6] float64, as `grad_stats_into` writes them.
 
     Returns:
-        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not suffer from that.
+        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not
+        suffer from that.
 
     Example:
         >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601

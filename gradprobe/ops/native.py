@@ -1,7 +1,8 @@
 """Finds and loads the compiled part, `gradprobe._C`, and says which of its parts can run here.
 
-The module is a plain shared library that registers implementations of the operators with torch's dispatcher; it has no Python entry
-point. `gradprobe/_build_info.json`, written by the build, says for each part "built" or why it was left out.
+The module is a plain shared library that registers implementations of the operators with torch's dispatcher; it has no
+Python entry point. `gradprobe/_build_info.json`, written by the build, says for each part "built" or why it was left
+out.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def parts() -> dict[str, str]:
     """Loads the compiled part once, and reports on its parts.
 
     Returns:
-        "cpu" and "cuda", each with "ready" or the reason why it cannot run here. "cuda" is ready where its kernels are loaded; whether
-        there is a GPU is for torch to say.
+        "cpu" and "cuda", each with "ready" or the reason why it cannot run here. "cuda" is ready where its kernels are
+        loaded; whether there is a GPU is for torch to say.
 
     Example:
         >>> sorted(parts())
@@ -52,7 +53,7 @@ def parts() -> dict[str, str]:
         reason = "gradprobe._C is missing" if state == "built" else state
         return {"cpu": reason, "cuda": reason}
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         reason = f"{library.name} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}"
         return {"cpu": reason, "cuda": reason}
@@ -60,7 +61,7 @@ def parts() -> dict[str, str]:
 
 
 def _registered(key: str, info: dict[str, str]) -> str:
-    """ "ready" if the loaded library implements every operator for the dispatch key, else the reason that the build gave."""
+    """Returns "ready" if the library implements every operator for the dispatch key, else the reason from the build."""
     for operator in ("gradprobe::grad_stats_into", "gradprobe::scale_"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
             state = info.get(key.lower(), "not built: the build left no reason")

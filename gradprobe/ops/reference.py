@@ -1,7 +1,8 @@
-"""The statistics and the scaling in plain torch: the truth that the kernels are tested against, and the backend of last resort.
+"""The statistics and the scaling in plain torch: the truth that kernels are tested against, the backend of last resort.
 
-Works on every device and in every layout, in float64, without a host synchronisation. Reads the bit patterns where arithmetic would
-not do: `torch.set_flush_denormal(True)` makes torch's own conversions and comparisons take subnormal numbers for zero.
+Works on every device and in every layout, in float64, without a host synchronisation. Reads the bit patterns where
+arithmetic would not do: `torch.set_flush_denormal(True)` makes torch's own conversions and comparisons take subnormal
+numbers for zero.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# dtype -> the integer of the same width, mask of |x|, bits of infinity, mask of the fraction (for types whose subnormals need care).
+from gradprobe.errors import ArgumentError
+
+# The columns of a row.
+STATS = ("sum", "sum_abs", "sum_sq", "abs_max", "n_zero", "n_nonfinite")
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# dtype -> the integer of the same width, mask of |x|, bits of infinity, mask of the fraction (for types whose
+# subnormals need care).
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000, 0x007FFFFF),
     torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
@@ -30,8 +39,8 @@ def range_exponent(abs_max: Tensor) -> Tensor:
     Returns:
         600, -600 or 0 per entry, float64, same shape.
 
-    Source: the three ranges are those of J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector", ACM TOMS
-        4 (1978).
+    Source: the three ranges are those of J. L. Blue, "A portable Fortran program to find the Euclidean norm of a
+        vector", ACM TOMS 4 (1978).
 
     Example:
         >>> range_exponent(torch.tensor([0.0, 1e-200, 1.0, 1e200], dtype=torch.float64)).tolist()
@@ -63,12 +72,13 @@ def _as_wide(piece: Tensor) -> Tensor:
 
 
 def _scaled(piece: Tensor, factor: Tensor) -> Tensor:
-    """`piece * factor` in float64, [N]; subnormal inputs are built from their fraction bits, so that none is flushed."""
+    """`piece * factor` in float64, [N]; subnormal inputs are built from their fraction bits: none is flushed."""
     integer, mask, _, fraction = _BITS[piece.dtype]
     bits = piece.view(integer)
     is_subnormal = (bits & mask) <= fraction
     unit = 2.0**-149 if piece.dtype == torch.float32 else 2.0**-500
-    # The unit of float64 subnormals is 2**-1074: split in two, since with FTZ that product is zero unless `factor` comes between.
+    # The unit of float64 subnormals is 2**-1074: split in two, since with FTZ that product is zero unless `factor`
+    # comes between.
     rest = 1.0 if piece.dtype == torch.float32 else 2.0**-574
     magnitude = (bits & fraction).double() * unit * factor * rest
     return torch.where(is_subnormal, torch.where(bits < 0, -magnitude, magnitude), piece.double() * factor)
@@ -91,7 +101,8 @@ def _row(tensor: Tensor) -> Tensor:
     if wide_dtype == torch.float64:
         abs_max = abs_max_bits.reshape(1).view(torch.float64)
     abs_max = torch.where(torch.isnan(abs_max), torch.nan, abs_max)  # a NaN loses its payload
-    # With a NaN or infinity among them, finite elements are scaled down so that they cannot overflow: the sums are non-finite anyway.
+    # With a NaN or infinity among them, finite elements are scaled down so that they cannot overflow: the sums are
+    # non-finite anyway.
     exponent = torch.where(torch.isfinite(abs_max), range_exponent(abs_max), 600.0)
     factor = torch.where(exponent > 0, 2.0**-600, torch.where(exponent < 0, 2.0**600, one))
     sums = torch.zeros(3, dtype=torch.float64, device=tensor.device)
@@ -101,12 +112,30 @@ def _row(tensor: Tensor) -> Tensor:
     return torch.cat((sums, abs_max, torch.stack((n_zero, n_nonfinite))))
 
 
+def _check(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Refuses what no backend takes, by the index of the tensor."""
+    for k, tensor in enumerate(tensors):
+        if tensor.dtype not in FLOAT_DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+            raise ArgumentError(
+                f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        if tensor.layout != torch.strided:
+            raise ArgumentError(f"tensors[{k}]: needed a strided layout, got {tensor.layout}")
+        if tensor.device != device:
+            raise ArgumentError(f"tensors[{k}]: needed device {device}, got {tensor.device}")
+
+
 def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     """Writes the raw statistics of each tensor into a row of `out`.
 
     Args:
         tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
-        out: [K, 6] float64, columns in the order of `gradprobe.STATS`. Sums are of `x * 2**-e` with e = `range_exponent(abs_max)`.
+        out: [K, 6] float64, columns in the order of `gradprobe.STATS`. Sums are of `x * 2**-e` with e =
+            `range_exponent(abs_max)`.
+
+    Raises:
+        ArgumentError: a tensor or `out` is not as needed; the message names it and what came.
 
     Example:
         >>> out = torch.empty(1, 6, dtype=torch.float64)
@@ -114,6 +143,12 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         >>> out.tolist()
         [[-1.0, 7.0, 25.0, 4.0, 1.0, 0.0]]
     """
+    if out.dtype != torch.float64 or list(out.shape) != [len(tensors), len(STATS)] or not out.is_contiguous():
+        raise ArgumentError(
+            f"out: needed contiguous float64 of shape [{len(tensors)}, 6], got {str(out.dtype).removeprefix('torch.')} "
+            f"of shape {list(out.shape)} with strides {list(out.stride())}"
+        )
+    _check(tensors, out.device)
     for k, tensor in enumerate(tensors):
         if tensor.numel() == 0:
             out[k].zero_()
@@ -125,9 +160,12 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies each tensor by `coefficient` in place, rounding each product once to the tensor's dtype.
 
     Args:
-        tensors: float16, bfloat16, float32 or float64 tensors, any layout without overlap. The product is computed in float32 for
-            the first three, in float64 for the last.
+        tensors: float16, bfloat16, float32 or float64 tensors, any layout without overlap. The product is computed in
+            float32 for the first three, in float64 for the last.
         coefficient: one element, float32 or float64, on the tensors' device.
+
+    Raises:
+        ArgumentError: a tensor is not as needed; the message names it and what came.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -135,6 +173,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         >>> x.tolist()
         [0.5, 1.0]
     """
+    _check(tensors, coefficient.device)
     scalar = coefficient.detach().reshape(())
     for tensor in tensors:
         target = tensor.detach()  # shares storage and version counter

@@ -1,0 +1,364 @@
+// The vector loops of grad_stats for one instruction set. grad_stats.cpp includes this file once per set, each time
+// with
+//   GRADPROBE_LANES         the namespace
+//   GRADPROBE_VECTOR_BYTES  the width of a register: 16, 32 or 64
+// and with the compiler's target set to match. No include guard, and no headers of its own, for that reason.
+
+#define GRADPROBE_INLINE static inline __attribute__((always_inline))
+
+namespace gradprobe::cpu::GRADPROBE_LANES {
+
+constexpr int kBytes = GRADPROBE_VECTOR_BYTES;
+constexpr int kFloats = kBytes / 4;
+constexpr int kDoubles = kBytes / 8;
+
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef int64_t Longs __attribute__((vector_size(kBytes)));
+typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
+
+// Registers that each sum is spread over, to hide the latency of an addition.
+constexpr int kUnroll = kBytes == 64 ? 4 : 2;
+constexpr int kBlock = kUnroll * kFloats;
+
+// Float accumulators are emptied into double ones after this many blocks, the last time with the padded tail as one
+// more. An element then passes at most kFlush additions in its lane and two more where the four registers meet: with a
+// rounding of at most 2**-24 each, and that of the square on machines without FMA, sums of positive numbers err by at
+// most 15 * 2**-24 = 9e-7 whatever the data (constant inputs, where all roundings go one way, included), and typically
+// by 1e-8. The signed sum errs by that much of sum_abs at worst; on random signs by about 6e-8 * sqrt(n) * rms, that is
+// 6e-8 of the sum's own standard deviation.
+constexpr int kFlush = 12;
+static_assert(kFlush + 3 <= kFastAdds);
+
+// Elements whose own largest magnitude decides whether they are done again: 16 KiB of float32 or float64, so the second
+// read is from L1.
+constexpr int64_t kGroup = 4096;  // 16-bit lanes can count them
+constexpr int64_t kDoubleGroup = 2048;
+
+template <typename Vector>
+GRADPROBE_INLINE Vector load(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+// ---- What the compilers do not find by themselves.
+
+// Two registers of elements, in any order.
+GRADPROBE_INLINE void load_pair(const float* from, Floats& a, Floats& b) {
+  a = load<Floats>(from);
+  b = load<Floats>(from + kFloats);
+}
+
+GRADPROBE_INLINE void load_pair(const BFloat16* from, Floats& a, Floats& b) {
+  // A bfloat16 is the upper half of a float32: elements of even and of odd number, without widening. (Little-endian or
+  // not.)
+  const Ints two_per_lane = load<Ints>(from);
+  a = (Floats)(two_per_lane << 16);
+  b = (Floats)(two_per_lane & ~0xffff);
+}
+
+#if GRADPROBE_VECTOR_BYTES == 64
+
+GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
+  a = (Floats)_mm512_cvtph_ps(load<__m256i>(from));
+  b = (Floats)_mm512_cvtph_ps(load<__m256i>(from + kFloats));
+}
+GRADPROBE_INLINE Doubles low(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
+GRADPROBE_INLINE Doubles high(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
+
+using CountLanes = Shorts;
+GRADPROBE_INLINE CountLanes nonzero_lanes(Ints magnitude_a, Ints magnitude_b) {
+  const __m512i packed = _mm512_packus_epi32((__m512i)magnitude_a, (__m512i)magnitude_b);
+  return (CountLanes)_mm512_min_epu16(packed, (__m512i)(CountLanes{} + 1));
+}
+
+#elif GRADPROBE_VECTOR_BYTES == 32
+
+GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
+  a = (Floats)_mm256_cvtph_ps(load<__m128i>(from));
+  b = (Floats)_mm256_cvtph_ps(load<__m128i>(from + kFloats));
+}
+GRADPROBE_INLINE Doubles low(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
+GRADPROBE_INLINE Doubles high(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
+
+using CountLanes = Shorts;
+GRADPROBE_INLINE CountLanes nonzero_lanes(Ints magnitude_a, Ints magnitude_b) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)magnitude_a, (__m256i)magnitude_b);
+  return (CountLanes)_mm256_min_epu16(packed, (__m256i)(CountLanes{} + 1));
+}
+
+#else
+
+// float16 in the low half of each lane to float32.
+GRADPROBE_INLINE Floats widen_half(Ints bits) {
+  const Ints magnitude = (bits & 0x7fff) << 13;
+  // Moves the exponent from bias 15 to 127; exact for subnormal numbers too. Infinity and NaN get the exponent that
+  // they need.
+  const Ints finite = (Ints)((Floats)magnitude * 0x1p+112f);
+  const Ints is_nonfinite = magnitude >= (0x7c00 << 13);
+  return (Floats)(finite | (is_nonfinite & kFloatInfBits) | ((bits & 0x8000) << 16));
+}
+GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
+#if defined(__aarch64__)
+  const float16x8_t halves = (float16x8_t)load<Shorts>(from);
+  a = (Floats)vcvt_f32_f16(vget_low_f16(halves));
+  b = (Floats)vcvt_high_f32_f16(halves);
+#else
+  const Ints two_per_lane = load<Ints>(from);
+  a = widen_half(two_per_lane);
+  b = widen_half(two_per_lane >> 16);
+#endif
+}
+GRADPROBE_INLINE Doubles low(Floats x) { return Doubles{x[0], x[1]}; }
+GRADPROBE_INLINE Doubles high(Floats x) { return Doubles{x[2], x[3]}; }
+
+using CountLanes = Ints;
+GRADPROBE_INLINE CountLanes nonzero_lanes(Ints magnitude_a, Ints magnitude_b) {
+  return -((magnitude_a != 0) + (magnitude_b != 0));
+}
+
+#endif
+
+template <typename Vector>
+GRADPROBE_INLINE Vector larger(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+
+template <typename Vector>
+GRADPROBE_INLINE auto sum_of_lanes(Vector vector) {
+  constexpr int n = sizeof(Vector) / sizeof(vector[0]);
+  decltype(+vector[0]) total = 0;
+  for (int i = 0; i < n; ++i) total += vector[i];
+  return total;
+}
+
+template <typename Vector>
+GRADPROBE_INLINE auto largest_lane(Vector vector) {
+  constexpr int n = sizeof(Vector) / sizeof(vector[0]);
+  auto largest = vector[0];
+  for (int i = 1; i < n; ++i) largest = vector[i] > largest ? vector[i] : largest;
+  return largest;
+}
+
+// The registers of an array as one, pairwise.
+template <typename Vector>
+GRADPROBE_INLINE Vector sum_of_registers(const Vector (&lanes)[kUnroll]) {
+  if constexpr (kUnroll == 2) {
+    return lanes[0] + lanes[1];
+  } else {
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  }
+}
+
+template <typename Vector>
+GRADPROBE_INLINE Vector largest_register(const Vector (&lanes)[kUnroll]) {
+  if constexpr (kUnroll == 2) {
+    return larger(lanes[0], lanes[1]);
+  } else {
+    return larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3]));
+  }
+}
+
+// Double accumulators of a chunk of float32 or half-precision elements: there the range exponent is always 0.
+struct Totals {
+  Doubles sum{};
+  Doubles sum_abs{};
+  Doubles sum_sq{};
+  int32_t abs_max_bits = 0;
+  int64_t n_zero = 0;
+  int64_t n_nonfinite = 0;
+};
+
+GRADPROBE_INLINE void flush(Floats (&lanes)[kUnroll], Doubles& total) {
+  const Floats sum = sum_of_registers(lanes);
+  total += low(sum) + high(sum);
+}
+
+// One full block into the float accumulators.
+template <typename T>
+GRADPROBE_INLINE void add_block(const T* data, Floats (&sum)[kUnroll], Floats (&sum_abs)[kUnroll],
+                                Floats (&sum_sq)[kUnroll], Ints (&abs_max)[kUnroll], CountLanes& nonzero) {
+  Ints magnitude[kUnroll];
+  Floats x[kUnroll];
+  for (int u = 0; u < kUnroll; u += 2) load_pair(data + u * kFloats, x[u], x[u + 1]);
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnroll; ++u) {
+    magnitude[u] = (Ints)x[u] & 0x7fffffff;
+    sum[u] += x[u];
+    sum_abs[u] += (Floats)magnitude[u];
+    sum_sq[u] += x[u] * x[u];
+    abs_max[u] = larger(abs_max[u], magnitude[u]);
+  }
+  for (int u = 0; u < kUnroll; u += 2) nonzero += nonzero_lanes(magnitude[u], magnitude[u + 1]);
+}
+
+// A group in float; false, and nothing added, if its magnitudes need more.
+template <typename T>
+GRADPROBE_INLINE bool add_fast(const T* data, int64_t n, Totals& totals) {
+  Doubles sum{}, sum_abs{}, sum_sq{};
+  Ints abs_max[kUnroll] = {};
+  CountLanes nonzero{};
+  int64_t blocks = n / kBlock;
+  const int64_t n_tail = n % kBlock;
+  const T* at = data;
+  while (true) {
+    const int64_t burst = blocks < kFlush ? blocks : kFlush;
+    blocks -= burst;
+    Floats sums[3][kUnroll] = {};
+    for (const T* end = at + burst * kBlock; at != end; at += kBlock) {
+      add_block(at, sums[0], sums[1], sums[2], abs_max, nonzero);
+    }
+    const bool is_last = blocks == 0;
+    if (is_last && n_tail != 0) {
+      // Zeros after the end change no statistic but the number of zeros, which is n - nonzero.
+      T tail[kBlock] = {};
+      __builtin_memcpy(tail, at, n_tail * sizeof(T));
+      add_block(tail, sums[0], sums[1], sums[2], abs_max, nonzero);
+    }
+    flush(sums[0], sum);
+    flush(sums[1], sum_abs);
+    flush(sums[2], sum_sq);
+    if (is_last) break;
+  }
+  const int32_t largest = largest_lane(largest_register(abs_max));
+  if (!fast_is_exact(largest)) return false;
+  totals.sum += sum;
+  totals.sum_abs += sum_abs;
+  totals.sum_sq += sum_sq;
+  totals.abs_max_bits = largest > totals.abs_max_bits ? largest : totals.abs_max_bits;
+  totals.n_zero += n - sum_of_lanes(nonzero);
+  return true;
+}
+
+// One register of elements in double.
+GRADPROBE_INLINE void add_exact(Floats x, Totals& totals, Ints& abs_max, Ints& nonzero, Ints& nonfinite) {
+  const Ints magnitude = (Ints)x & 0x7fffffff;
+  const Doubles low_x = low(x);
+  const Doubles high_x = high(x);
+  totals.sum += low_x + high_x;
+  totals.sum_abs += low((Floats)magnitude) + high((Floats)magnitude);
+  totals.sum_sq += low_x * low_x + high_x * high_x;
+  abs_max = larger(abs_max, magnitude);
+  nonzero -= magnitude != 0;
+  nonfinite -= magnitude >= kFloatInfBits;
+}
+
+// A group of any magnitudes, NaN and infinity included: in double no square of a float32 overflows or loses digits.
+template <typename T>
+__attribute__((noinline)) static void add_exact(const T* data, int64_t n, Totals& totals) {
+  Ints abs_max{}, nonzero{}, nonfinite{};
+  int64_t i = 0;
+  const auto add_pair = [&](const T* from) __attribute__((always_inline)) {
+    Floats a, b;
+    load_pair(from, a, b);
+    add_exact(a, totals, abs_max, nonzero, nonfinite);
+    add_exact(b, totals, abs_max, nonzero, nonfinite);
+  };
+  for (; i + 2 * kFloats <= n; i += 2 * kFloats) add_pair(data + i);
+  if (i < n) {
+    T tail[2 * kFloats] = {};
+    __builtin_memcpy(tail, data + i, (n - i) * sizeof(T));
+    add_pair(tail);
+  }
+  const int32_t largest = largest_lane(abs_max);
+  totals.abs_max_bits = largest > totals.abs_max_bits ? largest : totals.abs_max_bits;
+  totals.n_zero += n - sum_of_lanes(nonzero);
+  totals.n_nonfinite += sum_of_lanes(nonfinite);
+}
+
+template <typename T>
+static Stats stats_of(const T* data, int64_t n) {
+  Totals totals;
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int64_t count = n - begin < kGroup ? n - begin : kGroup;
+    if (!add_fast(data + begin, count, totals)) add_exact(data + begin, count, totals);
+  }
+  return {sum_of_lanes(totals.sum),
+          sum_of_lanes(totals.sum_abs),
+          sum_of_lanes(totals.sum_sq),
+          static_cast<double>(float_of_bits(totals.abs_max_bits)),
+          totals.n_zero,
+          totals.n_nonfinite};
+}
+
+struct DoubleSums {
+  Doubles sum[kUnroll] = {};
+  Doubles sum_abs[kUnroll] = {};
+  Doubles sum_sq[kUnroll] = {};
+  Longs abs_max[kUnroll] = {};
+  Longs nonzero[kUnroll] = {};
+  Longs nonfinite[kUnroll] = {};
+
+  template <bool kScaled>
+  __attribute__((always_inline)) void add(int u, Doubles x, double factor) {
+    const Longs magnitude = (Longs)x & 0x7fffffffffffffffLL;
+    abs_max[u] = larger(abs_max[u], magnitude);
+    nonzero[u] -= magnitude != 0;
+    Doubles abs_x = (Doubles)magnitude;
+    if (kScaled) {
+      nonfinite[u] -= magnitude >= kDoubleInfBits;
+      x *= factor;
+      abs_x *= factor;
+    }
+    sum[u] += x;
+    sum_abs[u] += abs_x;
+    sum_sq[u] += x * x;
+  }
+};
+
+// A group of float64, times `factor` if kScaled. Without, non-finite elements are not counted: then the group is done
+// again.
+template <bool kScaled>
+static Stats add_doubles(const double* data, int64_t n, double factor) {
+  constexpr int64_t kDoubleBlock = kUnroll * kDoubles;
+  DoubleSums sums;
+  int64_t i = 0;
+  for (; i + kDoubleBlock <= n; i += kDoubleBlock) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) sums.template add<kScaled>(u, load<Doubles>(data + i + u * kDoubles), factor);
+  }
+  if (i < n) {
+    double tail[kDoubleBlock] = {};
+    __builtin_memcpy(tail, data + i, (n - i) * sizeof(double));
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) sums.template add<kScaled>(u, load<Doubles>(tail + u * kDoubles), factor);
+  }
+  return {
+      sum_of_lanes(sum_of_registers(sums.sum)),         sum_of_lanes(sum_of_registers(sums.sum_abs)),
+      sum_of_lanes(sum_of_registers(sums.sum_sq)),      double_of_bits(largest_lane(largest_register(sums.abs_max))),
+      n - sum_of_lanes(sum_of_registers(sums.nonzero)), sum_of_lanes(sum_of_registers(sums.nonfinite))};
+}
+
+static Stats stats_of(const double* data, int64_t n) {
+  Stats stats = identity();
+  for (int64_t begin = 0; begin < n; begin += kDoubleGroup) {
+    const int64_t count = n - begin < kDoubleGroup ? n - begin : kDoubleGroup;
+    Stats group = add_doubles<false>(data + begin, count, 1.0);
+    const double factor = range_factor(group.abs_max);
+    if (factor != 1.0) group = add_doubles<true>(data + begin, count, factor);
+    stats = merge(stats, group);
+  }
+  return stats;
+}
+
+static Stats stats_of(Dtype dtype, const void* data, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return stats_of(static_cast<const Float16*>(data), n);
+    case Dtype::kBFloat16:
+      return stats_of(static_cast<const BFloat16*>(data), n);
+    case Dtype::kFloat32:
+      return stats_of(static_cast<const float*>(data), n);
+    case Dtype::kFloat64:
+      break;
+  }
+  return stats_of(static_cast<const double*>(data), n);
+}
+
+}  // namespace gradprobe::cpu::GRADPROBE_LANES
+
+#undef GRADPROBE_INLINE
+#undef GRADPROBE_LANES
+#undef GRADPROBE_VECTOR_BYTES

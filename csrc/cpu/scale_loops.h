@@ -1,0 +1,50 @@
+// The loops of scale_ for one instruction set, left to the compiler to vectorise. scale.cpp includes this file once per
+// set, each time with
+//   GRADPROBE_LOOPS     the namespace
+//   GRADPROBE_HAS_F16C  1 where the processor converts float16 by itself
+// and with the compiler's target set to match. No include guard, and no headers of its own, for that reason.
+
+namespace gradprobe::cpu::GRADPROBE_LOOPS {
+
+static void scale(float* data, int64_t n, float coefficient) {
+  for (int64_t i = 0; i < n; ++i) data[i] *= coefficient;
+}
+
+static void scale(double* data, int64_t n, double coefficient) {
+  for (int64_t i = 0; i < n; ++i) data[i] *= coefficient;
+}
+
+static void scale_bfloat16(uint16_t* data, int64_t n, float coefficient) {
+  for (int64_t i = 0; i < n; ++i) data[i] = narrow_to_bfloat16(float_from_bits(uint32_t{data[i]} << 16) * coefficient);
+}
+
+static void scale_float16(uint16_t* data, int64_t n, float coefficient) {
+  int64_t i = 0;
+#if GRADPROBE_HAS_F16C
+  const __m256 factor = _mm256_set1_ps(coefficient);
+  for (; i + 8 <= n; i += 8) {
+    const __m256 x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + i)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(data + i),
+                     _mm256_cvtps_ph(_mm256_mul_ps(x, factor), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#endif
+  for (; i < n; ++i) data[i] = narrow_to_float16(widen_float16(data[i]) * coefficient);
+}
+
+static void scale(Dtype dtype, void* data, int64_t n, double coefficient) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return scale_float16(static_cast<uint16_t*>(data), n, static_cast<float>(coefficient));
+    case Dtype::kBFloat16:
+      return scale_bfloat16(static_cast<uint16_t*>(data), n, static_cast<float>(coefficient));
+    case Dtype::kFloat32:
+      return scale(static_cast<float*>(data), n, static_cast<float>(coefficient));
+    case Dtype::kFloat64:
+      return scale(static_cast<double*>(data), n, coefficient);
+  }
+}
+
+}  // namespace gradprobe::cpu::GRADPROBE_LOOPS
+
+#undef GRADPROBE_LOOPS
+#undef GRADPROBE_HAS_F16C
