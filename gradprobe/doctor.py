@@ -15,8 +15,9 @@ from gradprobe import hooks, ops
 _COSTS = {
     "native": "statistics run as plain torch operations in float64, several passes over each gradient",
     "triton": "on a GPU without the native part, statistics run as plain torch operations",
-    "hooks": "hooks run in Python: about 1 µs more for each parameter and backward",
+    "hooks": "hooks run in Python, one call for each parameter and backward",
 }
+_COST_OF_NO_CUDA = "nothing on the CPU; on a GPU, Triton or plain torch operations serve"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,9 @@ def doctor() -> Diagnosis:
     versions["cuda of torch"] = torch.version.cuda or "none"
     versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     parts = {**ops.backends(), "hooks": hooks.native_hooks()[1]}
-    costs = {name: _COSTS[name] for name, state in parts.items() if state != "ready" and name in _COSTS}
+    costs = {name: _COSTS[name] for name, state in parts.items() if state != "ready"}
+    if parts["native"].startswith("ready for cpu"):
+        costs["native"] = _COST_OF_NO_CUDA
     return Diagnosis(versions, parts, costs)
 
 
