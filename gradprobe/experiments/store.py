@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from gradprobe.errors import StoreError
 APPLICATION_ID = 0x67725072  # "grPr"
 SCHEMA_VERSION = 1
 
+_TIMEOUT_S = 60.0
+
 RunT = TypeVar("RunT", bound="Run")
 
 _SCHEMA = f"""
-BEGIN IMMEDIATE;
 PRAGMA application_id = {APPLICATION_ID};
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE cell(
@@ -100,10 +102,6 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-            raise StoreError(
-                f"{path}: needed a run written by gradprobe sweep, found a file that is no SQLite database"
-            ) from error
         raise StoreError(f"{path}: {error}") from error
 
 
@@ -177,9 +175,7 @@ class RunWriter(Run):
     def close(self) -> None:
         """Closes the file and lets another sweep write it."""
         super().close()
-        # The lock's file goes first: whoever comes next makes a new one.
-        _lock_path(self.path).unlink(missing_ok=True)
-        self._lock.close()
+        _release(self.path, self._lock)
 
     def add_cells(self, cells: Sequence[tuple[str, int, int, int]]) -> None:
         """Adds the cells that are not in the file yet.
@@ -258,26 +254,28 @@ def open_run(path: str | Path) -> Run:
         (2, [])
     """
     path = Path(path)
-    _check_is_file(path)
     if not path.exists():
         raise StoreError(f"{path}: there is no such file; gradprobe sweep --out {path} makes it")
+    _check_ours(path)
     uri = path.resolve().as_uri()
     with _sqlite_errors(path):
-        connection = sqlite3.connect(f"{uri}?mode=ro", uri=True)
+        # Not mode=ro: such a reader leaves the files of the WAL behind.
+        connection = sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=_TIMEOUT_S)
         try:
-            connection.execute("SELECT 1 FROM sqlite_master").fetchall()
-        except sqlite3.OperationalError:
-            # WAL needs a shared-memory file beside the database; a read-only folder allows none, nor can anything be
-            # writing there.
+            try:
+                connection.execute("PRAGMA query_only = 1")
+                _check_version(path, connection)
+            except sqlite3.OperationalError:
+                # WAL needs a file of shared memory beside the database; a read-only folder allows none, and so nobody
+                # is writing there either.
+                if os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists():
+                    raise
+                connection.close()
+                connection = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
+                _check_version(path, connection)
+        except BaseException:
             connection.close()
-            if any(path.with_name(path.name + suffix).exists() for suffix in ("-wal", "-journal")):
-                raise
-            connection = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
-    try:
-        _check_ours(path, connection)
-    except BaseException:
-        connection.close()
-        raise
+            raise
     return Run(path, connection)
 
 
@@ -305,24 +303,24 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
         ('plain-8', 'pending')
     """
     path = Path(path)
-    _check_is_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{path}: cannot make its folder: {error}") from error
+    if _is_there(path):
+        _check_ours(path)
     lock = _take_lock(path)
     connection: sqlite3.Connection | None = None
     try:
         with _sqlite_errors(path):
-            connection = sqlite3.connect(path, timeout=60.0)
-            if _is_blank(connection):
-                _create(connection, {**meta, "schema_version": str(SCHEMA_VERSION), "config": _json(config)})
-            _check_ours(path, connection)
+            if not _is_there(path):
+                _create(path, {**meta, "schema_version": str(SCHEMA_VERSION), "config": _json(config)})
+            connection = sqlite3.connect(path, timeout=_TIMEOUT_S)
+            _check_version(path, connection)
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
                 raise StoreError(f"{path}: the file is damaged: {damage}")
             _check_config(path, json.loads(_json(config)), json.loads(_meta(connection, "config")))
-            connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             # Fails here, not an epoch later, where the file cannot be written.
             connection.execute("BEGIN IMMEDIATE")
@@ -331,8 +329,7 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
     except BaseException:
         if connection is not None:
             connection.close()
-        _lock_path(path).unlink(missing_ok=True)
-        lock.close()
+        _release(path, lock)
         raise
     return RunWriter(path, connection, lock)
 
@@ -341,19 +338,21 @@ def _json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def _is_blank(connection: sqlite3.Connection) -> bool:
-    """Whether this is a new file, or one whose maker was killed before its first commit."""
-    tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    mark = connection.execute("PRAGMA application_id").fetchone()[0]
-    return bool(tables == 0 and mark == 0)
-
-
-def _create(connection: sqlite3.Connection, meta: Mapping[str, str]) -> None:
-    # Lets the pages of finished checkpoints be given back; works only before the first table.
-    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    connection.executescript(_SCHEMA)
-    connection.executemany("INSERT INTO meta VALUES(?, ?)", sorted(meta.items()))
-    connection.commit()
+def _create(path: Path, meta: Mapping[str, str]) -> None:
+    """Makes the file under another name first: whatever kills us, ``path`` is a whole run or is not there."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    connection = sqlite3.connect(unfinished)
+    try:
+        # Lets the pages of finished checkpoints be given back; works only before the first table.
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.executescript(_SCHEMA)
+        connection.executemany("INSERT INTO meta VALUES(?, ?)", sorted(meta.items()))
+        connection.commit()
+        connection.execute("PRAGMA journal_mode = WAL")
+    finally:
+        connection.close()
+    unfinished.replace(path)
 
 
 def _meta(connection: sqlite3.Connection, key: str) -> str:
@@ -364,16 +363,28 @@ def _meta(connection: sqlite3.Connection, key: str) -> str:
     return value
 
 
-def _check_is_file(path: Path) -> None:
-    if path.exists() and not path.is_file():
+def _is_there(path: Path) -> bool:
+    """Whether there is more than an empty file, which may be overwritten."""
+    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
+
+
+def _check_ours(path: Path) -> None:
+    """Reads the mark in the file's first bytes, so that SQLite never opens what is not ours."""
+    if not path.is_file():
         raise StoreError(f"{path}: needed a file, found a {'folder' if path.is_dir() else 'device or pipe'}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(100)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from error
+    if not head.startswith(b"SQLite format 3\0"):
+        raise StoreError(f"{path}: needed a run written by gradprobe sweep, found a file that is no SQLite database")
+    if head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+        raise StoreError(f"{path}: needed a run written by gradprobe sweep, found another SQLite database")
 
 
-def _check_ours(path: Path, connection: sqlite3.Connection) -> None:
-    with _sqlite_errors(path):
-        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise StoreError(f"{path}: needed a run written by gradprobe sweep, found another SQLite database")
-        version = _meta(connection, "schema_version")
+def _check_version(path: Path, connection: sqlite3.Connection) -> None:
+    version = _meta(connection, "schema_version")
     if version != str(SCHEMA_VERSION):
         raise StoreError(
             f"{path}: written with schema version {version}; this gradprobe reads version {SCHEMA_VERSION}"
@@ -396,12 +407,20 @@ def _lock_path(path: Path) -> Path:
 
 def _take_lock(path: Path) -> sqlite3.Connection:
     """Holds ``path`` for this process. SQLite's own locks work on every system and end with their process."""
-    lock = sqlite3.connect(_lock_path(path), timeout=0.0)
+    lock: sqlite3.Connection | None = None
     try:
+        lock = sqlite3.connect(_lock_path(path), timeout=0.0)
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
-        lock.close()
+        if lock is not None:
+            lock.close()
         if "locked" in str(error):
             raise StoreError(f"{path}: another sweep is writing this file") from error
         raise StoreError(f"{path}: cannot write in its folder: {error}") from error
     return lock
+
+
+def _release(path: Path, lock: sqlite3.Connection) -> None:
+    # The file goes first: whoever comes next makes a new one.
+    _lock_path(path).unlink(missing_ok=True)
+    lock.close()
