@@ -1,4 +1,4 @@
-"""Real installs into fresh environments: with and without isolation, without a compiler, with code that does not compile.
+"""Real installs into fresh environments: isolated, not isolated, without a compiler, with code that does not compile.
 
 The environments see this one's torch through links on a .pth path: pip counts them as installed and never touches them.
 """
