@@ -283,8 +283,9 @@ def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "au
     if coefficient.device != plain[0].device:
         raise ArgumentError(f"coefficient: needed device {plain[0].device}, got {coefficient.device}")
     with torch.no_grad():
-        # A lazily conjugated tensor is scaled through its base: the coefficient is real.
-        real = [torch.view_as_real(t.conj() if t.is_conj() else t) if t.is_complex() else t for t in plain]
+        # Lazily conjugated and negated tensors are scaled through their base: the coefficient is real.
+        bases = [t.conj() if t.is_conj() else torch._neg_view(t) if t.is_neg() else t for t in plain]
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in bases]
         resolve(backend, coefficient.device).scale_(real, coefficient)
 
 

@@ -27,7 +27,7 @@ _BITS = {
 }
 
 # Elements that are worked on at once: bounds the memory of a call, also for an expanded tensor of any size.
-_PIECE_NUMEL = 1 << 22
+_PIECE_NUMEL = 1 << 20
 
 
 def range_exponent(abs_max: Tensor) -> Tensor:
@@ -156,6 +156,19 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
             out[k].copy_(_row(tensor.detach()))
 
 
+def _check_no_overlap(tensors: Sequence[Tensor]) -> None:
+    """Refuses tensors of which two indices may share an element: a stride has to reach over what smaller ones span."""
+    for k, tensor in enumerate(tensors):
+        span = 0
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size > 1 and stride <= span and tensor.numel() > 0:
+                raise ArgumentError(
+                    f"tensors[{k}]: needed elements that do not overlap in memory, "
+                    f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+                )
+            span += stride * (size - 1)
+
+
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies each tensor by `coefficient` in place, rounding each product once to the tensor's dtype.
 
@@ -174,6 +187,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         [0.5, 1.0]
     """
     _check(tensors, coefficient.device)
+    _check_no_overlap(tensors)
     scalar = coefficient.detach().reshape(())
     for tensor in tensors:
         target = tensor.detach()  # shares storage and version counter
