@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,25 @@ NARROW = Size(width=240, height=220, stacked=True)
 
 @dataclass(frozen=True)
 class _Label:
-    """A line's direct label: at data point (x, y), with the pixels of that point for keeping labels apart."""
+    """A direct label, to stand right of (x_px, y_px), its line's end; pixels from the upper left corner of the panel."""
 
     text: str
     colour: str
     x: float
-    y: float
     x_px: float
     y_px: float
+
+
+class _Data:
+    """The rows of one chart by name: they are in the chart once, and altair does not copy them at each step."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Row]] = {}
+
+    def add(self, rows: Sequence[Row]) -> alt.NamedData:
+        name = f"rows-{len(self.rows)}"
+        self.rows[name] = list(rows)
+        return alt.NamedData(name=name)
 
 
 def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
@@ -76,8 +88,9 @@ def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     # One scale for both panels: the distance from training to test error is part of the story.
     top = max(max(*spread.values, spread.mean + (spread.std or 0.0)) for spread in spreads)
     y_domain = (0.0, min(100.0, 1.08 * top) if top > 0 else 1.0)
-    panels = [_error_panel(title, points, y_domain, palette, size) for title, points in drawn]
-    return _concat(panels, size)
+    data = _Data()
+    panels = [_error_panel(title, points, y_domain, palette, size, data) for title, points in drawn]
+    return _concat(panels, size, data)
 
 
 def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
@@ -100,15 +113,16 @@ def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
         (f"Gradient norm {at_end}", [(net, net.end) for net in summary.nets]),
     ]
     panels = [(title, [_profile(net, moment) for net, moment in nets if moment is not None]) for title, nets in sides]
-    norms = [row[key] for _, nets in panels for rows in nets for row in rows for key in ("low", "high")]
-    if not norms:
+    exponents = [row[key] for _, nets in panels for rows in nets for row in rows for key in ("low", "high")]
+    if not exponents:
         return None
-    low, high = math.log10(min(norms)), math.log10(max(norms))
+    low, high = min(exponents), max(exponents)
     # More room below than above: labels of shallow nets go under the deeper nets' lines.
-    y_domain = (10 ** (low - max(0.14 * (high - low), 0.3)), 10 ** (high + max(0.05 * (high - low), 0.15)))
+    y_domain = (low - max(0.14 * (high - low), 0.3), high + max(0.05 * (high - low), 0.15))
     layers = max(row["position"] for _, nets in panels for rows in nets for row in rows)
-    drawn = [_gradient_panel(title, nets, layers, y_domain, palette, size) for title, nets in panels if any(nets)]
-    return _concat(drawn, size)
+    data = _Data()
+    drawn = [_gradient_panel(title, nets, layers, y_domain, palette, size, data) for title, nets in panels if any(nets)]
+    return _concat(drawn, size, data)
 
 
 def hidden_layers(summary: Summary) -> list[str]:
@@ -132,7 +146,7 @@ def hidden_layers(summary: Summary) -> list[str]:
 
 def svg(chart: Chart) -> str:
     """The chart as an SVG document, drawn without network access."""
-    drawn: str = vl_convert.vegalite_to_svg(chart.to_json())
+    drawn: str = vl_convert.vegalite_to_svg(chart.to_dict())
     return drawn
 
 
@@ -156,7 +170,7 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, chart in (("error.png", error_chart(summary)), ("gradient.png", gradient_chart(summary))):
             if chart is not None:
-                (folder / name).write_bytes(vl_convert.vegalite_to_png(chart.to_json(), scale=_PNG_SCALE))
+                (folder / name).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=_PNG_SCALE))
                 written.append(folder / name)
     except OSError as error:
         raise StoreError(f"{folder}: cannot write the charts: {error}") from error
@@ -164,21 +178,20 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
 
 
 def _error_panel(
-    title: str, points: Sequence[tuple[NetSummary, Spread]], y_domain: tuple[float, float], palette: Palette, size: Size
+    title: str,
+    points: Sequence[tuple[NetSummary, Spread]],
+    y_domain: tuple[float, float],
+    palette: Palette,
+    size: Size,
+    data: _Data,
 ) -> alt.LayerChart:
     depths = sorted({net.depth for net, _ in points})
     logarithmic = bool(depths) and depths[-1] > 8 * depths[0]
     margin = 1.15 if logarithmic else max(0.06 * (depths[-1] - depths[0]), 1) if depths else 0
     ends = (min(depths, default=0), max(depths, default=1))
     x_domain = (ends[0] / margin, ends[1] * margin) if logarithmic else (ends[0] - margin, ends[1] + margin)
-    x_scale = alt.Scale(type="log" if logarithmic else "linear", domain=list(x_domain), nice=False)
-    axis = alt.Axis(values=depths, format="d", grid=False, title="depth, weight layers", labelOverlap="greedy")
-    x = alt.X("depth:Q", scale=x_scale, axis=axis)
-    y_scale = alt.Scale(domain=list(y_domain), nice=False)
-    y = alt.Y("error:Q", scale=y_scale, axis=alt.Axis(title=None, tickCount=5))
     means: list[Row] = []
     seeds: list[Row] = []
-    labels: list[_Label] = []
     for net, spread in points:
         shared = {"family": net.family, "depth": net.depth, "colour": palette.family(net.family)}
         std = spread.std or 0.0
@@ -189,32 +202,41 @@ def _error_panel(
             for result, value in zip(net.counted, spread.values, strict=True):
                 seed = f"{net.name}, seed {result.cell.seed}: {value:.2f} %"
                 seeds.append({**shared, "error": value, "note": seed})
+    labels: list[_Label] = []
     for row in {row["family"]: row for row in means}.values():
         left, here, right = (math.log(v) if logarithmic else v for v in (x_domain[0], row["depth"], x_domain[1]))
         pixel = (size.width * (here - left) / (right - left), size.height * (1 - row["error"] / y_domain[1]))
-        labels.append(_Label(row["family"], row["colour"], row["depth"], row["error"], *pixel))
+        labels.append(_Label(row["family"], row["colour"], row["depth"], *pixel))
+    axis = alt.Axis(values=depths, format="d", grid=False, title="depth, weight layers", labelOverlap="greedy")
+    x_scale = alt.Scale(type="log" if logarithmic else "linear", domain=list(x_domain), nice=False)
+    x = alt.X("depth:Q", scale=x_scale, axis=axis)
+    y_scale = alt.Scale(domain=list(y_domain), nice=False)
+    y = alt.Y("error:Q", scale=y_scale, axis=alt.Axis(title=None, tickCount=5))
     colour = alt.Color("colour:N", scale=None)
-    base = alt.Chart(alt.InlineData(values=means)).encode(x=x, color=colour)
-    line = base.mark_line(strokeWidth=2).encode(y=y, detail="family:N")
-    bar = base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q")
-    dot = base.mark_point(filled=True, size=52, opacity=1).encode(y=y, description="note:N")
-    each = alt.Chart(alt.InlineData(values=seeds)).mark_point(size=22, opacity=0.55, strokeWidth=1.2)
-    each = each.encode(x=x, y=y, color=colour, description="note:N")
-    layers = [line, bar, *([each] if seeds else []), dot, *_label_layers(labels, x, "error", y_scale, 10, size)]
+    base = alt.Chart(data.add(means)).encode(x=x, color=colour)
+    layers = [
+        base.mark_line(strokeWidth=2).encode(y=y, detail="family:N"),
+        base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q"),
+    ]
+    if seeds:
+        circles = alt.Chart(data.add(seeds)).mark_point(size=22, opacity=0.55, strokeWidth=1.2)
+        layers.append(circles.encode(x=x, y=y, color=colour, description="note:N"))
+    layers.append(base.mark_point(filled=True, size=52, opacity=1).encode(y=y, description="note:N"))
+    layers.extend(_label_layers(labels, x, y, y_domain, 10, size, data))
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
 
 
 def _profile(net: NetSummary, moment: Moment) -> list[Row]:
-    """The drawable layers of one net at one moment; `segment` counts up at each gap."""
+    """The drawable layers of one net at one moment, norms as powers of ten; `segment` counts up at each gap."""
     rows: list[Row] = []
-    segment = 0
+    gaps = 0
     for place, layers in enumerate(zip(*moment.profiles, strict=True), start=1):
         norms = [layer.norm_l2 for layer in layers]
         if not all(math.isfinite(norm) and norm > 0 for norm in norms):
-            segment += 1
+            gaps += 1
             continue
         norm = median(norms)
-        note = f"{net.name}, layer {place} of {len(moment.profiles[0])}, {layers[0].site}: norm {number(norm)}"
+        name = f"{net.name}, layer {place} of {len(moment.profiles[0])}, {layers[0].site}"
         rows.append(
             {
                 "net": net.name,
@@ -222,10 +244,11 @@ def _profile(net: NetSummary, moment: Moment) -> list[Row]:
                 "depth": net.depth,
                 "position": place,
                 "norm": norm,
-                "low": min(norms),
-                "high": max(norms),
-                "segment": f"{net.name} {segment}",
-                "note": note,
+                "exponent": math.log10(norm),
+                "low": math.log10(min(norms)),
+                "high": math.log10(max(norms)),
+                "segment": f"{net.name} {gaps}",
+                "note": f"{name}: norm {number(norm)}",
             }
         )
     return rows
@@ -238,86 +261,83 @@ def _gradient_panel(
     y_domain: tuple[float, float],
     palette: Palette,
     size: Size,
+    data: _Data,
 ) -> alt.LayerChart:
     rows = [{**row, "colour": palette.net(row["family"], row["depth"])} for profile in nets for row in profile]
-    x_scale = alt.Scale(domain=[1, max(n_layers, 2)], nice=False)
-    x_axis = alt.Axis(values=_layer_ticks(n_layers), format="d", grid=False, title="weight layer, from input to output")
-    x = alt.X("position:Q", scale=x_scale, axis=x_axis)
-    y_scale = alt.Scale(type="log", domain=list(y_domain), nice=False)
-    y = alt.Y("norm:Q", scale=y_scale, axis=_power_axis(y_domain))
-    low, high = (math.log10(end) for end in y_domain)
+    low, high = y_domain
 
     def pixel(row: Row) -> tuple[float, float]:
         x_px = size.width * (row["position"] - 1) / max(n_layers - 1, 1)
-        return x_px, size.height * (high - math.log10(row["norm"])) / (high - low)
+        return x_px, size.height * (high - row["exponent"]) / (high - low)
 
     ends_of_lines = {row["net"]: row for row in rows}.values()
-    labels = [_Label(row["net"], row["colour"], row["position"], row["norm"], *pixel(row)) for row in ends_of_lines]
+    labels = [_Label(row["net"], row["colour"], row["position"], *pixel(row)) for row in ends_of_lines]
+    x_axis = alt.Axis(values=_layer_ticks(n_layers), format="d", grid=False, title="weight layer, from input to output")
+    x = alt.X("position:Q", scale=alt.Scale(domain=[1, max(n_layers, 2)], nice=False), axis=x_axis)
+    y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)
+    y = alt.Y("exponent:Q", scale=y_scale, axis=_power_axis(y_domain))
     colour = alt.Color("colour:N", scale=None)
-    base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, color=colour, detail="segment:N")
-    line = base.mark_line(strokeWidth=1.8).encode(y=y)
-    spread = [row for row in rows if row["low"] < row["high"]]
-    lengths = {row["segment"]: sum(other["segment"] == row["segment"] for other in rows) for row in rows}
+    base = alt.Chart(data.add(rows)).encode(x=x, color=colour, detail="segment:N")
+    lengths = Counter(row["segment"] for row in rows)
     alone = [row for row in rows if lengths[row["segment"]] == 1]
+    layers: list[alt.Chart] = []
+    if any(row["low"] < row["high"] for row in rows):
+        band = alt.Chart(base.data).mark_area(opacity=0.16).encode(x=x, fill=alt.Fill("colour:N", scale=None))
+        layers.append(band.encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q", detail="segment:N"))
+    layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
     # Invisible, but they carry what a pointer or a screen reader gets to know of each layer.
-    touch = base.mark_point(filled=True, size=40, opacity=0).encode(y=y, description="note:N")
-    layers: list[alt.Chart] = [line, touch]
-    if spread:
-        band = alt.Chart(alt.InlineData(values=rows)).mark_area(opacity=0.16)
-        ends = {"y": alt.Y("low:Q", scale=y_scale), "y2": "high:Q"}
-        layers.insert(0, band.encode(x=x, fill=alt.Fill("colour:N", scale=None), detail="segment:N", **ends))
+    layers.append(base.mark_point(filled=True, size=40, opacity=0).encode(y=y, description="note:N"))
     if alone:
-        dots = alt.Chart(alt.InlineData(values=alone)).mark_point(filled=True, size=36, opacity=1)
+        dots = alt.Chart(data.add(alone)).mark_point(filled=True, size=36, opacity=1)
         layers.append(dots.encode(x=x, y=y, color=colour))
-    layers.extend(_label_layers(labels, x, "norm", y_scale, 6, size, [pixel(row) for row in rows]))
+    layers.extend(_label_layers(labels, x, y, y_domain, 6, size, data, [pixel(row) for row in rows]))
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
 
 
 def _label_layers(
     labels: Sequence[_Label],
     x: alt.X,
-    field: str,
-    y_scale: alt.Scale,
+    y: alt.Y,
+    y_domain: tuple[float, float],
     gap_px: float,
     size: Size,
+    data: _Data,
     obstacles: Sequence[tuple[float, float]] = (),
 ) -> list[alt.Chart]:
     """Text beside the end of each line, over a halo in the page's colour, moved up or down to where it can be read."""
-    layers: list[alt.Chart] = []
-    for label, y_px in zip(labels, _apart(labels, size.height, obstacles), strict=True):
-        data = alt.InlineData(values=[{x.shorthand.split(":")[0]: label.x, field: label.y, "label": label.text}])
-        place: dict[str, Any] = {
-            "align": "left",
-            "baseline": "middle",
-            "dx": gap_px,
-            "dy": y_px - label.y_px,
-            "fontSize": 12,
+    x_field, y_field = (channel.shorthand.split(":")[0] for channel in (x, y))
+    bottom, top = y_domain
+    rows = [
+        {
+            x_field: label.x,
+            y_field: top - y_px / size.height * (top - bottom),
+            "label": label.text,
+            "colour": label.colour,
         }
-        base = alt.Chart(data).encode(x=x, y=alt.Y(f"{field}:Q", scale=y_scale), text="label:N")
-        layers.append(base.mark_text(**place, fontWeight=600, stroke=PAPER, strokeWidth=4, color=PAPER, aria=False))
-        layers.append(base.mark_text(**place, fontWeight=600, color=label.colour))
-    return layers
+        for label, y_px in zip(labels, _apart(labels, size.height, obstacles), strict=True)
+    ]
+    base = alt.Chart(data.add(rows)).encode(x=x, y=y, text="label:N")
+    style: dict[str, Any] = {"align": "left", "baseline": "middle", "dx": gap_px, "fontSize": 12, "fontWeight": 600}
+    halo = base.mark_text(**style, stroke=PAPER, strokeWidth=4, color=PAPER, aria=False)
+    return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None))]
 
 
 def _apart(labels: Sequence[_Label], height: float, obstacles: Sequence[tuple[float, float]]) -> list[float]:
-    """Vertical pixel of each label: the nearest to its line's end that is clear of lines and of earlier labels."""
+    """Vertical pixel of each label: the nearest to its line's end that is clear of lines and of earlier labels.
+
+    Where no place is clear of both, labels keep clear of each other.
+    """
     taken: list[tuple[float, float]] = []
     places: dict[int, float] = {}
+    offsets = sorted(range(-round(height), round(height) + 1), key=abs)
     for index in sorted(range(len(labels)), key=lambda index: (labels[index].y_px, index)):
         label = labels[index]
-        in_the_way = [y for x, y in obstacles if 0 < x - label.x_px < _LABEL_WIDTH_PX]
+        lines = [y for x, y in obstacles if 0 < x - label.x_px < _LABEL_WIDTH_PX]
         others = [y for x, y in taken if abs(x - label.x_px) < _LABEL_WIDTH_PX]
-        offsets = sorted((float(offset) for offset in range(-round(height), round(height) + 1)), key=abs)
-        places[index] = next(
-            (
-                y
-                for y in (label.y_px + offset for offset in offsets)
-                if 0 <= y <= height
-                and all(abs(y - other) >= _LABEL_PX for other in others)
-                and all(abs(y - line) >= _LABEL_PX / 2 + 2 for line in in_the_way)
-            ),
-            label.y_px,
-        )
+        inside = [y for y in (label.y_px + offset for offset in offsets) if 0 <= y <= height]
+        apart = [y for y in inside if all(abs(y - other) >= _LABEL_PX for other in others)]
+        clear = (y for y in apart if all(abs(y - line) >= _LABEL_PX / 2 + 2 for line in lines))
+        places[index] = next(clear, next(iter(apart), label.y_px))
         taken.append((label.x_px, places[index]))
     return [places[index] for index in range(len(labels))]
 
@@ -328,20 +348,28 @@ def _layer_ticks(n_layers: int) -> list[int]:
 
 
 def _power_axis(domain: tuple[float, float]) -> alt.Axis:
-    """Log axis with a tick at whole powers of ten, at most seven of them, in the reader's notation."""
-    first, last = math.ceil(math.log10(domain[0])), math.floor(math.log10(domain[1]))
-    step = max(1, math.ceil((last - first + 1) / 7))
-    powers = list(range(first, last + 1, step))
-    if len(powers) < 2:
-        return alt.Axis(title=None, tickCount=4, format="~g")
-    superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    names = {p: f"{10.0**p:g}" if -2 <= p <= 3 else "10" + str(p).translate(superscript) for p in powers}
-    cases = " : ".join(f"abs(datum.value / 1e{power} - 1) < 0.01 ? '{name}'" for power, name in names.items())
-    return alt.Axis(title=None, values=[10.0**power for power in powers], labelExpr=f"{cases} : ''")
+    """Axis over exponents of ten that reads as a logarithmic one, with at most seven ticks at whole powers."""
+    first, last = math.ceil(domain[0]), math.floor(domain[1])
+    factors = (1, 2, 5) if last - first < 2 else (1,)
+    powers = range(first - (last - first < 2), last + 1, max(1, math.ceil((last - first + 1) / 7)))
+    names = {math.log10(factor) + power: _power_name(factor, power) for power in powers for factor in factors}
+    cases = " : ".join(f"abs(datum.value - ({value})) < 1e-6 ? '{name}'" for value, name in names.items())
+    return alt.Axis(title=None, values=list(names), labelExpr=f"{cases} : ''")
 
 
-def _concat(panels: Sequence[alt.LayerChart], size: Size) -> Chart:
-    chart: Chart = alt.vconcat(*panels, spacing=28) if size.stacked else alt.hconcat(*panels, spacing=44)
+def _power_name(factor: int, power: int) -> str:
+    if -2 <= power <= 3:
+        return f"{factor * 10.0**power:g}"
+    superscript = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{'' if factor == 1 else f'{factor}×'}10{superscript}"
+
+
+def _concat(panels: Sequence[alt.LayerChart], size: Size, data: _Data) -> Chart:
+    chart: Chart
+    if size.stacked:
+        chart = alt.vconcat(*panels, spacing=28, datasets=data.rows)
+    else:
+        chart = alt.hconcat(*panels, spacing=44, datasets=data.rows)
     axis = {"labelColor": FAINT, "titleColor": FAINT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
     lines = {"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "domain": False, "ticks": False}
     styled: Chart = (

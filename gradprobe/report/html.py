@@ -115,21 +115,22 @@ def _figures(summary: Summary) -> Iterable[str]:
     if any(not net.finished for net in summary.nets):
         caption += " Networks that are still training stand at their newest epoch."
     charts = [error_chart(summary, size) for size in (WIDE, NARROW)]
-    yield _figure("Error against depth", charts, caption)
+    yield _figure("Error against depth", charts, caption, "No finite error is recorded yet.")
     caption = "L2 norm of each weight's gradient, layer by layer, on a logarithmic scale."
     if several:
         caption += " Lines are medians over seeds, bands their range."
     hidden = hidden_layers(summary)
     if hidden:
-        caption += f" Zero, NaN and infinite norms cannot be drawn on this scale: {'; '.join(hidden)}."
+        caption += f" Left out, since zero, NaN and infinite norms have no place on it: {'; '.join(hidden)}."
+    nothing = "Every recorded norm is zero, NaN or infinite." if hidden else "No gradient is recorded yet."
     charts = [gradient_chart(summary, size) for size in (WIDE, NARROW)]
-    yield _figure("The gradient on its way to the input", charts, caption)
+    yield _figure("The gradient on its way to the input", charts, caption, nothing)
 
 
-def _figure(title: str, charts: Sequence[Chart | None], caption: str) -> str:
+def _figure(title: str, charts: Sequence[Chart | None], caption: str, nothing: str) -> str:
     wide, narrow = charts
     if wide is None or narrow is None:
-        return f'<h2>{escape(title)}</h2>\n<p class="note">Nothing to draw: no finite value is recorded.</p>'
+        return f'<h2>{escape(title)}</h2>\n<p class="note">{escape(nothing)}</p>'
     return (
         f'<h2>{escape(title)}</h2>\n<figure>\n<div class="wide">{_inline(wide)}</div>\n'
         f'<div class="narrow">{_inline(narrow)}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
