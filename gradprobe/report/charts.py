@@ -43,7 +43,7 @@ NARROW = Size(width=240, height=220, stacked=True)
 
 @dataclass(frozen=True)
 class _Label:
-    """A direct label, to stand right of (x_px, y_px), its line's end; pixels from the upper left corner of the panel."""
+    """A direct label, to stand right of its line's end (x_px, y_px); pixels from the panel's upper left corner."""
 
     text: str
     colour: str
