@@ -1,0 +1,214 @@
+"""One cell: what it records, that a cut changes nothing, and that small gradients stay in sight."""
+
+import io
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from gradprobe import networks
+from gradprobe.errors import ArgumentError
+from gradprobe.experiments import train
+from gradprobe.experiments.data import load
+from gradprobe.experiments.train import Recipe, evaluate, train_cell
+
+RECIPE = Recipe(epochs=3, batch_size=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """A hundred digits, of which a net of 8 layers learns something in seconds."""
+    digits = load("digits")
+    return replace(
+        digits,
+        train_x=digits.train_x[:100],
+        train_y=digits.train_y[:100],
+        test_x=digits.test_x[:40],
+        test_y=digits.test_y[:40],
+    )
+
+
+def without_time(results):
+    return [([replace(row, seconds=0.0) for row in result.epochs], result.layers, result.status) for result in results]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data):
+    return list(train_cell("resnet", 8, 0, data, RECIPE, None))
+
+
+def test_every_epoch_is_recorded_from_initialisation_on(undisturbed):
+    assert [[row.epoch for row in result.epochs] for result in undisturbed] == [[0, 1], [2], [3]]
+    assert [result.status for result in undisturbed] == ["pending", "pending", "done"]
+    weights = [name for name, p in networks.resnet(8, in_channels=1).named_parameters() if p.ndim > 1]
+    for result in undisturbed:
+        for row in result.epochs:
+            layers = [layer for layer in result.layers if layer.epoch == row.epoch]
+            assert [layer.site for layer in layers] == weights
+            assert [layer.position for layer in layers] == list(range(8))
+    start, *_, end = [row for result in undisturbed for row in result.epochs]
+    assert 70 < start.train_error_pct <= 100
+    assert end.train_error_pct < start.train_error_pct
+    assert end.train_loss < start.train_loss
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["as-they-are", "augmented"])
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_cell_that_was_cut_gives_the_same_numbers_bit_for_bit(data, cut, augmented):
+    data = replace(data, augmented=augmented)
+    whole = list(train_cell("plain", 8, 3, data, RECIPE, None))
+    rest = list(train_cell("plain", 8, 3, data, RECIPE, whole[cut - 1].state))
+    assert without_time(rest) == without_time(whole[cut:])
+    assert rest[-1].state == whole[-1].state
+
+
+def test_the_callers_random_numbers_are_left_alone(data):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    next(train_cell("plain", 8, 0, data, RECIPE, None))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_and_families_differ(data, undisturbed):
+    other_seed = next(train_cell("resnet", 8, 1, data, RECIPE, None))
+    other_family = next(train_cell("plain", 8, 0, data, RECIPE, None))
+    assert len({undisturbed[0].layers[0].norm_l2, other_seed.layers[0].norm_l2, other_family.layers[0].norm_l2}) == 3
+
+
+def test_epoch_0_is_the_first_steps_gradient_and_later_ones_the_median(data):
+    """Against float64 norms taken by a hook of the optimizer's own."""
+    seen = []
+
+    def note(optimizer, args, kwargs):
+        seen.append([p.grad.double().norm().item() for p in optimizer.param_groups[0]["params"] if p.ndim > 1])
+
+    hook = register_optimizer_step_pre_hook(note)
+    result = next(train_cell("resnet", 8, 0, data, RECIPE, None))
+    hook.remove()
+    assert len(seen) == 3  # 100 images in batches of 32
+    recorded = {epoch: [row.norm_l2 for row in result.layers if row.epoch == epoch] for epoch in (0, 1)}
+    np.testing.assert_allclose(recorded[0], seen[0], rtol=1e-6)
+    np.testing.assert_allclose(recorded[1], np.median(seen, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "rates"),
+    [(4, [0.1, 0.1, 0.01, 0.001]), (8, [0.1] * 4 + [0.01] * 2 + [0.001] * 2), (1, [0.1])],
+)
+def test_the_rate_falls_at_half_and_three_quarters(epochs, rates):
+    recipe = Recipe(epochs=epochs, batch_size=1)
+    assert [recipe.learning_rate_at(step, epochs, warming=False) for step in range(epochs)] == pytest.approx(rates)
+
+
+def rates_after_each_epoch(results):
+    states = [torch.load(io.BytesIO(result.state), weights_only=True) for result in results]
+    return [state["optimizer"]["param_groups"][0]["lr"] for state in states]
+
+
+@pytest.mark.parametrize(
+    ("warmup_depth", "warmup_error_pct", "rates"),
+    [(9, 80.0, [0.1, 0.01, 0.001]), (8, 101.0, [0.01, 0.01, 0.001]), (8, 0.0, [0.01, 0.001, 0.0001])],
+    ids=["shallow", "warm-after-one-epoch", "never-warm"],
+)
+def test_deep_nets_warm_up_until_their_error_is_low_enough(data, warmup_depth, warmup_error_pct, rates):
+    recipe = replace(RECIPE, warmup_depth=warmup_depth, warmup_error_pct=warmup_error_pct)
+    assert rates_after_each_epoch(train_cell("plain", 8, 0, data, recipe, None)) == pytest.approx(rates)
+
+
+def test_divergence_is_recorded_and_ends_the_cell(data):
+    results = list(train_cell("plain", 8, 0, data, replace(RECIPE, learning_rate=1e30), None))
+    assert [result.status for result in results] == ["diverged"]
+    assert [row.epoch for row in results[0].epochs] == [0, 1]
+    last = results[0].epochs[-1]
+    assert math.isnan(last.train_loss)
+    assert (last.train_error_pct, last.test_error_pct) == (100.0, 100.0)
+    first_step = [row for row in results[0].layers if row.epoch == 0]
+    assert all(math.isfinite(row.norm_l2) for row in first_step)
+    assert max(row.nonfinite for row in results[0].layers) > 0
+
+
+class Faint(nn.Module):
+    """A linear net whose gradients are as small as asked for."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.fc = nn.Linear(64, 10, bias=False)
+        self.scale = scale
+
+    def forward(self, x):
+        return self.fc(x.flatten(1)) * self.scale
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-42], ids=["1e-39", "1e-42"])
+def test_gradients_below_the_smallest_normal_number_are_recorded_in_every_epoch(data, monkeypatch, scale):
+    monkeypatch.setattr(train, "build", lambda *_: Faint(scale))
+    results = list(train_cell("plain", 8, 0, data, RECIPE, None))
+    norms = [row.norm_l2 for result in results for row in result.layers]
+    assert len(norms) == 4
+    assert all(0.01 * scale < norm < 100 * scale for norm in norms)
+    assert max(row.abs_max for result in results for row in result.layers) < torch.finfo(torch.float32).tiny
+
+
+def flushes():
+    return (torch.tensor([1e-39]) * 1.0).item() == 0.0
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, True), (1e-39, False)], ids=["ordinary", "faint"])
+def test_denormals_are_flushed_only_after_a_first_step_without_small_gradients(data, monkeypatch, scale, expected):
+    seen = []
+    net = Faint(scale)
+    net.register_forward_pre_hook(lambda *_: seen.append(flushes()) if net.training else None)
+    monkeypatch.setattr(train, "build", lambda *_: net)
+    for _ in train_cell("plain", 8, 0, data, replace(RECIPE, epochs=1), None):
+        assert not flushes()
+    # One pass before training (over both sets) and then three steps.
+    assert seen[-3:] == [False, expected, expected]
+
+
+def test_evaluation_leaves_the_net_as_it_was(data):
+    model = networks.resnet(8, in_channels=1)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for at_start in (True, False):
+        evaluate(model, data.test_x, data.test_y, at_start=at_start)
+        assert model.training
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_error_is_the_share_of_wrong_answers():
+    class Says(nn.Module):
+        def forward(self, x):
+            return x[:, :, 0, 0]
+
+    logits = torch.eye(4)[torch.tensor([0, 1, 2, 2, 2])][:, :, None, None]
+    logits[4] = math.nan
+    assert evaluate(Says(), logits, torch.tensor([0, 1, 2, 3, 2])) == (pytest.approx(math.nan, nan_ok=True), 40.0)
+
+
+def test_fewer_images_than_a_batch_are_one_step(data):
+    small = replace(data, train_x=data.train_x[:5], train_y=data.train_y[:5])
+    assert [result.status for result in train_cell("plain", 8, 0, small, replace(RECIPE, epochs=1), None)] == ["done"]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 0}, {"epochs": -3}], ids=str)
+def test_a_recipe_without_steps_is_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ArgumentError, match=f"{name}: needed at least 1, got {value}"):
+        Recipe(**{"epochs": 1, "batch_size": 1, **options})
+
+
+def test_an_unknown_family_is_refused_with_what_there_is(data):
+    with pytest.raises(ArgumentError, match="families: needed some of plain, resnet, got 'vgg'"):
+        next(train_cell("vgg", 8, 0, data, RECIPE, None))
