@@ -69,7 +69,7 @@ class ReadyHook final : public autograd::FunctionPostHook {
     return outputs;
   }
 
-  // Compiled autograd asks every hook for its arguments and would refuse the graph; this one takes no part in it.
+  // Compiled autograd asks every hook for its arguments and refuses the graph without; ours take no part in it.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
 
  private:
@@ -79,39 +79,102 @@ class ReadyHook final : public autograd::FunctionPostHook {
   bool notifies_;
 };
 
-class GradientTaps {
+// The parameters with their accumulators, which keep the nodes and with them the hooks alive.
+class Arms : public std::enable_shared_from_this<Arms> {
  public:
-  GradientTaps(std::vector<at::Tensor> parameters, py::object on_backward_end)
+  Arms(std::vector<at::Tensor> parameters, std::shared_ptr<State> state, bool notifies)
       : parameters_(std::move(parameters)),
         accumulators_(parameters_.size()),
         keys_(parameters_.size(), 0),
-        state_(std::make_shared<State>(parameters_.size())),
-        notifies_(!on_backward_end.is_none()) {
+        state_(std::move(state)),
+        notifies_(notifies) {}
+
+  const std::vector<at::Tensor>& parameters() const { return parameters_; }
+
+  // A conversion such as model.cuda() gives a parameter a new accumulator, without the hook. A hook on the tensor
+  // itself stays; it runs just before the accumulator and puts things right.
+  void watch() {
+    for (size_t k = 0; k < parameters_.size(); ++k) {
+      arm(k);
+      auto watcher = std::make_unique<Watcher>(weak_from_this(), k);
+      watchers_.push_back(watcher.get());
+      autograd::impl::hooks(parameters_[k])
+          .push_back(std::move(watcher));  // add_hook takes only a tensor without hooks
+    }
+    converted_.store(0);
+  }
+
+  void arm(size_t k) {
+    if (!parameters_[k].requires_grad()) return;
+    Accumulator current = autograd::impl::grad_accumulator(parameters_[k]);
+    if (current == accumulators_[k]) return;
+    unhook(k);
+    keys_[k] = current->add_post_hook(std::make_unique<ReadyHook>(state_, k, current.get(), notifies_));
+    accumulators_[k] = std::move(current);
+    converted_.fetch_add(1);
+  }
+
+  int64_t take_converted() { return converted_.exchange(0); }
+
+  void release() {
+    for (size_t k = 0; k < watchers_.size(); ++k) {
+      std::erase_if(autograd::impl::hooks(parameters_[k]),
+                    [ours = watchers_[k]](const auto& hook) { return hook.get() == ours; });
+    }
+    watchers_.clear();
+    for (size_t k = 0; k < parameters_.size(); ++k) unhook(k);
+  }
+
+ private:
+  struct Watcher final : autograd::FunctionPreHook {
+    Watcher(std::weak_ptr<Arms> arms, size_t index) : arms(std::move(arms)), index(index) {}
+
+    autograd::variable_list operator()(const autograd::variable_list& gradients) override {
+      if (const std::shared_ptr<Arms> alive = arms.lock()) alive->arm(index);
+      return gradients;
+    }
+
+    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
+
+    std::weak_ptr<Arms> arms;
+    size_t index;
+  };
+
+  void unhook(size_t k) {
+    if (!accumulators_[k]) return;
+    accumulators_[k]->del_post_hook(keys_[k]);
+    accumulators_[k] = Accumulator();
+  }
+
+  std::vector<at::Tensor> parameters_;
+  std::vector<Accumulator> accumulators_;
+  std::vector<uintptr_t> keys_;
+  std::vector<const autograd::FunctionPreHook*> watchers_;  // owned by the tensors
+  std::shared_ptr<State> state_;
+  bool notifies_;
+  std::atomic<int64_t> converted_{0};
+};
+
+class GradientTaps {
+ public:
+  GradientTaps(std::vector<at::Tensor> parameters, py::object on_backward_end)
+      : state_(std::make_shared<State>(parameters.size())),
+        arms_(std::make_shared<Arms>(std::move(parameters), state_, !on_backward_end.is_none())) {
     state_->on_backward_end = std::move(on_backward_end);
-    arm();
+    arms_->watch();
   }
   GradientTaps(const GradientTaps&) = delete;
   GradientTaps& operator=(const GradientTaps&) = delete;
   ~GradientTaps() { remove(); }
 
-  // A conversion such as model.double() gives a parameter a new accumulator; the hook has to follow.
-  int64_t arm() {
-    int64_t armed = 0;
-    for (size_t k = 0; k < parameters_.size(); ++k) {
-      if (!parameters_[k].requires_grad()) continue;
-      Accumulator current = autograd::impl::grad_accumulator(parameters_[k]);
-      if (current == accumulators_[k]) continue;
-      unhook(k);
-      keys_[k] = current->add_post_hook(std::make_unique<ReadyHook>(state_, k, current.get(), notifies_));
-      accumulators_[k] = std::move(current);
-      ++armed;
-    }
-    return armed;
+  int64_t converted() {
+    for (size_t k = 0; k < parameters().size(); ++k) arms_->arm(k);
+    return arms_->take_converted();
   }
 
   void remove() {
     state_->enabled.store(false);
-    for (size_t k = 0; k < parameters_.size(); ++k) unhook(k);
+    arms_->release();
     state_->on_backward_end = py::none();
   }
 
@@ -126,23 +189,23 @@ class GradientTaps {
 
   // Takes the gradients as they are now for what the hooks saw: someone with a right to it has changed them.
   void sight() {
-    for (size_t k = 0; k < parameters_.size(); ++k) {
-      if (state_->sightings[k].gradient != nullptr) state_->sightings[k] = sighting_of(parameters_[k].grad());
+    for (size_t k = 0; k < parameters().size(); ++k) {
+      if (state_->sightings[k].gradient != nullptr) state_->sightings[k] = sighting_of(parameters()[k].grad());
     }
   }
 
   std::vector<bool> fired() const {
-    std::vector<bool> result(parameters_.size());
+    std::vector<bool> result(parameters().size());
     for (size_t k = 0; k < result.size(); ++k) result[k] = state_->sightings[k].gradient != nullptr;
     return result;
   }
 
   // True where a gradient that a hook saw was changed or replaced since.
   bool modified() const {
-    for (size_t k = 0; k < parameters_.size(); ++k) {
+    for (size_t k = 0; k < parameters().size(); ++k) {
       const Sighting& sighting = state_->sightings[k];
       if (sighting.gradient == nullptr) continue;
-      const Sighting now = sighting_of(parameters_[k].grad());
+      const Sighting now = sighting_of(parameters()[k].grad());
       if (now.gradient != sighting.gradient || now.version != sighting.version) return true;
     }
     return false;
@@ -150,35 +213,28 @@ class GradientTaps {
 
   // The gradients [K] with None where there is none, and whether each is dense and of its parameter's dtype and device.
   std::pair<py::list, bool> gradients() const {
-    py::list result(parameters_.size());
+    py::list result(parameters().size());
     bool regular = true;
-    for (size_t k = 0; k < parameters_.size(); ++k) {
-      const at::Tensor& gradient = parameters_[k].grad();
+    for (size_t k = 0; k < parameters().size(); ++k) {
+      const at::Tensor& gradient = parameters()[k].grad();
       if (!gradient.defined()) {
         result[k] = py::none();
         regular = false;
         continue;
       }
       regular = regular && gradient.layout() == at::kStrided && !gradient.is_complex() &&
-                gradient.scalar_type() == parameters_[k].scalar_type() && gradient.device() == parameters_[k].device() &&
-                !gradient.unsafeGetTensorImpl()->is_python_dispatch();
+                gradient.scalar_type() == parameters()[k].scalar_type() &&
+                gradient.device() == parameters()[k].device() && !gradient.unsafeGetTensorImpl()->is_python_dispatch();
       result[k] = gradient;
     }
     return {std::move(result), regular};
   }
 
  private:
-  void unhook(size_t k) {
-    if (!accumulators_[k]) return;
-    accumulators_[k]->del_post_hook(keys_[k]);
-    accumulators_[k] = Accumulator();
-  }
+  const std::vector<at::Tensor>& parameters() const { return arms_->parameters(); }
 
-  std::vector<at::Tensor> parameters_;
-  std::vector<Accumulator> accumulators_;  // keeps the nodes, and with them the hooks, alive
-  std::vector<uintptr_t> keys_;
   std::shared_ptr<State> state_;
-  bool notifies_;
+  std::shared_ptr<Arms> arms_;
 };
 
 }  // namespace
@@ -187,7 +243,7 @@ class GradientTaps {
 PYBIND11_MODULE(_hooks, module) {
   py::class_<gradprobe::GradientTaps>(module, "GradientTaps")
       .def(py::init<std::vector<at::Tensor>, py::object>(), py::arg("parameters"), py::arg("on_backward_end"))
-      .def("arm", &gradprobe::GradientTaps::arm)
+      .def("converted", &gradprobe::GradientTaps::converted)
       .def("remove", &gradprobe::GradientTaps::remove)
       .def("set_enabled", &gradprobe::GradientTaps::set_enabled, py::arg("enabled"))
       .def("reset", &gradprobe::GradientTaps::reset)

@@ -17,8 +17,8 @@ from gradprobe.sites import is_regular
 class Taps(Protocol):
     """Hooks on K parameters; the C++ module and `PythonTaps` both are one."""
 
-    def arm(self) -> int:
-        """Follows parameters that were converted to another dtype or device; returns how many were."""
+    def converted(self) -> int:
+        """Counts the parameters that were converted to another dtype or device since the last call."""
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -109,9 +109,8 @@ class PythonTaps:
             _run_first(parameter._post_accumulate_grad_hooks, handle.id)
             self._handles.append(handle)
 
-    def arm(self) -> int:
+    def converted(self) -> int:
         """Counts the parameters that were converted since the last call."""
-        # these hooks sit on the parameter itself and survive a conversion
         placement = _placement(self._parameters)
         changed = sum(now != then for now, then in zip(placement, self._placement, strict=True))
         self._placement = placement

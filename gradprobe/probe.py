@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.autograd import Variable
@@ -67,7 +68,7 @@ def attach(
     optimizer: torch.optim.Optimizer | None = None,
     params: bool = True,
     activations: bool = False,
-    junctions: bool | None = None,
+    junctions: bool = False,
     every: int = 1,
     capacity: int = 1024,
     backend: str = "auto",
@@ -395,7 +396,14 @@ class Probe:
         self._describe("post-clip" if self._taps.modified() else "pre-clip")
         self._measured = self._collector.measure(gradients, regular, self._record.rows())
         if self._taps.n_fired() < len(gradients):
-            self._unhooked |= self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
+            unhooked = self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
+            if unhooked.any():
+                self._unhooked |= unhooked
+                self._warn(
+                    "unhooked",
+                    f"step {self._step}: no hook fired for {self._listed(unhooked)}. Their gradients are from an earlier "
+                    "backward, torch.autograd.grad or a replayed CUDA graph; they are measured as they are now",
+                )
 
     def _describe(self, clipping: Literal["pre-clip", "post-clip"]) -> None:
         scale = self._scaler.inverse_scale() if self._scaler is not None else None
@@ -436,13 +444,12 @@ class Probe:
         self._n_measured += 1
         self._observed |= measured.present
         if not measured.present.all():
-            silent = [name for name, seen in zip(self._table.names, self._observed, strict=True) if not seen]
-            if silent:
-                shown = ", ".join(silent[:5]) + (", …" if len(silent) > 5 else "")
-                self._warn("silent", f"{len(silent)} parameters had no gradient in step {self._step}: {shown}")
+            silent = ~self._observed
+            if silent.any():
+                self._warn("silent", f"step {self._step}: no gradient for {self._listed(silent)}")
 
     def _regroup_if_moved(self) -> None:
-        if self._taps.arm() and self._collector.moved():
+        if self._taps.converted() and self._collector.moved():
             self._archive_history()
             self._collector.regroup()
             self._record = Record(self._capacity, self._collector.rows_on)
@@ -467,6 +474,10 @@ class Probe:
 
     def _set_enabled(self) -> None:
         self._taps.set_enabled(self._wanted())
+
+    def _listed(self, chosen: npt.NDArray[np.bool_]) -> str:
+        names = [name for name, is_chosen in zip(self._table.names, chosen, strict=True) if is_chosen]
+        return f"{len(names)} of {len(chosen)} sites: {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
 
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._told:

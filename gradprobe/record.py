@@ -53,8 +53,11 @@ class Finished:
     skipped: bool
 
 
+IN_FLIGHT = 16  # steps that a device other than the host holds; older ones have long been copied
+
+
 class Record:
-    """A ring of `capacity` steps on each device, mirrored in pinned host memory where the device is not the host.
+    """A ring of `capacity` steps on the host; another device holds the newest few, copied as they close.
 
     Args:
         capacity: Number of steps kept.
@@ -63,14 +66,17 @@ class Record:
 
     def __init__(self, capacity: int, rows_on: Mapping[torch.device, int]) -> None:
         self._capacity = capacity
-        self._rings: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6]
+        self._rings: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6], or [IN_FLIGHT, K + 1, 6]
         self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6] on the host
         for device, n_rows in rows_on.items():
-            shape = (capacity, n_rows + 1, len(ops.STATS))
-            ring = torch.empty(shape, dtype=torch.float64, device=device)
-            on_host = device.type == "cpu"
+            step_shape = (n_rows + 1, len(ops.STATS))
+            if device.type == "cpu":
+                ring = mirror = torch.empty(capacity, *step_shape, dtype=torch.float64)
+            else:
+                ring = torch.empty(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
+                mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, pin_memory=True)
             self._rings[device] = ring
-            self._mirrors[device] = ring if on_host else torch.empty(shape, dtype=torch.float64, pin_memory=True)
+            self._mirrors[device] = mirror
         self._first = next(iter(self._rings), torch.device("cpu"))
         self._slots: list[Slot | None] = [None] * capacity
         self._next = 0
@@ -151,14 +157,14 @@ class Record:
         return Finished(slot, rows, loss if slot.has_loss else None, scale, skipped != 0)
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
-        return {device: ring[self._next, :-1] for device, ring in self._rings.items()}
+        return {device: _at(ring, self._next)[:-1] for device, ring in self._rings.items()}
 
     def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
         slot = self._slots[position]
         assert slot is not None
         if isinstance(value, torch.Tensor):
             slot.extras.pop(column, None)
-            self._rings[self._first][position, -1, column].copy_(value.detach().reshape(()), non_blocking=True)
+            _at(self._rings[self._first], position)[-1, column].copy_(value.detach().reshape(()), non_blocking=True)
         else:
             slot.extras[column] = float(value)
 
@@ -168,7 +174,11 @@ class Record:
         for device, ring in self._rings.items():
             mirror = self._mirrors[device]
             if mirror is not ring:
-                mirror[position].copy_(ring[position], non_blocking=True)
+                mirror[position].copy_(_at(ring, position), non_blocking=True)
                 event = torch.Event(device)
                 event.record()
                 slot.ready[device] = event
+
+
+def _at(ring: torch.Tensor, position: int) -> torch.Tensor:
+    return ring[position % ring.shape[0]]

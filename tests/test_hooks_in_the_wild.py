@@ -95,7 +95,8 @@ def test_compiled_autograd(when: str) -> None:
     with gradprobe.attach(model, when=when) as probe:
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
             model(batch()).square().mean().backward()
-        probe.step()
+        with pytest.warns(gradprobe.GradprobeWarning, match="no hook fired for 4 of 4 sites"):
+            probe.step()
         assert_measured(probe, model)
 
 
@@ -131,6 +132,21 @@ def test_copies_and_pickles_of_an_attached_model_are_plain() -> None:
         assert probe.coverage().observed == ()
 
 
+def test_hooks_of_the_users_stay_and_run() -> None:
+    model = mlp()
+    seen: list[str] = []
+    early = model[0].weight.register_hook(lambda gradient: seen.append("early"))
+    with gradprobe.attach(model) as probe:
+        late = model[2].weight.register_hook(lambda gradient: seen.append("late"))
+        model(batch()).square().mean().backward()
+        probe.step()
+        assert_measured(probe, model)
+    model(batch()).square().mean().backward()
+    assert sorted(seen) == ["early", "early", "late", "late"]
+    early.remove()
+    late.remove()
+
+
 def test_two_models_as_in_a_gan_step() -> None:
     generator, critic = mlp(), nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (generator, critic)]
@@ -158,9 +174,9 @@ def test_threads_of_torch_do_not_change_a_bit() -> None:
         for count in (1, 2):
             torch.set_num_threads(count)
             model.zero_grad()
-            model(x).square().sum().backward()
-            model[0].weight.grad = torch.linspace(-1, 1, 700 * 900).reshape(900, 700)
-            with gradprobe.attach(model) as probe:
+            with gradprobe.attach(model, when="step") as probe:
+                model(x).square().sum().backward()
+                model[0].weight.grad = torch.linspace(-1, 1, 700 * 900).reshape(900, 700)
                 probe.step()
             snapshot = probe.latest()
             assert snapshot is not None
