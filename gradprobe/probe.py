@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradprobe import hooks, sinks
 from gradprobe.amp import ScalerWatch
+from gradprobe.arguments import When, check_attach, check_loss, check_max_norm, check_shares_parameters
 from gradprobe.collector import Collector
 from gradprobe.diagnose import Finding, diagnose
 from gradprobe.errors import ArgumentError, GradprobeError, GradprobeWarning
@@ -32,9 +33,6 @@ from gradprobe.snapshot import SiteTable, Snapshot, to_pandas
 
 if TYPE_CHECKING:
     import pandas
-
-When = Literal["auto", "step", "backward", "hook"]
-MOMENTS: tuple[When, ...] = ("auto", "step", "backward", "hook")
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
 
@@ -140,10 +138,12 @@ class Probe:
         when: When,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
-        _check_arguments(model, optimizer, params, every, capacity, when, grad_scaler)
+        check_attach(model, optimizer, params, every, capacity, when, grad_scaler)
+        if model in _attached:
+            raise ArgumentError("model: has a probe already; call its detach() first")
         self._found = parameter_sites(model)
         if optimizer is not None:
-            _check_shares_parameters(optimizer, self._found.parameters)
+            check_shares_parameters(optimizer, self._found.parameters)
         self._collector = Collector(self._found.parameters, backend)
         self._model = weakref.ref(model)
         self._every = every
@@ -192,7 +192,7 @@ class Probe:
             ArgumentError: The loss is no number, or the probe is detached.
         """
         self._check_attached()
-        _check_loss(loss)
+        check_loss(loss)
         if self._closed_by_optimizer and self._taps.n_fired() == 0:
             self._closed_by_optimizer = False
             if loss is not None and self._last_was_measured:
@@ -278,8 +278,7 @@ class Probe:
             tensor(5.)
         """
         self._check_attached()
-        if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
-            raise ArgumentError(f"max_norm: need a number; got {max_norm!r}")
+        check_max_norm(max_norm)
         if self._measured is None or self._when == "hook" or self._taps.modified():
             self._measure()
         total = self._collector.total_norm(self._record.rows())
@@ -401,8 +400,8 @@ class Probe:
                 self._unhooked |= unhooked
                 self._warn(
                     "unhooked",
-                    f"step {self._step}: no hook fired for {self._listed(unhooked)}. Their gradients are from an earlier "
-                    "backward, torch.autograd.grad or a replayed CUDA graph; they are measured as they are now",
+                    f"step {self._step}: no hook fired for {self._listed(unhooked)}. Their gradients are from an "
+                    "earlier backward, torch.autograd.grad or a replayed CUDA graph; they are measured as they are now",
                 )
 
     def _describe(self, clipping: Literal["pre-clip", "post-clip"]) -> None:
@@ -496,43 +495,3 @@ def _site_table(sites: Sequence[Site]) -> SiteTable:
         ndims=tuple(len(site.shape) for site in sites),
         index={name: k for k, site in enumerate(sites) for name in site.names},
     )
-
-
-def _check_arguments(
-    model: object,
-    optimizer: object,
-    params: object,
-    every: object,
-    capacity: object,
-    when: object,
-    grad_scaler: object,
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(optimizer).__name__}")
-    if params is not True:
-        raise ArgumentError(f"params: need True, since there is nothing else to observe yet; got {params!r}")
-    for name, value in (("every", every), ("capacity", capacity)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
-    if when not in MOMENTS:
-        raise ArgumentError(f"when: need one of {', '.join(MOMENTS)}; got {when!r}")
-    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-        raise ArgumentError(f"grad_scaler: need a torch.amp.GradScaler or None; got {type(grad_scaler).__name__}")
-    if model in _attached:
-        raise ArgumentError("model: has a probe already; call its detach() first")
-
-
-def _check_shares_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if stepped.isdisjoint(id(parameter) for parameter in parameters):
-        raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
-
-
-def _check_loss(loss: object) -> None:
-    if isinstance(loss, torch.Tensor):
-        if loss.numel() != 1 or loss.is_complex():
-            raise ArgumentError(f"loss: need one real number; got a tensor of shape {tuple(loss.shape)}, {loss.dtype}")
-    elif loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float))):
-        raise ArgumentError(f"loss: need a number or a tensor of one element; got {type(loss).__name__}")

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gradprobe"
 STAGES = (
     {"errors", "measured"},
     {"ops"},
-    {"sites", "hooks", "amp", "networks"},
+    {"sites", "hooks", "amp", "arguments", "networks"},
     {"collector"},
     {"record"},
     {"snapshot"},
