@@ -15,6 +15,7 @@
 #include <deque>
 #include <vector>
 
+#include "arguments.h"
 #include "chunks.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
@@ -32,34 +33,6 @@ using cpu::View;
 constexpr int64_t kSerialNumel = 65536;
 // What starting on a tensor costs, in elements.
 constexpr int64_t kTensorNumel = 256;
-
-// Owns the handles of a Tensor[] argument.
-class TensorList {
- public:
-  explicit TensorList(StableIValue argument) : list_(torch::stable::detail::to<StableListHandle>(argument)) {
-    size_t size = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
-    handles_.reserve(size);
-    for (size_t k = 0; k < size; ++k) {
-      StableIValue element;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, k, &element));
-      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
-    }
-  }
-  ~TensorList() {
-    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
-    torch_delete_list(list_);
-  }
-  TensorList(const TensorList&) = delete;
-  TensorList& operator=(const TensorList&) = delete;
-
-  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
-  AtenTensorHandle operator[](int64_t k) const { return handles_[k]; }
-
- private:
-  StableListHandle list_;
-  std::vector<AtenTensorHandle> handles_;
-};
 
 // The tensors of a call, and their chunks.
 struct Work {
@@ -166,14 +139,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   const auto out = torch::stable::detail::to<torch::stable::Tensor>(stack[1]);
   const int64_t n_tensors = tensors.size();
   STD_TORCH_CHECK(out.is_cpu(), "out: needed device cpu, that of tensors, got another");
-  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Double, "out: needed dtype float64, got ",
-                  torch::headeronly::toString(out.scalar_type()));
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n_tensors && out.size(1) == kStats, "out: needed shape [", n_tensors,
-                  ", ", kStats, "], got ",
-                  out.dim() == 2 ? "[" + std::to_string(out.size(0)) + ", " + std::to_string(out.size(1)) + "]"
-                                 : std::to_string(out.dim()) + " dimensions");
-  STD_TORCH_CHECK(out.is_contiguous(), "out: needed contiguous rows, got strides [", out.stride(0), ", ", out.stride(1),
-                  "]");
+  check_rows(out, n_tensors);
   const Work work = plan(tensors, /*writable=*/false);
   const cpu::Isa isa = cpu::best_isa();
   std::vector<Stats> partials(work.n_chunks);

@@ -23,6 +23,8 @@ ALWAYS = {
     "nan_lost_in_max",
     "squares_underflow",
     "int32_index",
+    "scale_rounds_coefficient",
+    "mask_of_wrong_operand",
 }
 
 

@@ -17,6 +17,8 @@ namespace gradprobe::cuda {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarp = 32;
+// What the registers of every kernel must allow: 1024 threads, half of an H100's, all of a T4's.
+inline constexpr int kBlocksPerMultiprocessor = 4;
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kChunkBytes = 64 * 1024;
 
@@ -55,12 +57,29 @@ struct alignas(kVectorBytes) Vector {
   T element[kVectorNumel<T>];
 };
 
+// Of memory that nobody writes while the kernel runs.
 template <typename T>
-__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+__device__ __forceinline__ Vector<T> load_constant_vector(const T* address) {
   const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(address));
   Vector<T> vector;
   memcpy(&vector, &bytes, sizeof vector);
   return vector;
+}
+
+// Of memory that the kernel may write in place.
+template <typename T>
+__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+  const uint4 bytes = __ldcg(reinterpret_cast<const uint4*>(address));
+  Vector<T> vector;
+  memcpy(&vector, &bytes, sizeof vector);
+  return vector;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector) {
+  uint4 bytes;
+  memcpy(&bytes, &vector, sizeof bytes);
+  __stcg(reinterpret_cast<uint4*>(address), bytes);
 }
 
 // Calls body with a null pointer to the C++ type of `element`.

@@ -20,7 +20,7 @@ inline constexpr int kFinishRowsSmall = 64;
 // work.
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    merge_partials(const __grid_constant__ FinishTable<kCapacity> table, const Stats* partials, double* rows) {
+    merge_partials(const FinishTable<kCapacity> __grid_constant__ table, const Stats* partials, double* rows) {
   const Stats* first = partials + table.first_partial[blockIdx.x];
   const int64_t n = table.n_partials[blockIdx.x];
   Stats mine = identity();

@@ -1,28 +1,14 @@
 // The six statistics of many tensors, each element read once.
 //
-// One block for each chunk (64 KiB) of each tensor. The table of tensors travels in the kernel's parameters: nothing is
-// copied to the device, so there is no buffer to wait for or to keep alive, and a captured CUDA graph holds its own
-// copy. A block finds its tensor by binary search in the numbers of first chunks, sums its chunk and writes the row if
-// the tensor has no other chunk, otherwise a partial result that the second launch merges. No atomics: the order of
-// every sum is fixed by the tensor's size and alignment.
+// One block for each chunk (64 KiB) of each tensor. A block finds its tensor by binary search in the launch's table,
+// sums its chunk and writes the row if the tensor has no other chunk, otherwise a partial result that the second launch
+// merges. No atomics: the order of every sum is fixed by the tensor's size and alignment.
 #include "device.cuh"
 #include "finish.cuh"
+#include "table.cuh"
 
 namespace gradprobe::cuda {
 namespace {
-
-// 16 bytes a tensor: what does not fit is told by what does.
-template <int kCapacity>
-struct TensorTable {
-  const void* data[kCapacity];
-  uint32_t first_chunk[kCapacity + 1];  // number of the tensor's first chunk within this launch
-  uint16_t last_numel[kCapacity];       // elements of the tensor's last chunk, less one
-  uint16_t row[kCapacity];              // less the launch's first row
-  int32_t n_tensors;
-};
-
-constexpr int kTensors = (kParameterBytes - 64) / 16;
-constexpr int kTensorsSmall = 128;  // small models pay for 2 KiB of parameters, not for 32
 
 constexpr int kLoads = 4;  // 16-byte loads in flight for each thread
 
@@ -38,7 +24,7 @@ __device__ __forceinline__ void add_range(ThreadSums<Wide<T>>& sums, const T* be
   for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads) {
     Vector<T> loaded[kLoads];
 #pragma unroll
-    for (int l = 0; l < kLoads; ++l) loaded[l] = load_vector(vectors + (v + l * kThreads) * kNumel);
+    for (int l = 0; l < kLoads; ++l) loaded[l] = load_constant_vector(vectors + (v + l * kThreads) * kNumel);
 #pragma unroll
     for (int g = 0; g < kLoads * kNumel; g += kGroup) {
       Wide<T> group[kGroup];
@@ -48,7 +34,7 @@ __device__ __forceinline__ void add_range(ThreadSums<Wide<T>>& sums, const T* be
     }
   }
   for (; v < split.n_vectors; v += kThreads) {
-    const Vector<T> loaded = load_vector(vectors + v * kNumel);
+    const Vector<T> loaded = load_constant_vector(vectors + v * kNumel);
     Wide<T> group[kNumel];
 #pragma unroll
     for (int i = 0; i < kNumel; ++i) group[i] = widened(loaded.element[i]);
@@ -65,20 +51,15 @@ __device__ __forceinline__ void add_range(ThreadSums<Wide<T>>& sums, const T* be
 }
 
 template <typename T, int kCapacity>
-__global__ void __launch_bounds__(kThreads, 4)
-    sum_chunks(const __grid_constant__ TensorTable<kCapacity> table, Stats* partials, double* rows) {
-  const int64_t tensor = find_tensor(table.first_chunk, table.n_tensors, blockIdx.x);
-  const int64_t first_chunk = table.first_chunk[tensor];
-  const int64_t n_chunks = table.first_chunk[tensor + 1] - first_chunk;
-  const int64_t numel = (n_chunks - 1) * kChunkNumel<T> + table.last_numel[tensor] + 1;
-  const Chunk chunk = chunk_range(tensor, numel, first_chunk, blockIdx.x, kChunkNumel<T>);
-
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    sum_chunks(const TensorTable<kCapacity> __grid_constant__ table, Stats* partials, double* rows) {
+  const Piece<T> piece = find_piece<T>(table, blockIdx.x);
   ThreadSums<Wide<T>> sums;
-  add_range(sums, static_cast<const T*>(table.data[tensor]) + chunk.begin, static_cast<int>(chunk.end - chunk.begin));
+  add_range(sums, piece.begin, piece.numel);
   const Stats all = merge_block(sums.stats());
   if (threadIdx.x != 0) return;
-  if (n_chunks == 1) {
-    finish(all, rows + int64_t{kStats} * table.row[tensor]);
+  if (piece.is_whole) {
+    finish(all, rows + int64_t{kStats} * table.row[piece.tensor]);
   } else {
     partials[blockIdx.x] = all;
   }
@@ -88,45 +69,33 @@ template <typename T, int kCapacity>
 cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* partials, double* rows,
                         cudaStream_t stream) {
   Finisher finisher(partials, rows, stream);
-  TensorTable<kCapacity> table;
-  table.n_tensors = 0;
-  int64_t first_row = 0;
-  int64_t n_chunks = 0;     // of this launch
+  Packer<T, kCapacity> packer;
   int64_t chunks_done = 0;  // of the launches before
 
   const auto flush = [&]() -> cudaError_t {
-    if (table.n_tensors == 0) return cudaSuccess;
-    table.first_chunk[table.n_tensors] = static_cast<uint32_t>(n_chunks);
-    const cudaError_t error =
-        launch(sum_chunks<T, kCapacity>, n_chunks, stream, table, partials + chunks_done, rows + kStats * first_row);
-    chunks_done += n_chunks;
-    n_chunks = 0;
-    table.n_tensors = 0;
+    if (packer.n_chunks() == 0) return cudaSuccess;
+    const cudaError_t error = launch(sum_chunks<T, kCapacity>, packer.n_chunks(), stream, packer.table(),
+                                     partials + chunks_done, rows + kStats * packer.first_row());
+    chunks_done += packer.n_chunks();
+    packer.clear();
     return error;
   };
 
   for (int64_t k = 0; k < n_tensors; ++k) {
     const TensorSpan& tensor = tensors[k];
-    const int64_t chunks = count_chunks(tensor.numel, kChunkNumel<T>);
-    if (chunks != 1) {
+    const int64_t n_chunks = count_chunks(tensor.numel, kChunkNumel<T>);
+    if (n_chunks != 1) {
       if (finisher.full()) {
         if (const cudaError_t error = flush()) return error;
         if (const cudaError_t error = finisher.flush()) return error;
       }
-      finisher.add(chunks_done + n_chunks, chunks, tensor.row);
+      finisher.add(chunks_done + packer.n_chunks(), n_chunks, tensor.row);
     }
-    if (chunks == 0) continue;
-    const int64_t row_span = tensor.row - first_row;
-    if (table.n_tensors == kCapacity || row_span < 0 || row_span > 0xffff || table.n_tensors == 0) {
+    if (n_chunks == 0) continue;
+    if (!packer.fits(tensor)) {
       if (const cudaError_t error = flush()) return error;
-      first_row = tensor.row;
     }
-    const int at = table.n_tensors++;
-    table.data[at] = tensor.data;
-    table.first_chunk[at] = static_cast<uint32_t>(n_chunks);
-    table.last_numel[at] = static_cast<uint16_t>((tensor.numel - 1) % kChunkNumel<T>);
-    table.row[at] = static_cast<uint16_t>(tensor.row - first_row);
-    n_chunks += chunks;
+    packer.add(tensor);
   }
   if (const cudaError_t error = flush()) return error;
   return finisher.flush();
@@ -141,8 +110,13 @@ int64_t count_partials(int64_t numel, Element element) {
 
 int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element element) {
   int64_t n = 0;
-  for (int64_t k = 0; k < n_tensors; ++k) n += count_partials(tensors[k].numel, element);
-  return n;
+  bool any_merged = false;
+  for (int64_t k = 0; k < n_tensors; ++k) {
+    const int64_t n_chunks = count_partials(tensors[k].numel, element);
+    n += n_chunks;
+    any_merged |= n_chunks > 1;
+  }
+  return any_merged ? n : 0;
 }
 
 cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element element, Stats* partials, double* rows,

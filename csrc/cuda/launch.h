@@ -19,7 +19,7 @@ struct TensorSpan {
   int64_t row;  // of the output that its statistics go to
 };
 
-// The number of Stats that the scratch space of a call needs.
+// The number of Stats that the scratch space of a call needs; none where every tensor is of one chunk.
 int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element element);
 int64_t count_partials(int64_t numel, Element element);
 

@@ -54,4 +54,29 @@ int emulated_grad_stats(const TensorSpan* tensors, int64_t n_tensors, int elemen
   });
 }
 
+int emulated_scale(const TensorSpan* tensors, int64_t n_tensors, int element, const void* coefficient,
+                   int coefficient_element) {
+  return guarded([&] {
+    return gradprobe::cuda::scale(tensors, n_tensors, static_cast<Element>(element), coefficient,
+                                  static_cast<Element>(coefficient_element), nullptr);
+  });
+}
+
+int emulated_residual_add(const void* x, const void* f, void* y, int64_t numel, int element, int relu, double* row) {
+  return guarded([&] {
+    const auto type = static_cast<Element>(element);
+    auto partials = scratch(gradprobe::cuda::count_partials(numel, type));
+    return gradprobe::cuda::residual_add(x, f, y, numel, type, relu != 0, partials.data(), row, nullptr);
+  });
+}
+
+int emulated_residual_add_backward(const void* grad_y, const void* y, void* grad_x, int64_t numel, int element,
+                                   double* rows) {
+  return guarded([&] {
+    const auto type = static_cast<Element>(element);
+    auto partials = scratch(2 * gradprobe::cuda::count_partials(numel, type));
+    return gradprobe::cuda::residual_add_backward(grad_y, y, grad_x, numel, type, partials.data(), rows, nullptr);
+  });
+}
+
 }  // extern "C"

@@ -1,7 +1,8 @@
 """Builds the emulated kernels with a host compiler and calls them through ctypes.
 
-Modes: "plain"; "address" (address and undefined-behaviour sanitizers); "thread" (thread sanitizer). The sanitizers need
-their run-time library loaded before Python starts: `sanitizer_environment` is for a child process that loads such a build.
+Modes: "plain"; "address" (address and undefined-behaviour sanitizers); "thread" (thread sanitizer). The sanitizers
+need their run-time library loaded before Python starts: `sanitizer_environment` is for a child process that loads such
+a build.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-KERNELS = ("grad_stats.cu",)
+KERNELS = ("grad_stats.cu", "scale.cu", "residual_add.cu")
 HARNESS = ("scheduler.cpp", "exports.cpp")
 
 ELEMENTS = ("f16", "bf16", "f32", "f64")
@@ -90,6 +91,29 @@ def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequenc
         if process.returncode != 0:
             raise RuntimeError(f"{' '.join(job)}\n{output}")
     _run(["g++", "-shared", *_FLAGS[mode], *objects, "-o", str(library)])
+    return library
+
+
+def build_operators(folder: Path, torch_root: Path) -> Path:
+    """Builds a library that registers the operators as in csrc/register_cuda.cpp, on CPU tensors and emulated kernels.
+
+    The operators' namespace is gradprobe_emulated; their schemas are the caller's to define.
+    """
+    library = folder / "liboperators.so"
+    if library.exists():
+        return library
+    build(folder)
+    _run(
+        [
+            *("g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"),
+            *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
+            f'-DGRADPROBE_TORCH_DEVICE="{HERE / "torch_device.h"}"',
+            *(f"-I{HERE / 'include'}", f"-I{CSRC}", "-isystem", str(torch_root / "include")),
+            str(CSRC / "register_cuda.cpp"),
+            *(str(folder / f"{Path(name).stem}-plain.o") for name in ("scheduler.cpp", *KERNELS)),
+            *(f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,-z,defs", "-o", str(library)),
+        ]
+    )
     return library
 
 
@@ -185,8 +209,8 @@ class Kernels:
 
     Args:
         library: what `build` gave.
-        guard_bytes: 0xFF bytes (NaN in every type) around each tensor. None under the address sanitizer, which knows the
-            exact ends.
+        guard_bytes: 0xFF bytes (NaN in every type) around each tensor. None under the address sanitizer, which knows
+            the exact ends.
     """
 
     def __init__(self, library: Path, guard_bytes: int = 64) -> None:
@@ -249,6 +273,64 @@ class Kernels:
             )
         )
         return out
+
+    def scale(
+        self, blocks: Sequence[Block], coefficient: float, coefficient_element: str = "f32"
+    ) -> list[NDArray[np.generic]]:
+        """The tensors, of one element type, multiplied by a coefficient."""
+        with _Memory(self._library, self._guard_bytes) as memory:
+            spans = (_Span * max(1, len(blocks)))()
+            for k, block in enumerate(blocks):
+                spans[k] = _Span(memory.place(block), block.storage.size, 0)
+            number = encode(np.array([coefficient]), coefficient_element)
+            self._check(
+                self._library.emulated_scale(
+                    spans,
+                    ctypes.c_int64(len(blocks)),
+                    ELEMENTS.index(blocks[0].element) if blocks else 0,
+                    ctypes.c_void_p(number.ctypes.data),
+                    ELEMENTS.index(coefficient_element),
+                )
+            )
+            memory.check_untouched(written=range(len(blocks)))
+            return [np.frombuffer(memory.read(k), block.storage.dtype) for k, block in enumerate(blocks)]
+
+    def residual_add(
+        self, x: Block, f: Block, relu: bool, y_offset: int = 0, in_place: bool = False
+    ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+        """y, and its raw row [6]; in place of x where asked."""
+        row = np.full(6, np.nan)
+        y = self._join(x, f, y_offset, in_place, self._library.emulated_residual_add, int(relu), row)
+        return y, row
+
+    def residual_add_backward(
+        self, grad_y: Block, y: Block, grad_x_offset: int = 0, in_place: bool = False
+    ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+        """grad_x, and the raw rows [2, 6] of grad_y and grad_x; in place of grad_y where asked."""
+        rows = np.full((2, 6), np.nan)
+        grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, rows)
+        return grad_x, rows
+
+    def _join(
+        self, a: Block, b: Block, offset: int, in_place: bool, function: Callable[..., int], *rest: object
+    ) -> NDArray[np.generic]:
+        with _Memory(self._library, self._guard_bytes) as memory:
+            addresses = [memory.place(a), memory.place(b)]
+            if not in_place:
+                unwritten = np.frombuffer(b"\xff" * a.storage.nbytes, a.storage.dtype)
+                addresses.append(memory.place(Block(unwritten, a.element, offset)))
+            target = 0 if in_place else 2
+            arguments = [*addresses[:2], addresses[target]]
+            self._check(
+                function(
+                    *(ctypes.c_void_p(address) for address in arguments),
+                    ctypes.c_int64(a.storage.size),
+                    ELEMENTS.index(a.element),
+                    *(ctypes.c_void_p(each.ctypes.data) if isinstance(each, np.ndarray) else each for each in rest),
+                )
+            )
+            memory.check_untouched(written=[target])
+            return np.frombuffer(memory.read(target), a.storage.dtype)
 
 
 class _Memory:

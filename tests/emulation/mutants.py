@@ -97,7 +97,7 @@ MUTANTS = (
     ),
     Mutant(
         "int32_index",
-        "cuda/grad_stats.cu",
+        "cuda/table.cuh",
         "(table.data[tensor]) + chunk.begin",
         "(table.data[tensor]) + static_cast<int>(chunk.begin)",
         "grad_stats/beyond_int32",
@@ -126,12 +126,90 @@ MUTANTS = (
     Mutant(
         "empty_row_unwritten",
         "cuda/grad_stats.cu",
-        "if (chunks != 1) {",
-        "if (chunks > 1) {",
+        "if (n_chunks != 1) {",
+        "if (n_chunks > 1) {",
         "grad_stats/boundaries/f32",
     ),
     Mutant(
-        "row_truncated", "cuda/grad_stats.cu", "row_span < 0 || row_span > 0xffff ||", "", "grad_stats/scattered_rows"
+        "row_truncated", "cuda/table.cuh", " && row_span >= 0 && row_span <= 0xffff", "", "grad_stats/scattered_rows"
+    ),
+    Mutant(
+        "scratch_forgotten",
+        "cuda/grad_stats.cu",
+        "any_merged |= n_chunks > 1",
+        "any_merged = n > n_tensors",
+        "grad_stats/mixed_chunk_counts",
+    ),
+    Mutant(
+        "int32_chunk_begin",
+        "chunks.h",
+        "const int64_t begin = (chunk - first_chunk) * chunk_numel",
+        "const int begin = static_cast<int>((chunk - first_chunk) * chunk_numel)",
+        "grad_stats/beyond_int32",
+    ),
+    Mutant(
+        "scale_skips_a_load",
+        "cuda/scale.cu",
+        "for (int l = 0; l < kLoads; ++l) store_vector(",
+        "for (int l = 1; l < kLoads; ++l) store_vector(",
+        "scale/boundaries/f16",
+    ),
+    Mutant(
+        "scale_repeats_the_head",
+        "cuda/scale.cu",
+        "T* vectors = begin + split.head",
+        "T* vectors = begin + (split.head & ~1)",
+        "scale/boundaries/f32",
+    ),
+    Mutant(
+        "scale_writes_behind_the_end",
+        "cuda/scale.cu",
+        "if (thread < split.tail)",
+        "if (thread <= split.tail)",
+        "scale/boundaries/bf16",
+    ),
+    Mutant(
+        "scale_rounds_coefficient",
+        "cuda/scale.cu",
+        "const auto factor = static_cast<Wide<T>>(",
+        "const auto factor = static_cast<float>(",
+        "scale/boundaries/f64",
+    ),
+    Mutant(
+        "relu_loses_nan",
+        "cuda/residual_add.cu",
+        "sum <= 0 ? Wide<T>{0} : sum",
+        "sum > 0 ? sum : Wide<T>{0}",
+        "residual_add/forward/f32",
+    ),
+    Mutant(
+        "mask_of_wrong_operand",
+        "cuda/residual_add.cu",
+        "widened(y) <= 0 ?",
+        "widened(grad_y) <= 0 ?",
+        "residual_add/backward/f32",
+    ),
+    Mutant(
+        "missing_barrier_between_merges",
+        "cuda/residual_add.cu",
+        "    __syncthreads();",
+        "    ",
+        "residual_add/backward/f64",
+    ),
+    Mutant(
+        "alignment_of_output_ignored",
+        "cuda/residual_add.cu",
+        "reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)",
+        "reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(a)",
+        "residual_add/forward/f32",
+    ),
+    Mutant("swapped_gradients", "cuda/residual_add.cu", "rows += kStats;", "rows -= 0;", "residual_add/backward/bf16"),
+    Mutant(
+        "statistics_before_rounding",
+        "cuda/residual_add.cu",
+        "add_vectors<T, n>(sums.outgoing, of_a)",
+        "add_vectors<T, n>(sums.outgoing, of_b)",
+        "residual_add/forward/f16",
     ),
 )
 

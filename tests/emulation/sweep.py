@@ -178,6 +178,114 @@ def many_chunks(n_chunks: int) -> Check:
     return check
 
 
+def mixed_chunk_counts(kernels: Kernels) -> None:
+    """One tensor of two chunks among empty ones: scratch space is needed, with fewer chunks than tensors."""
+    blocks = [Block(encode(np.ones(n), "f64"), "f64") for n in (0, 0, 0, CHUNK_BYTES // 8 + 1, 0)]
+    check_tensors(kernels, blocks, "mixed chunk counts")
+
+
+def same(got: NDArray[np.generic], needed: NDArray[np.generic], element: str, what: str) -> None:
+    """Equal values, NaN to NaN; zeros may differ in sign."""
+    different = np.flatnonzero(
+        ~((got == needed) | (np.isnan(decode(got, element)) & np.isnan(decode(needed, element))))
+    )
+    if different.size:
+        k = different[0]
+        raise AssertionError(
+            f"{what}: element {k} of {got.size} is {decode(got, element)[k]!r}, needed {decode(needed, element)[k]!r}"
+        )
+
+
+def rounded_float(values: NDArray[np.float64], element: str) -> NDArray[np.float64]:
+    """What is computed in float32 for the narrower types, in float64 for f64."""
+    if element == "f64":
+        return values
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32).astype(np.float64)
+
+
+def scaled(element: str, short: bool) -> Check:
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(7)
+        vector = VECTOR_BYTES // ITEM_BYTES[element]
+        blocks = []
+        for k, numel in enumerate(sizes_at_boundaries(element, short)):
+            values = random_values(rng, numel)
+            values[: numel // 50] = np.nan
+            blocks.append(Block(encode(values, element), element, k % vector))
+        for coefficient, coefficient_element in (
+            (0.3, "f32"),
+            (1.0 / 3.0, "f64"),
+            (0.0, "f32"),
+            (np.nan, "f32"),
+            (1.0, "f64"),
+        ):
+            number = decode(encode(np.array([coefficient]), coefficient_element), coefficient_element)[0]
+            number = rounded_float(np.array([number]), element)[0]
+            results = kernels.scale(blocks, coefficient, coefficient_element)
+            for k, (result, block) in enumerate(zip(results, blocks, strict=True)):
+                needed = encode(rounded_float(decode(block.storage, element) * number, element), element)
+                same(result, needed, element, f"{element} times {coefficient}, tensor {k}")
+
+    return check
+
+
+def scaled_many(kernels: Kernels) -> None:
+    """More tensors than a launch's table holds; not a byte is touched where the coefficient is 1."""
+    rng = np.random.default_rng(8)
+    blocks = [Block(encode(random_values(rng, int(n)), "f32"), "f32") for n in rng.integers(0, 9, 2300)]
+    for block, result in zip(blocks, kernels.scale(blocks, 2.0), strict=True):
+        same(result, block.storage * np.float32(2), "f32", "many tensors times 2")
+    signalling = Block(np.array([0x7FA00000], np.uint32).view(np.float32), "f32")
+    if kernels.scale([signalling], 1.0)[0].tobytes() != signalling.storage.tobytes():
+        raise AssertionError("a coefficient of 1 changed a tensor")
+
+
+def _joined_inputs(element: str, short: bool) -> list[tuple[Block, Block, int]]:
+    """Pairs of operands: every boundary, aligned alike and not, with specials."""
+    rng = np.random.default_rng(9)
+    vector = VECTOR_BYTES // ITEM_BYTES[element]
+    pairs = []
+    for k, numel in enumerate(sizes_at_boundaries(element, short)):
+        a = encode(random_values(rng, numel), element)
+        b = encode(random_values(rng, numel), element)
+        if numel > 40 and k % 3 == 0:
+            a[5:9] = encode(np.array([np.nan, np.inf, -np.inf, 0.0]), element)
+            b[6:11] = encode(np.array([np.inf, 1.0, np.nan, -0.0, np.nan]), element)
+        offset = k % vector
+        pairs.append((Block(a, element, offset), Block(b, element, offset), offset))
+        if k % 4 == 1:
+            pairs.append((Block(a, element, offset), Block(b, element, (offset + 1) % vector), offset))
+    return pairs
+
+
+def residual_forward(element: str, short: bool) -> Check:
+    def check(kernels: Kernels) -> None:
+        for k, (x, f, offset) in enumerate(_joined_inputs(element, short)):
+            relu = k % 2 == 0
+            y, row = kernels.residual_add(x, f, relu, offset, in_place=k % 3 == 0)
+            what = f"{element} residual_add number {k} [{x.storage.size}] + {x.offset}, {f.offset}, relu={relu}"
+            with np.errstate(invalid="ignore"):
+                total = rounded_float(decode(x.storage, element) + decode(f.storage, element), element)
+            same(y, encode(np.where(total <= 0, 0.0, total) if relu else total, element), element, what)
+            check_row(row, decode(y, element), element, what)
+
+    return check
+
+
+def residual_backward(element: str, short: bool) -> Check:
+    def check(kernels: Kernels) -> None:
+        for k, (grad_y, y, offset) in enumerate(_joined_inputs(element, short)):
+            grad_x, rows = kernels.residual_add_backward(grad_y, y, offset, in_place=k % 3 == 0)
+            what = f"{element} residual_add_backward number {k} [{y.storage.size}] + {grad_y.offset}, {y.offset}"
+            needed = np.where(decode(y.storage, element) <= 0, 0.0, decode(grad_y.storage, element))
+            same(grad_x, encode(needed, element), element, what)
+            check_row(rows[0], decode(grad_y.storage, element), element, f"{what}, incoming")
+            check_row(rows[1], decode(grad_x, element), element, f"{what}, outgoing")
+
+    return check
+
+
 def beyond_int32(kernels: Kernels) -> None:
     """Elements after number 2**31 of one tensor. Memory is reserved, not used: untouched pages read as zeros."""
     numel = 2**31 + 70_001
@@ -206,9 +314,14 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"grad_stats/boundaries/{element}"] = boundaries(element, short)
         checks[f"grad_stats/misaligned/{element}"] = misaligned(element)
         checks[f"grad_stats/extremes/{element}"] = extremes(element, short)
+        checks[f"scale/boundaries/{element}"] = scaled(element, short)
+        checks[f"residual_add/forward/{element}"] = residual_forward(element, short)
+        checks[f"residual_add/backward/{element}"] = residual_backward(element, short)
     checks["grad_stats/scattered_rows"] = scattered_rows
+    checks["grad_stats/mixed_chunk_counts"] = mixed_chunk_counts
     if not short:
         checks["grad_stats/beyond_int32"] = beyond_int32
+        checks["scale/many"] = scaled_many
         checks["grad_stats/many/3000"] = many(3000, share_empty=0.02)
         checks["grad_stats/many/3000-mostly-empty"] = many(3000, share_empty=0.97)
     checks["grad_stats/many/300"] = many(300, share_empty=0.02)

@@ -13,7 +13,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __restrict__ __restrict
-#define __grid_constant__
+// One copy for all threads; `const T __grid_constant__ x` becomes a reference.
+#define __grid_constant__ &
 #define __launch_bounds__(...)
 // Own section, so that the scheduler can poison it. GCC ignores this inside templates: shared memory lives in plain
 // functions (tested).
@@ -53,7 +54,13 @@ T __ldg(const T* address) {
 }
 
 template <typename T>
-void __stcs(T* address, T value) {
+T __ldcg(const T* address) {
+  ::emulation::check_aligned(address);
+  return *address;
+}
+
+template <typename T>
+void __stcg(T* address, T value) {
   ::emulation::check_aligned(address);
   *address = value;
 }
@@ -79,7 +86,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 template <typename... Parameters, size_t... index>
 void emulated_call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<index...>) {
-  kernel(*static_cast<std::remove_cv_t<Parameters>*>(arguments[index])...);
+  kernel(*static_cast<std::remove_cvref_t<Parameters>*>(arguments[index])...);
 }
 
 template <typename... Parameters>

@@ -1,0 +1,57 @@
+// Reading and checking the operators' arguments, alike for every device.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "stats.h"
+
+namespace gradprobe {
+
+// Owns the handles of a Tensor[] argument.
+class TensorList {
+ public:
+  explicit TensorList(StableIValue argument) : list_(torch::stable::detail::to<StableListHandle>(argument)) {
+    size_t size = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    handles_.reserve(size);
+    for (size_t k = 0; k < size; ++k) {
+      StableIValue element;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, k, &element));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
+    }
+  }
+  ~TensorList() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+    torch_delete_list(list_);
+  }
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+
+  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
+  AtenTensorHandle operator[](int64_t k) const { return handles_[k]; }
+
+ private:
+  StableListHandle list_;
+  std::vector<AtenTensorHandle> handles_;
+};
+
+// Checks that `out` can take the rows of n_tensors tensors, its device apart.
+inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
+  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Double, "out: needed dtype float64, got ",
+                  torch::headeronly::toString(out.scalar_type()));
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n_tensors && out.size(1) == kStats, "out: needed shape [", n_tensors,
+                  ", ", kStats, "], got ",
+                  out.dim() == 2 ? "[" + std::to_string(out.size(0)) + ", " + std::to_string(out.size(1)) + "]"
+                                 : std::to_string(out.dim()) + " dimensions");
+  STD_TORCH_CHECK(out.is_contiguous(), "out: needed contiguous rows, got strides [", out.stride(0), ", ", out.stride(1),
+                  "]");
+}
+
+}  // namespace gradprobe

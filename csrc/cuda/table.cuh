@@ -1,0 +1,78 @@
+// The table of a multi-tensor launch. It travels in the kernel's parameters: nothing is copied to the device, so there
+// is no buffer to wait for or to keep alive, and a captured CUDA graph holds its own copy.
+#pragma once
+
+#include "device.cuh"
+
+namespace gradprobe::cuda {
+
+// 16 bytes a tensor: what does not fit is told by what does.
+template <int kCapacity>
+struct TensorTable {
+  const void* data[kCapacity];
+  uint32_t first_chunk[kCapacity + 1];  // number of the tensor's first chunk within this launch
+  uint16_t last_numel[kCapacity];       // elements of the tensor's last chunk, less one
+  uint16_t row[kCapacity];              // less the launch's first row
+  int32_t n_tensors;
+};
+
+inline constexpr int kTensors = (kParameterBytes - 64) / 16;
+inline constexpr int kTensorsSmall = 128;  // small models pay for 2 KiB of parameters, not for 32
+
+// The part of a tensor that a block works on.
+template <typename T>
+struct Piece {
+  const T* begin;
+  int numel;
+  int64_t tensor;  // in the table
+  bool is_whole;   // the tensor has no other chunk
+};
+
+template <typename T, int kCapacity>
+__device__ __forceinline__ Piece<T> find_piece(const TensorTable<kCapacity>& table, unsigned block) {
+  const int64_t tensor = find_tensor(table.first_chunk, table.n_tensors, block);
+  const int64_t first_chunk = table.first_chunk[tensor];
+  const int64_t n_chunks = table.first_chunk[tensor + 1] - first_chunk;
+  const int64_t numel = (n_chunks - 1) * kChunkNumel<T> + table.last_numel[tensor] + 1;
+  const Chunk chunk = chunk_range(tensor, numel, first_chunk, block, kChunkNumel<T>);
+  return {static_cast<const T*>(table.data[tensor]) + chunk.begin, static_cast<int>(chunk.end - chunk.begin), tensor,
+          n_chunks == 1};
+}
+
+// Fills the table on the host. The caller launches and clears when a tensor no longer fits.
+template <typename T, int kCapacity>
+class Packer {
+ public:
+  bool fits(const TensorSpan& tensor) const {
+    const int64_t row_span = tensor.row - first_row_;
+    return table_.n_tensors == 0 || (table_.n_tensors < kCapacity && row_span >= 0 && row_span <= 0xffff);
+  }
+
+  // tensor: not empty.
+  void add(const TensorSpan& tensor) {
+    if (table_.n_tensors == 0) first_row_ = tensor.row;
+    const int at = table_.n_tensors++;
+    table_.data[at] = tensor.data;
+    table_.first_chunk[at] = static_cast<uint32_t>(n_chunks_);
+    table_.last_numel[at] = static_cast<uint16_t>((tensor.numel - 1) % kChunkNumel<T>);
+    table_.row[at] = static_cast<uint16_t>(tensor.row - first_row_);
+    n_chunks_ += count_chunks(tensor.numel, kChunkNumel<T>);
+    table_.first_chunk[table_.n_tensors] = static_cast<uint32_t>(n_chunks_);
+  }
+
+  void clear() {
+    table_.n_tensors = 0;
+    n_chunks_ = 0;
+  }
+
+  const TensorTable<kCapacity>& table() const { return table_; }
+  int64_t n_chunks() const { return n_chunks_; }
+  int64_t first_row() const { return first_row_; }
+
+ private:
+  TensorTable<kCapacity> table_{};
+  int64_t n_chunks_ = 0;
+  int64_t first_row_ = 0;
+};
+
+}  // namespace gradprobe::cuda

@@ -1,0 +1,197 @@
+// The CUDA implementations of gradprobe's operators, registered with torch through its stable ABI: argument checks,
+// groups by dtype, current device and stream, scratch space.
+//
+// Scratch space comes from torch's caching allocator: after the first step that is no CUDA call, its reuse is ordered
+// by the stream, and while a CUDA graph is captured it comes from the graph's own pool, so that replays do not share it
+// with anybody.
+#ifndef GRADPROBE_TORCH_DEVICE
+#define GRADPROBE_TORCH_DEVICE "cuda/torch_device.h"
+#endif
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "arguments.h"
+#include "cpu/layout.h"
+#include "cuda/launch.h"
+#include GRADPROBE_TORCH_DEVICE
+
+namespace gradprobe {
+namespace {
+
+using cuda::Element;
+using cuda::TensorSpan;
+using torch::stable::Tensor;
+
+constexpr int kElements = 4;
+
+struct ElementType {
+  Element element;
+  int64_t bytes;
+};
+
+ElementType element_of(AtenTensorHandle tensor, int64_t k) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return {Element::f32, 4};
+  if (dtype == aoti_torch_dtype_float16()) return {Element::f16, 2};
+  if (dtype == aoti_torch_dtype_bfloat16()) return {Element::bf16, 2};
+  if (dtype == aoti_torch_dtype_float64()) return {Element::f64, 8};
+  STD_TORCH_CHECK(false, "tensors[", k, "]: needed a dtype of float16, bfloat16, float32, float64, got dtype number ",
+                  dtype, " (torch's own numbering)");
+}
+
+int32_t device_index_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.device().type() == cuda::kDeviceType, name, ": needed a ", cuda::kDeviceName,
+                  " device, got device type number ", static_cast<int>(tensor.device().type()));
+  return tensor.device().index();
+}
+
+void check_launch(cudaError_t error, const char* name, int32_t device_index) {
+  STD_TORCH_CHECK(error == cudaSuccess, name, ": launch failed on ", cuda::kDeviceName, ":", device_index, ": ",
+                  cudaGetErrorString(error));
+}
+
+enum class Order { dense, strided, overlapping };
+
+Order order_of(AtenTensorHandle tensor) {
+  bool is_contiguous = false;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
+  if (is_contiguous) return Order::dense;
+  int64_t n_dims = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  const cpu::Dims dims = cpu::reduce_dims(sizes, strides, n_dims);
+  return dims.dense() ? Order::dense : dims.may_overlap() ? Order::overlapping : Order::strided;
+}
+
+// A copy that stands in for a tensor with gaps between its elements.
+struct Copy {
+  AtenTensorHandle original;
+  Tensor dense;
+};
+
+// The tensors of a call by element type.
+struct Groups {
+  std::array<std::vector<TensorSpan>, kElements> spans;
+  std::vector<Copy> copies;
+};
+
+Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
+  const auto device_type = static_cast<int32_t>(cuda::kDeviceType);
+  Groups groups;
+  for (int64_t k = 0; k < tensors.size(); ++k) {
+    AtenTensorHandle tensor = tensors[k];
+    const ElementType type = element_of(tensor, k);
+    int32_t its_type = 0;
+    int32_t its_index = 0;
+    int32_t layout = 0;
+    TensorSpan span{nullptr, 0, k};
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &its_type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor, &its_index));
+    STD_TORCH_CHECK(its_type == device_type && its_index == device_index, "tensors[", k, "]: needed device ",
+                    cuda::kDeviceName, ":", device_index, ", got device type number ", its_type, ", index ", its_index);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
+    STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), "tensors[", k,
+                    "]: needed a strided layout, got layout number ", layout);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &span.numel));
+    if (span.numel != 0) {
+      const Order order = order_of(tensor);
+      STD_TORCH_CHECK(!writable || order != Order::overlapping, "tensors[", k,
+                      "]: needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
+      AtenTensorHandle source = tensor;
+      if (order != Order::dense) {
+        AtenTensorHandle copy = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_clone(tensor, &copy));
+        groups.copies.push_back({tensor, Tensor(copy)});
+        source = copy;
+      }
+      if (writable) {
+        void* data = nullptr;
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(source, &data));
+        span.data = data;
+      } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(source, &span.data));
+      }
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(span.data) % type.bytes == 0, "tensors[", k,
+                      "]: needed data aligned to ", type.bytes, " bytes, got address ", span.data);
+    }
+    groups.spans[static_cast<int>(type.element)].push_back(span);
+  }
+  return groups;
+}
+
+// grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()
+void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[0]);
+  const auto out = torch::stable::detail::to<Tensor>(stack[1]);
+  const int32_t device_index = device_index_of(out, "out");
+  check_rows(out, tensors.size());
+  const cuda::DeviceScope scope(device_index);
+  const Groups groups = group(tensors, device_index, /*writable=*/false);
+
+  // The launches of a stream follow one another: all groups share one scratch space.
+  int64_t n_partials = 0;
+  for (int e = 0; e < kElements; ++e) {
+    const auto& spans = groups.spans[e];
+    n_partials = std::max(
+        n_partials, cuda::count_partials(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e)));
+  }
+  Stats* partials = nullptr;
+  Tensor scratch;
+  if (n_partials > 0) {
+    scratch = torch::stable::empty({n_partials * static_cast<int64_t>(sizeof(Stats))},
+                                   torch::headeronly::ScalarType::Byte, std::nullopt, out.device());
+    partials = static_cast<Stats*>(scratch.mutable_data_ptr());
+  }
+  auto* rows = static_cast<double*>(out.mutable_data_ptr());  // [K, kStats]
+  const cudaStream_t stream = cuda::current_stream(device_index);
+  for (int e = 0; e < kElements; ++e) {
+    const auto& spans = groups.spans[e];
+    check_launch(cuda::grad_stats(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e), partials,
+                                  rows, stream),
+                 "grad_stats_into", device_index);
+  }
+}
+
+// scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()
+void scale_(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[0]);
+  const auto coefficient = torch::stable::detail::to<Tensor>(stack[1]);
+  STD_TORCH_CHECK(coefficient.numel() == 1, "coefficient: needed one element, got ", coefficient.numel());
+  const auto dtype = coefficient.scalar_type();
+  STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Float || dtype == torch::headeronly::ScalarType::Double,
+                  "coefficient: needed dtype float32 or float64, got ", torch::headeronly::toString(dtype));
+  const int32_t device_index = device_index_of(coefficient, "coefficient");
+  const cuda::DeviceScope scope(device_index);
+  const Groups groups = group(tensors, device_index, /*writable=*/true);
+  const cudaStream_t stream = cuda::current_stream(device_index);
+  for (int e = 0; e < kElements; ++e) {
+    const auto& spans = groups.spans[e];
+    check_launch(cuda::scale(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e),
+                             coefficient.const_data_ptr(),
+                             dtype == torch::headeronly::ScalarType::Double ? Element::f64 : Element::f32, stream),
+                 "scale_", device_index);
+  }
+  for (const Copy& copy : groups.copies) {
+    AtenTensorHandle original = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(copy.original, &original));
+    Tensor target(original);
+    torch::stable::copy_(target, copy.dense);
+  }
+}
+
+}  // namespace
+}  // namespace gradprobe
+
+STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
+  m.impl("grad_stats_into", &gradprobe::grad_stats_into);
+  m.impl("scale_", &gradprobe::scale_);
+}
