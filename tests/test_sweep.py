@@ -293,7 +293,7 @@ def wait_until(condition, timeout_s):
     while time.monotonic() < deadline:
         if condition():
             return True
-        time.sleep(0.02)
+        time.sleep(0.05)
     return False
 
 
