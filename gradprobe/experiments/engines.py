@@ -17,7 +17,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from gradprobe.errors import BackendError, GradprobeError
-from gradprobe.experiments.store import Cell
+from gradprobe.experiments.rows import Cell
 from gradprobe.experiments.train import EpochResult, Recipe
 
 ENGINES = ("local", "ray")

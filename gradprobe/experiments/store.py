@@ -13,12 +13,13 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
 from gradprobe.errors import StoreError
+from gradprobe.experiments.rows import Cell, EpochRow, LayerRow
 
 APPLICATION_ID = 0x67725072  # "grPr"
 SCHEMA_VERSION = 1
@@ -43,57 +44,6 @@ CREATE TABLE layer(
     PRIMARY KEY(cell, epoch, position)) WITHOUT ROWID;
 CREATE TABLE checkpoint(cell INTEGER PRIMARY KEY REFERENCES cell(id), epoch INTEGER NOT NULL, state BLOB NOT NULL);
 """
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One network of the sweep.
-
-    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (its training loss became
-    non-finite, and it stopped in that epoch, the last one recorded).
-    """
-
-    id: int
-    family: str
-    depth: int
-    seed: int
-    parameters: int
-    status: str
-
-    @property
-    def name(self) -> str:
-        """Family and depth, as in the literature: ``plain-56``."""
-        return f"{self.family}-{self.depth}"
-
-
-@dataclass(frozen=True)
-class EpochRow:
-    """What an epoch ended with; epoch 0 is the network at initialisation. Errors are percentages over the full sets."""
-
-    epoch: int
-    train_loss: float
-    train_error_pct: float
-    test_error_pct: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """The gradient of one weight (more than one dimension), in depth order by ``position``.
-
-    Epoch 0 holds the first step's gradient, epoch e the median over the steps of epoch e; ``nonfinite`` is the largest
-    count of any step.
-    """
-
-    epoch: int
-    position: int
-    site: str
-    norm_l2: float
-    rms: float
-    abs_max: float
-    zero_fraction: float
-    nonfinite: int
-    numel: int
 
 
 @contextmanager
@@ -340,10 +290,11 @@ def _json(config: Mapping[str, Any]) -> str:
 
 def _create(path: Path, meta: Mapping[str, str]) -> None:
     """Makes the file under another name first: whatever kills us, ``path`` is a whole run or is not there."""
-    unfinished = path.with_name(path.name + ".new")
+    unfinished = path.with_name(path.name + ".unfinished")
     unfinished.unlink(missing_ok=True)
     connection = sqlite3.connect(unfinished)
     try:
+        connection.execute("PRAGMA journal_mode = MEMORY")
         # Lets the pages of finished checkpoints be given back; works only before the first table.
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.executescript(_SCHEMA)

@@ -19,7 +19,8 @@ from gradprobe import networks
 from gradprobe.errors import ArgumentError, StoreError
 from gradprobe.experiments import engines
 from gradprobe.experiments.data import Dataset, load
-from gradprobe.experiments.store import Cell, RunWriter, start_run
+from gradprobe.experiments.rows import Cell
+from gradprobe.experiments.store import RunWriter, start_run
 from gradprobe.experiments.train import EpochResult, Recipe, build
 
 if TYPE_CHECKING:

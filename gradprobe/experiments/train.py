@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import Dataset, augment
-from gradprobe.experiments.store import EpochRow, LayerRow
+from gradprobe.experiments.rows import EpochRow, LayerRow
 from gradprobe.probe import attach
 from gradprobe.snapshot import Snapshot
 
@@ -183,7 +183,7 @@ def train_cell(
                 images = images.contiguous(memory_format=torch.channels_last)
                 loss = F.cross_entropy(model(images), data.train_y[chosen])
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 if step == 0:
                     torch.set_flush_denormal(_may_flush(probe.history()[-1]))
@@ -237,7 +237,7 @@ def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, at_start: bool
     model.train(at_start)
     loss, right = 0.0, 0
     with torch.no_grad():
-        for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
+        for x, y in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
             logits = model(x.contiguous(memory_format=torch.channels_last))  # [B, num_classes]
             loss += F.cross_entropy(logits.double(), y, reduction="sum").item()
             right += int((torch.isfinite(logits).all(dim=1) & (logits.argmax(dim=1) == y)).sum())

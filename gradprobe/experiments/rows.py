@@ -1,0 +1,56 @@
+"""What a sweep records, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network of the sweep.
+
+    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (its training loss became
+    non-finite, and it stopped in that epoch, the last one recorded).
+    """
+
+    id: int
+    family: str
+    depth: int
+    seed: int
+    parameters: int
+    status: str
+
+    @property
+    def name(self) -> str:
+        """Family and depth, as in the literature: ``plain-56``."""
+        return f"{self.family}-{self.depth}"
+
+
+@dataclass(frozen=True)
+class EpochRow:
+    """What an epoch ended with; epoch 0 is the network at initialisation. Errors are percentages over the full sets."""
+
+    epoch: int
+    train_loss: float
+    train_error_pct: float
+    test_error_pct: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """The gradient of one weight (more than one dimension), in depth order by ``position``.
+
+    Epoch 0 holds the first step's gradient, epoch e the median over the steps of epoch e; ``nonfinite`` is the largest
+    count of any step.
+    """
+
+    epoch: int
+    position: int
+    site: str
+    norm_l2: float
+    rms: float
+    abs_max: float
+    zero_fraction: float
+    nonfinite: int
+    numel: int
