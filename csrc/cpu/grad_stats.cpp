@@ -75,6 +75,7 @@ namespace gradprobe::cpu {
 
 bool can_run(Isa isa) {
 #if defined(GRADPROBE_X86_LEVELS)
+  __builtin_cpu_init();
   switch (isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

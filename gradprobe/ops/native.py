@@ -7,7 +7,6 @@ out.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -18,20 +17,12 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _BUILD_INFO = "_build_info.json"
 
 
-def _build_info(library: Path | None) -> dict[str, str]:
+def _build_info() -> dict[str, str]:
     """What the build wrote about its parts; empty where no build has run."""
-    folders = [_PACKAGE] if library is None else [library.parent, _PACKAGE]
-    for folder in folders:
-        path = folder / _BUILD_INFO
-        if path.is_file():
-            return {str(part): str(state) for part, state in json.loads(path.read_text(encoding="utf-8")).items()}
-    return {}
-
-
-def _find() -> Path | None:
-    """The shared library, beside the package or where an editable install has put it."""
-    spec = importlib.util.find_spec("gradprobe._C")
-    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+    path = _PACKAGE / _BUILD_INFO
+    if not path.is_file():
+        return {}
+    return {str(part): str(state) for part, state in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 @cache
@@ -46,8 +37,9 @@ def parts() -> dict[str, str]:
         >>> sorted(parts())
         ['cpu', 'cuda']
     """
-    library = _find()
-    info = _build_info(library)
+    # Beside the package itself: another installation's library would belong to other sources.
+    library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
+    info = _build_info()
     if library is None:
         state = info.get("native", "not built: no build of gradprobe._C has run for this installation")
         reason = "gradprobe._C is missing" if state == "built" else state

@@ -8,7 +8,7 @@ where no compiled or Triton kernel is registered for a device, dispatch ends at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +17,11 @@ from torch.autograd.graph import increment_version
 from gradprobe.ops import reference
 from gradprobe.ops.reference import STATS
 
-library = torch.library.Library("gradprobe", "DEF")
-for schema in (
+SCHEMAS = (
     "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()",
     "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
-):
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-GRAD_STATS_INTO = torch.ops.gradprobe.grad_stats_into.default
-SCALE = torch.ops.gradprobe.scale_.default
+)
+Kernel = Callable[[Sequence[Tensor], Tensor], None]
 
 
 def _fake_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
@@ -41,25 +37,48 @@ def _fake_scale(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     )
 
 
-# A kernel of the stable ABI cannot tell autograd that it wrote into a tensor, so that happens here, before it runs.
-def _versioned_grad_stats_into(keyset: torch._C.DispatchKeySet, tensors: Sequence[Tensor], out: Tensor) -> None:
-    increment_version(out)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        GRAD_STATS_INTO.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, out)
+def register(library: torch.library.Library, grad_stats_into: Kernel, scale_: Kernel) -> None:
+    """Gives the operators of a library all but their kernels for a device.
+
+    Args:
+        library: defines `SCHEMAS`.
+        grad_stats_into: what runs where no kernel is registered for the device of the tensors.
+        scale_: likewise.
+
+    Example:
+        >>> library = torch.library.Library("gradprobe_example", "DEF")
+        >>> for schema in SCHEMAS:
+        ...     _ = library.define(schema)
+        >>> register(library, reference.grad_stats_into, reference.scale_)
+    """
+    operators = getattr(torch.ops, library.ns)
+    for name, written, fake, kernel in (
+        ("grad_stats_into", 1, _fake_grad_stats_into, grad_stats_into),
+        ("scale_", 0, _fake_scale, scale_),
+    ):
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        # They are measurements and updates, not functions to differentiate: autograd lets them through.
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        versioned = _versioned(getattr(operators, name).default, written)
+        library.impl(name, versioned, "ADInplaceOrView", with_keyset=True)
 
 
-def _versioned_scale(keyset: torch._C.DispatchKeySet, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    increment_version(tensors)
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        SCALE.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, coefficient)
+def _versioned(operator: torch._ops.OpOverload[..., None], written: int) -> Callable[..., None]:
+    """A kernel of the stable ABI cannot tell autograd that it wrote into a tensor, so that happens here, before it."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Tensor) -> None:
+        increment_version(arguments[written])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return kernel
 
 
-torch.library.register_fake("gradprobe::grad_stats_into", _fake_grad_stats_into, lib=library)
-torch.library.register_fake("gradprobe::scale_", _fake_scale, lib=library)
-library.impl("grad_stats_into", reference.grad_stats_into, "CompositeExplicitAutograd")
-library.impl("scale_", reference.scale_, "CompositeExplicitAutograd")
-library.impl("grad_stats_into", _versioned_grad_stats_into, "ADInplaceOrView", with_keyset=True)
-library.impl("scale_", _versioned_scale, "ADInplaceOrView", with_keyset=True)
-# They are measurements and updates, not functions to differentiate: autograd lets them through.
-library.impl("grad_stats_into", torch.library.fallthrough_kernel, "Autograd")
-library.impl("scale_", torch.library.fallthrough_kernel, "Autograd")
+_library = torch.library.Library("gradprobe", "DEF")
+for _schema in SCHEMAS:
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+register(_library, reference.grad_stats_into, reference.scale_)
+
+GRAD_STATS_INTO = torch.ops.gradprobe.grad_stats_into.default
+SCALE = torch.ops.gradprobe.scale_.default
