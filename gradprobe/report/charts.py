@@ -334,7 +334,8 @@ def _apart(labels: Sequence[_Label], height: float, obstacles: Sequence[tuple[fl
         label = labels[index]
         lines = [y for x, y in obstacles if 0 < x - label.x_px < _LABEL_WIDTH_PX]
         others = [y for x, y in taken if abs(x - label.x_px) < _LABEL_WIDTH_PX]
-        inside = [y for y in (label.y_px + offset for offset in offsets) if 0 <= y <= height]
+        # Half a label above the axis, so that it does not stand on it.
+        inside = [y for y in (label.y_px + offset for offset in offsets) if 0 <= y <= height - _LABEL_PX / 2]
         apart = [y for y in inside if all(abs(y - other) >= _LABEL_PX for other in others)]
         clear = (y for y in apart if all(abs(y - line) >= _LABEL_PX / 2 + 2 for line in lines))
         places[index] = next(clear, next(iter(apart), label.y_px))

@@ -17,7 +17,7 @@ _NAMED = {"plain": ("#b8480b", "#f59a5b"), "resnet": ("#1d5fae", "#6cb0ff")}
 _OTHERS = (("#2e7d4f", "#6fcf97"), ("#7b4ba8", "#c39bf0"), ("#a3306b", "#f08bbb"), ("#5f6b00", "#c9d84a"))
 
 # How much of the family's colour the shallowest net keeps; the rest is the page.
-_LIGHTEST = 0.5
+_LIGHTEST = 0.6
 
 
 class Palette:
