@@ -164,7 +164,7 @@ def _print(renderable: RenderableType) -> None:
 
 
 def _print_json(value: object) -> None:
-    from gradprobe.report.terminal import _strict as strict
+    from gradprobe.strict_json import strict
 
     print(json.dumps(strict(value), indent=2, allow_nan=False))
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gradprobe"
 
 # In the order of the data flow. Modules of one stage may import each other; a package stands for all that is in it.
 STAGES = (
-    {"errors", "measured"},
+    {"errors", "measured", "strict_json"},
     {"ops"},
     {"sites", "hooks", "amp", "arguments", "networks"},
     {"collector"},
@@ -27,7 +27,7 @@ STAGES = (
     {"cli"},
 )
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
-WITHOUT_TORCH = {"errors", "measured", "snapshot", "diagnose", "sinks", "report"}
+WITHOUT_TORCH = {"errors", "measured", "strict_json", "snapshot", "diagnose", "sinks", "report"}
 
 
 def modules(package: Path) -> Iterator[tuple[str, str, set[str]]]:

@@ -613,7 +613,7 @@ class TestExport:
             probe.to_jsonl(path)
         lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
         assert [line["site"] for line in lines] == [name for name, _ in model.named_parameters()]
-        assert lines[0]["norm"] == "NaN"
+        assert lines[0]["norm"] == "nan"
         assert lines[1]["norm"] == probe.history()[0]["0.bias"].norm
         before = path.read_bytes()
         with pytest.raises(gradprobe.StoreError, match="does not exist yet"):

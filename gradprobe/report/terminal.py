@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from gradprobe.errors import StoreError
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Spread, Summary, summarise
 from gradprobe.report.words import explain, headline, number, percent
+from gradprobe.strict_json import strict
 
 _STYLES = {"healthy": "green", DEGRADED: "yellow", "vanishing": "red", "exploding": "red", "non-finite": "bold red"}
 
@@ -60,7 +60,7 @@ def as_dict(run: SweepRun) -> dict[str, object]:
     """
     summary = summarise(run)
     return {
-        "config": _strict(dict(summary.config)),
+        "config": strict(dict(summary.config)),
         "meta": {key: value for key, value in summary.meta.items() if key != "config"},
         "cells_finished": summary.cells_finished,
         "cells_planned": summary.cells_planned,
@@ -195,7 +195,7 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
         "seeds_done": net.n_done,
         "seeds_diverged": net.n_diverged,
         "epoch": net.epoch,
-        "seconds": _strict(net.seconds),
+        "seconds": strict(net.seconds),
         "train_error_pct": _spread_dict(net.train_error_pct),
         "test_error_pct": _spread_dict(net.test_error_pct),
         "gradient": {"first_step": _moment_dict(net.initial), "end": _moment_dict(net.end)},
@@ -215,7 +215,7 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
 
 
 def _spread_dict(spread: Spread | None) -> object:
-    return None if spread is None else _strict({"mean": spread.mean, "std": spread.std, "values": list(spread.values)})
+    return None if spread is None else strict({"mean": spread.mean, "std": spread.std, "values": list(spread.values)})
 
 
 def _moment_dict(moment: Moment | None) -> object:
@@ -227,15 +227,4 @@ def _moment_dict(moment: Moment | None) -> object:
     ]
     ends = {"first_norm_l2": moment.first, "last_norm_l2": moment.last, "ratio": moment.ratio}
     judged = {"verdict": moment.verdict, "seeds_by_verdict": dict(moment.votes)}
-    return _strict({"epoch": moment.epoch, **ends, **judged, "layers": layers})
-
-
-def _strict(value: object) -> object:
-    """Replaces the floats that JSON cannot hold by their names."""
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value
+    return strict({"epoch": moment.epoch, **ends, **judged, "layers": layers})

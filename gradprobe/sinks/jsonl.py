@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
 from gradprobe.errors import StoreError
 from gradprobe.snapshot import COLUMNS, Snapshot
+from gradprobe.strict_json import strict
 
 
 def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> None:
     """Writes snapshots to a new file: one line for each step and site, strict JSON in UTF-8.
 
-    Numbers that JSON does not have are written as the strings "NaN", "Infinity" and "-Infinity".
+    Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
 
     Args:
         snapshots: Any number of snapshots.
@@ -28,7 +28,7 @@ def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> Non
         with Path(path).open("x", encoding="utf-8") as file:
             for snapshot in snapshots:
                 for line in _lines(snapshot):
-                    file.write(json.dumps(line, allow_nan=False) + "\n")
+                    file.write(json.dumps(strict(line), allow_nan=False) + "\n")
     except FileExistsError as error:
         raise StoreError(f"path: need a file that does not exist yet; {path} does") from error
     except OSError as error:
@@ -38,16 +38,10 @@ def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> Non
 def _lines(snapshot: Snapshot) -> Iterable[dict[str, object]]:
     head: dict[str, object] = {
         "step": snapshot.step,
-        "loss": _number(snapshot.loss),
+        "loss": snapshot.loss,
         "skipped": snapshot.skipped,
         **snapshot.provenance._asdict(),
     }
     for stats in snapshot.sites.values():
-        values = {column: _number(getattr(stats, column)) for column in COLUMNS}
+        values = {column: getattr(stats, column) for column in COLUMNS}
         yield {**head, "site": stats.name, "kind": stats.kind, **values}
-
-
-def _number(value: float | None) -> float | str | None:
-    if value is None or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
