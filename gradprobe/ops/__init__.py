@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from gradprobe.errors import ArgumentError, BackendError
-from gradprobe.ops import native, reference
+from gradprobe.ops import native, reference, triton_kernels
 from gradprobe.ops.reference import FLOAT_DTYPES, STATS, range_exponent
 from gradprobe.ops.schemas import GRAD_STATS_INTO, SCALE
 
@@ -63,6 +63,7 @@ def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         GRAD_STATS_INTO(tensors, out)
 
 
+_TRITON = Backend("triton", triton_kernels.grad_stats_into, triton_kernels.scale_)
 _NATIVE = Backend("native", _native_grad_stats_into, SCALE)
 
 
@@ -73,13 +74,13 @@ def _native_reason(device_type: str) -> str:
 
 def _triton_reason(device_type: str) -> str:
     """Returns "ready" if the Triton kernels can serve the device type, else the reason why not."""
-    return "the Triton kernels are not part of this version"
+    return triton_kernels.unavailable(device_type) or "ready"
 
 
 # In the order of preference. The reference serves every device.
-_CHOICES: dict[str, tuple[Backend | None, Callable[[str], str]]] = {
+_CHOICES: dict[str, tuple[Backend, Callable[[str], str]]] = {
     "native": (_NATIVE, _native_reason),
-    "triton": (None, _triton_reason),
+    "triton": (_TRITON, _triton_reason),
     "reference": (_REFERENCE, lambda device_type: "ready"),
 }
 
@@ -131,7 +132,7 @@ def resolve(backend: str, device: torch.device) -> Backend:
         if backend not in ("auto", name):
             continue
         reason = reason_of(device.type)
-        if choice is not None and reason == "ready":
+        if reason == "ready":
             return choice
         if backend == name:
             raise BackendError(f"backend {name!r} cannot run on {device.type}: {reason}")

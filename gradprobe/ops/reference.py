@@ -112,7 +112,7 @@ def _row(tensor: Tensor) -> Tensor:
     return torch.cat((sums, abs_max, torch.stack((n_zero, n_nonfinite))))
 
 
-def _check(tensors: Sequence[Tensor], device: torch.device) -> None:
+def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
     """Refuses what no backend takes, by the index of the tensor."""
     for k, tensor in enumerate(tensors):
         if tensor.dtype not in FLOAT_DTYPES:
@@ -124,6 +124,15 @@ def _check(tensors: Sequence[Tensor], device: torch.device) -> None:
             raise ArgumentError(f"tensors[{k}]: needed a strided layout, got {tensor.layout}")
         if tensor.device != device:
             raise ArgumentError(f"tensors[{k}]: needed device {device}, got {tensor.device}")
+
+
+def check_rows(out: Tensor, n_tensors: int) -> None:
+    """Refuses an output that cannot take the rows of `n_tensors` tensors."""
+    if out.dtype != torch.float64 or list(out.shape) != [n_tensors, len(STATS)] or not out.is_contiguous():
+        raise ArgumentError(
+            f"out: needed contiguous float64 of shape [{n_tensors}, 6], got {str(out.dtype).removeprefix('torch.')} "
+            f"of shape {list(out.shape)} with strides {list(out.stride())}"
+        )
 
 
 def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
@@ -143,12 +152,8 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         >>> out.tolist()
         [[-1.0, 7.0, 25.0, 4.0, 1.0, 0.0]]
     """
-    if out.dtype != torch.float64 or list(out.shape) != [len(tensors), len(STATS)] or not out.is_contiguous():
-        raise ArgumentError(
-            f"out: needed contiguous float64 of shape [{len(tensors)}, 6], got {str(out.dtype).removeprefix('torch.')} "
-            f"of shape {list(out.shape)} with strides {list(out.stride())}"
-        )
-    _check(tensors, out.device)
+    check_rows(out, len(tensors))
+    check_tensors(tensors, out.device)
     for k, tensor in enumerate(tensors):
         if tensor.numel() == 0:
             out[k].zero_()
@@ -156,7 +161,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
             out[k].copy_(_row(tensor.detach()))
 
 
-def _check_no_overlap(tensors: Sequence[Tensor]) -> None:
+def check_no_overlap(tensors: Sequence[Tensor]) -> None:
     """Refuses tensors of which two indices may share an element: a stride has to reach over what smaller ones span."""
     for k, tensor in enumerate(tensors):
         span = 0
@@ -186,8 +191,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         >>> x.tolist()
         [0.5, 1.0]
     """
-    _check(tensors, coefficient.device)
-    _check_no_overlap(tensors)
+    check_tensors(tensors, coefficient.device)
+    check_no_overlap(tensors)
     scalar = coefficient.detach().reshape(())
     for tensor in tensors:
         target = tensor.detach()  # shares storage and version counter

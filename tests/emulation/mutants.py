@@ -171,8 +171,8 @@ MUTANTS = (
     Mutant(
         "scale_rounds_coefficient",
         "cuda/scale.cu",
-        "const auto factor = static_cast<Wide<T>>(",
-        "const auto factor = static_cast<float>(",
+        "? *static_cast<const double*>(coefficient)",
+        "? static_cast<float>(*static_cast<const double*>(coefficient))",
         "scale/boundaries/f64",
     ),
     Mutant(

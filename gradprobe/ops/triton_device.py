@@ -1,0 +1,267 @@
+"""The device code of the Triton kernels. Names in capitals are compile-time constants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # `triton_kernels.unavailable` says so, and nothing below is launched
+    triton = None
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+@_jit
+def _element_pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if TYPE == "f32":
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif TYPE == "f16":
+        pointer = address.to(tl.pointer_type(tl.float16))
+    elif TYPE == "bf16":
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.float64))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # lets loads be of 16 bytes
+    return pointer
+
+
+@_jit
+def _load(begin, at, n, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    # A mask with an end anywhere would make the compiler load element by element: whole chunks go without.
+    return tl.load(begin + at, mask=at < n, other=0.0) if MASKED else tl.load(begin + at)
+
+
+@_jit
+def _find_tensor(first_chunk, n_tensors, chunk):  # type: ignore[no-untyped-def]
+    """The last tensor whose first chunk is not after `chunk`."""
+    low = n_tensors * 0
+    high = n_tensors
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(first_chunk + middle) <= chunk:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@_jit
+def _magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """|x| as an integer: orders like the numbers, infinity above all finite, NaN above infinity."""
+    if TYPE == "f64":
+        bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        bits = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    return bits
+
+
+@_jit
+def _factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What elements are multiplied by in float64: a power of two that keeps squares in range; only f64 needs one."""
+    one = abs_max_bits.to(tl.float64) * 0.0 + 1.0
+    if TYPE == "f64":
+        # 2**480, 2**-480 and infinity as bits.
+        large = abs_max_bits > 0x5DF0000000000000
+        small = (abs_max_bits > 0) & (abs_max_bits < 0x21F0000000000000)
+        # Powers of two by halves: literals are float32.
+        up = (one * 1.2676506002282294e30) * 1.2676506002282294e30
+        up = up * up * up
+        down = (one * 7.888609052210118e-31) * 7.888609052210118e-31
+        down = down * down * down
+        one = tl.where(large, down, tl.where(small, up, one))
+    return one
+
+
+@_jit
+def _store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One raw row [6], its largest magnitude as float64."""
+    tl.store(to + 0, sum_)
+    tl.store(to + 1, sum_abs)
+    tl.store(to + 2, sum_sq)
+    if TYPE == "f64":
+        tl.store(to + 3, bits.to(tl.float64, bitcast=True))
+    else:
+        tl.store(to + 3, bits.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64))
+    tl.store(to + 4, n_zero.to(tl.float64))
+    tl.store(to + 5, n_nonfinite.to(tl.float64))
+
+
+@_jit
+def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    return x if TYPE == "f64" else x.to(tl.float32)
+
+
+@_jit
+def _chunk_statistics(  # type: ignore[no-untyped-def]
+    begin,
+    n,
+    to,
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Writes the statistics of the `n` elements at `begin` to `to` [6]."""
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    sums = tl.zeros([COLUMNS], tl.float64)
+    sums_abs = tl.zeros([COLUMNS], tl.float64)
+    sums_sq = tl.zeros([COLUMNS], tl.float64)
+    bits_max = tl.zeros([COLUMNS], tl.int64)
+    zeros = tl.zeros([COLUMNS], tl.int32)
+    nonfinite = tl.zeros([COLUMNS], tl.int32)
+    infinity: tl.constexpr = 0x7FF0000000000000 if TYPE == "f64" else 0x7F800000
+    for tile in range(TILES):
+        at = tile * ROWS * COLUMNS + place
+        x = _widened(_load(begin, at, n, MASKED), TYPE)
+        bits = _magnitude_bits(x, TYPE)
+        bits_max = tl.maximum(bits_max, tl.max(bits, axis=0))
+        zeros += tl.sum(((bits == 0) & (at < n)).to(tl.int32), axis=0)
+        nonfinite += tl.sum((bits >= infinity).to(tl.int32), axis=0)
+        if TYPE != "f64":
+            sums += tl.sum(x, axis=0).to(tl.float64)
+            sums_abs += tl.sum(tl.abs(x), axis=0).to(tl.float64)
+            sums_sq += tl.sum(x * x, axis=0).to(tl.float64)
+    abs_max_bits = tl.max(bits_max, axis=0)
+
+    # 2**-55 and 2**55 as float32 bits: outside, squares in float32 lose digits or overflow.
+    if TYPE == "f64":
+        again = abs_max_bits > 0
+    else:
+        again = (abs_max_bits > 0) & ((abs_max_bits < 0x24000000) | (abs_max_bits > 0x5B000000))
+    if again:
+        sums = tl.zeros([COLUMNS], tl.float64)
+        sums_abs = tl.zeros([COLUMNS], tl.float64)
+        sums_sq = tl.zeros([COLUMNS], tl.float64)
+        factor = _factor(abs_max_bits, TYPE)
+        for tile in range(TILES):
+            at = tile * ROWS * COLUMNS + place
+            x = _load(begin, at, n, MASKED).to(tl.float64) * factor
+            sums += tl.sum(x, axis=0)
+            sums_abs += tl.sum(tl.abs(x), axis=0)
+            sums_sq += tl.sum(x * x, axis=0)
+    _store_partial(
+        to,
+        tl.sum(sums, axis=0),
+        tl.sum(sums_abs, axis=0),
+        tl.sum(sums_sq, axis=0),
+        abs_max_bits,
+        tl.sum(zeros, axis=0),
+        tl.sum(nonfinite, axis=0),
+        TYPE,
+    )
+
+
+@_jit
+def sum_chunks(  # type: ignore[no-untyped-def]
+    addresses,  # [n_tensors] int64
+    numel,  # [n_tensors] int64
+    first_chunk,  # [n_tensors] int64
+    n_tensors,
+    partials,  # [n_chunks, 6] float64
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Statistics of each chunk of each tensor."""
+    chunk = tl.program_id(0).to(tl.int64)
+    tensor = _find_tensor(first_chunk, n_tensors, chunk)
+    offset = (chunk - tl.load(first_chunk + tensor)) * (ROWS * COLUMNS * TILES)
+    begin = _element_pointer(tl.load(addresses + tensor), TYPE, ALIGNED) + offset
+    n = tl.load(numel + tensor) - offset
+    to = partials + chunk * 6
+    if n >= ROWS * COLUMNS * TILES:
+        _chunk_statistics(begin, n, to, TYPE, COLUMNS, ROWS, TILES, False)
+    else:
+        _chunk_statistics(begin, n, to, TYPE, COLUMNS, ROWS, TILES, True)
+
+
+@_jit
+def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Merges the partials of one row: first their largest magnitude, then the sums at the exponent that it asks for."""
+    program = tl.program_id(0)
+    begin = partials + tl.load(first_partial + program) * 6
+    n = tl.load(n_partials + program)
+    lane = tl.arange(0, TILE)
+    bits_max = tl.zeros([TILE], tl.int64)
+    start = n * 0
+    while start < n:
+        inside = start + lane < n
+        abs_max = tl.load(begin + (start + lane) * 6 + 3, mask=inside, other=0.0)
+        bits_max = tl.maximum(bits_max, _magnitude_bits(abs_max, "f64"))
+        start += TILE
+    abs_max_bits = tl.max(bits_max, axis=0)
+    factor = _factor(abs_max_bits, "f64")
+    is_finite = abs_max_bits < 0x7FF0000000000000
+
+    sums = tl.zeros([TILE], tl.float64)
+    sums_abs = tl.zeros([TILE], tl.float64)
+    sums_sq = tl.zeros([TILE], tl.float64)
+    zeros = tl.zeros([TILE], tl.float64)
+    nonfinite = tl.zeros([TILE], tl.float64)
+    start = n * 0
+    while start < n:
+        inside = start + lane < n
+        at = begin + (start + lane) * 6
+        bits = _magnitude_bits(tl.load(at + 3, mask=inside, other=0.0), "f64")
+        # Beside a NaN or infinity, finite elements do not count, and might overflow.
+        counts = is_finite | (bits >= 0x7FF0000000000000)
+        # From the partial's exponent to the row's: 1, 2**-600 or 2**-1200, which is zero.
+        shift = tl.where(counts & is_finite & (bits > 0), factor / _factor(bits, "f64"), 1.0)
+        sums += tl.where(counts, tl.load(at + 0, mask=inside, other=0.0) * shift, 0.0)
+        sums_abs += tl.where(counts, tl.load(at + 1, mask=inside, other=0.0) * shift, 0.0)
+        sums_sq += tl.where(counts, tl.load(at + 2, mask=inside, other=0.0) * shift * shift, 0.0)
+        zeros += tl.load(at + 4, mask=inside, other=0.0)
+        nonfinite += tl.load(at + 5, mask=inside, other=0.0)
+        start += TILE
+    _store_partial(
+        out + tl.load(row + program) * 6,
+        tl.sum(sums, axis=0),
+        tl.sum(sums_abs, axis=0),
+        tl.sum(sums_sq, axis=0),
+        abs_max_bits,
+        tl.sum(zeros, axis=0),
+        tl.sum(nonfinite, axis=0),
+        "f64",
+    )
+
+
+@_jit
+def scale_chunks(  # type: ignore[no-untyped-def]
+    addresses,  # [n_tensors] int64
+    numel,  # [n_tensors] int64
+    first_chunk,  # [n_tensors] int64
+    n_tensors,
+    coefficient,  # one float32 or float64
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Multiplies each chunk by the coefficient; moves nothing where that is 1."""
+    factor = tl.load(coefficient).to(tl.float64 if TYPE == "f64" else tl.float32)
+    if factor != 1.0:
+        chunk = tl.program_id(0).to(tl.int64)
+        tensor = _find_tensor(first_chunk, n_tensors, chunk)
+        offset = (chunk - tl.load(first_chunk + tensor)) * (ROWS * COLUMNS * TILES)
+        begin = _element_pointer(tl.load(addresses + tensor), TYPE, ALIGNED) + offset
+        n = tl.load(numel + tensor) - offset
+        if n >= ROWS * COLUMNS * TILES:
+            for tile in range(TILES * ROWS):
+                at = tile * COLUMNS + tl.arange(0, COLUMNS)
+                x = tl.load(begin + at)
+                tl.store(begin + at, (_widened(x, TYPE) * factor).to(x.dtype))
+        else:
+            for tile in range(TILES * ROWS):
+                at = tile * COLUMNS + tl.arange(0, COLUMNS)
+                x = tl.load(begin + at, mask=at < n, other=0.0)
+                tl.store(begin + at, (_widened(x, TYPE) * factor).to(x.dtype), mask=at < n)
