@@ -119,10 +119,10 @@ def train_cell(
 ) -> Iterator[EpochResult]:
     """Trains a cell from its start, or from a checkpoint, to its end.
 
-    Small gradients are not hidden by the flushing of denormals, which plain nets need to train at full speed: the first
-    step of every epoch, hence also the record of epoch 0, runs with flushing off, and the rest of the epoch only turns
-    it on when that step has shown every gradient to be far above the denormals (`FLUSH_ABOVE`). The probe's own
-    arithmetic sees denormals in either case.
+    Many CPUs are slow on denormals, so training flushes them to zero, but never where that could hide a small gradient:
+    the first step of every epoch, hence also the record of epoch 0, runs with flushing off, and the rest of the epoch
+    only turns it on when that step has shown every gradient to be far above the denormals (`FLUSH_ABOVE`). The probe's
+    own arithmetic sees denormals in either case.
 
     A cell whose training loss becomes non-finite stops within that epoch: the epoch's measurements are recorded, and
     its status is ``"diverged"``.
