@@ -94,7 +94,12 @@ def _store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: t
 
 @_jit
 def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    return x if TYPE == "f64" else x.to(tl.float32)
+    if TYPE == "bf16":
+        # The upper half of a float32; Triton's interpreter would lose subnormals in a conversion.
+        wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        wide = x if TYPE == "f64" else x.to(tl.float32)
+    return wide
 
 
 @_jit
@@ -142,7 +147,7 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
         factor = _factor(abs_max_bits, TYPE)
         for tile in range(TILES):
             at = tile * ROWS * COLUMNS + place
-            x = _load(begin, at, n, MASKED).to(tl.float64) * factor
+            x = _widened(_load(begin, at, n, MASKED), TYPE).to(tl.float64) * factor
             sums += tl.sum(x, axis=0)
             sums_abs += tl.sum(tl.abs(x), axis=0)
             sums_sq += tl.sum(x * x, axis=0)
@@ -256,12 +261,12 @@ def scale_chunks(  # type: ignore[no-untyped-def]
         begin = _element_pointer(tl.load(addresses + tensor), TYPE, ALIGNED) + offset
         n = tl.load(numel + tensor) - offset
         if n >= ROWS * COLUMNS * TILES:
-            for tile in range(TILES * ROWS):
-                at = tile * COLUMNS + tl.arange(0, COLUMNS)
+            for tile in range(TILES * ROWS // 2):
+                at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
                 x = tl.load(begin + at)
                 tl.store(begin + at, (_widened(x, TYPE) * factor).to(x.dtype))
         else:
-            for tile in range(TILES * ROWS):
-                at = tile * COLUMNS + tl.arange(0, COLUMNS)
+            for tile in range(TILES * ROWS // 2):
+                at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
                 x = tl.load(begin + at, mask=at < n, other=0.0)
                 tl.store(begin + at, (_widened(x, TYPE) * factor).to(x.dtype), mask=at < n)
