@@ -23,7 +23,7 @@ from gradprobe.experiments.rows import EpochRow, LayerRow
 from gradprobe.probe import attach
 from gradprobe.snapshot import Snapshot
 
-EVALUATION_BATCH = 512
+EVALUATION_BATCH = 128
 # Denormals are flushed only in an epoch whose first step has no site with a largest gradient between 0 and this: the
 # elements that flushing loses (below 1.2e-38) are then too small, by eight orders of magnitude, to be seen in any norm.
 FLUSH_ABOVE = 1e-30
