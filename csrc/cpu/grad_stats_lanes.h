@@ -18,18 +18,23 @@ typedef double Doubles __attribute__((vector_size(kBytes)));
 typedef int64_t Longs __attribute__((vector_size(kBytes)));
 typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
 
-// Registers that each sum is spread over, to hide the latency of an addition.
-constexpr int kUnroll = kBytes == 64 ? 4 : 2;
+// Registers that each sum is spread over, to hide the latency of an addition: more where there are 32 of them.
+#if GRADPROBE_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kUnroll = 4;
+#else
+constexpr int kUnroll = 2;
+#endif
 constexpr int kBlock = kUnroll * kFloats;
 
 // Float accumulators are emptied into double ones after this many blocks, the last time with the padded tail as one
-// more. An element then passes at most kFlush additions in its lane and two more where the four registers meet: with a
-// rounding of at most 2**-24 each, and that of the square on machines without FMA, sums of positive numbers err by at
-// most 15 * 2**-24 = 9e-7 whatever the data (constant inputs, where all roundings go one way, included), and typically
-// by 1e-8. The signed sum errs by that much of sum_abs at worst; on random signs by about 6e-8 * sqrt(n) * rms, that is
-// 6e-8 of the sum's own standard deviation.
-constexpr int kFlush = 12;
-static_assert(kFlush + 3 <= kFastAdds);
+// more. An element then passes at most kFlush roundings in its lane (the first addition, to zero, is exact) and two
+// more where the four registers meet. At 2**-24 each, with that of the square on machines without FMA, sum_abs errs by
+// at most 9.6e-7 and sum_sq by 1.01e-6 of itself, hence the norm by 5.1e-7, whatever the data (constant inputs, where
+// all roundings go one way, included), and typically by 1e-8. The signed sum errs by 9.6e-7 of sum_abs at worst; on
+// random signs by about 6e-8 * sqrt(n) * rms, that is 6e-8 of the sum's own standard deviation. Adding it in double
+// takes 1.8 times as long in cache (measured on Zen 4).
+constexpr int kFlush = 14;
+static_assert(kFlush + 2 <= kFastAdds);
 
 // Elements whose own largest magnitude decides whether they are done again: 16 KiB of float32 or float64, so the second
 // read is from L1.
@@ -68,10 +73,11 @@ GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
 GRADPROBE_INLINE Doubles low(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
 GRADPROBE_INLINE Doubles high(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
 
-using CountLanes = Shorts;
-GRADPROBE_INLINE CountLanes nonzero_lanes(Ints magnitude_a, Ints magnitude_b) {
-  const __m512i packed = _mm512_packus_epi32((__m512i)magnitude_a, (__m512i)magnitude_b);
-  return (CountLanes)_mm512_min_epu16(packed, (__m512i)(CountLanes{} + 1));
+// Counts in general registers, which have nothing else to do.
+using Count = int64_t;
+GRADPROBE_INLINE Count count_nonzero(Ints magnitude_a, Ints magnitude_b) {
+  return __builtin_popcount(_mm512_test_epi32_mask((__m512i)magnitude_a, (__m512i)magnitude_a)) +
+         __builtin_popcount(_mm512_test_epi32_mask((__m512i)magnitude_b, (__m512i)magnitude_b));
 }
 
 #elif GRADPROBE_VECTOR_BYTES == 32
@@ -83,10 +89,11 @@ GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
 GRADPROBE_INLINE Doubles low(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
 GRADPROBE_INLINE Doubles high(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
 
-using CountLanes = Shorts;
-GRADPROBE_INLINE CountLanes nonzero_lanes(Ints magnitude_a, Ints magnitude_b) {
+// Counts in lanes of 16 bits, two registers of elements at once.
+using Count = Shorts;
+GRADPROBE_INLINE Count count_nonzero(Ints magnitude_a, Ints magnitude_b) {
   const __m256i packed = _mm256_packus_epi32((__m256i)magnitude_a, (__m256i)magnitude_b);
-  return (CountLanes)_mm256_min_epu16(packed, (__m256i)(CountLanes{} + 1));
+  return (Count)_mm256_min_epu16(packed, (__m256i)(Count{} + 1));
 }
 
 #else
@@ -114,8 +121,8 @@ GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
 GRADPROBE_INLINE Doubles low(Floats x) { return Doubles{x[0], x[1]}; }
 GRADPROBE_INLINE Doubles high(Floats x) { return Doubles{x[2], x[3]}; }
 
-using CountLanes = Ints;
-GRADPROBE_INLINE CountLanes nonzero_lanes(Ints magnitude_a, Ints magnitude_b) {
+using Count = Ints;
+GRADPROBE_INLINE Count count_nonzero(Ints magnitude_a, Ints magnitude_b) {
   return -((magnitude_a != 0) + (magnitude_b != 0));
 }
 
@@ -133,6 +140,8 @@ GRADPROBE_INLINE auto sum_of_lanes(Vector vector) {
   for (int i = 0; i < n; ++i) total += vector[i];
   return total;
 }
+
+GRADPROBE_INLINE int64_t sum_of_lanes(int64_t count) { return count; }
 
 template <typename Vector>
 GRADPROBE_INLINE auto largest_lane(Vector vector) {
@@ -179,7 +188,7 @@ GRADPROBE_INLINE void flush(Floats (&lanes)[kUnroll], Doubles& total) {
 // One full block into the float accumulators.
 template <typename T>
 GRADPROBE_INLINE void add_block(const T* data, Floats (&sum)[kUnroll], Floats (&sum_abs)[kUnroll],
-                                Floats (&sum_sq)[kUnroll], Ints (&abs_max)[kUnroll], CountLanes& nonzero) {
+                                Floats (&sum_sq)[kUnroll], Ints (&abs_max)[kUnroll], Count& nonzero) {
   Ints magnitude[kUnroll];
   Floats x[kUnroll];
   for (int u = 0; u < kUnroll; u += 2) load_pair(data + u * kFloats, x[u], x[u + 1]);
@@ -191,7 +200,7 @@ GRADPROBE_INLINE void add_block(const T* data, Floats (&sum)[kUnroll], Floats (&
     sum_sq[u] += x[u] * x[u];
     abs_max[u] = larger(abs_max[u], magnitude[u]);
   }
-  for (int u = 0; u < kUnroll; u += 2) nonzero += nonzero_lanes(magnitude[u], magnitude[u + 1]);
+  for (int u = 0; u < kUnroll; u += 2) nonzero += count_nonzero(magnitude[u], magnitude[u + 1]);
 }
 
 // A group in float; false, and nothing added, if its magnitudes need more.
@@ -199,7 +208,7 @@ template <typename T>
 GRADPROBE_INLINE bool add_fast(const T* data, int64_t n, Totals& totals) {
   Doubles sum{}, sum_abs{}, sum_sq{};
   Ints abs_max[kUnroll] = {};
-  CountLanes nonzero{};
+  Count nonzero{};
   int64_t blocks = n / kBlock;
   const int64_t n_tail = n % kBlock;
   const T* at = data;
