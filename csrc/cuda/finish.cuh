@@ -16,8 +16,10 @@ struct FinishTable {
 inline constexpr int kFinishRows = (kParameterBytes - 32) / 12;
 inline constexpr int kFinishRowsSmall = 64;
 
-// One block for each row. Threads stride over the partials, two loads in flight, so a row of 1e5 chunks is still short
-// work.
+constexpr int kPartialLoads = 4;  // in flight for each thread
+
+// One block for each row. Threads stride over the partials with several loads in flight, since a row may have 1e5 of
+// them.
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     merge_partials(const FinishTable<kCapacity> __grid_constant__ table, const Stats* partials, double* rows) {
@@ -25,12 +27,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t n = table.n_partials[blockIdx.x];
   Stats mine = identity();
   int64_t i = threadIdx.x;
-  for (; i + kThreads < n; i += 2 * kThreads) {
-    const Stats near = first[i];
-    const Stats far = first[i + kThreads];
-    mine = merge(merge(mine, near), far);
+  for (; i + (kPartialLoads - 1) * kThreads < n; i += kPartialLoads * kThreads) {
+    Stats loaded[kPartialLoads];
+#pragma unroll
+    for (int l = 0; l < kPartialLoads; ++l) loaded[l] = first[i + l * kThreads];
+#pragma unroll
+    for (int l = 0; l < kPartialLoads; ++l) mine = merge(mine, loaded[l]);
   }
-  if (i < n) mine = merge(mine, first[i]);
+  for (; i < n; i += kThreads) mine = merge(mine, first[i]);
   const Stats all = merge_block(mine);
   if (threadIdx.x == 0) finish(all, rows + int64_t{kStats} * table.row[blockIdx.x]);
 }

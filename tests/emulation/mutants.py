@@ -103,10 +103,10 @@ MUTANTS = (
         "grad_stats/beyond_int32",
     ),
     Mutant(
-        "second_load_lost",
+        "a_load_of_partials_lost",
         "cuda/finish.cuh",
-        "merge(merge(mine, near), far)",
-        "merge(mine, near)",
+        "for (int l = 0; l < kPartialLoads; ++l) mine",
+        "for (int l = 1; l < kPartialLoads; ++l) mine",
         "grad_stats/many_chunks",
     ),
     Mutant(

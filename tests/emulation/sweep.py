@@ -165,7 +165,7 @@ def scattered_rows(kernels: Kernels) -> None:
 
 
 def many_chunks(n_chunks: int) -> Check:
-    """Two loads in flight in the second launch, and its remainders."""
+    """The unrolled loop of the second launch, and its remainders."""
 
     def check(kernels: Kernels) -> None:
         rng = np.random.default_rng(6)
@@ -325,7 +325,7 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks["grad_stats/many/3000"] = many(3000, share_empty=0.02)
         checks["grad_stats/many/3000-mostly-empty"] = many(3000, share_empty=0.97)
     checks["grad_stats/many/300"] = many(300, share_empty=0.02)
-    checks["grad_stats/many_chunks"] = many_chunks(3 if short else 2 * THREADS + 1)
+    checks["grad_stats/many_chunks"] = many_chunks(3 if short else LOADS * THREADS + 1)
     return checks
 
 

@@ -1,0 +1,185 @@
+"""Times the GPU kernels against a pure copy of the same bytes and against torch's own multi-tensor functions.
+
+    python benchmarks/kernels.py [--rounds 31] [--backend native|triton] [--json] [--check]
+
+Every row is one set of tensors. Contenders take turns in one run, in an order that rotates; a call is timed between two
+CUDA events, after a write over the L2 cache, so that inputs come from memory. GB/s counts the bytes that the operation
+has to move: every element once for the statistics, twice for the scaling. The copy of as many bytes (half read, half
+written) is what the memory of this machine gives.
+
+--check exits with 1 unless, for the sets of 64 MiB and more that are not float64, the statistics and the scaling
+reach 80 % of the copy's GB/s: what docs/kernels.md predicts. Without a CUDA device it says so and exits with 0, or with
+2 under --check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from gradprobe import networks, ops
+from gradprobe.errors import BackendError
+
+MIB = 2**20
+CACHE_BYTES = 256 * MIB  # more than any L2 cache of today
+
+Contender = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Time of one contender on one set of tensors.
+
+    Attributes:
+        tensors: the set.
+        contender: what ran.
+        n_bytes: bytes that it has to move.
+        time_us: median over the rounds, in microseconds.
+        low_us: lower quartile.
+        high_us: upper quartile.
+    """
+
+    tensors: str
+    contender: str
+    n_bytes: int
+    time_us: float
+    low_us: float
+    high_us: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """Throughput, in 1e9 bytes a second."""
+        return self.n_bytes / self.time_us / 1e3
+
+
+def sets_of_tensors(device: torch.device) -> dict[str, list[torch.Tensor]]:
+    """Sets from one tensor to thousands; names say dtype, number and size."""
+
+    def random(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(shape, device=device).mul_(1e-3).to(dtype)
+
+    sets = {
+        f"{str(dtype).removeprefix('torch.')}, 1 of {n_bytes // MIB} MiB": [random((n_bytes // dtype.itemsize,), dtype)]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        for n_bytes in (64 * MIB, 1024 * MIB)
+    }
+    sets["float32, 1 of 1024 MiB, all 1e-25"] = [torch.full((256 * MIB,), 1e-25, device=device)]
+    for name, net in (("ResNet-56", networks.resnet(56)), ("ResNet-50", networks.resnet(50))):
+        shapes = [p.shape for p in net.parameters()]
+        sets[f"float32, {name}'s {len(shapes)}"] = [random(shape, torch.float32) for shape in shapes]
+    sets["float32, 1000 of 1 KiB"] = [random((256,), torch.float32) for _ in range(1000)]
+    sets["bfloat16, 500 of 1 MiB"] = [random((MIB // 2,), torch.bfloat16) for _ in range(500)]
+    return sets
+
+
+def contenders_for(tensors: list[torch.Tensor], backend: ops.Backend) -> dict[str, tuple[Contender, int]]:
+    """What takes turns, each with the bytes that it has to move."""
+    n_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    out = torch.empty(len(tensors), len(ops.STATS), dtype=torch.float64, device=tensors[0].device)
+    # Not 1: that would move nothing. The reciprocal brings the values back.
+    factors = [torch.tensor(value, device=tensors[0].device) for value in (2.0, 0.5)]
+    turn = [0]
+
+    def factor() -> torch.Tensor:
+        turn[0] ^= 1
+        return factors[turn[0]]
+
+    half = torch.empty(n_bytes // 2, dtype=torch.uint8, device=tensors[0].device)
+    target = torch.empty_like(half)
+    return {
+        "copy": (lambda: target.copy_(half), n_bytes),
+        "grad_stats_into": (lambda: backend.grad_stats_into(tensors, out), n_bytes),
+        "torch._foreach_norm": (lambda: torch._foreach_norm(tensors), n_bytes),
+        "scale_": (lambda: backend.scale_(tensors, factor()), 2 * n_bytes),
+        "torch._foreach_mul_": (lambda: torch._foreach_mul_(tensors, factor()), 2 * n_bytes),
+        "clip: statistics + scale_": (
+            lambda: (backend.grad_stats_into(tensors, out), backend.scale_(tensors, factor())),
+            3 * n_bytes,
+        ),
+    }
+
+
+def take_turns(name: str, tensors: list[torch.Tensor], backend: ops.Backend, rounds: int) -> list[Result]:
+    contenders = contenders_for(tensors, backend)
+    over_cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=tensors[0].device)
+    for call, _ in contenders.values():
+        call()
+    times_us: dict[str, list[float]] = {each: [] for each in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        for k in range(len(names)):
+            each = names[(k + turn) % len(names)]
+            over_cache.zero_()
+            # Behind this the call is enqueued before it starts: what is timed is the device, not Python.
+            torch.cuda._sleep(2_000_000)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            contenders[each][0]()
+            end.record()
+            end.synchronize()
+            times_us[each].append(start.elapsed_time(end) * 1e3)
+    results = []
+    for each, times in times_us.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        results.append(Result(name, each, contenders[each][1], median, low, high))
+    return results
+
+
+def missed(results: list[Result]) -> list[str]:
+    """What falls short of docs/kernels.md, one line each."""
+    lines = []
+    for result in results:
+        large = result.n_bytes >= 64 * MIB and not result.tensors.startswith("float64")
+        if result.contender not in ("grad_stats_into", "scale_") or not large:
+            continue
+        copy = next(r for r in results if r.tensors == result.tensors and r.contender == "copy")
+        if result.gb_per_s < 0.8 * copy.gb_per_s:
+            lines.append(
+                f"{result.contender} on {result.tensors}: {result.gb_per_s:.0f} GB/s, copy {copy.gb_per_s:.0f} GB/s"
+            )
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Times the GPU kernels.")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--backend", default="native", choices=("native", "triton"))
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a prediction of docs/kernels.md fails")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("skipped: torch sees no CUDA device", file=sys.stderr)
+        return 2 if arguments.check else 0
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        backend = ops.resolve(arguments.backend, device)
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not arguments.json:
+        print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, backend {backend.name}")
+    results = []
+    for name, tensors in sets_of_tensors(device).items():
+        for result in take_turns(name, tensors, backend, arguments.rounds):
+            results.append(result)
+            if arguments.json:
+                print(json.dumps({**asdict(result), "gb_per_s": result.gb_per_s}))
+            else:
+                spread = f"{result.low_us:.1f}..{result.high_us:.1f}"
+                print(
+                    f"{name:40} {result.contender:28} {result.time_us:10.1f} us ({spread}) {result.gb_per_s:8.0f} GB/s"
+                )
+    failures = missed(results) if arguments.check else []
+    for line in failures:
+        print(f"missed: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
