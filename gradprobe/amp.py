@@ -16,6 +16,7 @@ class ScalerWatch:
         scaler: The scaler in use.
         optimizer: The optimizer whose steps count; None for any.
         on_unscaled: Called after the scaler has unscaled gradients.
+        on_stepping: Called before each `scaler.step`.
         on_stepped: Called after each `scaler.step` with a device tensor that is non-zero if the step was skipped.
     """
 
@@ -24,6 +25,7 @@ class ScalerWatch:
         scaler: torch.amp.GradScaler,
         optimizer: torch.optim.Optimizer | None,
         on_unscaled: Callable[[], None],
+        on_stepping: Callable[[], None],
         on_stepped: Callable[[torch.Tensor], None],
     ) -> None:
         self._scaler = scaler
@@ -36,6 +38,8 @@ class ScalerWatch:
                 on_unscaled()
 
         def step_and_tell(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+            if self._concerns(optimizer):
+                on_stepping()
             result = step(optimizer, *args, **kwargs)
             if self._concerns(optimizer):
                 found = list(scaler._found_inf_per_device(optimizer).values())

@@ -158,7 +158,8 @@ class Probe:
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured
         self._clipped = False
-        self._closed_by_optimizer = False
+        self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
+        self._optimizer_stepped = False
         self._last_was_measured = False
         self._scale: torch.Tensor | float = 1.0
         self._skipped: torch.Tensor | float = 0.0
@@ -177,13 +178,15 @@ class Probe:
             ]
         self._scaler: ScalerWatch | None = None
         if grad_scaler is not None:
-            self._scaler = ScalerWatch(grad_scaler, optimizer, self._taps.sight, self._on_scaler_step)
+            self._scaler = ScalerWatch(
+                grad_scaler, optimizer, self._taps.sight, self._on_scaler_stepping, self._on_scaler_stepped
+            )
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Closes the step: what was measured becomes a snapshot. Called for you where an optimizer was given.
 
-        With an optimizer it may still be called, after the optimizer's step, to add the loss.
+        With an optimizer it may still be called, just before or after the optimizer's step, to add the loss.
 
         Args:
             loss: The loss of the step, with one element; it is not waited for.
@@ -193,12 +196,13 @@ class Probe:
         """
         self._check_attached()
         check_loss(loss)
-        if self._closed_by_optimizer and self._taps.n_fired() == 0:
-            self._closed_by_optimizer = False
+        if self._closed_by == "optimizer" and self._taps.n_fired() == 0:
+            self._closed_by = "nobody"
             if loss is not None and self._last_was_measured:
                 self._record.add_loss(loss)
             return
         self._close(loss)
+        self._closed_by = "user"
 
     def latest(self, wait: bool = False) -> Snapshot | None:
         """Gives the newest finished step.
@@ -379,22 +383,31 @@ class Probe:
         # a closure runs its backward inside the step, so that the gradients are there only afterwards
         has_closure = any(callable(value) for value in (*args, *kwargs.values()))
         if has_closure == after:
-            self._close(None, getattr(optimizer, "found_inf", None))
-            self._closed_by_optimizer = True
+            self._optimizer_stepped = True
+            self._close_by_optimizer(getattr(optimizer, "found_inf", None))
 
-    def _on_scaler_step(self, found_inf: torch.Tensor) -> None:
+    def _on_scaler_stepping(self) -> None:
+        self._optimizer_stepped = False
+
+    def _on_scaler_stepped(self, found_inf: torch.Tensor) -> None:
         if self._optimizer is None:
             self._skipped = found_inf
-        elif not self._closed_by_optimizer:  # the scaler did not let the optimizer step
-            self._close(None, found_inf)
-            self._closed_by_optimizer = True
+        elif not self._optimizer_stepped:  # the scaler did not let it
+            self._close_by_optimizer(found_inf)
+
+    def _close_by_optimizer(self, found_inf: torch.Tensor | None) -> None:
+        if self._closed_by == "user" and self._taps.n_fired() == 0:
+            self._closed_by = "nobody"  # step() was called just before
+            return
+        self._close(None, found_inf)
+        self._closed_by = "optimizer"
 
     def _measure(self) -> None:
         self._regroup_if_moved()
         gradients, regular = self._taps.gradients()
         self._describe("post-clip" if self._taps.modified() else "pre-clip")
         self._measured = self._collector.measure(gradients, regular, self._record.rows())
-        if self._taps.n_fired() < len(gradients):
+        if self._wanted() and self._taps.n_fired() < len(gradients):
             unhooked = self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
             if unhooked.any():
                 self._unhooked |= unhooked

@@ -163,6 +163,32 @@ class TestSteps:
                 losses.append(loss.item())
         assert [snapshot.loss for snapshot in probe.history()] == pytest.approx(losses)
 
+    def test_step_may_be_called_just_before_the_optimizers(self) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            for seed in range(3):
+                optimizer.zero_grad()
+                loss = loss_of(model, seed)
+                loss.backward()
+                probe.step(loss=loss)
+                optimizer.step()
+        assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2]
+
+    @pytest.mark.parametrize("when", ["step", "backward"])
+    def test_clipping_works_on_steps_that_are_not_measured(self, when: str, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer, when=when, every=3) as probe:
+            for seed in range(5):
+                optimizer.zero_grad()
+                loss_of(model, seed).backward()
+                expected = math.hypot(*true_norms(model).values())
+                assert probe.clip_grad_norm_(1e-3).item() == pytest.approx(expected, rel=1e-6)
+                assert math.hypot(*true_norms(model).values()) == pytest.approx(1e-3, rel=1e-2)
+                optimizer.step()
+        assert [snapshot.step for snapshot in probe.history()] == [0, 3]
+
     def test_a_closure_is_measured_after_its_backward(self) -> None:
         model = mlp()
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1)
@@ -346,19 +372,31 @@ class TestScaler:
 
     def test_a_skipped_step_is_recorded_as_skipped(self, any_hooks: str) -> None:
         model = mlp()
-        before = copy.deepcopy(model.state_dict())
         optimizer = sgd(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         with gradprobe.attach(model, optimizer=optimizer, grad_scaler=scaler) as probe:
-            for bad in (True, False):
+            for bad in (True, False, False, True, True, False):
+                before = copy.deepcopy(model.state_dict())
                 optimizer.zero_grad()
                 scaler.scale(loss_of(model) * (math.inf if bad else 1.0)).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                if bad:
-                    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-        assert [(snapshot.step, snapshot.skipped) for snapshot in probe.history()] == [(0, True), (1, False)]
+                assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items()) is bad
+        skipped = [(snapshot.step, snapshot.skipped) for snapshot in probe.history()]
+        assert skipped == list(enumerate([True, False, False, True, True, False]))
         assert probe.history()[0].sites["0.weight"].nonfinite > 0
+
+    def test_skipped_steps_are_counted_between_measured_ones(self) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        with gradprobe.attach(model, optimizer=optimizer, grad_scaler=scaler, every=2) as probe:
+            for step in range(6):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model) * (math.inf if step in (1, 4) else 1.0)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert [(s.step, s.skipped) for s in probe.history()] == [(0, False), (2, False), (4, True)]
 
     @pytest.mark.parametrize("bad", [False, True], ids=["sound", "infinite"])
     def test_a_fused_optimizer_that_unscales_by_itself(self, bad: bool) -> None:
