@@ -16,6 +16,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from gradprobe.errors import ArgumentError, GradprobeError
+from gradprobe.experiments import DEFAULT_EPOCHS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,9 @@ def sweep(
     families: Annotated[str, typer.Option(help="Some of plain, resnet.")] = "plain,resnet",
     depths: Annotated[str, typer.Option(help="6n+2 (CIFAR layout) or 18, 34, 50, 101, 152 (ImageNet).")] = "20,56",
     seeds: Annotated[str, typer.Option(help="Whole numbers.")] = "0",
-    epochs: Annotated[int, typer.Option(help="Passes over the training set; He et al. train for 164.")] = 20,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the training set; He et al. train for 164.")
+    ] = DEFAULT_EPOCHS,
     batch_size: Annotated[
         int | None, typer.Option(help="Images per step.", show_default="64 for digits, else 128")
     ] = None,

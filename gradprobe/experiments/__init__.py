@@ -3,3 +3,6 @@
 Imports flow one way: ``cli`` uses ``sweep``, which uses ``train``, ``data`` and ``store``. ``store`` needs no torch, so
 that a report starts at once.
 """
+
+# Passes over the training set: enough for the digits to show the degradation in a minute.
+DEFAULT_EPOCHS = 20

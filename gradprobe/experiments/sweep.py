@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradprobe import networks
 from gradprobe.errors import ArgumentError, StoreError
-from gradprobe.experiments import engines
+from gradprobe.experiments import DEFAULT_EPOCHS, engines
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.rows import Cell
 from gradprobe.experiments.store import RunWriter, start_run
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
-
-DEFAULT_EPOCHS = 20
 
 
 def sweep(
