@@ -40,14 +40,14 @@ struct State {
   std::vector<Sighting> sightings;  // [K]; one writer each: the engine runs an accumulator once at a time
   std::atomic<bool> enabled{true};
   std::atomic<int> queued_task{-1};  // graph task whose end is already awaited; a failed backward leaves a stale id
-  py::object on_backward_end = py::none();
+  py::object on_backward_end;        // null once removed, so that the last owner may let go without the GIL
 };
 
 void notify(const std::shared_ptr<State>& state) {
   state->queued_task.store(-1);
   if (!state->enabled.load()) return;
   py::gil_scoped_acquire gil;
-  if (!state->on_backward_end.is_none()) state->on_backward_end();
+  if (state->on_backward_end) state->on_backward_end();
 }
 
 class ReadyHook final : public autograd::FunctionPostHook {
@@ -96,10 +96,8 @@ class Arms : public std::enable_shared_from_this<Arms> {
   void watch() {
     for (size_t k = 0; k < parameters_.size(); ++k) {
       arm(k);
-      auto watcher = std::make_unique<Watcher>(weak_from_this(), k);
-      watchers_.push_back(watcher.get());
-      autograd::impl::hooks(parameters_[k])
-          .push_back(std::move(watcher));  // add_hook takes only a tensor without hooks
+      // add_hook takes only a tensor without hooks
+      autograd::impl::hooks(parameters_[k]).push_back(std::make_unique<Watcher>(this, weak_from_this(), k));
     }
     converted_.store(0);
   }
@@ -117,17 +115,19 @@ class Arms : public std::enable_shared_from_this<Arms> {
   int64_t take_converted() { return converted_.exchange(0); }
 
   void release() {
-    for (size_t k = 0; k < watchers_.size(); ++k) {
-      std::erase_if(autograd::impl::hooks(parameters_[k]),
-                    [ours = watchers_[k]](const auto& hook) { return hook.get() == ours; });
+    for (const at::Tensor& parameter : parameters_) {
+      std::erase_if(autograd::impl::hooks(parameter), [this](const auto& hook) {
+        const auto* watcher = dynamic_cast<const Watcher*>(hook.get());
+        return watcher != nullptr && watcher->owner == this;
+      });
     }
-    watchers_.clear();
     for (size_t k = 0; k < parameters_.size(); ++k) unhook(k);
   }
 
  private:
   struct Watcher final : autograd::FunctionPreHook {
-    Watcher(std::weak_ptr<Arms> arms, size_t index) : arms(std::move(arms)), index(index) {}
+    Watcher(const Arms* owner, std::weak_ptr<Arms> arms, size_t index)
+        : owner(owner), arms(std::move(arms)), index(index) {}
 
     autograd::variable_list operator()(const autograd::variable_list& gradients) override {
       if (const std::shared_ptr<Arms> alive = arms.lock()) alive->arm(index);
@@ -136,6 +136,7 @@ class Arms : public std::enable_shared_from_this<Arms> {
 
     void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
 
+    const Arms* owner;
     std::weak_ptr<Arms> arms;
     size_t index;
   };
@@ -149,7 +150,6 @@ class Arms : public std::enable_shared_from_this<Arms> {
   std::vector<at::Tensor> parameters_;
   std::vector<Accumulator> accumulators_;
   std::vector<uintptr_t> keys_;
-  std::vector<const autograd::FunctionPreHook*> watchers_;  // owned by the tensors
   std::shared_ptr<State> state_;
   bool notifies_;
   std::atomic<int64_t> converted_{0};
@@ -160,7 +160,7 @@ class GradientTaps {
   GradientTaps(std::vector<at::Tensor> parameters, py::object on_backward_end)
       : state_(std::make_shared<State>(parameters.size())),
         arms_(std::make_shared<Arms>(std::move(parameters), state_, !on_backward_end.is_none())) {
-    state_->on_backward_end = std::move(on_backward_end);
+    if (!on_backward_end.is_none()) state_->on_backward_end = std::move(on_backward_end);
     arms_->watch();
   }
   GradientTaps(const GradientTaps&) = delete;
@@ -175,7 +175,7 @@ class GradientTaps {
   void remove() {
     state_->enabled.store(false);
     arms_->release();
-    state_->on_backward_end = py::none();
+    state_->on_backward_end = py::object();
   }
 
   void set_enabled(bool enabled) { state_->enabled.store(enabled); }

@@ -1,12 +1,29 @@
 """gradprobe: see what gradients do in deep networks. `probe = gradprobe.attach(model)`."""
 
-from gradprobe import networks
-from gradprobe.diagnose import Finding
-from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
-from gradprobe.flow import FlowReport, check_gradient_flow
-from gradprobe.ops import STATS, backends, grad_stats
-from gradprobe.probe import Coverage, Probe, attach
-from gradprobe.snapshot import SiteStats, Snapshot
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradprobe import networks
+    from gradprobe.diagnose import Finding
+    from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
+    from gradprobe.flow import FlowReport, check_gradient_flow
+    from gradprobe.ops import STATS, backends, grad_stats
+    from gradprobe.probe import Coverage, Probe, attach
+    from gradprobe.snapshot import SiteStats, Snapshot
+
+# Imported on first use: a report or a help text needs no torch.
+_HOMES = {
+    "gradprobe.diagnose": ("Finding",),
+    "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
+    "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
+    "gradprobe.ops": ("STATS", "backends", "grad_stats"),
+    "gradprobe.probe": ("Coverage", "Probe", "attach"),
+    "gradprobe.snapshot": ("SiteStats", "Snapshot"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "STATS",
@@ -27,3 +44,17 @@ __all__ = [
     "grad_stats",
     "networks",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "networks":
+        return import_module("gradprobe.networks")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gradprobe' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -160,6 +160,7 @@ class Probe:
         self._clipped = False
         self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
         self._optimizer_stepped = False
+        self._step_depth = 0
         self._last_was_measured = False
         self._scale: torch.Tensor | float = 1.0
         self._skipped: torch.Tensor | float = 0.0
@@ -380,11 +381,23 @@ class Probe:
     def _on_optimizer_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], *, after: bool
     ) -> None:
+        if not self._is_outermost(after):
+            return
         # a closure runs its backward inside the step, so that the gradients are there only afterwards
         has_closure = any(callable(value) for value in (*args, *kwargs.values()))
         if has_closure == after:
             self._optimizer_stepped = True
             self._close_by_optimizer(getattr(optimizer, "found_inf", None))
+
+    def _is_outermost(self, after: bool) -> bool:
+        # torch runs the hooks again where a subclass's step calls its parent's
+        if after:
+            self._step_depth = max(0, self._step_depth - 1)
+            return self._step_depth == 0
+        if self._taps.n_fired() > 0:  # a new backward: an earlier step has raised and not come back
+            self._step_depth = 0
+        self._step_depth += 1
+        return self._step_depth == 1
 
     def _on_scaler_stepping(self) -> None:
         self._optimizer_stepped = False

@@ -163,6 +163,21 @@ class TestSteps:
                 losses.append(loss.item())
         assert [snapshot.loss for snapshot in probe.history()] == pytest.approx(losses)
 
+    def test_an_optimizer_whose_step_calls_its_parents(self) -> None:
+        class Announcing(torch.optim.SGD):
+            def step(self, closure=None):  # type: ignore[no-untyped-def]
+                return super().step(closure)
+
+        model = mlp()
+        sgd(model)  # an instance of the parent makes torch put the hooks around its step too
+        optimizer = Announcing(model.parameters(), lr=0.1)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            for seed in range(3):
+                optimizer.zero_grad()
+                loss_of(model, seed).backward()
+                optimizer.step()
+        assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2]
+
     def test_step_may_be_called_just_before_the_optimizers(self) -> None:
         model = mlp()
         optimizer = sgd(model)
