@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "arguments.h"
@@ -29,20 +31,19 @@ using torch::stable::Tensor;
 
 constexpr int kElements = 4;
 
-struct ElementType {
-  Element element;
-  int64_t bytes;
-};
+constexpr int64_t kBytes[kElements] = {2, 2, 4, 8};  // of an Element
 
-ElementType element_of(AtenTensorHandle tensor, int64_t k) {
+// `index`: of the tensor in a list, if it is in one.
+Element element_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return {Element::f32, 4};
-  if (dtype == aoti_torch_dtype_float16()) return {Element::f16, 2};
-  if (dtype == aoti_torch_dtype_bfloat16()) return {Element::bf16, 2};
-  if (dtype == aoti_torch_dtype_float64()) return {Element::f64, 8};
-  STD_TORCH_CHECK(false, "tensors[", k, "]: needed a dtype of float16, bfloat16, float32, float64, got dtype number ",
-                  dtype, " (torch's own numbering)");
+  if (dtype == aoti_torch_dtype_float32()) return Element::f32;
+  if (dtype == aoti_torch_dtype_float16()) return Element::f16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Element::bf16;
+  if (dtype == aoti_torch_dtype_float64()) return Element::f64;
+  STD_TORCH_CHECK(false, name, index < 0 ? "" : "[" + std::to_string(index) + "]",
+                  ": needed a dtype of float16, bfloat16, float32, float64, got dtype number ", dtype,
+                  " (torch's own numbering)");
 }
 
 int32_t device_index_of(const Tensor& tensor, const char* name) {
@@ -89,7 +90,7 @@ Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
   Groups groups;
   for (int64_t k = 0; k < tensors.size(); ++k) {
     AtenTensorHandle tensor = tensors[k];
-    const ElementType type = element_of(tensor, k);
+    const auto element = static_cast<int>(element_of(tensor, "tensors", k));
     int32_t its_type = 0;
     int32_t its_index = 0;
     int32_t layout = 0;
@@ -120,10 +121,10 @@ Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
       } else {
         STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(source, &span.data));
       }
-      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(span.data) % type.bytes == 0, "tensors[", k,
-                      "]: needed data aligned to ", type.bytes, " bytes, got address ", span.data);
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(span.data) % kBytes[element] == 0, "tensors[", k,
+                      "]: needed data aligned to ", kBytes[element], " bytes, got address ", span.data);
     }
-    groups.spans[static_cast<int>(type.element)].push_back(span);
+    groups.spans[element].push_back(span);
   }
   return groups;
 }
@@ -188,10 +189,76 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
+// Checks the second operand of a junction against the first, and brings both into one dense order of elements: the
+// order that they share, or rows.
+void lay_out_alike(Tensor& a, Tensor& b, const char* name_a, const char* name_b) {
+  const int32_t device_index = device_index_of(a, name_a);
+  STD_TORCH_CHECK(device_index_of(b, name_b) == device_index, name_b, ": needed device ", cuda::kDeviceName, ":",
+                  device_index, ", that of ", name_a, ", got index ", b.device().index());
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name_b, ": needed dtype ",
+                  torch::headeronly::toString(a.scalar_type()), ", that of ", name_a, ", got ",
+                  torch::headeronly::toString(b.scalar_type()));
+  bool same_shape = a.dim() == b.dim();
+  bool same_strides = same_shape;
+  for (int64_t d = 0; same_shape && d < a.dim(); ++d) {
+    same_shape = a.size(d) == b.size(d);
+    same_strides = same_strides && a.stride(d) == b.stride(d);
+  }
+  STD_TORCH_CHECK(same_shape, name_b, ": needed the shape of ", name_a, ", got another");
+  if (same_strides && (a.numel() == 0 || order_of(a.get()) == Order::dense)) return;
+  a = torch::stable::contiguous(a);
+  b = torch::stable::contiguous(b);
+}
+
+struct Rows {
+  Tensor rows;      // [n, kStats]
+  Tensor partials;  // bytes
+};
+
+Rows rows_like(const Tensor& tensor, int64_t n, Element element) {
+  const int64_t n_partials = n * cuda::count_partials(tensor.numel(), element);
+  return {
+      torch::stable::empty({n, int64_t{kStats}}, torch::headeronly::ScalarType::Double, std::nullopt, tensor.device()),
+      torch::stable::empty({n_partials * static_cast<int64_t>(sizeof(Stats))}, torch::headeronly::ScalarType::Byte,
+                           std::nullopt, tensor.device())};
+}
+
+// residual_add(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor row)
+std::tuple<Tensor, Tensor> residual_add(Tensor x, Tensor f, bool relu) {
+  const Element element = element_of(x.get(), "x");
+  const cuda::DeviceScope scope(device_index_of(x, "x"));
+  lay_out_alike(x, f, "x", "f");
+  Tensor y = torch::stable::empty_like(x);
+  Rows result = rows_like(x, 1, element);
+  check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y.mutable_data_ptr(), x.numel(), element,
+                                  relu, static_cast<Stats*>(result.partials.mutable_data_ptr()),
+                                  static_cast<double*>(result.rows.mutable_data_ptr()),
+                                  cuda::current_stream(x.device().index())),
+               "residual_add", x.device().index());
+  return {y, result.rows};
+}
+
+// residual_add_backward(Tensor grad_y, Tensor y) -> (Tensor grad_x, Tensor rows)
+std::tuple<Tensor, Tensor> residual_add_backward(Tensor grad_y, Tensor y) {
+  const Element element = element_of(y.get(), "y");
+  const cuda::DeviceScope scope(device_index_of(y, "y"));
+  lay_out_alike(y, grad_y, "y", "grad_y");
+  Tensor grad_x = torch::stable::empty_like(grad_y);
+  Rows result = rows_like(y, 2, element);
+  check_launch(cuda::residual_add_backward(grad_y.const_data_ptr(), y.const_data_ptr(), grad_x.mutable_data_ptr(),
+                                           y.numel(), element, static_cast<Stats*>(result.partials.mutable_data_ptr()),
+                                           static_cast<double*>(result.rows.mutable_data_ptr()),
+                                           cuda::current_stream(y.device().index())),
+               "residual_add_backward", y.device().index());
+  return {grad_x, result.rows};
+}
+
 }  // namespace
 }  // namespace gradprobe
 
 STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
   m.impl("scale_", &gradprobe::scale_);
+  m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
+  m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
 }

@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from emulation.harness import build_operators, compiler, session_folder
+from emulation.harness import compiler
+from emulation.operators import emulated_operators
 from torch import Tensor
 
 from gradprobe import ops
@@ -18,17 +18,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Operator = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def emulated() -> object:
     if compiler() is None or sys.platform != "linux":
         pytest.skip("the emulation needs g++ on Linux")
-    library = torch.library.Library("gradprobe_emulated", "FRAGMENT")
-    for name in OPERATORS:
-        schema = getattr(torch.ops.gradprobe, name).default._schema
-        library.define(str(schema).removeprefix("gradprobe::"))
-    torch.ops.load_library(str(build_operators(session_folder(), Path(torch.__file__).parent)))
-    yield torch.ops.gradprobe_emulated
-    library._destroy()
+    return emulated_operators()
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -137,6 +131,15 @@ def test_no_tensors_are_no_work(target: tuple[object, torch.device]) -> None:
     operators.scale_([], torch.ones((), device=device))
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck_passes(target: tuple[object, torch.device], name: str) -> None:
+    operators, device = target
+    tensors = [torch.randn(n, device=device) for n in (3, 50_000)]
+    rows = torch.empty(2, 6, dtype=torch.float64, device=device)
+    second = rows if name == "grad_stats_into" else torch.tensor(0.5, device=device)
+    torch.library.opcheck(getattr(operators, name).default, (tensors, second))
+
+
 # ---- What only a GPU can show.
 
 
@@ -215,16 +218,6 @@ def test_another_device_than_the_current_one() -> None:
         torch.ops.gradprobe.grad_stats_into(
             [x, x.to("cuda:0")], torch.empty(2, 6, dtype=torch.float64, device="cuda:1")
         )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck_passes(name: str) -> None:
-    tensors = [torch.randn(n, device="cuda") for n in (3, 50_000)]
-    second = (
-        torch.empty(2, 6, dtype=torch.float64, device="cuda") if name == "grad_stats_into" else torch.tensor(0.5).cuda()
-    )
-    torch.library.opcheck(getattr(torch.ops.gradprobe, name).default, (tensors, second))
 
 
 @pytest.mark.gpu

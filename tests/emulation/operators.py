@@ -1,0 +1,26 @@
+"""The operators as csrc/register_cuda.cpp registers them, on CPU tensors with emulated kernels."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emulation.harness import build_operators, session_folder
+from gradprobe.ops import junction, reference, schemas
+
+
+@cache
+def emulated_operators() -> Any:
+    """Builds and loads the library once for this process; returns its `torch.ops` namespace."""
+    for schema in (*schemas.SCHEMAS, *junction.SCHEMAS):
+        _library.define(schema)
+    schemas.register(_library, reference.grad_stats_into, reference.scale_)
+    junction.register(_library)
+    torch.ops.load_library(str(build_operators(session_folder(), Path(torch.__file__).parent)))
+    return torch.ops.gradprobe_emulated
+
+
+_library = torch.library.Library("gradprobe_emulated", "FRAGMENT")
