@@ -21,7 +21,6 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 Target = tuple[str, int | str, int]
 TARGETS: list[Target] = [("cuda", 75, 32), ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 TABLE = {"addresses": "*i64", "numel": "*i64", "first_chunk": "*i64", "n_tensors": "i32"}
-TILE = ("TYPE", "COLUMNS", "ROWS", "TILES", "ALIGNED")
 
 
 def run_checks(environment: dict[str, str], *options: str) -> None:
@@ -62,25 +61,36 @@ def test_values_on_the_gpu() -> None:
     run_checks({"TRITON_INTERPRET": "0"})
 
 
-def compile_for(target: Target, kernel: str, dtype: torch.dtype | None) -> dict[str, object]:
+def signature_of(kernel: str, dtype: torch.dtype | None, operation: str) -> tuple[dict[str, str], dict[str, object]]:
+    """The types of a kernel's arguments, and its constants."""
+    if kernel == "merge_partials":
+        indices = dict.fromkeys(("first_partial", "n_partials", "row"), "*i64")
+        return {"partials": "*fp64", **indices, "out": "*fp64"}, {"TILE": triton_kernels._MERGE_TILE}
+    if kernel == "merge_rows":
+        return {"partials": "*fp64", "n_partials": "i32", "out": "*fp64"}, {"TILE": triton_kernels._MERGE_TILE}
+    assert dtype is not None
+    name, columns, rows = triton_kernels._TILES[dtype]
+    constants = {"TYPE": name, "COLUMNS": columns, "ROWS": rows, "TILES": triton_kernels._TILES_IN_CHUNK}
+    if kernel == "join_chunks":
+        operands = dict.fromkeys(("a", "b", "out"), f"*{name.replace('f', 'fp') if name != 'bf16' else name}")
+        return {**operands, "numel": "i64", "partials": "*fp64"}, {**constants, "OPERATION": operation}
+    last = {"partials": "*fp64"} if kernel == "sum_chunks" else {"coefficient": "*fp32"}
+    return {**TABLE, **last}, {**constants, "ALIGNED": True}
+
+
+def compile_for(
+    target: Target, kernel: str, dtype: torch.dtype | None = None, operation: str = "none"
+) -> dict[str, object]:
     """The intermediate and machine code of a kernel, by stage."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    arguments = {
-        "sum_chunks": {**TABLE, "partials": "*fp64"},
-        "scale_chunks": {**TABLE, "coefficient": "*fp32"},
-        "merge_partials": dict.fromkeys(("partials", "out"), "*fp64")
-        | dict.fromkeys(("first_partial", "n_partials", "row"), "*i64"),
-    }[kernel]
-    constants: dict[str, object] = {"TILE": triton_kernels._MERGE_TILE}
-    if dtype is not None:
-        values = (*triton_kernels._TILES[dtype], triton_kernels._TILES_IN_CHUNK, True)
-        constants = dict(zip(TILE, values, strict=True))
-    order = {"merge_partials": ("partials", "first_partial", "n_partials", "row", "out")}.get(kernel, tuple(arguments))
-    signature = {name: arguments[name] for name in order} | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(getattr(triton_device, kernel), signature=signature, constexprs=constants)
+    arguments, constants = signature_of(kernel, dtype, operation)
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    # What the launcher finds out: torch's allocations are aligned.
+    hints = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(arguments.values()) if kind.startswith("*")}
+    source = ASTSource(getattr(triton_device, kernel), signature=signature, constexprs=constants, attrs=hints)
     return triton.compile(source, target=GPUTarget(*target), options={"num_warps": triton_kernels._WARPS}).asm
 
 
@@ -88,18 +98,29 @@ def compile_for(target: Target, kernel: str, dtype: torch.dtype | None) -> dict[
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
 class TestCompilesAheadOfTime:
     @pytest.mark.parametrize(
-        ("kernel", "dtype"),
+        ("kernel", "operation", "dtype"),
         [
-            pytest.param(kernel, dtype, id=f"{kernel}-{dtype}", marks=() if dtype in always else pytest.mark.soak)
-            for kernel, always in (("sum_chunks", {torch.float32}), ("scale_chunks", {torch.bfloat16}))
+            pytest.param(kernel, operation, dtype, marks=() if dtype in always else pytest.mark.soak)
+            for kernel, operation, always in (
+                ("sum_chunks", "none", {torch.float32}),
+                ("scale_chunks", "none", {torch.bfloat16}),
+                ("join_chunks", "add_relu", {torch.float16}),
+                ("join_chunks", "mask", {}),
+            )
             for dtype in triton_kernels._TILES
         ],
     )
     def test_with_16_byte_loads(
-        self, kernel: str, dtype: torch.dtype, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        kernel: str,
+        operation: str,
+        dtype: torch.dtype,
+        target: Target,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        code = compile_for(target, kernel, dtype)
+        code = compile_for(target, kernel, dtype, operation)
         if target[0] == "cuda":
             wide = re.findall(r"ld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", str(code["ptx"]))
             assert code["cubin"]
@@ -108,9 +129,10 @@ class TestCompilesAheadOfTime:
             assert code["hsaco"]
         assert wide
 
-    def test_the_merge(self, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("kernel", ["merge_partials", "merge_rows"])
+    def test_the_merges(self, kernel: str, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        assert compile_for(target, "merge_partials", None)["cubin" if target[0] == "cuda" else "hsaco"]
+        assert compile_for(target, kernel)["cubin" if target[0] == "cuda" else "hsaco"]
 
 
 def test_the_reason_is_given_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,26 @@ def test_scaling_by_one_touches_nothing() -> None:
     assert x.view(torch.int32).item() == 0x7FA00000
 
 
+@pytest.mark.parametrize("numel", [0, 1, 5000, 40_000])
+@DTYPES
+def test_residual_junction(dtype: torch.dtype, numel: int) -> None:
+    x, f = random(numel, dtype, 1), random(numel, dtype, 2, scale=1e-3 if dtype == torch.float16 else 1e-30)
+    if numel > 1000:
+        x[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
+        f[:4] = torch.tensor([1.0, -torch.inf, 2.0, torch.nan])
+    # The interpreter cuts off where hardware rounds to the nearest bfloat16.
+    rtol = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0
+    for relu in (False, True):
+        y, row = triton_kernels.residual_add(x, f, relu)
+        torch.testing.assert_close(y, (x + f).relu() if relu else x + f, rtol=rtol, atol=0, equal_nan=True)
+        check_row(row[0].cpu().numpy(), y.cpu().double().numpy(), NAMES[dtype], f"y, relu={relu}")
+    for grad_y in (f, x):
+        grad_x, rows = triton_kernels.residual_add_backward(grad_y, y)
+        torch.testing.assert_close(grad_x, grad_y.masked_fill(y <= 0, 0), rtol=0, atol=0, equal_nan=True)
+        check_row(rows[0].cpu().numpy(), grad_y.cpu().double().numpy(), NAMES[dtype], "incoming")
+        check_row(rows[1].cpu().numpy(), grad_x.cpu().double().numpy(), NAMES[dtype], "outgoing")
+
+
 def test_bad_arguments_are_named() -> None:
     out = torch.empty(1, 6, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ArgumentError, match=r"tensors\[0\]: needed a dtype"):

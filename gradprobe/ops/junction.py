@@ -3,7 +3,8 @@
 """The junction of a residual block: the sum of shortcut and branch, with the statistics of what passes through it.
 
 One operator forward (`y = x + f`, with ReLU if wanted) and one backward (one gradient for both branches). Each also
-returns raw rows of `gradprobe.STATS`, which its CUDA kernel takes in the same pass; elsewhere they cost a pass.
+returns raw rows of `gradprobe.STATS`. The CUDA and Triton kernels take them in the same pass; in plain torch, which
+serves every other device, they cost a pass of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradprobe.errors import ArgumentError
+from gradprobe.ops import triton_kernels
 from gradprobe.ops.reference import FLOAT_DTYPES, STATS
 from gradprobe.ops.schemas import GRAD_STATS_INTO
 
@@ -63,6 +65,8 @@ def _rows_of(*tensors: Tensor) -> Tensor:
 def _residual_add(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     _check_pair(x, f, "x", "f")
     x, f = _laid_out_alike(x, f)
+    if x.is_cuda and triton_kernels.unavailable("cuda") is None:
+        return triton_kernels.residual_add(x, f, relu)
     y = x + f
     if relu:
         y.relu_()
@@ -72,6 +76,8 @@ def _residual_add(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
 def _residual_add_backward(grad_y: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     _check_pair(y, grad_y, "y", "grad_y")
     grad_y, y = _laid_out_alike(grad_y, y)
+    if y.is_cuda and triton_kernels.unavailable("cuda") is None:
+        return triton_kernels.residual_add_backward(grad_y, y)
     grad_x = torch.where(y <= 0, torch.zeros((), dtype=grad_y.dtype, device=grad_y.device), grad_y)
     return grad_x, _rows_of(grad_y, grad_x)
 

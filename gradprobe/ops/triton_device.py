@@ -57,7 +57,7 @@ def _magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     if TYPE == "f64":
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
-        bits = (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return bits
 
 
@@ -103,8 +103,25 @@ def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _tile(a, b, at, n, TYPE: tl.constexpr, MASKED: tl.constexpr, OPERATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Elements of `a`, or what a junction makes of them and those of `b`."""
+    x = _load(a, at, n, MASKED)
+    if OPERATION == "mask":
+        # A NaN in b passes the gradient, as in torch.relu.
+        x = tl.where(_widened(_load(b, at, n, MASKED), TYPE) <= 0, tl.zeros_like(x), x)
+    elif OPERATION != "none":
+        total = _widened(x, TYPE) + _widened(_load(b, at, n, MASKED), TYPE)
+        if OPERATION == "add_relu":
+            total = tl.where(total <= 0, tl.zeros_like(total), total)
+        x = total.to(x.dtype)
+    return x
+
+
+@_jit
 def _chunk_statistics(  # type: ignore[no-untyped-def]
-    begin,
+    a,
+    b,
+    out,
     n,
     to,
     TYPE: tl.constexpr,
@@ -112,19 +129,26 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     MASKED: tl.constexpr,
+    OPERATION: tl.constexpr,
 ):
-    """Writes the statistics of the `n` elements at `begin` to `to` [6]."""
+    """Writes the statistics of the `n` elements at `a`, or of what the operation makes of them, to `to` [6]."""
     place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     sums = tl.zeros([COLUMNS], tl.float64)
     sums_abs = tl.zeros([COLUMNS], tl.float64)
     sums_sq = tl.zeros([COLUMNS], tl.float64)
-    bits_max = tl.zeros([COLUMNS], tl.int64)
+    bits_max = tl.zeros([COLUMNS], tl.int64 if TYPE == "f64" else tl.int32)
     zeros = tl.zeros([COLUMNS], tl.int32)
     nonfinite = tl.zeros([COLUMNS], tl.int32)
     infinity: tl.constexpr = 0x7FF0000000000000 if TYPE == "f64" else 0x7F800000
     for tile in range(TILES):
         at = tile * ROWS * COLUMNS + place
-        x = _widened(_load(begin, at, n, MASKED), TYPE)
+        narrow = _tile(a, b, at, n, TYPE, MASKED, OPERATION)
+        if OPERATION != "none":
+            if MASKED:
+                tl.store(out + at, narrow, mask=at < n)
+            else:
+                tl.store(out + at, narrow)
+        x = _widened(narrow, TYPE)
         bits = _magnitude_bits(x, TYPE)
         bits_max = tl.maximum(bits_max, tl.max(bits, axis=0))
         zeros += tl.sum(((bits == 0) & (at < n)).to(tl.int32), axis=0)
@@ -133,7 +157,7 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
             sums += tl.sum(x, axis=0).to(tl.float64)
             sums_abs += tl.sum(tl.abs(x), axis=0).to(tl.float64)
             sums_sq += tl.sum(x * x, axis=0).to(tl.float64)
-    abs_max_bits = tl.max(bits_max, axis=0)
+    abs_max_bits = tl.max(bits_max, axis=0).to(tl.int64)
 
     # 2**-55 and 2**55 as float32 bits: outside, squares in float32 lose digits or overflow.
     if TYPE == "f64":
@@ -147,7 +171,7 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
         factor = _factor(abs_max_bits, TYPE)
         for tile in range(TILES):
             at = tile * ROWS * COLUMNS + place
-            x = _widened(_load(begin, at, n, MASKED), TYPE).to(tl.float64) * factor
+            x = _widened(_tile(a, b, at, n, TYPE, MASKED, OPERATION), TYPE).to(tl.float64) * factor
             sums += tl.sum(x, axis=0)
             sums_abs += tl.sum(tl.abs(x), axis=0)
             sums_sq += tl.sum(x * x, axis=0)
@@ -184,17 +208,59 @@ def sum_chunks(  # type: ignore[no-untyped-def]
     n = tl.load(numel + tensor) - offset
     to = partials + chunk * 6
     if n >= ROWS * COLUMNS * TILES:
-        _chunk_statistics(begin, n, to, TYPE, COLUMNS, ROWS, TILES, False)
+        _chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
     else:
-        _chunk_statistics(begin, n, to, TYPE, COLUMNS, ROWS, TILES, True)
+        _chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
+
+
+@_jit
+def join_chunks(  # type: ignore[no-untyped-def]
+    a,  # [numel]: x, or grad_y
+    b,  # [numel]: f, or y
+    out,  # [numel]: y, or grad_x
+    numel,
+    partials,  # [1, n_chunks, 6] float64; for "mask" [2, n_chunks, 6], of a and of out
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    OPERATION: tl.constexpr,
+):
+    """The junction of a residual block, chunk by chunk: "add", "add_relu", or backward "mask"."""
+    chunk = tl.program_id(0).to(tl.int64)
+    offset = chunk * (ROWS * COLUMNS * TILES)
+    n = numel - offset
+    to = partials + chunk * 6
+    if n >= ROWS * COLUMNS * TILES:
+        if OPERATION == "mask":
+            _chunk_statistics(a + offset, a, out, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
+            to += tl.num_programs(0).to(tl.int64) * 6
+        _chunk_statistics(a + offset, b + offset, out + offset, n, to, TYPE, COLUMNS, ROWS, TILES, False, OPERATION)
+    else:
+        if OPERATION == "mask":
+            _chunk_statistics(a + offset, a, out, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
+            to += tl.num_programs(0).to(tl.int64) * 6
+        _chunk_statistics(a + offset, b + offset, out + offset, n, to, TYPE, COLUMNS, ROWS, TILES, True, OPERATION)
 
 
 @_jit
 def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Merges the partials of one row: first their largest magnitude, then the sums at the exponent that it asks for."""
+    """Merges the partials of one row of many, wherever they lie."""
     program = tl.program_id(0)
     begin = partials + tl.load(first_partial + program) * 6
-    n = tl.load(n_partials + program)
+    _merge(begin, tl.load(n_partials + program), out + tl.load(row + program) * 6, TILE)
+
+
+@_jit
+def merge_rows(partials, n_partials, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Merges [n_rows, n_partials, 6] into [n_rows, 6]."""
+    row = tl.program_id(0).to(tl.int64)
+    _merge(partials + row * n_partials * 6, n_partials, out + row * 6, TILE)
+
+
+@_jit
+def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First the partials' largest magnitude, then the sums at the exponent that it asks for."""
     lane = tl.arange(0, TILE)
     bits_max = tl.zeros([TILE], tl.int64)
     start = n * 0
@@ -228,7 +294,7 @@ def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.const
         nonfinite += tl.load(at + 5, mask=inside, other=0.0)
         start += TILE
     _store_partial(
-        out + tl.load(row + program) * 6,
+        to,
         tl.sum(sums, axis=0),
         tl.sum(sums_abs, axis=0),
         tl.sum(sums_sq, axis=0),

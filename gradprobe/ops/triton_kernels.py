@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradprobe.errors import BackendError
-from gradprobe.ops.reference import check_no_overlap, check_rows, check_tensors
+from gradprobe.ops.reference import STATS, check_no_overlap, check_rows, check_tensors
 
 # dtype -> name that the kernels know, columns of a tile (16 bytes for each of 128 threads), rows of a tile.
 _TILES = {
@@ -184,3 +184,54 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
             torch.autograd.graph.increment_version(target)
             if copy is not target:
                 target.copy_(copy)
+
+
+def _join(a: Tensor, b: Tensor, operation: str) -> tuple[Tensor, Tensor]:
+    kernels = _device_code()
+    name, columns, rows = _TILES[a.dtype]
+    n_rows = 2 if operation == "mask" else 1
+    n_chunks = -(-a.numel() // (columns * rows * _TILES_IN_CHUNK))
+    out = torch.empty_like(a)
+    statistics = torch.zeros(n_rows, len(STATS), dtype=torch.float64, device=a.device)
+    if n_chunks == 0:
+        return out, statistics
+    partials = torch.empty(n_rows, n_chunks, len(STATS), dtype=torch.float64, device=a.device)
+    with _on(a.device):
+        kernels.join_chunks[(n_chunks,)](
+            *(a, b, out, a.numel(), partials), *(name, columns, rows, _TILES_IN_CHUNK, operation), num_warps=_WARPS
+        )
+        kernels.merge_rows[(n_rows,)](partials, n_chunks, statistics, _MERGE_TILE, num_warps=_WARPS)
+    return out, statistics
+
+
+def residual_add(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    """Adds two tensors, with ReLU if wanted, and takes the statistics of the sum in the same pass.
+
+    Args:
+        x: dense, float16, bfloat16, float32 or float64.
+        f: alike, with the same strides.
+        relu: whether to take `max(x + f, 0)`.
+
+    Returns:
+        The sum, and its raw row [1, 6].
+
+    Example:
+        >>> residual_add(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"), True)  # doctest: +SKIP
+    """
+    return _join(x, f, "add_relu" if relu else "add")
+
+
+def residual_add_backward(grad_y: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks a gradient where a ReLU was shut, and takes the statistics of the incoming and of the outgoing one.
+
+    Args:
+        grad_y: dense, float16, bfloat16, float32 or float64.
+        y: what the junction gave, alike, with the same strides.
+
+    Returns:
+        The gradient for both branches, and the raw rows [2, 6] of `grad_y` and of it.
+
+    Example:
+        >>> residual_add_backward(torch.ones(3, device="cuda"), torch.ones(3, device="cuda"))  # doctest: +SKIP
+    """
+    return _join(grad_y, y, "mask")
