@@ -107,7 +107,7 @@ def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
     # -z defs: a symbol that only libtorch_cuda has would keep the library from loading on a CPU wheel.
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-lc10", *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
     nvcc_flags = []
-    sources = _sources("csrc/register.cpp", "csrc/cpu/*.cpp")
+    sources = _sources("csrc/register.cpp", "csrc/register_residual.cpp", "csrc/cpu/*.cpp")
     if cuda is not None:
         sources += _sources("csrc/register_cuda.cpp", "csrc/cuda/*.cu")
         include += _system_includes(cuda.root / "include")

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -20,6 +21,7 @@
 #include "arguments.h"
 #include "cpu/layout.h"
 #include "cuda/launch.h"
+#include "residual_layout.h"
 #include GRADPROBE_TORCH_DEVICE
 
 namespace gradprobe {
@@ -189,69 +191,81 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
-// Checks the second operand of a junction against the first, and brings both into one dense order of elements: the
-// order that they share, or rows.
-void lay_out_alike(Tensor& a, Tensor& b, const char* name_a, const char* name_b) {
+// Checks the operands of a junction; returns their element type.
+Element check_operands(const Tensor& a, const Tensor& b, const char* name_a, const char* name_b) {
+  const Element element = element_of(a.get(), name_a);
   const int32_t device_index = device_index_of(a, name_a);
   STD_TORCH_CHECK(device_index_of(b, name_b) == device_index, name_b, ": needed device ", cuda::kDeviceName, ":",
                   device_index, ", that of ", name_a, ", got index ", b.device().index());
-  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name_b, ": needed dtype ",
-                  torch::headeronly::toString(a.scalar_type()), ", that of ", name_a, ", got ",
-                  torch::headeronly::toString(b.scalar_type()));
-  bool same_shape = a.dim() == b.dim();
-  bool same_strides = same_shape;
-  for (int64_t d = 0; same_shape && d < a.dim(); ++d) {
-    same_shape = a.size(d) == b.size(d);
-    same_strides = same_strides && a.stride(d) == b.stride(d);
+  check_alike(a, b, name_a, name_b);
+  return element;
+}
+
+Tensor empty_partials(const Tensor& like, int64_t n_partials) {
+  return torch::stable::empty({n_partials * static_cast<int64_t>(sizeof(Stats))}, torch::headeronly::ScalarType::Byte,
+                              std::nullopt, like.device());
+}
+
+// Raw rows [n, kStats] of dense tensors of one element type, on the device of `like`.
+template <size_t n>
+Tensor rows_of(const std::array<TensorSpan, n>& spans, Element element, const Tensor& like, const char* name) {
+  const int32_t device_index = like.device().index();
+  Tensor rows = torch::stable::new_empty(like, {int64_t{n}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
+  Tensor partials = empty_partials(like, cuda::count_partials(spans.data(), n, element));
+  check_launch(cuda::grad_stats(spans.data(), n, element, static_cast<Stats*>(partials.mutable_data_ptr()),
+                                static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
+               name, device_index);
+  return rows;
+}
+
+// residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)
+std::tuple<Tensor, Tensor> residual_add_stats(Tensor x, Tensor f, bool relu) {
+  const Element element = check_operands(x, f, "x", "f");
+  const int32_t device_index = x.device().index();
+  const cuda::DeviceScope scope(device_index);
+  std::optional<Tensor> y = empty_sum(x, f);
+  if (!y) {
+    y = sum_by_torch(x, f, relu);
+    return {*y, rows_of<1>({TensorSpan{y->const_data_ptr(), y->numel(), 0}}, element, x, "residual_add_stats")};
   }
-  STD_TORCH_CHECK(same_shape, name_b, ": needed the shape of ", name_a, ", got another");
-  if (same_strides && (a.numel() == 0 || order_of(a.get()) == Order::dense)) return;
-  a = torch::stable::contiguous(a);
-  b = torch::stable::contiguous(b);
+  Tensor rows = torch::stable::new_empty(x, {int64_t{1}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
+  Tensor partials = empty_partials(x, cuda::count_partials(x.numel(), element));
+  check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element,
+                                  relu, static_cast<Stats*>(partials.mutable_data_ptr()),
+                                  static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
+               "residual_add_stats", device_index);
+  return {*y, rows};
 }
 
-struct Rows {
-  Tensor rows;      // [n, kStats]
-  Tensor partials;  // bytes
-};
-
-Rows rows_like(const Tensor& tensor, int64_t n, Element element) {
-  const int64_t n_partials = n * cuda::count_partials(tensor.numel(), element);
-  return {
-      torch::stable::empty({n, int64_t{kStats}}, torch::headeronly::ScalarType::Double, std::nullopt, tensor.device()),
-      torch::stable::empty({n_partials * static_cast<int64_t>(sizeof(Stats))}, torch::headeronly::ScalarType::Byte,
-                           std::nullopt, tensor.device())};
+// residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)
+std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optional<Tensor> y) {
+  const Element element =
+      y ? check_operands(grad_y, *y, "grad_y", "y") : check_operands(grad_y, grad_y, "grad_y", "grad_y");
+  const int32_t device_index = device_index_of(grad_y, "grad_y");
+  const cuda::DeviceScope scope(device_index);
+  Tensor grad_x = torch::stable::empty_like(y ? *y : grad_y);
+  const Tensor incoming = in_order_of(grad_x, grad_y);
+  if (!y || grad_x.numel() == 0) {
+    torch::stable::copy_(grad_x, grad_y);
+    const int64_t numel = grad_x.numel();
+    return {grad_x,
+            rows_of<2>({TensorSpan{incoming.const_data_ptr(), numel, 0}, TensorSpan{grad_x.const_data_ptr(), numel, 1}},
+                       element, grad_x, "residual_add_backward_stats")};
+  }
+  const Tensor masking = in_order_of(grad_x, *y);
+  Tensor rows = torch::stable::new_empty(grad_x, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
+  Tensor partials = empty_partials(grad_x, 2 * cuda::count_partials(grad_x.numel(), element));
+  check_launch(
+      cuda::residual_add_backward(incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(),
+                                  grad_x.numel(), element, static_cast<Stats*>(partials.mutable_data_ptr()),
+                                  static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
+      "residual_add_backward_stats", device_index);
+  return {grad_x, rows};
 }
 
-// residual_add(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor row)
-std::tuple<Tensor, Tensor> residual_add(Tensor x, Tensor f, bool relu) {
-  const Element element = element_of(x.get(), "x");
-  const cuda::DeviceScope scope(device_index_of(x, "x"));
-  lay_out_alike(x, f, "x", "f");
-  Tensor y = torch::stable::empty_like(x);
-  Rows result = rows_like(x, 1, element);
-  check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y.mutable_data_ptr(), x.numel(), element,
-                                  relu, static_cast<Stats*>(result.partials.mutable_data_ptr()),
-                                  static_cast<double*>(result.rows.mutable_data_ptr()),
-                                  cuda::current_stream(x.device().index())),
-               "residual_add", x.device().index());
-  return {y, result.rows};
-}
-
-// residual_add_backward(Tensor grad_y, Tensor y) -> (Tensor grad_x, Tensor rows)
-std::tuple<Tensor, Tensor> residual_add_backward(Tensor grad_y, Tensor y) {
-  const Element element = element_of(y.get(), "y");
-  const cuda::DeviceScope scope(device_index_of(y, "y"));
-  lay_out_alike(y, grad_y, "y", "grad_y");
-  Tensor grad_x = torch::stable::empty_like(grad_y);
-  Rows result = rows_like(y, 2, element);
-  check_launch(cuda::residual_add_backward(grad_y.const_data_ptr(), y.const_data_ptr(), grad_x.mutable_data_ptr(),
-                                           y.numel(), element, static_cast<Stats*>(result.partials.mutable_data_ptr()),
-                                           static_cast<double*>(result.rows.mutable_data_ptr()),
-                                           cuda::current_stream(y.device().index())),
-               "residual_add_backward", y.device().index());
-  return {grad_x, result.rows};
-}
+// The kernels always take the statistics, which is nothing beside the memory that they read and write.
+Tensor residual_add(Tensor x, Tensor f, bool relu) { return std::get<0>(residual_add_stats(x, f, relu)); }
+Tensor residual_add_backward(Tensor grad_y, Tensor y) { return std::get<0>(residual_add_backward_stats(grad_y, y)); }
 
 }  // namespace
 }  // namespace gradprobe
@@ -261,4 +275,6 @@ STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("scale_", &gradprobe::scale_);
   m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
+  m.impl("residual_add_stats", TORCH_BOX(&gradprobe::residual_add_stats));
+  m.impl("residual_add_backward_stats", TORCH_BOX(&gradprobe::residual_add_backward_stats));
 }

@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradprobe import networks
+    from gradprobe import networks, nn
     from gradprobe.diagnose import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
     from gradprobe.flow import FlowReport, check_gradient_flow
     from gradprobe.ops import STATS, backends, grad_stats
+    from gradprobe.ops.residual import residual_add
     from gradprobe.probe import Coverage, Probe, attach
     from gradprobe.snapshot import SiteStats, Snapshot
 
@@ -20,6 +21,7 @@ _HOMES = {
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
     "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),
+    "gradprobe.ops.residual": ("residual_add",),
     "gradprobe.probe": ("Coverage", "Probe", "attach"),
     "gradprobe.snapshot": ("SiteStats", "Snapshot"),
 }
@@ -43,12 +45,14 @@ __all__ = [
     "check_gradient_flow",
     "grad_stats",
     "networks",
+    "nn",
+    "residual_add",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name == "networks":
-        return import_module("gradprobe.networks")
+    if name in ("networks", "nn"):
+        return import_module(f"gradprobe.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'gradprobe' has no attribute {name!r}")
     value: object = getattr(import_module(_HOME_OF[name]), name)

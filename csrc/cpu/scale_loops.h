@@ -15,7 +15,7 @@ static void scale(double* data, int64_t n, double coefficient) {
 }
 
 static void scale_bfloat16(uint16_t* data, int64_t n, float coefficient) {
-  for (int64_t i = 0; i < n; ++i) data[i] = narrow_to_bfloat16(float_from_bits(uint32_t{data[i]} << 16) * coefficient);
+  for (int64_t i = 0; i < n; ++i) data[i] = narrow_to_bfloat16(widen_bfloat16(data[i]) * coefficient);
 }
 
 static void scale_float16(uint16_t* data, int64_t n, float coefficient) {

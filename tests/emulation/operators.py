@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from emulation.harness import build_operators, session_folder
-from gradprobe.ops import junction, reference, schemas
+from gradprobe.ops import reference, residual, schemas
 
 
 @cache
 def emulated_operators() -> Any:
     """Builds and loads the library once for this process; returns its `torch.ops` namespace."""
-    for schema in (*schemas.SCHEMAS, *junction.SCHEMAS):
+    for schema in (*schemas.SCHEMAS, *residual.SCHEMAS):
         _library.define(schema)
     schemas.register(_library, reference.grad_stats_into, reference.scale_)
-    junction.register(_library)
+    residual.register(_library)
     torch.ops.load_library(str(build_operators(session_folder(), Path(torch.__file__).parent)))
     return torch.ops.gradprobe_emulated
 
