@@ -179,21 +179,16 @@ GRADPROBE_HD Stats merge(Stats a, Stats b) {
   both.abs_max = max_magnitude(a.abs_max, b.abs_max);
   both.n_zero = a.n_zero + b.n_zero;
   both.n_nonfinite = a.n_nonfinite + b.n_nonfinite;
-  const bool finite_a = is_finite(a.abs_max);
-  const bool finite_b = is_finite(b.abs_max);
-  if (finite_a && finite_b) {
+  // Beside a NaN or an infinity nothing is rescaled: no finite sum, whatever its exponent, changes one that is neither.
+  if (is_finite(both.abs_max)) {
     const int exponent = range_exponent(both.abs_max);
     // A group of zeros has exponent 0 and sums that no scaling changes.
     rescale(a, range_exponent(a.abs_max), exponent);
     rescale(b, range_exponent(b.abs_max), exponent);
   }
-  // Finite elements cannot change a sum that is NaN or infinite, but rescaling them to exponent 0 could overflow: leave
-  // them out.
-  const bool use_a = !finite_a || finite_b;
-  const bool use_b = !finite_b || finite_a;
-  both.sum = (use_a ? a.sum : 0.0) + (use_b ? b.sum : 0.0);
-  both.sum_abs = (use_a ? a.sum_abs : 0.0) + (use_b ? b.sum_abs : 0.0);
-  both.sum_sq = (use_a ? a.sum_sq : 0.0) + (use_b ? b.sum_sq : 0.0);
+  both.sum = a.sum + b.sum;
+  both.sum_abs = a.sum_abs + b.sum_abs;
+  both.sum_sq = a.sum_sq + b.sum_sq;
   return both;
 }
 

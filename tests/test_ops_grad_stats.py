@@ -1,5 +1,6 @@
 """The six statistics against exact sums: every magnitude, dtype, layout, size; NaN and infinity; bits and threads."""
 
+import math
 import resource
 from collections.abc import Callable, Iterator
 
@@ -41,6 +42,27 @@ def test_every_magnitude(target: Target, dtype: torch.dtype, magnitude: float) -
     assert_right([x.to(target.device)], target)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_every_power_of_two(target: Target, dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    lowest = math.frexp(info.smallest_normal * info.eps)[1]
+    highest = math.frexp(info.max)[1] - 1
+    step = 1 if dtype != torch.float64 else 7
+    tensors = [noise(700, dtype, math.ldexp(1.0, e)).to(target.device) for e in range(lowest, highest, step)]
+    assert_right(tensors, target)
+
+
+@pytest.mark.parametrize("limit", [2.0**-480, 2.0**480], ids=["low", "high"])
+def test_chunks_on_both_sides_of_a_limit_of_the_range(target: Target, limit: float) -> None:
+    # The sums of such chunks are kept at different scales until they are merged.
+    x = noise(100_000, torch.float64, limit / 2)
+    x[50_000:] *= 4.0
+    y = x.flip(0)
+    z = x.clone()
+    z[::2] = 0.0
+    assert_right([t.to(target.device) for t in (x, y, z)], target)
+
+
 @pytest.mark.parametrize(("dtype", "magnitude"), RANGES, ids=name)
 def test_a_large_element_in_the_last_of_many_small_chunks(target: Target, dtype: torch.dtype, magnitude: float) -> None:
     largest = MAGNITUDES[dtype][-1]
@@ -59,9 +81,13 @@ def test_constant_inputs_whose_roundings_all_go_one_way(target: Target, dtype: t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_one_large_element_before_many_that_each_round_away(target: Target, dtype: torch.dtype) -> None:
-    x = torch.full((4096,), 0.9 * 2.0**-12, dtype=dtype)
-    x[::64] = 1.0
+@pytest.mark.parametrize("small", [0.99 * 2.0**-24, 0.99**0.5 * 2.0**-12], ids=["sum-abs", "sum-sq"])
+def test_small_elements_that_each_round_away_beside_a_large_one(
+    target: Target, small: float, dtype: torch.dtype
+) -> None:
+    # In float32, 1 + small (or its square) is 1: accumulators that take more than 16 of them lose 1e-6.
+    x = torch.full((4096,), small, dtype=dtype)
+    x[:64] = 1.0
     assert_right([x.to(target.device)], target)
 
 
