@@ -79,9 +79,7 @@ def _sum(x: Tensor, f: Tensor, relu: bool) -> Tensor:
 
 
 def _masked(grad_y: Tensor, y: Tensor) -> Tensor:
-    # Compared as `<=`, so that a NaN in y lets the gradient pass, as torch.relu does.
-    zero = torch.zeros((), dtype=grad_y.dtype, device=grad_y.device)
-    grad_x: Tensor = torch.where(y <= 0, zero, grad_y, out=torch.empty_like(y))
+    grad_x: Tensor = torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=torch.empty_like(y))
     return grad_x
 
 
