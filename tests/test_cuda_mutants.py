@@ -1,11 +1,10 @@
 """Planted bugs in the CUDA kernels, each of which the emulation's checks must catch: this proves the checks."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from emulation.harness import HARNESS, KERNELS, build, compiler, run_sweep, session_build
+from emulation.harness import build, compiler, keep_objects, run_sweep, session_build
 from emulation.mutants import MUTANTS, Mutant, plant
 
 pytestmark = pytest.mark.skipif(
@@ -34,10 +33,7 @@ ALWAYS = {
 )
 def test_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     csrc = plant(mutant, tmp_path)
-    # What the bug does not reach need not be compiled again.
-    same = [*HARNESS, *(name for name in KERNELS if mutant.file.endswith(".cu") and name not in mutant.file)]
-    for source in same:
-        shutil.copy(session_build().parent / f"{Path(source).stem}-plain.o", tmp_path)
+    keep_objects(session_build().parent, tmp_path, "plain", rebuilt=[mutant.kernel])
     done = run_sweep(build(tmp_path, csrc=csrc), "plain", "--only", mutant.caught_by)
     # Killed by a signal: the bug reached memory that is not there.
     assert done.returncode < 0 or (done.returncode == 1 and f"FAILED {mutant.caught_by}" in done.stdout), (

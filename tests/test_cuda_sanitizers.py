@@ -1,11 +1,10 @@
 """The CUDA kernels under the host compiler's sanitizers: memory, undefined behaviour, races within a block."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from emulation.harness import build, compiler, run_sweep, session_build
+from emulation.harness import build, compiler, keep_objects, run_sweep, session_build
 from emulation.mutants import Mutant, plant
 
 pytestmark = pytest.mark.skipif(
@@ -56,8 +55,7 @@ MISSING_BARRIER = Mutant(
 )
 def test_a_planted_bug_is_reported(mode: str, mutant: Mutant, report: str, tmp_path: Path) -> None:
     csrc = plant(mutant, tmp_path)
-    for name in ("scheduler", "exports"):
-        shutil.copy(session_build(mode).parent / f"{name}-{mode}.o", tmp_path)
+    keep_objects(session_build(mode).parent, tmp_path, mode, rebuilt=[mutant.kernel])
     done = run_sweep(build(tmp_path, mode, csrc), mode, *SHORT, "--only", mutant.caught_by)
     assert done.returncode == 66, done.stdout + done.stderr
     assert report in done.stderr

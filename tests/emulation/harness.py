@@ -33,7 +33,7 @@ CHUNK_BYTES = 64 * 1024
 VECTOR_BYTES = 16
 
 _FLAGS = {
-    "plain": ["-O2"],
+    "plain": ["-O1"],
     "address": [
         "-O1",
         "-g",
@@ -41,7 +41,7 @@ _FLAGS = {
         "-fsanitize-sections=emulated_shared",
         "-fno-sanitize-recover=undefined",
     ],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 _DEFINES = {"plain": [], "address": ["-DEMULATION_ASAN"], "thread": ["-DEMULATION_TSAN"]}
 _RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
@@ -75,10 +75,11 @@ def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequenc
         *_DEFINES[mode],
     ]
     jobs = []
-    objects = []
+    built: list[str] = []
+    kept: list[str] = []
     for source in [HERE / name for name in HARNESS] + [csrc / "cuda" / name for name in kernels]:
         target = folder / f"{source.stem}-{mode}.o"
-        objects.append(str(target))
+        (kept if target.exists() else built).append(str(target))
         if target.exists():
             continue
         # The scheduler's own switching between fibers must stay out of the thread sanitizer's sight.
@@ -90,8 +91,16 @@ def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequenc
         output, _ = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(f"{' '.join(job)}\n{output}")
-    _run(["g++", "-shared", *_FLAGS[mode], *objects, "-o", str(library)])
+    # Of inline functions that several objects have, the linker takes the first.
+    _run(["g++", "-shared", *_FLAGS[mode], *built, *kept, "-o", str(library)])
     return library
+
+
+def keep_objects(source: Path, folder: Path, mode: str, rebuilt: Sequence[str]) -> None:
+    """Copies the objects of a build, but for those of the kernels named, into the folder of the next."""
+    for name in (*HARNESS, *KERNELS):
+        if name not in rebuilt:
+            shutil.copy(source / f"{Path(name).stem}-{mode}.o", folder)
 
 
 def build_operators(folder: Path, torch_root: Path) -> Path:

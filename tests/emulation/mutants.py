@@ -19,6 +19,11 @@ class Mutant:
     new: str
     caught_by: str
 
+    @property
+    def kernel(self) -> str:
+        """The file to compile again: what the check runs is in it, even where the bug is in a header."""
+        return f"{self.caught_by.partition('/')[0]}.cu"
+
 
 MUTANTS = (
     Mutant(
