@@ -17,6 +17,9 @@ class FloatEnvironment {
   FloatEnvironment(const FloatEnvironment&) = delete;
   FloatEnvironment& operator=(const FloatEnvironment&) = delete;
 
+  // Whether this thread flushes subnormal numbers now.
+  static bool flushes() { return (read() & kFlush) != 0; }
+
  private:
 #if defined(__x86_64__) || defined(__i386__)
   using Word = uint32_t;

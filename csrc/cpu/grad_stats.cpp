@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/half.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
 #include "stats.h"
@@ -19,18 +20,6 @@
 // GCC's own AVX-512 headers start from a register that they leave undefined on purpose (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-
-namespace gradprobe::cpu {
-
-// Storage of the half-precision types.
-struct Float16 {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-}  // namespace gradprobe::cpu
 
 #define GRADPROBE_LANES baseline
 #define GRADPROBE_VECTOR_BYTES 16

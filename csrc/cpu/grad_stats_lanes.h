@@ -185,9 +185,9 @@ GRADPROBE_INLINE void flush(Floats (&lanes)[kUnroll], Doubles& total) {
   total += low(sum) + high(sum);
 }
 
-// One full block into the float accumulators.
-template <typename T>
-GRADPROBE_INLINE void add_block(const T* data, Floats (&sum)[kUnroll], Floats (&sum_abs)[kUnroll],
+// One full block into the float accumulators. A source gives pairs of registers by load_pair, and moves on by +.
+template <typename Source>
+GRADPROBE_INLINE void add_block(Source data, Floats (&sum)[kUnroll], Floats (&sum_abs)[kUnroll],
                                 Floats (&sum_sq)[kUnroll], Ints (&abs_max)[kUnroll], Count& nonzero) {
   Ints magnitude[kUnroll];
   Floats x[kUnroll];
@@ -203,28 +203,34 @@ GRADPROBE_INLINE void add_block(const T* data, Floats (&sum)[kUnroll], Floats (&
   for (int u = 0; u < kUnroll; u += 2) nonzero += count_nonzero(magnitude[u], magnitude[u + 1]);
 }
 
-// A group in float; false, and nothing added, if its magnitudes need more.
+// The last elements of a source, fewer than a block, with zeros after the end.
 template <typename T>
-GRADPROBE_INLINE bool add_fast(const T* data, int64_t n, Totals& totals) {
+GRADPROBE_INLINE void load_tail(const T* from, int64_t n, T (&tail)[kBlock]) {
+  __builtin_memcpy(tail, from, n * sizeof(T));
+}
+
+// A group in float; false, and nothing added, if its magnitudes need more. The tail of a source consists of T.
+template <typename T, typename Source>
+GRADPROBE_INLINE bool add_fast(Source data, int64_t n, Totals& totals) {
   Doubles sum{}, sum_abs{}, sum_sq{};
   Ints abs_max[kUnroll] = {};
   Count nonzero{};
   int64_t blocks = n / kBlock;
   const int64_t n_tail = n % kBlock;
-  const T* at = data;
+  Source at = data;
   while (true) {
     const int64_t burst = blocks < kFlush ? blocks : kFlush;
     blocks -= burst;
     Floats sums[3][kUnroll] = {};
-    for (const T* end = at + burst * kBlock; at != end; at += kBlock) {
+    for (const Source end = at + burst * kBlock; at != end; at = at + kBlock) {
       add_block(at, sums[0], sums[1], sums[2], abs_max, nonzero);
     }
     const bool is_last = blocks == 0;
     if (is_last && n_tail != 0) {
       // Zeros after the end change no statistic but the number of zeros, which is n - nonzero.
       T tail[kBlock] = {};
-      __builtin_memcpy(tail, at, n_tail * sizeof(T));
-      add_block(tail, sums[0], sums[1], sums[2], abs_max, nonzero);
+      load_tail(at, n_tail, tail);
+      add_block<const T*>(tail, sums[0], sums[1], sums[2], abs_max, nonzero);
     }
     flush(sums[0], sum);
     flush(sums[1], sum_abs);
@@ -277,19 +283,23 @@ __attribute__((noinline)) static void add_exact(const T* data, int64_t n, Totals
   totals.n_nonfinite += sum_of_lanes(nonfinite);
 }
 
-template <typename T>
-static Stats stats_of(const T* data, int64_t n) {
-  Totals totals;
-  for (int64_t begin = 0; begin < n; begin += kGroup) {
-    const int64_t count = n - begin < kGroup ? n - begin : kGroup;
-    if (!add_fast(data + begin, count, totals)) add_exact(data + begin, count, totals);
-  }
+GRADPROBE_INLINE Stats finished(const Totals& totals) {
   return {sum_of_lanes(totals.sum),
           sum_of_lanes(totals.sum_abs),
           sum_of_lanes(totals.sum_sq),
           static_cast<double>(float_of_bits(totals.abs_max_bits)),
           totals.n_zero,
           totals.n_nonfinite};
+}
+
+template <typename T>
+static Stats stats_of(const T* data, int64_t n) {
+  Totals totals;
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int64_t count = n - begin < kGroup ? n - begin : kGroup;
+    if (!add_fast<T>(data + begin, count, totals)) add_exact(data + begin, count, totals);
+  }
+  return finished(totals);
 }
 
 struct DoubleSums {

@@ -6,6 +6,14 @@
 
 namespace gradprobe::cpu {
 
+// Storage of the half-precision types.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
 inline float float_from_bits(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);

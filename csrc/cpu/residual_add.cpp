@@ -1,10 +1,9 @@
 // The junction of a residual block on the CPU. A chunk is written in the caller's flush mode, as torch's own add and
-// relu write it; its statistics are then taken from cache, where subnormal numbers count: main memory sees each operand
-// once.
+// relu write it; its statistics are taken on the way, or from cache, and count subnormal numbers in either mode: main
+// memory sees each operand once.
 #include "cpu/residual_add.h"
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/float_env.h"
 #include "cpu/half.h"
@@ -12,20 +11,37 @@
 #include "stats.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#define GRADPROBE_X86_LEVELS
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+// Vectors never cross the boundary of a function that is not inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+// GCC's own AVX-512 headers start from a register that they leave undefined on purpose (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#define GRADPROBE_LANES baseline
+#define GRADPROBE_VECTOR_BYTES 16
+#include "cpu/grad_stats_lanes.h"
 #define GRADPROBE_LOOPS baseline
 #define GRADPROBE_HAS_F16C 0
 #include "cpu/residual_loops.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(GRADPROBE_X86_LEVELS)
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
+#define GRADPROBE_LANES avx2
+#define GRADPROBE_VECTOR_BYTES 32
+#include "cpu/grad_stats_lanes.h"
 #define GRADPROBE_LOOPS avx2
 #define GRADPROBE_HAS_F16C 1
 #include "cpu/residual_loops.h"
@@ -34,49 +50,60 @@
 #else
 #pragma GCC pop_options
 #endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("popcnt,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("popcnt,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
+#define GRADPROBE_LANES avx512
+#define GRADPROBE_VECTOR_BYTES 64
+#include "cpu/grad_stats_lanes.h"
+#define GRADPROBE_LOOPS avx512
+#define GRADPROBE_HAS_F16C 1
+#include "cpu/residual_loops.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // GRADPROBE_X86_LEVELS
 
 namespace gradprobe::cpu {
 namespace {
 
-Stats flat_stats(Dtype dtype, const void* data, int64_t n, Isa isa) {
-  const FloatEnvironment environment;
-  return chunk_stats({data, dtype, n, nullptr}, 0, n, isa);
+const char* at(const void* data, int64_t offset) {
+  return data == nullptr ? nullptr : static_cast<const char*>(data) + offset;
 }
-
-const char* at(const void* data, int64_t offset) { return static_cast<const char*>(data) + offset; }
 char* at(void* data, int64_t offset) { return static_cast<char*>(data) + offset; }
 
 }  // namespace
 
 void add_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t begin, int64_t end, bool relu, Isa isa,
                Stats* of_y) {
-  const int64_t n = end - begin;
   const int64_t offset = begin * item_bytes(dtype);
-  auto* add = &baseline::join_dense;
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (isa != Isa::kBaseline) add = &avx2::join_dense;
+  auto* join = &baseline::join_chunk;
+#if defined(GRADPROBE_X86_LEVELS)
+  if (isa == Isa::kAvx2) join = &avx2::join_chunk;
+  if (isa == Isa::kAvx512) join = &avx512::join_chunk;
 #endif
-  add(dtype, at(x, offset), at(f, offset), at(y, offset), n, relu);
-  if (of_y != nullptr) *of_y = flat_stats(dtype, at(y, offset), n, isa);
+  (void)isa;
+  join(dtype, at(x, offset), at(f, offset), at(y, offset), end - begin, relu, of_y);
 }
 
 void mask_chunk(Dtype dtype, const void* grad_y, const void* y, void* grad_x, int64_t begin, int64_t end, Isa isa,
                 Stats* of_both) {
-  const int64_t n = end - begin;
   const int64_t offset = begin * item_bytes(dtype);
-  if (y == nullptr) {
-    std::memcpy(at(grad_x, offset), at(grad_y, offset), n * item_bytes(dtype));
-  } else {
-    auto* mask = &baseline::mask_dense;
-#if defined(__x86_64__) && defined(__GNUC__)
-    if (isa != Isa::kBaseline) mask = &avx2::mask_dense;
+  auto* mask = &baseline::mask_chunk;
+#if defined(GRADPROBE_X86_LEVELS)
+  if (isa == Isa::kAvx2) mask = &avx2::mask_chunk;
+  if (isa == Isa::kAvx512) mask = &avx512::mask_chunk;
 #endif
-    mask(dtype, at(grad_y, offset), at(y, offset), at(grad_x, offset), n);
-  }
-  if (of_both == nullptr) return;
-  of_both[0] = flat_stats(dtype, at(grad_y, offset), n, isa);
-  of_both[1] = y == nullptr ? of_both[0] : flat_stats(dtype, at(grad_x, offset), n, isa);
+  (void)isa;
+  mask(dtype, at(grad_y, offset), at(y, offset), at(grad_x, offset), end - begin, of_both);
 }
 
 }  // namespace gradprobe::cpu

@@ -1,8 +1,11 @@
-// The loops of residual_add for one instruction set, left to the compiler to vectorise. residual_add.cpp includes this
-// file once per set, each time with
-//   GRADPROBE_LOOPS     the namespace
+// The loops of residual_add for one instruction set. Without statistics they are left to the compiler to vectorise; for
+// float32 with statistics, a group of elements is computed, written and counted in registers, by the loops of
+// grad_stats. residual_add.cpp includes this file once per set, after grad_stats_lanes.h, each time with
+//   GRADPROBE_LOOPS     the namespace, that of grad_stats_lanes.h
 //   GRADPROBE_HAS_F16C  1 where the processor converts float16 by itself
 // and with the compiler's target set to match. No include guard, and no headers of its own, for that reason.
+
+#define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
 namespace gradprobe::cpu::GRADPROBE_LOOPS {
 
@@ -96,7 +99,119 @@ static void mask_dense(Dtype dtype, const void* grad_y, const void* y, void* gra
   }
 }
 
+// ---- Float32 with statistics.
+
+GRADPROBE_INLINE void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof x); }
+
+// Sources of x + f and of the masked gradient for add_fast: what they give, they write too.
+template <bool kRelu>
+struct Joined {
+  const float* x;
+  const float* f;
+  float* y;
+
+  __attribute__((always_inline)) Floats at(int64_t i) const {
+    const Floats sum = load<Floats>(x + i) + load<Floats>(f + i);
+    const Floats result = kRelu ? (sum < 0.0f ? Floats{} : sum) : sum;
+    store(y + i, result);
+    return result;
+  }
+  __attribute__((always_inline)) Joined operator+(int64_t n) const { return {x + n, f + n, y + n}; }
+  __attribute__((always_inline)) bool operator!=(const Joined& other) const { return y != other.y; }
+};
+
+struct Masked {
+  const float* grad_y;
+  const float* y;
+  float* grad_x;
+
+  __attribute__((always_inline)) Floats at(int64_t i) const {
+    const Floats result = load<Floats>(y + i) <= 0.0f ? Floats{} : load<Floats>(grad_y + i);
+    store(grad_x + i, result);
+    return result;
+  }
+  __attribute__((always_inline)) Masked operator+(int64_t n) const { return {grad_y + n, y + n, grad_x + n}; }
+  __attribute__((always_inline)) bool operator!=(const Masked& other) const { return grad_x != other.grad_x; }
+};
+
+template <bool kRelu>
+GRADPROBE_INLINE void load_pair(Joined<kRelu> from, Floats& a, Floats& b) {
+  a = from.at(0);
+  b = from.at(kFloats);
+}
+
+GRADPROBE_INLINE void load_pair(Masked from, Floats& a, Floats& b) {
+  a = from.at(0);
+  b = from.at(kFloats);
+}
+
+template <bool kRelu>
+GRADPROBE_INLINE void load_tail(Joined<kRelu> from, int64_t n, float (&tail)[kBlock]) {
+  add<kRelu>(from.x, from.f, from.y, n);
+  __builtin_memcpy(tail, from.y, n * sizeof(float));
+}
+
+GRADPROBE_INLINE void load_tail(Masked from, int64_t n, float (&tail)[kBlock]) {
+  mask(from.grad_y, from.y, from.grad_x, n);
+  __builtin_memcpy(tail, from.grad_x, n * sizeof(float));
+}
+
+// Both need a mode in which subnormal numbers count, so they are not for a caller who flushes them.
+template <bool kRelu>
+static Stats joined_stats(const float* x, const float* f, float* y, int64_t n) {
+  Totals totals;
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int64_t count = n - begin < kGroup ? n - begin : kGroup;
+    const Joined<kRelu> source{x + begin, f + begin, y + begin};
+    if (!add_fast<float>(source, count, totals)) add_exact(y + begin, count, totals);
+  }
+  return finished(totals);
+}
+
+static void masked_stats(const float* grad_y, const float* y, float* grad_x, int64_t n, Stats* of_both) {
+  Totals incoming, outgoing;
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int64_t count = n - begin < kGroup ? n - begin : kGroup;
+    const Masked source{grad_y + begin, y + begin, grad_x + begin};
+    if (!add_fast<float>(source, count, outgoing)) add_exact(grad_x + begin, count, outgoing);
+    if (!add_fast<float>(grad_y + begin, count, incoming)) add_exact(grad_y + begin, count, incoming);
+  }
+  of_both[0] = finished(incoming);
+  of_both[1] = finished(outgoing);
+}
+
+// ---- A chunk.
+
+static void join_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t n, bool relu, Stats* of_y) {
+  if (of_y != nullptr && dtype == Dtype::kFloat32 && !FloatEnvironment::flushes()) {
+    const auto stats = relu ? joined_stats<true> : joined_stats<false>;
+    *of_y = stats(static_cast<const float*>(x), static_cast<const float*>(f), static_cast<float*>(y), n);
+    return;
+  }
+  join_dense(dtype, x, f, y, n, relu);
+  if (of_y == nullptr) return;
+  const FloatEnvironment environment;
+  *of_y = stats_of(dtype, y, n);
+}
+
+static void mask_chunk(Dtype dtype, const void* grad_y, const void* y, void* grad_x, int64_t n, Stats* of_both) {
+  if (of_both != nullptr && y != nullptr && dtype == Dtype::kFloat32 && !FloatEnvironment::flushes()) {
+    return masked_stats(static_cast<const float*>(grad_y), static_cast<const float*>(y), static_cast<float*>(grad_x), n,
+                        of_both);
+  }
+  if (y == nullptr) {
+    __builtin_memcpy(grad_x, grad_y, n * item_bytes(dtype));
+  } else {
+    mask_dense(dtype, grad_y, y, grad_x, n);
+  }
+  if (of_both == nullptr) return;
+  const FloatEnvironment environment;
+  of_both[0] = stats_of(dtype, grad_y, n);
+  of_both[1] = y == nullptr ? of_both[0] : stats_of(dtype, grad_x, n);
+}
+
 }  // namespace gradprobe::cpu::GRADPROBE_LOOPS
 
+#undef GRADPROBE_INLINE
 #undef GRADPROBE_LOOPS
 #undef GRADPROBE_HAS_F16C

@@ -66,6 +66,25 @@ def _has_tangent(argument: object) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
+def in_backward(operator: Any, *arguments: Any) -> Any:
+    """Calls an operator in a backward pass, past autograd where nobody wants its derivative.
+
+    Args:
+        operator: an overload of an operator.
+        arguments: its arguments.
+
+    Returns:
+        Its result.
+
+    Example:
+        >>> in_backward(torch.ops.aten.neg.default, torch.tensor([1.0]))
+        tensor([-1.])
+    """
+    if torch.is_grad_enabled() or peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return operator(*arguments)
+    return below_autograd(operator, *arguments)
+
+
 def below_autograd(operator: Any, *arguments: Any) -> Any:
     """Calls an operator without recording it for autograd.
 

@@ -29,7 +29,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops import native, triton_kernels
-from gradprobe.ops.differentiable import autograd_kernel, below_autograd
+from gradprobe.ops.differentiable import autograd_kernel, below_autograd, in_backward
 from gradprobe.ops.reference import FLOAT_DTYPES, STATS
 from gradprobe.ops.schemas import GRAD_STATS_INTO
 
@@ -203,7 +203,7 @@ def register(library: torch.library.Library) -> None:
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Any:
             saved = ctx.saved_tensors
-            grad_x = mask(grad_y, *saved) if saved and grad_y is not None else grad_y
+            grad_x = in_backward(mask, grad_y, *saved) if saved and grad_y is not None else grad_y
             # One tensor serves both branches: autograd copies before it adds to what it does not own.
             return None, grad_x, grad_x, None
 
@@ -222,7 +222,7 @@ def register(library: torch.library.Library) -> None:
         def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
             # Linear in grad_y, with the same mask; y only says where.
             saved = ctx.saved_tensors
-            return None, mask(grad, *saved) if saved and grad is not None else grad, None
+            return None, in_backward(mask, grad, *saved) if saved and grad is not None else grad, None
 
     def batched_add(info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, int]:
         return add(*_batches_first(info.batch_size, in_dims, x, f), relu), 0
