@@ -1,0 +1,136 @@
+"""`residual_add` with a ReLU, forward and backward, against `torch.relu(x + f)` with and without statistics beside it.
+
+Statistics are the six of `gradprobe.STATS`: of the result on the way forward, of the gradient that comes in and of the
+one that goes out on the way back. "beside" takes them by `grad_stats_into`, two calls; "fused" in the pass itself.
+
+Times are CPU time of one thread, so that a busy machine hardly counts. The ways run in turn within each round; ratios
+are taken round by round, medians with the quartiles.
+
+    python benchmarks/residual_add.py [--rounds 200]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import gradprobe
+from gradprobe import ops
+from gradprobe.ops.differentiable import below_autograd
+
+SHAPES = ((64, 16, 32, 32), (64, 64, 8, 8))
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+
+
+class FusedStatistics(torch.autograd.Function):
+    """The operators with statistics, as a probe of a junction would call them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Tensor) -> Tensor:  # noqa: D102
+        y, ctx.row = below_autograd(torch.ops.gradprobe.residual_add_stats.default, x, f, True)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        (y,) = ctx.saved_tensors
+        grad_x, ctx.rows = below_autograd(torch.ops.gradprobe.residual_add_backward_stats.default, grad_y, y)
+        return grad_x, grad_x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    keep_memory()
+    print(f"{processor()}, 1 thread; torch {torch.__version__}, python {platform.python_version()}")
+    print(f"backends: {gradprobe.backends()}")
+    for shape in SHAPES:
+        for name, memory_format in FORMATS.items():
+            compare(f"{'x'.join(map(str, shape))} float32 {name}", shape, memory_format, rounds)
+
+
+def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> None:
+    """Times the ways in turn, and prints each against two others."""
+    x, f, grad_y = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(3))
+    x.requires_grad_()
+    f.requires_grad_()
+    rows = torch.empty(3, len(gradprobe.STATS), dtype=torch.float64)
+    backend = ops.resolve("auto", x.device)
+
+    def torch_alone() -> None:
+        torch.autograd.grad(torch.relu(x + f), (x, f), grad_y)
+
+    def torch_and_statistics() -> None:
+        y = torch.relu(x + f)
+        ops.grad_stats_into([y.detach()], rows[:1], backend)
+        grad_x, _ = torch.autograd.grad(y, (x, f), grad_y)
+        ops.grad_stats_into([grad_y, grad_x], rows[1:], backend)
+
+    def ours_alone() -> None:
+        torch.autograd.grad(gradprobe.residual_add(x, f, relu=True), (x, f), grad_y)
+
+    def ours_and_statistics() -> None:
+        torch.autograd.grad(FusedStatistics.apply(x, f), (x, f), grad_y)
+
+    ways: dict[str, Callable[[], None]] = {
+        "relu(x + f)": torch_alone,
+        "relu(x + f), statistics beside": torch_and_statistics,
+        "residual_add": ours_alone,
+        "residual_add, statistics fused": ours_and_statistics,
+    }
+    repeats = max(1, 2**21 // x.numel())
+    times_us: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            run()
+            start = time.process_time()
+            for _ in range(repeats):
+                run()
+            times_us[way].append((time.process_time() - start) * 1e6 / repeats)
+    print(f"\n{title}")
+    print(
+        f"{'forward + backward':34}{'µs: median':>12}{'quartiles':>18}"
+        f"{'of bare torch':>24}{'of torch + statistics':>26}"
+    )
+    bare, beside = (np.array(times_us[way]) for way in list(ways)[:2])
+    for way, taken in times_us.items():
+        low, middle, high = np.percentile(taken, [25, 50, 75])
+        columns = [ratio(np.array(taken) / other) for other in (bare, beside)]
+        print(f"{way:34}{middle:12.0f}{f'{low:.0f} … {high:.0f}':>18}{columns[0]:>24}{columns[1]:>26}")
+
+
+def ratio(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> str:
+    """Median and quartiles of ratios taken round by round."""
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return f"{middle:.2f} ({low:.2f} … {high:.2f})"
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep what is freed: else pages come and go with whatever lies at the end of the heap."""
+    if platform.libc_ver()[0] == "glibc":
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 2**30)
+
+
+def processor() -> str:
+    """Names the processor as the system does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
