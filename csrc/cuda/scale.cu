@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int thread = static_cast<int>(threadIdx.x);
 
   int v = thread;
+#pragma unroll 1  // the loads of one round are enough in flight
   for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads) {
     Vector<T> loaded[kLoads];
 #pragma unroll
