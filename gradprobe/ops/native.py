@@ -8,6 +8,7 @@ out.
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -58,4 +59,15 @@ def _registered(key: str, info: dict[str, str]) -> str:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
             state = info.get(key.lower(), "not built: the build left no reason")
             return f"the library has no {key} kernels, although the build says so" if state == "built" else state
-    return "ready"
+    return (_driver_too_old(info) if key == "CUDA" else None) or "ready"
+
+
+def _driver_too_old(info: dict[str, str]) -> str | None:
+    """Says why the driver cannot run the kernels: their CUDA runtime is linked in, whatever torch was built for."""
+    built = re.search(r"release (\d+)\.", info.get("nvcc", ""))
+    if built is None or not torch.cuda.is_available() or torch.version.cuda is None:
+        return None
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12040 for CUDA 12.4
+    if driver // 1000 >= int(built[1]):
+        return None
+    return f"built for CUDA {built[1]}, but the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}: update it"
