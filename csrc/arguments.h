@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -52,6 +53,15 @@ inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
                                  : std::to_string(out.dim()) + " dimensions");
   STD_TORCH_CHECK(out.is_contiguous(), "out: needed contiguous rows, got strides [", out.stride(0), ", ", out.stride(1),
                   "]");
+}
+
+// Tells autograd that a tensor is being written, which the stable ABI has no call for: torch's own in-place operation
+// on none of the elements raises the version that all views of the memory share, and launches nothing.
+inline void count_write(const torch::stable::Tensor& written) {
+  AtenTensorHandle none = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_narrow(written.get(), 0, 0, 0, &none));
+  const torch::stable::Tensor view(none);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(view.get()));
 }
 
 }  // namespace gradprobe

@@ -137,6 +137,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   const auto out = torch::stable::detail::to<Tensor>(stack[1]);
   const int32_t device_index = device_index_of(out, "out");
   check_rows(out, tensors.size());
+  count_write(out);
   const cuda::DeviceScope scope(device_index);
   const Groups groups = group(tensors, device_index, /*writable=*/false);
 

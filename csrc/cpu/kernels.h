@@ -15,7 +15,7 @@ inline constexpr int64_t item_bytes(Dtype dtype) {
 }
 
 // Elements of a chunk, the unit of work of a thread. Fixed, so that results do not depend on the number of threads.
-inline constexpr int64_t kChunkNumel = 32768;
+inline constexpr int64_t kChunkNumel = 65536;
 
 // The instruction sets that the kernels are compiled for.
 enum class Isa : int { kBaseline, kAvx2, kAvx512 };

@@ -51,28 +51,23 @@ def register(library: torch.library.Library, grad_stats_into: Kernel, scale_: Ke
         ...     _ = library.define(schema)
         >>> register(library, reference.grad_stats_into, reference.scale_)
     """
-    operators = getattr(torch.ops, library.ns)
-    for name, written, fake, kernel in (
-        ("grad_stats_into", 1, _fake_grad_stats_into, grad_stats_into),
-        ("scale_", 0, _fake_scale, scale_),
+    for name, fake, kernel in (
+        ("grad_stats_into", _fake_grad_stats_into, grad_stats_into),
+        ("scale_", _fake_scale, scale_),
     ):
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         # They are measurements and updates, not functions to differentiate: autograd lets them through.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        versioned = _versioned(getattr(operators, name).default, written)
-        library.impl(name, versioned, "ADInplaceOrView", with_keyset=True)
+    operator = getattr(torch.ops, library.ns).scale_.default
 
-
-def _versioned(operator: torch._ops.OpOverload[..., None], written: int) -> Callable[..., None]:
-    """A kernel of the stable ABI cannot tell autograd that it wrote into a tensor, so that happens here, before it."""
-
-    def kernel(keyset: torch._C.DispatchKeySet, *arguments: Tensor) -> None:
-        increment_version(arguments[written])
+    # A kernel of the stable ABI cannot tell autograd of many tensors that it wrote into them, so that happens here.
+    def versioned_scale(keyset: torch._C.DispatchKeySet, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
+        increment_version(tensors)
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, coefficient)
 
-    return kernel
+    library.impl("scale_", versioned_scale, "ADInplaceOrView", with_keyset=True)
 
 
 _library = torch.library.Library("gradprobe", "DEF")
