@@ -12,7 +12,7 @@ from ops_truth import DTYPES, truth
 from torch import Tensor
 
 import gradprobe
-from gradprobe import ops
+from gradprobe import networks, ops
 from gradprobe.errors import ArgumentError
 from gradprobe.nn import ResidualAdd
 from gradprobe.ops import native, residual
@@ -254,6 +254,24 @@ def test_the_module_and_its_name() -> None:
     assert torch.equal(ResidualAdd(relu=True)(x, f), torch.relu(x + f))
     assert torch.equal(gradprobe.nn.ResidualAdd()(x, f), gradprobe.residual_add(x, f))
     assert repr(ResidualAdd(relu=True)) == "ResidualAdd(relu=True)"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name)
+def test_a_network_learns_the_same_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, memory_format: torch.memory_format
+) -> None:
+    weights = []
+    for join in (lambda x, f: torch.relu(x + f), lambda x, f: residual_add(x, f, relu=True)):
+        monkeypatch.setattr(networks, "_join", join)
+        torch.manual_seed(0)
+        model = networks.resnet(8).to(memory_format=memory_format)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 16, 16).contiguous(memory_format=memory_format)).square().mean().backward()
+            optimizer.step()
+        weights.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 # ---- Statistics.
