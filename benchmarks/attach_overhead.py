@@ -14,10 +14,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from _machine import processor
 from torch import nn
 
 import gradprobe
@@ -91,15 +91,6 @@ def python_hooks(model: nn.Module) -> Callable[[], None]:
             handle.remove()
 
     return leave
-
-
-def processor() -> str:
-    """Names the processor as the system does."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

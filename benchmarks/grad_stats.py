@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _machine import processor
 
 from gradprobe import networks, ops
 
@@ -162,13 +163,6 @@ def gradients(depth: int) -> list[torch.Tensor]:
     net = networks.resnet(depth)
     torch.nn.functional.cross_entropy(net(torch.randn(32, 3, 32, 32)), torch.randint(0, 10, (32,))).backward()
     return [p.grad for p in net.parameters() if p.grad is not None]
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
