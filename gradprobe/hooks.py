@@ -11,6 +11,7 @@ import torch
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
+from gradprobe.ops import native
 from gradprobe.sites import is_regular
 
 
@@ -52,11 +53,15 @@ def native_hooks() -> tuple[Any | None, str]:
     Returns:
         The module and "ready", or None and the reason why not.
     """
+    info = native.build_info()
+    built_against = info.get("torch")
+    if built_against not in (None, torch.__version__):
+        return None, f"built against torch {built_against}, and this is torch {torch.__version__}"
     try:
         return importlib.import_module("gradprobe._hooks"), "ready"
     except ImportError as error:
-        reason = "not built" if isinstance(error, ModuleNotFoundError) else f"built against another torch: {error}"
-        return None, reason
+        state = info.get("hooks", "not built: no build of gradprobe._hooks has run for this installation")
+        return None, f"does not load: {error}" if state == "built" else state
 
 
 def install(

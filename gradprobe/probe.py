@@ -254,7 +254,7 @@ class Probe:
             silent=tuple(names[~self._observed]),
             unhooked=tuple(names[self._unhooked]),
             frozen=self._found.frozen,
-            unknown=() if model is None else newly_trainable(model, self._found),
+            unknown=() if model is None or self._detached else newly_trainable(model, self._found),
             tied={site.name: site.names for site in self._found.sites if len(site.names) > 1},
             steps=self._n_measured,
         )

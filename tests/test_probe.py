@@ -528,6 +528,7 @@ class TestCoverage:
                 probe.step()
             model[0].bias.requires_grad_(True)
             coverage = probe.coverage()
+        assert probe.coverage().unknown == ()  # detached, it looks at no model
         assert coverage.silent == ("unused.weight", "unused.bias")
         assert coverage.frozen == ("0.bias",)
         assert coverage.unknown == ("0.bias",)

@@ -18,8 +18,16 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 _BUILD_INFO = "_build_info.json"
 
 
-def _build_info() -> dict[str, str]:
-    """What the build wrote about its parts; empty where no build has run."""
+def build_info() -> dict[str, str]:
+    """Reads what the build wrote about its parts.
+
+    Returns:
+        Part to "built" or the reason why not, and "torch", the version built against; empty where no build has run.
+
+    Example:
+        >>> build_info().get("torch", torch.__version__).startswith("2.")
+        True
+    """
     path = _PACKAGE / _BUILD_INFO
     if not path.is_file():
         return {}
@@ -40,7 +48,7 @@ def parts() -> dict[str, str]:
     """
     # Beside the package itself: another installation's library would belong to other sources.
     library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
-    info = _build_info()
+    info = build_info()
     if library is None:
         state = info.get("native", "not built: no build of gradprobe._C has run for this installation")
         reason = "gradprobe._C is missing" if state == "built" else state
