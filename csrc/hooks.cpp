@@ -1,7 +1,9 @@
 // Autograd hooks in C++: they note, for every parameter, that its gradient is ready, and call back once per backward.
 // Built against one exact torch: the hook classes are not part of the stable ABI.
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -31,6 +33,14 @@ struct Sighting {
 Sighting sighting_of(const at::Tensor& gradient) {
   if (!gradient.defined()) return {};
   return {gradient.unsafeGetTensorImpl(), static_cast<uint32_t>(gradient._version())};
+}
+
+// Whether there is a gradient, dense and of its parameter's dtype and device.
+bool is_regular(const at::Tensor& parameter) {
+  const at::Tensor& gradient = parameter.grad();
+  return gradient.defined() && gradient.layout() == at::kStrided && !gradient.is_complex() &&
+         gradient.scalar_type() == parameter.scalar_type() && gradient.device() == parameter.device() &&
+         !gradient.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
 // Outlives the taps when a graph still holds an accumulator; holds no parameter, so that no cycle keeps a model alive.
@@ -167,10 +177,7 @@ class GradientTaps {
   GradientTaps& operator=(const GradientTaps&) = delete;
   ~GradientTaps() { remove(); }
 
-  int64_t converted() {
-    for (size_t k = 0; k < parameters().size(); ++k) arms_->arm(k);
-    return arms_->take_converted();
-  }
+  int64_t converted() { return arms_->take_converted(); }
 
   void remove() {
     state_->enabled.store(false);
@@ -211,21 +218,31 @@ class GradientTaps {
     return false;
   }
 
-  // The gradients [K] with None where there is none, and whether each is dense and of its parameter's dtype and device.
+  // Writes the rows [K, 6] of all gradients by one call of the operator, which spares a Python object for each of them.
+  // False, and nothing written, unless all are regular and lie where the rows do.
+  bool measure(at::Tensor rows) const {
+    std::vector<at::Tensor> gradients;
+    gradients.reserve(parameters().size());
+    for (const at::Tensor& parameter : parameters()) {
+      if (!is_regular(parameter) || parameter.device() != rows.device()) return false;
+      gradients.push_back(parameter.grad());
+    }
+    static const auto grad_stats_into = c10::Dispatcher::singleton()
+                                            .findSchemaOrThrow("gradprobe::grad_stats_into", "")
+                                            .typed<void(at::TensorList, at::Tensor&)>();
+    at::AutoDispatchBelowADInplaceOrView below;
+    grad_stats_into.call(gradients, rows);
+    return true;
+  }
+
+  // The gradients [K] with None where there is none, and whether all are regular.
   std::pair<py::list, bool> gradients() const {
     py::list result(parameters().size());
     bool regular = true;
     for (size_t k = 0; k < parameters().size(); ++k) {
+      regular = regular && is_regular(parameters()[k]);
       const at::Tensor& gradient = parameters()[k].grad();
-      if (!gradient.defined()) {
-        result[k] = py::none();
-        regular = false;
-        continue;
-      }
-      regular = regular && gradient.layout() == at::kStrided && !gradient.is_complex() &&
-                gradient.scalar_type() == parameters()[k].scalar_type() &&
-                gradient.device() == parameters()[k].device() && !gradient.unsafeGetTensorImpl()->is_python_dispatch();
-      result[k] = gradient;
+      result[k] = gradient.defined() ? py::cast(gradient) : py::none();
     }
     return {std::move(result), regular};
   }
@@ -251,5 +268,6 @@ PYBIND11_MODULE(_hooks, module) {
       .def("sight", &gradprobe::GradientTaps::sight)
       .def("fired", &gradprobe::GradientTaps::fired)
       .def("modified", &gradprobe::GradientTaps::modified)
+      .def("measure", &gradprobe::GradientTaps::measure, py::arg("rows"))
       .def("gradients", &gradprobe::GradientTaps::gradients);
 }

@@ -64,11 +64,25 @@ class Collector:
             self.rows_on[device] = first + len(sites)
         self.groups = tuple(groups)
         parameter_numels = [parameter.numel() for parameter in self._parameters]
-        self._all_present = Measured(np.ones(len(parameter_numels), dtype=np.bool_), np.asarray(parameter_numels))
+        self.all_present = Measured(np.ones(len(parameter_numels), dtype=np.bool_), np.asarray(parameter_numels))
 
     def moved(self) -> bool:
         """Tells whether a parameter has changed device or dtype since the last grouping."""
         return self._current_placement() != self._placement
+
+    def native_rows(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor | None:
+        """Gives the rows that one call of the native kernel fills, where one does.
+
+        Args:
+            rows: As for `measure`.
+
+        Returns:
+            The rows in model order [K, 6], or None where there are several groups or another backend.
+        """
+        if len(self.groups) != 1:
+            return None
+        device = self.groups[0].device
+        return rows[device] if self._backends[device].name == "native" else None
 
     def measure(
         self, gradients: list[torch.Tensor | None], regular: bool, rows: dict[torch.device, torch.Tensor]
@@ -90,7 +104,7 @@ class Collector:
                     members = gradients if whole else [gradients[k] for k in group.sites]
                     out = rows[group.device][group.first_row : group.first_row + len(group.sites)]
                     self._backends[group.device].grad_stats_into(members, out)  # type: ignore[arg-type]
-                return self._all_present
+                return self.all_present
             return self._measure_irregular(gradients, rows)
 
     def total_norm(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ class Taps(Protocol):
     """Hooks on K parameters; the C++ module and `PythonTaps` both are one."""
 
     def converted(self) -> int:
-        """Counts the parameters that were converted to another dtype or device since the last call."""
+        """Counts the conversions to another dtype or device that a backward has met since the last call."""
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -41,6 +41,9 @@ class Taps(Protocol):
 
     def modified(self) -> bool:
         """Tells whether a gradient was changed or replaced since its hook saw it."""
+
+    def measure(self, rows: torch.Tensor) -> bool:
+        """Writes the native kernel's rows [K, 6] of all gradients, if all are regular; else False and nothing."""
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are present, dense and of their parameter's dtype and device."""
@@ -107,7 +110,6 @@ class PythonTaps:
         self._enabled = True
         self._queued_task = -1
         self._sightings: list[tuple[int, int] | None] = [None] * len(self._parameters)
-        self._placement = _placement(self._parameters)
         self._handles: list[RemovableHandle] = []
         for k, parameter in enumerate(self._parameters):
             handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))  # type: ignore[no-untyped-call]
@@ -115,11 +117,8 @@ class PythonTaps:
             self._handles.append(handle)
 
     def converted(self) -> int:
-        """Counts the parameters that were converted since the last call."""
-        placement = _placement(self._parameters)
-        changed = sum(now != then for now, then in zip(placement, self._placement, strict=True))
-        self._placement = placement
-        return changed
+        """Returns 0: these hooks sit on the parameter and meet no conversion."""
+        return 0
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -158,6 +157,10 @@ class PythonTaps:
             for parameter, sighting in zip(self._parameters, self._sightings, strict=True)
         )
 
+    def measure(self, rows: torch.Tensor) -> bool:
+        """Returns False: from Python there is nothing to spare."""
+        return False
+
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are regular."""
         gradients = [parameter.grad for parameter in self._parameters]
@@ -184,10 +187,6 @@ class PythonTaps:
         self._queued_task = -1
         if self._enabled and self._on_backward_end is not None:
             self._on_backward_end()
-
-
-def _placement(parameters: Sequence[torch.Tensor]) -> list[tuple[torch.device, torch.dtype]]:
-    return [(parameter.device, parameter.dtype) for parameter in parameters]
 
 
 def _run_first(hooks: MutableMapping[int, Any], key: int) -> None:

@@ -416,11 +416,16 @@ class Probe:
         self._closed_by = "optimizer"
 
     def _measure(self) -> None:
-        self._regroup_if_moved()
-        gradients, regular = self._taps.gradients()
+        if self._taps.converted():
+            self._regroup_if_moved()
         self._describe("post-clip" if self._taps.modified() else "pre-clip")
-        self._measured = self._collector.measure(gradients, regular, self._record.rows())
-        if self._wanted() and self._taps.n_fired() < len(gradients):
+        at_once = self._collector.native_rows(self._record.rows())
+        if at_once is not None and self._taps.measure(at_once):
+            self._measured = self._collector.all_present
+        else:
+            self._regroup_if_moved()
+            self._measured = self._collector.measure(*self._taps.gradients(), self._record.rows())
+        if self._wanted() and self._taps.n_fired() < len(self._found.sites):
             unhooked = self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
             if unhooked.any():
                 self._unhooked |= unhooked
@@ -474,7 +479,7 @@ class Probe:
                 self._warn("silent", f"step {self._step}: no gradient for {self._listed(silent)}")
 
     def _regroup_if_moved(self) -> None:
-        if self._taps.converted() and self._collector.moved():
+        if self._collector.moved():
             self._archive_history()
             self._collector.regroup()
             self._record = Record(self._capacity, self._collector.rows_on)

@@ -157,7 +157,7 @@ class Record:
         return Finished(slot, rows, loss if slot.has_loss else None, scale, skipped != 0)
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
-        return {device: _at(ring, self._next)[:-1] for device, ring in self._rings.items()}
+        return {device: _at(ring, self._next).narrow(0, 0, ring.shape[1] - 1) for device, ring in self._rings.items()}
 
     def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
         slot = self._slots[position]
@@ -181,4 +181,4 @@ class Record:
 
 
 def _at(ring: torch.Tensor, position: int) -> torch.Tensor:
-    return ring[position % ring.shape[0]]
+    return ring.select(0, position % ring.shape[0])
