@@ -15,8 +15,15 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/layout.h"
+#include "cpu/pass.h"
+#include "stats.h"
 
 namespace gradprobe {
 namespace {
@@ -36,11 +43,41 @@ Sighting sighting_of(const at::Tensor& gradient) {
 }
 
 // Whether there is a gradient, dense and of its parameter's dtype and device.
-bool is_regular(const at::Tensor& parameter) {
-  const at::Tensor& gradient = parameter.grad();
+bool is_regular(const at::Tensor& gradient, const at::Tensor& parameter) {
   return gradient.defined() && gradient.layout() == at::kStrided && !gradient.is_complex() &&
          gradient.scalar_type() == parameter.scalar_type() && gradient.device() == parameter.device() &&
          !gradient.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+std::optional<cpu::Dtype> dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return cpu::Dtype::kFloat32;
+    case at::kHalf:
+      return cpu::Dtype::kFloat16;
+    case at::kBFloat16:
+      return cpu::Dtype::kBFloat16;
+    case at::kDouble:
+      return cpu::Dtype::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
+// Adds a regular gradient to a pass of the CPU kernels; false where they do not take it, as with values that are not in
+// its memory.
+bool add_to(cpu::Work& work, const at::Tensor& gradient) {
+  const std::optional<cpu::Dtype> dtype = dtype_of(gradient);
+  const bool is_lazy = gradient.is_neg() || gradient._is_zerotensor() || !gradient.has_storage();
+  if (!dtype || is_lazy) return false;
+  const int64_t numel = gradient.numel();
+  if (numel == 0 || gradient.is_contiguous()) {
+    work.add(numel == 0 ? nullptr : gradient.const_data_ptr(), *dtype, numel);
+  } else {
+    const cpu::Dims dims = cpu::reduce_dims(gradient.sizes().data(), gradient.strides().data(), gradient.dim());
+    work.add(gradient.const_data_ptr(), *dtype, numel, &dims);
+  }
+  return true;
 }
 
 // Outlives the taps when a graph still holds an accumulator; holds no parameter, so that no cycle keeps a model alive.
@@ -210,29 +247,50 @@ class GradientTaps {
   // True where a gradient that a hook saw was changed or replaced since.
   bool modified() const {
     for (size_t k = 0; k < parameters().size(); ++k) {
-      const Sighting& sighting = state_->sightings[k];
-      if (sighting.gradient == nullptr) continue;
-      const Sighting now = sighting_of(parameters()[k].grad());
-      if (now.gradient != sighting.gradient || now.version != sighting.version) return true;
+      if (is_modified(k, parameters()[k].grad())) return true;
     }
     return false;
   }
 
-  // Writes the rows [K, 6] of all gradients by one call of the operator, which spares a Python object for each of them.
-  // False, and nothing written, unless all are regular and lie where the rows do.
-  bool measure(at::Tensor rows) const {
+  // Writes the rows [K, 6] of all gradients, sparing a Python object for each of them, if all are regular and lie where
+  // the rows do; and looks at the hooks on the way, because to come by a gradient costs as much as its statistics.
+  // Returns whether the rows are written, modified() and n_fired().
+  std::tuple<bool, bool, int64_t> measure(const std::optional<at::Tensor>& rows) const {
+    const size_t n_parameters = parameters().size();
+    bool is_measured = rows.has_value();
+    bool is_modified = false;
+    int64_t n_fired = 0;
+    const bool on_cpu = is_measured && rows->device().is_cpu();
+    cpu::Work work(on_cpu ? static_cast<int64_t>(n_parameters) : 0);
     std::vector<at::Tensor> gradients;
-    gradients.reserve(parameters().size());
-    for (const at::Tensor& parameter : parameters()) {
-      if (!is_regular(parameter) || parameter.device() != rows.device()) return false;
-      gradients.push_back(parameter.grad());
+    if (is_measured && !on_cpu) gradients.reserve(n_parameters);
+    for (size_t k = 0; k < n_parameters; ++k) {
+      const at::Tensor& gradient = parameters()[k].grad();
+      n_fired += state_->sightings[k].gradient != nullptr ? 1 : 0;
+      is_modified = is_modified || this->is_modified(k, gradient);
+      is_measured = is_measured && is_regular(gradient, parameters()[k]) && gradient.device() == rows->device();
+      if (!is_measured) continue;
+      if (on_cpu) {
+        is_measured = add_to(work, gradient);
+      } else {
+        gradients.push_back(gradient);
+      }
     }
-    static const auto grad_stats_into = c10::Dispatcher::singleton()
-                                            .findSchemaOrThrow("gradprobe::grad_stats_into", "")
-                                            .typed<void(at::TensorList, at::Tensor&)>();
-    at::AutoDispatchBelowADInplaceOrView below;
-    grad_stats_into.call(gradients, rows);
-    return true;
+    if (is_measured && on_cpu) {
+      TORCH_CHECK(rows->is_contiguous() && rows->scalar_type() == at::kDouble && rows->dim() == 2 &&
+                      rows->size(0) == work.n_tensors() && rows->size(1) == kStats,
+                  "rows: needed a contiguous float64 tensor of shape [", work.n_tensors(), ", ", kStats, "], got ",
+                  rows->scalar_type(), " of shape ", rows->sizes());
+      cpu::grad_stats(work, rows->mutable_data_ptr<double>());
+    } else if (is_measured) {
+      static const auto grad_stats_into = c10::Dispatcher::singleton()
+                                              .findSchemaOrThrow("gradprobe::grad_stats_into", "")
+                                              .typed<void(at::TensorList, at::Tensor&)>();
+      at::AutoDispatchBelowADInplaceOrView below;
+      at::Tensor out = *rows;
+      grad_stats_into.call(gradients, out);
+    }
+    return {is_measured, is_modified, n_fired};
   }
 
   // The gradients [K] with None where there is none, and whether all are regular.
@@ -240,8 +298,8 @@ class GradientTaps {
     py::list result(parameters().size());
     bool regular = true;
     for (size_t k = 0; k < parameters().size(); ++k) {
-      regular = regular && is_regular(parameters()[k]);
       const at::Tensor& gradient = parameters()[k].grad();
+      regular = regular && is_regular(gradient, parameters()[k]);
       result[k] = gradient.defined() ? py::cast(gradient) : py::none();
     }
     return {std::move(result), regular};
@@ -249,6 +307,13 @@ class GradientTaps {
 
  private:
   const std::vector<at::Tensor>& parameters() const { return arms_->parameters(); }
+
+  bool is_modified(size_t k, const at::Tensor& gradient) const {
+    const Sighting& sighting = state_->sightings[k];
+    if (sighting.gradient == nullptr) return false;
+    const Sighting now = sighting_of(gradient);
+    return now.gradient != sighting.gradient || now.version != sighting.version;
+  }
 
   std::shared_ptr<State> state_;
   std::shared_ptr<Arms> arms_;

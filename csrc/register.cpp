@@ -1,5 +1,4 @@
-// The CPU implementations of gradprobe's operators, registered with torch through its stable ABI: argument checks,
-// torch's thread pool.
+// The CPU implementations of gradprobe's operators, registered with torch through its stable ABI: argument checks.
 //
 // The kernels take the boxed stack itself: with a thousand small tensors, wrapping each in a shared pointer would cost
 // as much as the statistics.
@@ -9,39 +8,20 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <deque>
-#include <vector>
 
 #include "arguments.h"
 #include "chunks.h"
-#include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
-#include "stats.h"
+#include "cpu/pass.h"
 
 namespace gradprobe {
 namespace {
 
 using cpu::Dims;
 using cpu::Dtype;
-using cpu::View;
-
-// Below this many elements in all, waking other threads costs more than they bring.
-constexpr int64_t kSerialNumel = 65536;
-// What starting on a tensor costs, in elements.
-constexpr int64_t kTensorNumel = 256;
-
-// The tensors of a call, and their chunks.
-struct Work {
-  std::vector<View> views;
-  std::deque<Dims> dims;  // of those that are not dense; a deque, so that views can point into it
-  std::vector<int64_t> first_chunk;
-  int64_t n_chunks = 0;
-  int64_t cost_numel = 0;
-};
+using cpu::Work;
 
 Dtype dtype_of(AtenTensorHandle tensor, int64_t k) {
   int32_t dtype = 0;
@@ -58,80 +38,52 @@ Work plan(const TensorList& tensors, bool writable) {
   static const int32_t kCpu = aoti_torch_device_type_cpu();
   static const int32_t kStrided = aoti_torch_layout_strided();
   const int64_t n_tensors = tensors.size();
-  Work work;
-  work.views.reserve(n_tensors);
-  work.first_chunk.resize(n_tensors + 1);
+  Work work(n_tensors);
   for (int64_t k = 0; k < n_tensors; ++k) {
     AtenTensorHandle tensor = tensors[k];
     int32_t device = 0;
     int32_t layout = 0;
-    View view{nullptr, dtype_of(tensor, k), 0, nullptr};
+    int64_t numel = 0;
+    const Dtype dtype = dtype_of(tensor, k);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
     STD_TORCH_CHECK(device == kCpu, "tensors[", k, "]: needed device cpu, got device type number ", device);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));
     STD_TORCH_CHECK(layout == kStrided, "tensors[", k, "]: needed a strided layout, got layout number ", layout);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &view.numel));
-    if (view.numel != 0) {
-      bool is_contiguous = false;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
-      if (!is_contiguous) {
-        int64_t n_dims = 0;
-        int64_t* sizes = nullptr;
-        int64_t* strides = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-        const Dims reduced = cpu::reduce_dims(sizes, strides, n_dims);
-        STD_TORCH_CHECK(
-            !writable || !reduced.may_overlap(), "tensors[", k,
-            "]: needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
-        if (!reduced.dense()) view.dims = &work.dims.emplace_back(reduced);
-      }
-      if (writable) {
-        void* data = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &data));
-        view.data = data;
-      } else {
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &view.data));
-      }
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(tensor, &numel));
+    if (numel == 0) {
+      work.add(nullptr, dtype, 0);
+      continue;
     }
-    work.first_chunk[k] = work.n_chunks;
-    work.n_chunks += count_chunks(view.numel, cpu::kChunkNumel);
-    work.cost_numel += view.numel + kTensorNumel;
-    work.views.push_back(view);
+    bool is_contiguous = false;
+    Dims dims;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
+    if (!is_contiguous) {
+      int64_t n_dims = 0;
+      int64_t* sizes = nullptr;
+      int64_t* strides = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+      dims = cpu::reduce_dims(sizes, strides, n_dims);
+      STD_TORCH_CHECK(!writable || !dims.may_overlap(), "tensors[", k,
+                      "]: needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
+    }
+    const void* data = nullptr;
+    if (writable) {
+      void* to_write = nullptr;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(tensor, &to_write));
+      data = to_write;
+    } else {
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(tensor, &data));
+    }
+    work.add(data, dtype, numel, is_contiguous ? nullptr : &dims);
   }
-  work.first_chunk[n_tensors] = work.n_chunks;
   return work;
 }
 
 struct CallersEnvironment {
   CallersEnvironment() {}
 };
-
-// Calls each(chunk_number, chunk) for every chunk, on torch's threads, in the given floating-point environment. Threads
-// take batches as they get free; what a chunk is does not depend on that.
-template <typename Environment, typename Each>
-void for_each_chunk(const Work& work, const Each& each) {
-  const int64_t n_tensors = static_cast<int64_t>(work.views.size());
-  const auto run = [&](int64_t begin, int64_t end) {
-    const Environment environment;
-    int64_t k = find_tensor(work.first_chunk.data(), n_tensors, begin);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      while (work.first_chunk[k + 1] <= chunk) ++k;
-      each(chunk, chunk_range(k, work.views[k].numel, work.first_chunk[k], chunk, cpu::kChunkNumel));
-    }
-  };
-  if (work.n_chunks == 0) return;
-  const int64_t n_threads = torch::stable::get_num_threads();
-  if (n_threads == 1 || work.n_chunks == 1 || work.cost_numel <= kSerialNumel) return run(0, work.n_chunks);
-  const int64_t batch = std::max<int64_t>(1, work.n_chunks * cpu::kChunkNumel / work.cost_numel);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(batch, std::memory_order_relaxed)) < work.n_chunks;) {
-      run(begin, std::min(begin + batch, work.n_chunks));
-    }
-  });
-}
 
 // grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()
 void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
@@ -142,20 +94,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   check_rows(out, n_tensors);
   // As in count_write, but with all of its few elements: making a view would take four times as long.
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));
-  const Work work = plan(tensors, /*writable=*/false);
-  const cpu::Isa isa = cpu::best_isa();
-  std::vector<Stats> partials(work.n_chunks);
-  for_each_chunk<cpu::FloatEnvironment>(work, [&](int64_t number, const Chunk& chunk) {
-    partials[number] = cpu::chunk_stats(work.views[chunk.tensor], chunk.begin, chunk.end, isa);
-  });
-  const cpu::FloatEnvironment environment;
-  auto* rows = static_cast<double*>(out.mutable_data_ptr());  // [K, kStats]
-  for (int64_t k = 0; k < n_tensors; ++k) {
-    Stats stats = identity();
-    for (int64_t chunk = work.first_chunk[k]; chunk < work.first_chunk[k + 1]; ++chunk)
-      stats = merge(stats, partials[chunk]);
-    finish(stats, rows + k * kStats);
-  }
+  cpu::grad_stats(plan(tensors, /*writable=*/false), static_cast<double*>(out.mutable_data_ptr()));
 }
 
 double coefficient_of(const torch::stable::Tensor& coefficient) {
@@ -175,8 +114,8 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   const double coefficient = coefficient_of(torch::stable::detail::to<torch::stable::Tensor>(stack[1]));
   const Work work = plan(tensors, /*writable=*/true);
   const cpu::Isa isa = cpu::best_isa();
-  for_each_chunk<CallersEnvironment>(work, [&](int64_t, const Chunk& chunk) {
-    cpu::scale_chunk(work.views[chunk.tensor], chunk.begin, chunk.end, coefficient, isa);
+  work.for_each_chunk<CallersEnvironment>([&](int64_t, const Chunk& chunk) {
+    cpu::scale_chunk(work.views()[chunk.tensor], chunk.begin, chunk.end, coefficient, isa);
   });
 }
 

@@ -42,8 +42,15 @@ class Taps(Protocol):
     def modified(self) -> bool:
         """Tells whether a gradient was changed or replaced since its hook saw it."""
 
-    def measure(self, rows: torch.Tensor) -> bool:
-        """Writes the native kernel's rows [K, 6] of all gradients, if all are regular; else False and nothing."""
+    def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
+        """Writes the native kernel's rows of all gradients, if all are regular, and looks at the hooks on the way.
+
+        Args:
+            rows: Where to write, float64 [K, 6]; None only looks.
+
+        Returns:
+            Whether the rows are written, `modified()` and `n_fired()`.
+        """
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are present, dense and of their parameter's dtype and device."""
@@ -157,9 +164,9 @@ class PythonTaps:
             for parameter, sighting in zip(self._parameters, self._sightings, strict=True)
         )
 
-    def measure(self, rows: torch.Tensor) -> bool:
-        """Returns False: from Python there is nothing to spare."""
-        return False
+    def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
+        """Only looks: from Python there is nothing to spare."""
+        return False, self.modified(), self.n_fired()
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are regular."""

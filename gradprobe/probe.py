@@ -166,6 +166,7 @@ class Probe:
         self._skipped: torch.Tensor | float = 0.0
         self._provenance = Provenance("unscaled", "local", "pre-clip")
         self._observed = np.zeros(len(self._found.sites), dtype=np.bool_)
+        self._all_observed = False
         self._unhooked = np.zeros(len(self._found.sites), dtype=np.bool_)
         self._told: set[str] = set()
         self._detached = False
@@ -418,14 +419,14 @@ class Probe:
     def _measure(self) -> None:
         if self._taps.converted():
             self._regroup_if_moved()
-        self._describe("post-clip" if self._taps.modified() else "pre-clip")
-        at_once = self._collector.native_rows(self._record.rows())
-        if at_once is not None and self._taps.measure(at_once):
+        done, modified, n_fired = self._taps.measure(self._collector.native_rows(self._record.rows()))
+        self._describe("post-clip" if modified else "pre-clip")
+        if done:
             self._measured = self._collector.all_present
         else:
             self._regroup_if_moved()
             self._measured = self._collector.measure(*self._taps.gradients(), self._record.rows())
-        if self._wanted() and self._taps.n_fired() < len(self._found.sites):
+        if self._wanted() and n_fired < len(self._found.sites):
             unhooked = self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
             if unhooked.any():
                 self._unhooked |= unhooked
@@ -462,7 +463,8 @@ class Probe:
     def _finish(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
         measured = self._measured
         assert measured is not None
-        if not measured.present.any():
+        is_complete = measured is self._collector.all_present
+        if not is_complete and not measured.present.any():
             self._measured = None
             self._warn(
                 "blind",
@@ -472,11 +474,12 @@ class Probe:
             return
         self._record.commit(Slot(self._step, self._provenance, measured), loss, self._scale, skipped)
         self._n_measured += 1
+        if is_complete and self._all_observed:
+            return
         self._observed |= measured.present
-        if not measured.present.all():
-            silent = ~self._observed
-            if silent.any():
-                self._warn("silent", f"step {self._step}: no gradient for {self._listed(silent)}")
+        self._all_observed = bool(self._observed.all())
+        if not self._all_observed:
+            self._warn("silent", f"step {self._step}: no gradient for {self._listed(~self._observed)}")
 
     def _regroup_if_moved(self) -> None:
         if self._collector.moved():

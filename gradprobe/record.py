@@ -67,6 +67,7 @@ class Record:
     def __init__(self, capacity: int, rows_on: Mapping[torch.device, int]) -> None:
         self._capacity = capacity
         self._rings: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6], or [IN_FLIGHT, K + 1, 6]
+        self._views: dict[torch.device, tuple[torch.Tensor, ...]] = {}  # the rings' site rows, [K, 6] each: made once
         self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6] on the host
         for device, n_rows in rows_on.items():
             step_shape = (n_rows + 1, len(ops.STATS))
@@ -76,6 +77,7 @@ class Record:
                 ring = torch.empty(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
                 mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, pin_memory=True)
             self._rings[device] = ring
+            self._views[device] = ring[:, :n_rows].unbind()
             self._mirrors[device] = mirror
         self._first = next(iter(self._rings), torch.device("cpu"))
         self._slots: list[Slot | None] = [None] * capacity
@@ -157,7 +159,7 @@ class Record:
         return Finished(slot, rows, loss if slot.has_loss else None, scale, skipped != 0)
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
-        return {device: _at(ring, self._next).narrow(0, 0, ring.shape[1] - 1) for device, ring in self._rings.items()}
+        return {device: views[self._next % len(views)] for device, views in self._views.items()}
 
     def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
         slot = self._slots[position]

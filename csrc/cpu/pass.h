@@ -1,0 +1,100 @@
+// One pass of the CPU kernels over many tensors, on torch's thread pool. No tensors here: views of them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "chunks.h"
+#include "cpu/float_env.h"
+#include "cpu/kernels.h"
+#include "cpu/layout.h"
+#include "stats.h"
+
+namespace gradprobe::cpu {
+
+// Below this many elements in all, waking other threads costs more than they bring.
+inline constexpr int64_t kSerialNumel = 65536;
+// What starting on a tensor costs, in elements.
+inline constexpr int64_t kTensorNumel = 256;
+// Of each tensor; of a larger one the processor sees soon enough where it goes.
+inline constexpr int64_t kPrefetchBytes = 1024;
+
+// The tensors of a pass, and their chunks.
+class Work {
+ public:
+  explicit Work(int64_t n_tensors) {
+    views_.reserve(n_tensors);
+    first_chunk_.reserve(n_tensors + 1);
+    first_chunk_.push_back(0);
+  }
+
+  // Tensor number views().size(). `dims` as reduce_dims gives them where the tensor is not contiguous, else null.
+  void add(const void* data, Dtype dtype, int64_t numel, const Dims* dims = nullptr) {
+    // Kept in a deque: views point into it.
+    const Dims* kept = dims == nullptr || dims->dense() ? nullptr : &dims_.emplace_back(*dims);
+    views_.push_back({data, dtype, numel, kept});
+    first_chunk_.push_back(n_chunks() + count_chunks(numel, kChunkNumel));
+    cost_numel_ += numel + kTensorNumel;
+    // After a backward small gradients are out of the near caches: all are under way before the first is needed.
+    const int64_t n_bytes = std::min(numel * item_bytes(dtype), kPrefetchBytes);
+    for (int64_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at);
+  }
+
+  const std::vector<View>& views() const { return views_; }
+  int64_t n_tensors() const { return static_cast<int64_t>(views_.size()); }
+  int64_t first_chunk(int64_t k) const { return first_chunk_[k]; }  // k up to and with n_tensors()
+  int64_t n_chunks() const { return first_chunk_.back(); }
+
+  // Calls each(chunk_number, chunk) for every chunk, on torch's threads, with an `Environment` alive on each. Threads
+  // take batches as they get free; what a chunk is does not depend on that.
+  template <typename Environment, typename Each>
+  void for_each_chunk(const Each& each) const {
+    const auto run = [&](int64_t begin, int64_t end) {
+      const Environment environment;
+      int64_t k = find_tensor(first_chunk_.data(), n_tensors(), begin);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        while (first_chunk_[k + 1] <= chunk) ++k;
+        each(chunk, chunk_range(k, views_[k].numel, first_chunk_[k], chunk, kChunkNumel));
+      }
+    };
+    if (n_chunks() == 0) return;
+    const int64_t n_threads = torch::stable::get_num_threads();
+    if (n_threads == 1 || n_chunks() == 1 || cost_numel_ <= kSerialNumel) return run(0, n_chunks());
+    const int64_t batch = std::max<int64_t>(1, n_chunks() * kChunkNumel / cost_numel_);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
+      for (int64_t begin; (begin = next.fetch_add(batch, std::memory_order_relaxed)) < n_chunks();) {
+        run(begin, std::min(begin + batch, n_chunks()));
+      }
+    });
+  }
+
+ private:
+  std::vector<View> views_;
+  std::deque<Dims> dims_;
+  std::vector<int64_t> first_chunk_;
+  int64_t cost_numel_ = 0;
+};
+
+// Writes the raw rows [n_tensors, kStats] of a pass.
+inline void grad_stats(const Work& work, double* rows) {
+  const Isa isa = best_isa();
+  std::vector<Stats> partials(work.n_chunks());
+  work.for_each_chunk<FloatEnvironment>([&](int64_t number, const Chunk& chunk) {
+    partials[number] = chunk_stats(work.views()[chunk.tensor], chunk.begin, chunk.end, isa);
+  });
+  const FloatEnvironment environment;
+  for (int64_t k = 0; k < work.n_tensors(); ++k) {
+    Stats stats = identity();
+    for (int64_t chunk = work.first_chunk(k); chunk < work.first_chunk(k + 1); ++chunk)
+      stats = merge(stats, partials[chunk]);
+    finish(stats, rows + k * kStats);
+  }
+}
+
+}  // namespace gradprobe::cpu

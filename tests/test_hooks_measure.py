@@ -1,0 +1,112 @@
+"""The pass that the C++ hooks run themselves gives what the operator gives, and refuses what it cannot take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradprobe
+from gradprobe import hooks, ops
+
+pytestmark = pytest.mark.skipif(hooks.native_hooks()[0] is None, reason=f"C++ hooks: {hooks.native_hooks()[1]}")
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other column": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "one row expanded": lambda x: x[:1].expand(x.shape),
+    "folded onto itself": lambda x: x.flatten()[:25].as_strided((5, 7), (1, 3)),
+}
+
+
+def with_gradients(gradients: list[torch.Tensor | None]) -> tuple[hooks.Taps, list[torch.Tensor]]:
+    parameters = [
+        torch.zeros(3) if gradient is None else torch.zeros(gradient.shape, dtype=gradient.dtype)
+        for gradient in gradients
+    ]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_()
+        parameter.grad = gradient
+    return hooks.install(parameters), parameters
+
+
+def rows_for(gradients: list[torch.Tensor | None]) -> torch.Tensor:
+    return torch.full((len(gradients), 6), torch.nan, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_same_bits_as_the_operator(layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gradients = [LAYOUTS[layout](torch.randn(5, 7, dtype=dtype)), torch.empty(0, 2, dtype=dtype)]
+    gradients.append(LAYOUTS[layout](torch.randn(300, 301).to(dtype)) if layout != "folded onto itself" else None)
+    gradients = [gradient for gradient in gradients if gradient is not None]
+    taps, _ = with_gradients(gradients)
+    rows, expected = rows_for(gradients), rows_for(gradients)
+    assert taps.measure(rows) == (True, False, 0)
+    ops.resolve("native", torch.device("cpu")).grad_stats_into(gradients, expected)
+    assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        None,
+        torch.ones(3).to_sparse(),
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3, dtype=torch.float8_e5m2),
+    ],
+    ids=["missing", "sparse", "complex", "float8"],
+)
+def test_what_the_kernels_cannot_take_is_left_to_others(gradient: torch.Tensor | None) -> None:
+    gradients = [torch.ones(2), gradient]
+    taps, _ = with_gradients(gradients)
+    rows = rows_for(gradients)
+    assert taps.measure(rows) == (False, False, 0)
+    assert rows.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("gradient", "total"),
+    [
+        (torch.complex(torch.zeros(3), torch.ones(3)).conj().imag, -3.0),
+        (torch._efficientzerotensor(3, dtype=torch.float32), 0.0),
+    ],
+    ids=["negated view", "zero tensor"],
+)
+def test_values_that_are_not_in_the_memory_are_right(gradient: torch.Tensor, total: float) -> None:
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(3))])
+    probe = gradprobe.attach(model)
+    model[0].grad = gradient
+    with pytest.warns(gradprobe.GradprobeWarning, match="no hook fired"):
+        probe.step()
+    site = probe.latest()["0"]
+    assert site.mean * site.numel == total
+    assert site.numel == 3
+
+
+def test_looks_on_the_way() -> None:
+    taps, (first, second) = with_gradients([None, None])
+    rows = torch.zeros(2, 6, dtype=torch.float64)
+    (first.sum() + second.sum()).backward()
+    assert taps.measure(rows) == (True, False, 2)
+    second.grad.mul_(2)
+    assert taps.measure(None) == (False, True, 2)
+    assert taps.measure(rows) == (True, True, 2)
+    assert rows[:, 0].tolist() == [3.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        torch.zeros(1, 6, dtype=torch.float64),
+        torch.zeros(2, 6),
+        torch.zeros(6, 2, dtype=torch.float64).t(),
+        torch.zeros(12, dtype=torch.float64),
+    ],
+    ids=["too few", "float32", "strided", "flat"],
+)
+def test_wrong_rows_are_refused(rows: torch.Tensor) -> None:
+    taps, _ = with_gradients([torch.ones(2), torch.ones(3)])
+    with pytest.raises(RuntimeError, match=r"rows: needed a contiguous float64 tensor of shape \[2, 6\], got"):
+        taps.measure(rows)
