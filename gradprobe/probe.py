@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils.hooks import RemovableHandle
 
 from gradprobe import hooks, sinks
-from gradprobe.amp import ScalerWatch
 from gradprobe.arguments import When, check_attach, check_loss, check_max_norm, check_shares_parameters
+from gradprobe.boundaries import StepBoundaries
 from gradprobe.collector import Collector
 from gradprobe.diagnose import Finding, diagnose
 from gradprobe.errors import ArgumentError, GradprobeError, GradprobeWarning
+from gradprobe.history import History
 from gradprobe.measured import Measured, Provenance
-from gradprobe.record import Finished, Record, Slot
+from gradprobe.record import Slot
 from gradprobe.sites import Site, newly_trainable, parameter_sites
 from gradprobe.snapshot import SiteTable, Snapshot, to_pandas
 
@@ -147,23 +145,17 @@ class Probe:
         self._collector = Collector(self._found.parameters, backend)
         self._model = weakref.ref(model)
         self._every = every
-        self._capacity = capacity
         self._when: When = when if when != "auto" else ("step" if optimizer is not None else "backward")
         self._averages = isinstance(model, nn.parallel.DistributedDataParallel) and self._when == "step"
         self._table = _site_table(self._found.sites)
-        self._record = Record(capacity, self._collector.rows_on)
-        self._archive: deque[Snapshot] = deque(maxlen=capacity)  # steps from before the model moved
+        self._history = History(capacity, self._collector.rows_on, self._table, self._collector.in_site_order)
         self._step = 0
         self._n_measured = 0
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured
         self._clipped = False
-        self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
-        self._optimizer_stepped = False
-        self._step_depth = 0
         self._last_was_measured = False
         self._scale: torch.Tensor | float = 1.0
-        self._skipped: torch.Tensor | float = 0.0
         self._provenance = Provenance("unscaled", "local", "pre-clip")
         self._observed = np.zeros(len(self._found.sites), dtype=np.bool_)
         self._all_observed = False
@@ -171,18 +163,7 @@ class Probe:
         self._told: set[str] = set()
         self._detached = False
         self._taps = self._install_taps()
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._handles: list[RemovableHandle] = []
-        if optimizer is not None:  # these references keep the probe alive for a caller who keeps none
-            self._handles = [
-                optimizer.register_step_pre_hook(partial(self._on_optimizer_step, after=False)),
-                optimizer.register_step_post_hook(partial(self._on_optimizer_step, after=True)),
-            ]
-        self._scaler: ScalerWatch | None = None
-        if grad_scaler is not None:
-            self._scaler = ScalerWatch(
-                grad_scaler, optimizer, self._taps.sight, self._on_scaler_stepping, self._on_scaler_stepped
-            )
+        self._boundaries = StepBoundaries(optimizer, grad_scaler, self._taps, self._close)
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -198,13 +179,10 @@ class Probe:
         """
         self._check_attached()
         check_loss(loss)
-        if self._closed_by == "optimizer" and self._taps.n_fired() == 0:
-            self._closed_by = "nobody"
-            if loss is not None and self._last_was_measured:
-                self._record.add_loss(loss)
-            return
-        self._close(loss)
-        self._closed_by = "user"
+        if not self._boundaries.closed_by_optimizer():
+            self._boundaries.close_by_user(loss)
+        elif loss is not None and self._last_was_measured:
+            self._history.record.add_loss(loss)
 
     def latest(self, wait: bool = False) -> Snapshot | None:
         """Gives the newest finished step.
@@ -215,17 +193,11 @@ class Probe:
         Returns:
             The snapshot, or None where no step is finished.
         """
-        for position in reversed(self._record.positions()):
-            finished = self._record.read(position, wait)
-            if finished is not None:
-                return self._snapshot(finished)
-        return self._archive[-1] if self._archive else None
+        return self._history.latest(wait)
 
     def history(self) -> list[Snapshot]:
         """Gives the finished steps that are kept, oldest first; waits for the device."""
-        finished = (self._record.read(position, wait=True) for position in self._record.positions())
-        snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
-        return snapshots[-self._capacity :]
+        return self._history.all()
 
     def to_pandas(self) -> pandas.DataFrame:
         """Gives the history as one tidy table: a row for each step and site, a column for each statistic."""
@@ -287,7 +259,7 @@ class Probe:
         check_max_norm(max_norm)
         if self._measured is None or self._when == "hook" or self._taps.modified():
             self._measure()
-        total = self._collector.total_norm(self._record.rows())
+        total = self._collector.total_norm(self._history.record.rows())
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(f"clip_grad_norm_: need a finite total norm; got {total.item()}")
         gradients, regular = self._taps.gradients()
@@ -313,15 +285,11 @@ class Probe:
             return
         self._detached = True
         self._taps.remove()
-        for handle in self._handles:
-            handle.remove()
-        if self._scaler is not None:
-            self._scaler.remove()
+        self._boundaries.remove()
         model = self._model()
         if model is not None and _attached.get(model) is self:
             del _attached[model]
-        self._archive_history()
-        self._record = Record(1, {})
+        self._history.archive()
         self._collector.release()
         self._found = replace(self._found, parameters=())
         self._taps = hooks.PythonTaps((), None)
@@ -376,56 +344,19 @@ class Probe:
             n_sites = len(self._found.sites)
             self._measured = Measured(np.zeros(n_sites, dtype=np.bool_), np.zeros(n_sites, dtype=np.int64))
             self._describe("pre-clip")
-        self._measured.numels[k] = self._collector.measure_one(k, gradient, self._record.rows())
+        self._measured.numels[k] = self._collector.measure_one(k, gradient, self._history.record.rows())
         self._measured.present[k] = True
-
-    def _on_optimizer_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], *, after: bool
-    ) -> None:
-        if not self._is_outermost(after):
-            return
-        # a closure runs its backward inside the step, so that the gradients are there only afterwards
-        has_closure = any(callable(value) for value in (*args, *kwargs.values()))
-        if has_closure == after:
-            self._optimizer_stepped = True
-            self._close_by_optimizer(getattr(optimizer, "found_inf", None))
-
-    def _is_outermost(self, after: bool) -> bool:
-        # torch runs the hooks again where a subclass's step calls its parent's
-        if after:
-            self._step_depth = max(0, self._step_depth - 1)
-            return self._step_depth == 0
-        if self._taps.n_fired() > 0:  # a new backward: an earlier step has raised and not come back
-            self._step_depth = 0
-        self._step_depth += 1
-        return self._step_depth == 1
-
-    def _on_scaler_stepping(self) -> None:
-        self._optimizer_stepped = False
-
-    def _on_scaler_stepped(self, found_inf: torch.Tensor) -> None:
-        if self._optimizer is None:
-            self._skipped = found_inf
-        elif not self._optimizer_stepped:  # the scaler did not let it
-            self._close_by_optimizer(found_inf)
-
-    def _close_by_optimizer(self, found_inf: torch.Tensor | None) -> None:
-        if self._closed_by == "user" and self._taps.n_fired() == 0:
-            self._closed_by = "nobody"  # step() was called just before
-            return
-        self._close(None, found_inf)
-        self._closed_by = "optimizer"
 
     def _measure(self) -> None:
         if self._taps.converted():
             self._regroup_if_moved()
-        done, modified, n_fired = self._taps.measure(self._collector.native_rows(self._record.rows()))
+        done, modified, n_fired = self._taps.measure(self._collector.native_rows(self._history.record.rows()))
         self._describe("post-clip" if modified else "pre-clip")
         if done:
             self._measured = self._collector.all_present
         else:
             self._regroup_if_moved()
-            self._measured = self._collector.measure(*self._taps.gradients(), self._record.rows())
+            self._measured = self._collector.measure(*self._taps.gradients(), self._history.record.rows())
         if self._wanted() and n_fired < len(self._found.sites):
             unhooked = self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
             if unhooked.any():
@@ -437,25 +368,20 @@ class Probe:
                 )
 
     def _describe(self, clipping: Literal["pre-clip", "post-clip"]) -> None:
-        scale = self._scaler.inverse_scale() if self._scaler is not None else None
-        optimizer = self._optimizer() if self._optimizer is not None else None
-        fused_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes the scale itself
-        if scale is None and isinstance(fused_scale, torch.Tensor):
-            scale = fused_scale.double().reciprocal()
+        scale = self._boundaries.inverse_scale()
         self._scale = 1.0 if scale is None else scale
         self._provenance = Provenance("unscaled", "averaged" if self._averages else "local", clipping)
 
-    def _close(self, loss: torch.Tensor | float | None, found_inf: torch.Tensor | None = None) -> None:
+    def _close(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
         wanted = self._wanted()
         if wanted:
             # after a clip_grad_norm_ a fired tap means that another backward has added to the gradients
             if self._measured is None or (self._when == "step" and self._taps.n_fired() > 0 and self._clipped):
                 self._measure()
-            self._finish(loss, self._skipped if found_inf is None else found_inf)
+            self._finish(loss, skipped)
         self._last_was_measured = wanted and self._measured is not None
         self._measured = None
         self._clipped = False
-        self._skipped = 0.0
         self._step += 1
         self._taps.reset()
         self._set_enabled()
@@ -472,7 +398,7 @@ class Probe:
                 "or attach with when='hook' if the optimizer steps inside backward; nothing was recorded",
             )
             return
-        self._record.commit(Slot(self._step, self._provenance, measured), loss, self._scale, skipped)
+        self._history.record.commit(Slot(self._step, self._provenance, measured), loss, self._scale, skipped)
         self._n_measured += 1
         if is_complete and self._all_observed:
             return
@@ -483,27 +409,9 @@ class Probe:
 
     def _regroup_if_moved(self) -> None:
         if self._collector.moved():
-            self._archive_history()
+            self._history.archive()
             self._collector.regroup()
-            self._record = Record(self._capacity, self._collector.rows_on)
-
-    def _archive_history(self) -> None:
-        kept = self.history()
-        self._archive.clear()
-        self._archive.extend(kept)
-
-    def _snapshot(self, finished: Finished) -> Snapshot:
-        slot = finished.slot
-        return Snapshot(
-            step=slot.step,
-            loss=finished.loss,
-            provenance=slot.provenance,
-            skipped=finished.skipped,
-            table=self._table,
-            rows=self._collector.in_site_order(finished.rows),
-            measured=slot.measured,
-            scale=finished.scale,
-        )
+            self._history.restart(self._collector.rows_on)
 
     def _set_enabled(self) -> None:
         self._taps.set_enabled(self._wanted())

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gradprobe"
 STAGES = (
     {"errors", "measured", "strict_json"},
     {"ops"},
-    {"sites", "hooks", "amp", "arguments", "nn", "networks"},
+    {"sites", "hooks", "amp", "boundaries", "arguments", "nn", "networks"},
     {"collector"},
     {"record"},
     {"snapshot"},
+    {"history"},
     {"diagnose"},
     {"sinks"},
     {"report"},

@@ -1,0 +1,80 @@
+"""The finished steps of a probe as snapshots: those in the ring, and those from before the model moved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+
+from gradprobe.measured import FloatArray
+from gradprobe.record import Finished, Record
+from gradprobe.snapshot import SiteTable, Snapshot
+
+InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
+
+
+class History:
+    """Owns the record and reads it.
+
+    Args:
+        capacity: Number of steps kept.
+        rows_on: Number of site rows for each device.
+        table: Site names.
+        in_site_order: Puts the rows of all devices into the order of the table.
+    """
+
+    def __init__(
+        self, capacity: int, rows_on: Mapping[torch.device, int], table: SiteTable, in_site_order: InSiteOrder
+    ) -> None:
+        self._capacity = capacity
+        self._table = table
+        self._in_site_order = in_site_order
+        self._archive: deque[Snapshot] = deque(maxlen=capacity)
+        self.record = Record(capacity, rows_on)
+
+    def archive(self) -> None:
+        """Keeps what the record holds as snapshots; waits for the device."""
+        kept = self.all()
+        self._archive.clear()
+        self._archive.extend(kept)
+        self.record = Record(1, {})
+
+    def restart(self, rows_on: Mapping[torch.device, int]) -> None:
+        """Opens a new record, after `archive`.
+
+        Args:
+            rows_on: Number of site rows for each device.
+        """
+        self.record = Record(self._capacity, rows_on)
+
+    def latest(self, wait: bool) -> Snapshot | None:
+        """Gives the newest finished step that has arrived, None where there is none.
+
+        Args:
+            wait: Wait for the device, so that the newest finished step has arrived.
+        """
+        for position in reversed(self.record.positions()):
+            finished = self.record.read(position, wait)
+            if finished is not None:
+                return self._snapshot(finished)
+        return self._archive[-1] if self._archive else None
+
+    def all(self) -> list[Snapshot]:
+        """Gives the finished steps that are kept, oldest first; waits for the device."""
+        finished = (self.record.read(position, wait=True) for position in self.record.positions())
+        snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
+        return snapshots[-self._capacity :]
+
+    def _snapshot(self, finished: Finished) -> Snapshot:
+        slot = finished.slot
+        return Snapshot(
+            step=slot.step,
+            loss=finished.loss,
+            provenance=slot.provenance,
+            skipped=finished.skipped,
+            table=self._table,
+            rows=self._in_site_order(finished.rows),
+            measured=slot.measured,
+            scale=finished.scale,
+        )
