@@ -3,62 +3,13 @@
 #include <cstdint>
 
 #include "cpu/half.h"
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
 #include "stats.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define GRADPROBE_X86_LEVELS
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-// Vectors never cross the boundary of a function that is not inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-// GCC's own AVX-512 headers start from a register that they leave undefined on purpose (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#define GRADPROBE_LANES baseline
-#define GRADPROBE_VECTOR_BYTES 16
-#include "cpu/grad_stats_lanes.h"
-
-#if defined(GRADPROBE_X86_LEVELS)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define GRADPROBE_LANES avx2
-#define GRADPROBE_VECTOR_BYTES 32
-#include "cpu/grad_stats_lanes.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("popcnt,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("popcnt,avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
-#endif
-#define GRADPROBE_LANES avx512
-#define GRADPROBE_VECTOR_BYTES 64
-#include "cpu/grad_stats_lanes.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // GRADPROBE_X86_LEVELS
+#define GRADPROBE_PER_ISA "cpu/grad_stats_lanes.h"
+#include "cpu/each_isa.h"
 
 namespace gradprobe::cpu {
 
@@ -87,12 +38,8 @@ Isa best_isa() {
 namespace {
 
 Stats dense_stats(Dtype dtype, const void* data, int64_t n, Isa isa) {
-#if defined(GRADPROBE_X86_LEVELS)
-  if (isa == Isa::kAvx512) return avx512::stats_of(dtype, data, n);
-  if (isa == Isa::kAvx2) return avx2::stats_of(dtype, data, n);
-#endif
-  (void)isa;
-  return baseline::stats_of(dtype, data, n);
+  const auto stats = GRADPROBE_CHOOSE(isa, elements_stats);
+  return stats(dtype, data, n);
 }
 
 template <typename Word>

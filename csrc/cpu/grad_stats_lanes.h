@@ -1,12 +1,8 @@
-// The vector loops of grad_stats for one instruction set. grad_stats.cpp includes this file once per set, each time
-// with
-//   GRADPROBE_LANES         the namespace
-//   GRADPROBE_VECTOR_BYTES  the width of a register: 16, 32 or 64
-// and with the compiler's target set to match. No include guard, and no headers of its own, for that reason.
+// The vector loops of grad_stats for one instruction set, for cpu/each_isa.h.
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
-namespace gradprobe::cpu::GRADPROBE_LANES {
+namespace gradprobe::cpu::GRADPROBE_ISA {
 
 constexpr int kBytes = GRADPROBE_VECTOR_BYTES;
 constexpr int kFloats = kBytes / 4;
@@ -362,7 +358,7 @@ static Stats stats_of(const double* data, int64_t n) {
   return stats;
 }
 
-static Stats stats_of(Dtype dtype, const void* data, int64_t n) {
+static Stats elements_stats(Dtype dtype, const void* data, int64_t n) {
   switch (dtype) {
     case Dtype::kFloat16:
       return stats_of(static_cast<const Float16*>(data), n);
@@ -376,8 +372,6 @@ static Stats stats_of(Dtype dtype, const void* data, int64_t n) {
   return stats_of(static_cast<const double*>(data), n);
 }
 
-}  // namespace gradprobe::cpu::GRADPROBE_LANES
+}  // namespace gradprobe::cpu::GRADPROBE_ISA
 
 #undef GRADPROBE_INLINE
-#undef GRADPROBE_LANES
-#undef GRADPROBE_VECTOR_BYTES

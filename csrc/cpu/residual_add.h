@@ -10,7 +10,7 @@
 namespace gradprobe::cpu {
 
 // Elements [begin, end) of y = x + f, or max(x + f, 0), with end - begin <= kChunkNumel; operands are dense memory, in
-// the same order. `of_y` gets the statistics of the chunk, unless null.
+// the same order. `of_y` gets the statistics of the chunk, unless null; where it is null, y may be x or f.
 void add_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t begin, int64_t end, bool relu, Isa isa,
                Stats* of_y);
 

@@ -1,13 +1,11 @@
-// The loops of residual_add for one instruction set. Without statistics they are left to the compiler to vectorise; for
-// float32 with statistics, a group of elements is computed, written and counted in registers, by the loops of
-// grad_stats. residual_add.cpp includes this file once per set, after grad_stats_lanes.h, each time with
-//   GRADPROBE_LOOPS     the namespace, that of grad_stats_lanes.h
-//   GRADPROBE_HAS_F16C  1 where the processor converts float16 by itself
-// and with the compiler's target set to match. No include guard, and no headers of its own, for that reason.
+// The loops of residual_add for one instruction set, for cpu/each_isa.h. Without statistics they are left to the
+// compiler to vectorise; for float32 with statistics, a group of elements is computed, written and counted in
+// registers, by the loops of grad_stats.
+#include "cpu/grad_stats_lanes.h"
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
-namespace gradprobe::cpu::GRADPROBE_LOOPS {
+namespace gradprobe::cpu::GRADPROBE_ISA {
 
 // As torch.relu on the CPU: NaN and -0 stay what they are.
 template <bool kRelu, typename T>
@@ -16,20 +14,23 @@ static inline T join(T x, T f) {
   return kRelu && sum < 0 ? T{0} : sum;
 }
 
+// y may be x or f, so no pointer is restricted: each element depends on those of its own number alone.
 template <bool kRelu, typename T>
-static void add(const T* x, const T* f, T* __restrict y, int64_t n) {
+static void add(const T* x, const T* f, T* y, int64_t n) {
+  GRADPROBE_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) y[i] = join<kRelu>(x[i], f[i]);
 }
 
 template <bool kRelu>
-static void add_bfloat16(const uint16_t* x, const uint16_t* f, uint16_t* __restrict y, int64_t n) {
+static void add_bfloat16(const uint16_t* x, const uint16_t* f, uint16_t* y, int64_t n) {
+  GRADPROBE_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     y[i] = narrow_to_bfloat16(join<kRelu>(widen_bfloat16(x[i]), widen_bfloat16(f[i])));
   }
 }
 
 template <bool kRelu>
-static void add_float16(const uint16_t* x, const uint16_t* f, uint16_t* __restrict y, int64_t n) {
+static void add_float16(const uint16_t* x, const uint16_t* f, uint16_t* y, int64_t n) {
   int64_t i = 0;
 #if GRADPROBE_HAS_F16C
   for (; i + 8 <= n; i += 8) {
@@ -191,7 +192,7 @@ static void join_chunk(Dtype dtype, const void* x, const void* f, void* y, int64
   join_dense(dtype, x, f, y, n, relu);
   if (of_y == nullptr) return;
   const FloatEnvironment environment;
-  *of_y = stats_of(dtype, y, n);
+  *of_y = elements_stats(dtype, y, n);
 }
 
 static void mask_chunk(Dtype dtype, const void* grad_y, const void* y, void* grad_x, int64_t n, Stats* of_both) {
@@ -206,12 +207,10 @@ static void mask_chunk(Dtype dtype, const void* grad_y, const void* y, void* gra
   }
   if (of_both == nullptr) return;
   const FloatEnvironment environment;
-  of_both[0] = stats_of(dtype, grad_y, n);
-  of_both[1] = y == nullptr ? of_both[0] : stats_of(dtype, grad_x, n);
+  of_both[0] = elements_stats(dtype, grad_y, n);
+  of_both[1] = y == nullptr ? of_both[0] : elements_stats(dtype, grad_x, n);
 }
 
-}  // namespace gradprobe::cpu::GRADPROBE_LOOPS
+}  // namespace gradprobe::cpu::GRADPROBE_ISA
 
 #undef GRADPROBE_INLINE
-#undef GRADPROBE_LOOPS
-#undef GRADPROBE_HAS_F16C

@@ -3,43 +3,19 @@
 #include <cstdint>
 
 #include "cpu/half.h"
+#include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#endif
-
-#define GRADPROBE_LOOPS baseline
-#define GRADPROBE_HAS_F16C 0
-#include "cpu/scale_loops.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define GRADPROBE_LOOPS avx2
-#define GRADPROBE_HAS_F16C 1
-#include "cpu/scale_loops.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define GRADPROBE_PER_ISA "cpu/scale_loops.h"
+#include "cpu/each_isa.h"
 
 namespace gradprobe::cpu {
 namespace {
 
 void scale_dense(Dtype dtype, void* data, int64_t n, double coefficient, Isa isa) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (isa != Isa::kBaseline) return avx2::scale(dtype, data, n, coefficient);
-#endif
-  (void)isa;
-  baseline::scale(dtype, data, n, coefficient);
+  const auto scale = GRADPROBE_CHOOSE(isa, scale_elements);
+  scale(dtype, data, n, coefficient);
 }
 
 template <typename Word>

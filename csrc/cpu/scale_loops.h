@@ -1,10 +1,6 @@
-// The loops of scale_ for one instruction set, left to the compiler to vectorise. scale.cpp includes this file once per
-// set, each time with
-//   GRADPROBE_LOOPS     the namespace
-//   GRADPROBE_HAS_F16C  1 where the processor converts float16 by itself
-// and with the compiler's target set to match. No include guard, and no headers of its own, for that reason.
+// The loops of scale_ for one instruction set, for cpu/each_isa.h; left to the compiler to vectorise.
 
-namespace gradprobe::cpu::GRADPROBE_LOOPS {
+namespace gradprobe::cpu::GRADPROBE_ISA {
 
 static void scale(float* data, int64_t n, float coefficient) {
   for (int64_t i = 0; i < n; ++i) data[i] *= coefficient;
@@ -31,7 +27,7 @@ static void scale_float16(uint16_t* data, int64_t n, float coefficient) {
   for (; i < n; ++i) data[i] = narrow_to_float16(widen_float16(data[i]) * coefficient);
 }
 
-static void scale(Dtype dtype, void* data, int64_t n, double coefficient) {
+static void scale_elements(Dtype dtype, void* data, int64_t n, double coefficient) {
   switch (dtype) {
     case Dtype::kFloat16:
       return scale_float16(static_cast<uint16_t*>(data), n, static_cast<float>(coefficient));
@@ -44,7 +40,4 @@ static void scale(Dtype dtype, void* data, int64_t n, double coefficient) {
   }
 }
 
-}  // namespace gradprobe::cpu::GRADPROBE_LOOPS
-
-#undef GRADPROBE_LOOPS
-#undef GRADPROBE_HAS_F16C
+}  // namespace gradprobe::cpu::GRADPROBE_ISA

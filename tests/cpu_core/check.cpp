@@ -1,6 +1,7 @@
 // Runs the CPU kernels of every instruction set that this processor has, outside torch, so that sanitizers see each
 // load: every buffer is a heap block of exactly the elements' size. Results are checked against long double. Exits 1
 // with a line per failure.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -14,6 +15,7 @@
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
+#include "cpu/residual_add.h"
 #include "stats.h"
 
 using namespace gradprobe;
@@ -50,7 +52,7 @@ double widen(Dtype dtype, const void* element) {
 }
 
 // Random bits: every magnitude, sign and special value of the dtype. With `exponents` > 0, exponent fields of that many
-// neighbouring values.
+// neighbouring values, powers of two and zeros among them.
 void fill(Dtype dtype, void* data, int64_t n, std::mt19937_64& random, int first_exponent, int exponents) {
   const int64_t width = item_bytes(dtype);
   const int fraction_bits = dtype == Dtype::kFloat16    ? 10
@@ -62,7 +64,8 @@ void fill(Dtype dtype, void* data, int64_t n, std::mt19937_64& random, int first
     if (exponents > 0) {
       const uint64_t sign = (bits & 1) << (8 * width - 1);
       const uint64_t exponent = first_exponent + (bits >> 1) % exponents;
-      bits = sign | exponent << fraction_bits | ((random() >> 11) & ((uint64_t{1} << fraction_bits) - 1));
+      const uint64_t fraction = (random() >> 11) & ((uint64_t{1} << fraction_bits) - 1);
+      bits = sign | exponent << fraction_bits | (random() % 16 == 0 ? 0 : fraction);
       if (random() % 16 == 0) bits = sign;
     }
     std::memcpy(static_cast<char*>(data) + i * width, &bits, width);
@@ -196,6 +199,115 @@ void check_scale(Dtype dtype, Isa isa) {
   }
 }
 
+// Rounded to nearest, ties to even, from the definition of the format.
+double rounded(Dtype dtype, double x) {
+  if (dtype == Dtype::kFloat64 || x == 0 || !std::isfinite(x)) return x;
+  const bool is_half = dtype == Dtype::kFloat16, is_brain = dtype == Dtype::kBFloat16;
+  const int digits = is_half ? 11 : is_brain ? 8 : 24;
+  const int smallest = is_half ? -24 : is_brain ? -133 : -149;
+  const double largest = is_half ? 65504 : is_brain ? 0x1.fep+127 : 0x1.fffffep+127;
+  const int unit = std::max(std::ilogb(x) - (digits - 1), smallest);
+  const double result = std::ldexp(std::nearbyint(std::ldexp(x, -unit)), unit);
+  return std::fabs(result) > largest ? std::copysign(std::numeric_limits<double>::infinity(), x) : result;
+}
+
+bool identical(double a, double b) {
+  return std::isnan(a) ? std::isnan(b) : a == b && std::signbit(a) == std::signbit(b);
+}
+
+// A heap block of exactly n elements.
+struct Buffer {
+  Buffer(Dtype dtype, int64_t n) : dtype(dtype), n(n), data(new char[n * item_bytes(dtype)]) {}
+  Buffer(const Buffer& other) : Buffer(other.dtype, other.n) {
+    std::memcpy(data.get(), other.data.get(), n * item_bytes(dtype));
+  }
+  double operator[](int64_t i) const { return widen(dtype, data.get() + i * item_bytes(dtype)); }
+
+  Dtype dtype;
+  int64_t n;
+  std::unique_ptr<char[]> data;
+};
+
+void check_elements(const char* what, Isa isa, const std::vector<double>& expected, const Buffer& actual) {
+  for (int64_t i = 0; i < actual.n; ++i) {
+    if (identical(actual[i], expected[i])) continue;
+    ++failures;
+    std::printf("%s %s %s: element %lld of %lld is %.17g, needed %.17g\n", what,
+                kDtypeNames[static_cast<int>(actual.dtype)], kIsaNames[static_cast<int>(isa)],
+                static_cast<long long>(i), static_cast<long long>(actual.n), actual[i], expected[i]);
+    return;
+  }
+}
+
+void check_join(Isa isa, const Buffer& x, const Buffer& f, bool relu, int64_t middle) {
+  const Dtype dtype = x.dtype;
+  const int64_t n = x.n;
+  std::vector<double> expected(n), doubled(n);
+  for (int64_t i = 0; i < n; ++i) {
+    expected[i] = rounded(dtype, x[i] + f[i]);
+    doubled[i] = rounded(dtype, x[i] + x[i]);
+    if (relu && expected[i] < 0) expected[i] = 0;
+    if (relu && doubled[i] < 0) doubled[i] = 0;
+  }
+  const auto join = [&](const Buffer& of_x, const Buffer& of_f, Buffer& y, Stats* first, Stats* second) {
+    add_chunk(dtype, of_x.data.get(), of_f.data.get(), y.data.get(), 0, middle, relu, isa, first);
+    add_chunk(dtype, of_x.data.get(), of_f.data.get(), y.data.get(), middle, n, relu, isa, second);
+  };
+  Buffer y(dtype, n), counted(dtype, n), in_x(x), in_f(f), in_both(x);
+  Stats first, second;
+  join(x, f, y, nullptr, nullptr);
+  check_elements("sum", isa, expected, y);
+  join(x, f, counted, &first, &second);
+  check_elements("sum with statistics", isa, expected, counted);
+  check("sum", dtype, isa, expected, merge(first, second));
+  join(in_x, f, in_x, nullptr, nullptr);
+  check_elements("sum in place of x", isa, expected, in_x);
+  join(x, in_f, in_f, nullptr, nullptr);
+  check_elements("sum in place of f", isa, expected, in_f);
+  join(in_both, in_both, in_both, nullptr, nullptr);
+  check_elements("sum in place of both", isa, doubled, in_both);
+}
+
+void check_mask(Isa isa, const Buffer& grad_y, const Buffer& y, int64_t middle) {
+  const Dtype dtype = y.dtype;
+  const int64_t n = y.n;
+  std::vector<double> incoming(n), expected(n);
+  for (int64_t i = 0; i < n; ++i) {
+    incoming[i] = grad_y[i];
+    expected[i] = y[i] <= 0 ? 0 : incoming[i];
+  }
+  for (const bool masks : {true, false}) {
+    const char* of_y = masks ? y.data.get() : nullptr;
+    const std::vector<double>& outgoing = masks ? expected : incoming;
+    Buffer grad_x(dtype, n), counted(dtype, n);
+    Stats first[2], second[2];
+    mask_chunk(dtype, grad_y.data.get(), of_y, grad_x.data.get(), 0, n, isa, nullptr);
+    check_elements("gradient", isa, outgoing, grad_x);
+    mask_chunk(dtype, grad_y.data.get(), of_y, counted.data.get(), 0, middle, isa, first);
+    mask_chunk(dtype, grad_y.data.get(), of_y, counted.data.get(), middle, n, isa, second);
+    check_elements("gradient with statistics", isa, outgoing, counted);
+    check("incoming gradient", dtype, isa, incoming, merge(first[0], second[0]));
+    check("outgoing gradient", dtype, isa, outgoing, merge(first[1], second[1]));
+  }
+}
+
+void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
+  const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
+  // All bit patterns; numbers that nearly cancel; the lowest and the highest exponents; what is no number.
+  const Exponents kinds[] = {{0, 0}, {top / 2, 2}, {0, 3}, {top - 3, 3}, {top - 1, 2}};
+  for (int64_t n : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 129, 1000, 4095, 4097, 9001}) {
+    for (const Exponents& kind : kinds) {
+      Buffer x(dtype, n), f(dtype, n);
+      fill(dtype, x.data.get(), n, random, kind.first, kind.count);
+      fill(dtype, f.data.get(), n, random, kind.first, kind.count);
+      const int64_t middle = random() % (n + 1);
+      check_join(isa, x, f, false, middle);
+      check_join(isa, x, f, true, middle);
+      check_mask(isa, x, f, middle);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -214,6 +326,7 @@ int main(int argc, char** argv) {
     for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64}) {
       check_dense(dtype, isa, random);
       check_strided(dtype, isa, random);
+      check_residual(dtype, isa, random);
       if (item_bytes(dtype) == 2) check_scale(dtype, isa);
     }
     std::printf("checked %s\n", kIsaNames[i]);
