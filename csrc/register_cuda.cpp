@@ -264,9 +264,53 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
   return {grad_x, rows};
 }
 
-// The kernels always take the statistics, which is nothing beside the memory that they read and write.
-Tensor residual_add(Tensor x, Tensor f, bool relu) { return std::get<0>(residual_add_stats(x, f, relu)); }
-Tensor residual_add_backward(Tensor grad_y, Tensor y) { return std::get<0>(residual_add_backward_stats(grad_y, y)); }
+// residual_add(Tensor x, Tensor f, bool relu) -> Tensor
+Tensor residual_add(Tensor x, Tensor f, bool relu) {
+  const Element element = check_operands(x, f, "x", "f");
+  const int32_t device_index = x.device().index();
+  const cuda::DeviceScope scope(device_index);
+  std::optional<Tensor> y = empty_sum(x, f);
+  if (!y) return sum_by_torch(x, f, relu);
+  check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element,
+                                  relu, nullptr, nullptr, cuda::current_stream(device_index)),
+               "residual_add", device_index);
+  return *y;
+}
+
+// residual_add_(Tensor(a!) x, Tensor f, bool relu) -> ()
+void residual_add_(Tensor x, Tensor f, bool relu) {
+  const Element element = check_operands(x, f, "x", "f");
+  if (x.numel() == 0) return;
+  check_writable(x, "x");
+  const int32_t device_index = x.device().index();
+  const cuda::DeviceScope scope(device_index);
+  const Tensor added = unchanged_by(x, f);
+  if (!is_dense(x)) {
+    torch::stable::copy_(x, sum_by_torch(x, added, relu));
+    return;
+  }
+  const Tensor in_order = in_order_of(x, added);
+  void* of_x = x.mutable_data_ptr();
+  check_launch(cuda::residual_add(of_x, in_order.const_data_ptr(), of_x, x.numel(), element, relu, nullptr, nullptr,
+                                  cuda::current_stream(device_index)),
+               "residual_add_", device_index);
+}
+
+// residual_add_backward(Tensor grad_y, Tensor y) -> Tensor
+Tensor residual_add_backward(Tensor grad_y, Tensor y) {
+  const Element element = check_operands(grad_y, y, "grad_y", "y");
+  const int32_t device_index = grad_y.device().index();
+  const cuda::DeviceScope scope(device_index);
+  Tensor grad_x = torch::stable::empty_like(y);
+  if (grad_x.numel() == 0) return grad_x;
+  const Tensor incoming = in_order_of(grad_x, grad_y);
+  const Tensor masking = in_order_of(grad_x, y);
+  check_launch(
+      cuda::residual_add_backward(incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(),
+                                  grad_x.numel(), element, nullptr, nullptr, cuda::current_stream(device_index)),
+      "residual_add_backward", device_index);
+  return grad_x;
+}
 
 }  // namespace
 }  // namespace gradprobe
@@ -275,6 +319,7 @@ STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
   m.impl("scale_", &gradprobe::scale_);
   m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
+  m.impl("residual_add_", TORCH_BOX(&gradprobe::residual_add_));
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
   m.impl("residual_add_stats", TORCH_BOX(&gradprobe::residual_add_stats));
   m.impl("residual_add_backward_stats", TORCH_BOX(&gradprobe::residual_add_backward_stats));

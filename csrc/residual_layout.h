@@ -42,6 +42,11 @@ inline void check_alike(const torch::stable::Tensor& a, const torch::stable::Ten
                   shape_of(b));
 }
 
+// Only for tensors with elements.
+inline cpu::Dims dims_of(const torch::stable::Tensor& x) {
+  return cpu::reduce_dims(x.sizes().data(), x.strides().data(), x.dim());
+}
+
 // Whether torch's add might take the operand for channels-last, whose strides in dimensions of size 1 it makes itself.
 inline bool has_ambiguous_strides(const torch::stable::Tensor& x) {
   if (x.dim() != 4 && x.dim() != 5) return false;
@@ -57,7 +62,7 @@ inline std::optional<torch::stable::Tensor> empty_sum(const torch::stable::Tenso
   if (x.numel() == 0) return std::nullopt;
   if (x.is_contiguous() && f.is_contiguous()) return torch::stable::new_empty(x, x.sizes());
   if (!equal(x.strides(), f.strides()) || has_ambiguous_strides(x)) return std::nullopt;
-  if (!cpu::reduce_dims(x.sizes().data(), x.strides().data(), x.dim()).dense()) return std::nullopt;
+  if (!dims_of(x).dense()) return std::nullopt;
   return torch::stable::empty_like(x);
 }
 
@@ -78,5 +83,33 @@ inline torch::stable::Tensor in_order_of(const torch::stable::Tensor& like, cons
   torch::stable::copy_(copy, values);
   return copy;
 }
+
+// ---- In place
+
+// Refuses to write to a tensor of which two indices may lie on the same element.
+inline void check_writable(const torch::stable::Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_contiguous() || !dims_of(x).may_overlap(), name,
+                  ": needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
+}
+
+// f, or a copy of it where writing to x might change elements of f that are still to be read: where both may share
+// memory in another way than element for element.
+inline torch::stable::Tensor unchanged_by(const torch::stable::Tensor& x, const torch::stable::Tensor& f) {
+  const auto range = [](const torch::stable::Tensor& tensor) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    return std::array<uintptr_t, 2>{begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size()};
+  };
+  const auto of_x = range(x), of_f = range(f);
+  const bool apart = of_x[1] <= of_f[0] || of_f[1] <= of_x[0];
+  if (apart || (of_x[0] == of_f[0] && equal(x.strides(), f.strides()))) return f;
+  torch::stable::Tensor copy = torch::stable::empty_like(f);
+  torch::stable::copy_(copy, f);
+  return copy;
+}
+
+// Whether a fused kernel may write over x, walking it as flat memory.
+inline bool is_dense(const torch::stable::Tensor& x) { return x.is_contiguous() || dims_of(x).dense(); }
 
 }  // namespace gradprobe

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
     from gradprobe.flow import FlowReport, check_gradient_flow
     from gradprobe.ops import STATS, backends, grad_stats
-    from gradprobe.ops.residual import residual_add
+    from gradprobe.ops.residual import residual_add, residual_add_
     from gradprobe.probe import Coverage, Probe, attach
     from gradprobe.snapshot import SiteStats, Snapshot
 
@@ -21,7 +21,7 @@ _HOMES = {
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
     "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),
-    "gradprobe.ops.residual": ("residual_add",),
+    "gradprobe.ops.residual": ("residual_add", "residual_add_"),
     "gradprobe.probe": ("Coverage", "Probe", "attach"),
     "gradprobe.snapshot": ("SiteStats", "Snapshot"),
 }
@@ -47,6 +47,7 @@ __all__ = [
     "networks",
     "nn",
     "residual_add",
+    "residual_add_",
 ]
 
 

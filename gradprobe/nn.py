@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gradprobe.ops.residual import residual_add
+from gradprobe.ops.residual import residual_add, residual_add_
 
 __all__ = ["ResidualAdd"]
 
@@ -14,6 +14,9 @@ class ResidualAdd(nn.Module):
 
     Args:
         relu: whether to take the positive part of the sum.
+        inplace: whether to write the result into the branch's, `f`, which nothing needs afterwards where the branch
+            ends in a convolution or in batch normalisation. (The shortcut mostly is needed: by the first layer of the
+            branch, on the way back.)
 
     Example:
         >>> import torch
@@ -24,38 +27,39 @@ class ResidualAdd(nn.Module):
         ResidualAdd(relu=True)
     """
 
-    def __init__(self, relu: bool = False) -> None:
+    def __init__(self, relu: bool = False, inplace: bool = False) -> None:
         super().__init__()
         self.relu = relu
+        self.inplace = inplace
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Joins shortcut and branch.
 
         Args:
             x: what passes by the shortcut, any shape and strided layout.
-            f: what comes out of the branch, of the same shape.
+            f: what comes out of the branch, of the same shape; overwritten where `inplace`.
 
         Returns:
-            `x + f`, or `torch.relu(x + f)`.
+            `x + f`, or `torch.relu(x + f)`; `f` itself where `inplace`.
 
         Raises:
-            ArgumentError: as `gradprobe.residual_add` raises it.
+            ArgumentError: as `gradprobe.residual_add` or, where `inplace`, `gradprobe.residual_add_(f, x)` raises it.
 
         Example:
             >>> import torch
             >>> ResidualAdd()(torch.tensor([1.0]), torch.tensor([2.0]))
             tensor([3.])
         """
-        return residual_add(x, f, self.relu)
+        return residual_add_(f, x, self.relu) if self.inplace else residual_add(x, f, self.relu)
 
     def extra_repr(self) -> str:
-        """Says whether there is a ReLU.
+        """Says whether there is a ReLU, and whether it works in place.
 
         Returns:
-            The argument of the constructor.
+            The arguments of the constructor.
 
         Example:
             >>> ResidualAdd().extra_repr()
             'relu=False'
         """
-        return f"relu={self.relu}"
+        return f"relu={self.relu}" + (", inplace=True" if self.inplace else "")

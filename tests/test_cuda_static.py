@@ -91,7 +91,8 @@ def kernels(source: str, architecture: int, name: str) -> list[Kernel]:
 def test_registers_leave_room_for_the_claimed_occupancy(source: str, architecture: int) -> None:
     """Four blocks on a multiprocessor (half of an H100's threads, all of a T4's); two where docs/kernels.md says so."""
     for kernel in compiled(source, architecture):
-        blocks = 2 if "MaskGradient" in kernel.name or "merge_partials" in kernel.name else 4
+        two_sums = "MaskGradient" in kernel.name and "(Counted)0" not in kernel.name
+        blocks = 2 if two_sums or "merge_partials" in kernel.name else 4
         assert kernel.registers <= REGISTERS // THREADS // blocks, kernel.name
 
 

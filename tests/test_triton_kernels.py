@@ -71,9 +71,10 @@ def signature_of(kernel: str, dtype: torch.dtype | None, operation: str) -> tupl
     assert dtype is not None
     name, columns, rows = triton_kernels._TILES[dtype]
     constants = {"TYPE": name, "COLUMNS": columns, "ROWS": rows, "TILES": triton_kernels._TILES_IN_CHUNK}
-    if kernel == "join_chunks":
+    if kernel in ("join_chunks", "join_elements"):
         operands = dict.fromkeys(("a", "b", "out"), f"*{name.replace('f', 'fp') if name != 'bf16' else name}")
-        return {**operands, "numel": "i64", "partials": "*fp64"}, {**constants, "OPERATION": operation}
+        partials = {"partials": "*fp64"} if kernel == "join_chunks" else {}
+        return {**operands, "numel": "i64", **partials}, {**constants, "OPERATION": operation}
     last = {"partials": "*fp64"} if kernel == "sum_chunks" else {"coefficient": "*fp32"}
     return {**TABLE, **last}, {**constants, "ALIGNED": True}
 
@@ -106,6 +107,8 @@ class TestCompilesAheadOfTime:
                 ("scale_chunks", "none", {torch.bfloat16}),
                 ("join_chunks", "add_relu", {torch.float16}),
                 ("join_chunks", "mask", {}),
+                ("join_elements", "add_relu", {torch.float32}),
+                ("join_elements", "mask", {}),
             )
             for dtype in triton_kernels._TILES
         ],

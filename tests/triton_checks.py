@@ -125,9 +125,16 @@ def test_residual_junction(dtype: torch.dtype, numel: int) -> None:
         y, row = triton_kernels.residual_add(x, f, relu)
         torch.testing.assert_close(y, (x + f).relu() if relu else x + f, rtol=rtol, atol=0, equal_nan=True)
         check_row(row[0].cpu().numpy(), y.cpu().double().numpy(), NAMES[dtype], f"y, relu={relu}")
+        for target, place in ((torch.full_like(x, -1.0), None), (x.clone(), "x"), (f.clone(), "f")):
+            operands = (target if place == "x" else x, target if place == "f" else f)
+            triton_kernels.residual_add_into(*operands, relu, target)
+            torch.testing.assert_close(target, y, rtol=0, atol=0, equal_nan=True)
     for grad_y in (f, x):
         grad_x, rows = triton_kernels.residual_add_backward(grad_y, y)
         torch.testing.assert_close(grad_x, grad_y.masked_fill(y <= 0, 0), rtol=0, atol=0, equal_nan=True)
+        plain = torch.full_like(y, -1.0)
+        triton_kernels.residual_add_backward_into(grad_y, y, plain)
+        torch.testing.assert_close(plain, grad_x, rtol=0, atol=0, equal_nan=True)
         check_row(rows[0].cpu().numpy(), grad_y.cpu().double().numpy(), NAMES[dtype], "incoming")
         check_row(rows[1].cpu().numpy(), grad_x.cpu().double().numpy(), NAMES[dtype], "outgoing")
 

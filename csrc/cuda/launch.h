@@ -33,12 +33,13 @@ cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element ele
 cudaError_t scale(const TensorSpan* tensors, int64_t n_tensors, Element element, const void* coefficient,
                   Element coefficient_element, cudaStream_t stream);
 
-// y = x + f, or max(x + f, 0); the statistics of y go to row [kStats]. y may be x or f.
+// y = x + f, or max(x + f, 0); the statistics of y go to row [kStats], unless that is null: then one launch, and no
+// partials. y may be x or f.
 cudaError_t residual_add(const void* x, const void* f, void* y, int64_t numel, Element element, bool relu,
                          Stats* partials, double* row, cudaStream_t stream);
 
-// grad_x = grad_y where y > 0 (or y is NaN), else 0; rows [2, kStats] get the statistics of grad_y and of grad_x.
-// grad_x may be grad_y.
+// grad_x = grad_y where y > 0 (or y is NaN), else 0; rows [2, kStats], unless null, get the statistics of grad_y and of
+// grad_x. grad_x may be grad_y.
 cudaError_t residual_add_backward(const void* grad_y, const void* y, void* grad_x, int64_t numel, Element element,
                                   Stats* partials, double* rows, cudaStream_t stream);
 

@@ -1,6 +1,6 @@
 // The junction of a residual block in one pass: y = x + f, or max(x + f, 0), with the statistics of y; backward, one
-// gradient for both branches, with its statistics and those of the gradient that came in. Any dense layout, the same
-// for all operands.
+// gradient for both branches, with its statistics and those of the gradient that came in. The same without statistics.
+// Any dense layout, the same for all operands.
 #include "finish.cuh"
 
 namespace gradprobe::cuda {
@@ -8,9 +8,10 @@ namespace {
 
 constexpr int kLoads = 2;  // 16-byte loads in flight for each thread and operand
 
-struct Add {
-  static constexpr bool kCountsIncoming = false;
+// The tensors whose statistics a pass takes.
+enum class Counted { kNone, kOutgoing, kBoth };
 
+struct Add {
   template <typename T>
   static __device__ __forceinline__ T apply(T x, T f) {
     return narrowed<T>(widened(x) + widened(f));
@@ -18,8 +19,6 @@ struct Add {
 };
 
 struct AddRelu {
-  static constexpr bool kCountsIncoming = false;
-
   template <typename T>
   static __device__ __forceinline__ T apply(T x, T f) {
     const Wide<T> sum = widened(x) + widened(f);
@@ -28,21 +27,22 @@ struct AddRelu {
 };
 
 struct MaskGradient {
-  static constexpr bool kCountsIncoming = true;
-
   template <typename T>
   static __device__ __forceinline__ T apply(T grad_y, T y) {
     return widened(y) <= 0 ? narrowed<T>(Wide<T>{0}) : grad_y;  // a NaN in y passes the gradient, as in torch.relu
   }
 };
 
-template <typename T, bool counts_incoming>
-struct Sums {
+template <typename T, Counted counted>
+struct Sums {};
+
+template <typename T>
+struct Sums<T, Counted::kOutgoing> {
   ThreadSums<Wide<T>> outgoing;
 };
 
 template <typename T>
-struct Sums<T, true> {
+struct Sums<T, Counted::kBoth> {
   ThreadSums<Wide<T>> outgoing;
   ThreadSums<Wide<T>> incoming;
 };
@@ -62,9 +62,9 @@ __device__ __forceinline__ void add_vectors(ThreadSums<Wide<T>>& sums, const Vec
 }
 
 // n vectors, `stride` elements apart.
-template <typename T, typename Operation, int n>
+template <typename T, typename Operation, Counted counted, int n>
 __device__ __forceinline__ void apply_vectors(const T* a, const T* b, T* out, int stride,
-                                              Sums<T, Operation::kCountsIncoming>& sums) {
+                                              [[maybe_unused]] Sums<T, counted>& sums) {
   Vector<T> of_a[n];
   Vector<T> of_b[n];
 #pragma unroll
@@ -72,7 +72,7 @@ __device__ __forceinline__ void apply_vectors(const T* a, const T* b, T* out, in
     of_a[l] = load_vector(a + l * stride);
     of_b[l] = load_vector(b + l * stride);
   }
-  if constexpr (Operation::kCountsIncoming) add_vectors<T, n>(sums.incoming, of_a);
+  if constexpr (counted == Counted::kBoth) add_vectors<T, n>(sums.incoming, of_a);
 #pragma unroll
   for (int l = 0; l < n; ++l) {
 #pragma unroll
@@ -81,20 +81,21 @@ __device__ __forceinline__ void apply_vectors(const T* a, const T* b, T* out, in
     }
     store_vector(out + l * stride, of_a[l]);
   }
-  add_vectors<T, n>(sums.outgoing, of_a);
+  if constexpr (counted != Counted::kNone) add_vectors<T, n>(sums.outgoing, of_a);
 }
 
-template <typename T, typename Operation>
-__device__ __forceinline__ void apply_element(const T* a, const T* b, T* out,
-                                              Sums<T, Operation::kCountsIncoming>& sums) {
+template <typename T, typename Operation, Counted counted>
+__device__ __forceinline__ void apply_element(const T* a, const T* b, T* out, [[maybe_unused]] Sums<T, counted>& sums) {
   const T result = Operation::template apply<T>(*a, *b);
-  if constexpr (Operation::kCountsIncoming) {
+  if constexpr (counted == Counted::kBoth) {
     const Wide<T> incoming[1] = {widened(*a)};
     sums.incoming.add_group(incoming);
   }
   *out = result;
-  const Wide<T> outgoing[1] = {widened(result)};
-  sums.outgoing.add_group(outgoing);
+  if constexpr (counted != Counted::kNone) {
+    const Wide<T> outgoing[1] = {widened(result)};
+    sums.outgoing.add_group(outgoing);
+  }
 }
 
 __device__ __forceinline__ void put(const Stats& stats, bool is_whole, Stats* partial, double* row) {
@@ -106,11 +107,13 @@ __device__ __forceinline__ void put(const Stats& stats, bool is_whole, Stats* pa
   }
 }
 
-// rows: [1, kStats] of the outgoing, or [2, kStats] of the incoming and the outgoing. partials alike, [*, n_chunks].
-template <typename T, typename Operation>
+// rows: none, [1, kStats] of the outgoing, or [2, kStats] of the incoming and the outgoing. partials alike,
+// [*, n_chunks].
+template <typename T, typename Operation, Counted counted>
 // Two sets of sums need more registers than kBlocksPerMultiprocessor leaves.
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (Operation::kCountsIncoming ? 2 : 0))
-    join_chunks(const T* a, const T* b, T* out, int64_t numel, Stats* partials, double* rows) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted == Counted::kBoth ? 2 : 0))
+    join_chunks(const T* a, const T* b, T* out, int64_t numel, [[maybe_unused]] Stats* partials,
+                [[maybe_unused]] double* rows) {
   constexpr int kNumel = kVectorNumel<T>;
   const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
   a += chunk.begin;
@@ -123,61 +126,70 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (Operatio
   const Split split = apart % kVectorBytes == 0 ? split_range(a, n) : Split{n, 0, 0};
   const int thread = static_cast<int>(threadIdx.x);
 
-  Sums<T, Operation::kCountsIncoming> sums;
+  Sums<T, counted> sums;
   int v = thread;
   for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads) {
     const int at = split.head + v * kNumel;
-    apply_vectors<T, Operation, kLoads>(a + at, b + at, out + at, kThreads * kNumel, sums);
+    apply_vectors<T, Operation, counted, kLoads>(a + at, b + at, out + at, kThreads * kNumel, sums);
   }
   for (; v < split.n_vectors; v += kThreads) {
     const int at = split.head + v * kNumel;
-    apply_vectors<T, Operation, 1>(a + at, b + at, out + at, 0, sums);
+    apply_vectors<T, Operation, counted, 1>(a + at, b + at, out + at, 0, sums);
   }
-  for (int i = thread; i < split.head; i += kThreads) apply_element<T, Operation>(a + i, b + i, out + i, sums);
+  for (int i = thread; i < split.head; i += kThreads) apply_element<T, Operation, counted>(a + i, b + i, out + i, sums);
   if (thread < split.tail) {
     const int at = split.head + split.n_vectors * kNumel + thread;
-    apply_element<T, Operation>(a + at, b + at, out + at, sums);
+    apply_element<T, Operation, counted>(a + at, b + at, out + at, sums);
   }
 
-  const bool is_whole = gridDim.x == 1;
-  if constexpr (Operation::kCountsIncoming) {
+  [[maybe_unused]] const bool is_whole = gridDim.x == 1;
+  if constexpr (counted == Counted::kBoth) {
     put(merge_block(sums.incoming.stats()), is_whole, partials + blockIdx.x, rows);
     __syncthreads();  // merge_block's shared memory is used again
     partials += gridDim.x;
     rows += kStats;
   }
-  put(merge_block(sums.outgoing.stats()), is_whole, partials + blockIdx.x, rows);
+  if constexpr (counted != Counted::kNone) {
+    put(merge_block(sums.outgoing.stats()), is_whole, partials + blockIdx.x, rows);
+  }
 }
 
-template <typename Operation>
+template <typename Operation, Counted counted>
 cudaError_t join(const void* a, const void* b, void* out, int64_t numel, Element element, Stats* partials, double* rows,
                  cudaStream_t stream) {
   const int64_t n_chunks = count_partials(numel, element);
   if (n_chunks > 0) {
     const cudaError_t error = with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      return launch(join_chunks<T, Operation>, n_chunks, stream, static_cast<const T*>(a), static_cast<const T*>(b),
-                    static_cast<T*>(out), numel, partials, rows);
+      return launch(join_chunks<T, Operation, counted>, n_chunks, stream, static_cast<const T*>(a),
+                    static_cast<const T*>(b), static_cast<T*>(out), numel, partials, rows);
     });
     if (error) return error;
   }
-  if (n_chunks == 1) return cudaSuccess;
+  if (counted == Counted::kNone || n_chunks == 1) return cudaSuccess;
   Finisher finisher(partials, rows, stream);
-  for (int row = 0; row < (Operation::kCountsIncoming ? 2 : 1); ++row) finisher.add(row * n_chunks, n_chunks, row);
+  for (int row = 0; row < (counted == Counted::kBoth ? 2 : 1); ++row) finisher.add(row * n_chunks, n_chunks, row);
   return finisher.flush();
+}
+
+template <typename Operation, Counted counted>
+cudaError_t join_counting_if(const void* a, const void* b, void* out, int64_t numel, Element element, Stats* partials,
+                             double* rows, cudaStream_t stream) {
+  return rows == nullptr ? join<Operation, Counted::kNone>(a, b, out, numel, element, partials, rows, stream)
+                         : join<Operation, counted>(a, b, out, numel, element, partials, rows, stream);
 }
 
 }  // namespace
 
 cudaError_t residual_add(const void* x, const void* f, void* y, int64_t numel, Element element, bool relu,
                          Stats* partials, double* row, cudaStream_t stream) {
-  return relu ? join<AddRelu>(x, f, y, numel, element, partials, row, stream)
-              : join<Add>(x, f, y, numel, element, partials, row, stream);
+  const auto join = relu ? join_counting_if<AddRelu, Counted::kOutgoing> : join_counting_if<Add, Counted::kOutgoing>;
+  return join(x, f, y, numel, element, partials, row, stream);
 }
 
 cudaError_t residual_add_backward(const void* grad_y, const void* y, void* grad_x, int64_t numel, Element element,
                                   Stats* partials, double* rows, cudaStream_t stream) {
-  return join<MaskGradient>(grad_y, y, grad_x, numel, element, partials, rows, stream);
+  return join_counting_if<MaskGradient, Counted::kBoth>(grad_y, y, grad_x, numel, element, partials, rows, stream);
 }
 
 }  // namespace gradprobe::cuda

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 
 def autograd_kernel(operator: Any, function: Any, composite: Callable[..., Tensor] | None) -> Callable[..., Any]:
@@ -50,6 +52,84 @@ def autograd_kernel(operator: Any, function: Any, composite: Callable[..., Tenso
         return below_autograd(operator, *arguments)
 
     return kernel
+
+
+def in_place_autograd_kernel(operator: Any, function: Any, functional: Callable[..., Tensor]) -> Callable[..., None]:
+    """Makes the kernel for the Autograd key of an operator that overwrites its first argument and returns nothing.
+
+    Args:
+        operator: what is to be differentiated.
+        function: its rule in reverse mode, as for `autograd_kernel`; marks the first argument as dirty and returns it.
+        functional: the same result in a new tensor, differentiable. Where the first argument is a view, or has hooks,
+            or a transform is at work, that is computed and copied into it: by torch's own copy, which knows the rules.
+            Likewise for a negative view, which torch resolves only for operators that return what they overwrite.
+
+    Returns:
+        What to register, with `torch.library.Library.impl`.
+
+    Example:
+        >>> from torch.autograd.function import _SingleLevelFunction
+        >>> x = torch.tensor([1.0])
+        >>> in_place_autograd_kernel(torch.ops.aten.neg_.default, _SingleLevelFunction, torch.neg)(x)
+        >>> x
+        tensor([-1.])
+    """
+
+    def kernel(written: Tensor, *arguments: Any) -> None:
+        transformed = forward_ad._current_level >= 0 and any(map(_has_tangent, (written, *arguments)))
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(written, *arguments)
+        simple = not recorded or (_is_plain(written) and peek_interpreter_stack() is None)
+        if transformed or not simple or written.is_neg():
+            written.copy_(functional(written, *arguments))
+        elif not recorded:
+            below_autograd(operator, written, *arguments)
+        elif written.requires_grad and written.is_leaf:  # autograd itself would notice when it has been overwritten
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        else:
+            function.apply(operator, written, *arguments)
+
+    return kernel
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a function of autograd may overwrite the tensor with all that follows from it for others."""
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and not tensor._is_view()
+        and not tensor._backward_hooks
+        and not tensor.retains_grad
+    )
+
+
+def count_writes(library: torch.library.Library, name: str) -> None:
+    """Makes an operator tell autograd that it has written to its first argument, a tensor or a list of them.
+
+    A kernel of the stable ABI cannot.
+
+    Args:
+        library: where the operator is defined.
+        name: the operator's, in that library.
+
+    Example:
+        >>> library = torch.library.Library("gradprobe_example_writes", "DEF")
+        >>> _ = library.define("clear_(Tensor(a!) x) -> ()")
+        >>> library.impl("clear_", lambda x: None, "CompositeExplicitAutograd")
+        >>> count_writes(library, "clear_")
+        >>> x = torch.ones(1)
+        >>> torch.ops.gradprobe_example_writes.clear_(x)
+        >>> x._version
+        1
+    """
+    operator = getattr(getattr(torch.ops, library.ns), name).default
+
+    def kernel(keyset: torch._C.DispatchKeySet, written: Tensor | Sequence[Tensor], *arguments: Any) -> None:
+        if isinstance(written, Tensor) and written.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
+        increment_version(written)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, written, *arguments)
+
+    library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
 
 
 def _for_the_next_level(operator: Any) -> Callable[..., Any]:

@@ -161,17 +161,16 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
             out[k].copy_(_row(tensor.detach()))
 
 
-def check_no_overlap(tensors: Sequence[Tensor]) -> None:
-    """Refuses tensors of which two indices may share an element: a stride has to reach over what smaller ones span."""
-    for k, tensor in enumerate(tensors):
-        span = 0
-        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-            if size > 1 and stride <= span and tensor.numel() > 0:
-                raise ArgumentError(
-                    f"tensors[{k}]: needed elements that do not overlap in memory, "
-                    f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-                )
-            span += stride * (size - 1)
+def check_no_overlap(tensor: Tensor, name: str) -> None:
+    """Refuses a tensor of which two indices may share an element: a stride has to reach over what smaller ones span."""
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= span and tensor.numel() > 0:
+            raise ArgumentError(
+                f"{name}: needed elements that do not overlap in memory, "
+                f"got shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+        span += stride * (size - 1)
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -192,7 +191,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         [0.5, 1.0]
     """
     check_tensors(tensors, coefficient.device)
-    check_no_overlap(tensors)
+    for k, tensor in enumerate(tensors):
+        check_no_overlap(tensor, f"tensors[{k}]")
     scalar = coefficient.detach().reshape(())
     for tensor in tensors:
         target = tensor.detach()  # shares storage and version counter

@@ -2,17 +2,22 @@
 # mypy: disable-error-code="no-untyped-call"
 """The residual junction as one pass each way: y = x + f or max(x + f, 0), and one gradient for both branches.
 
-`torch.ops.gradprobe.residual_add` and the three operators beside it are functions: they write to no argument and return
-no view of one, so `torch.compile` takes them as they are. All four want operands of one shape, one device and one dtype
-of float16, bfloat16, float32 or float64; `residual_add` is the public function, which promotes dtypes.
+`torch.ops.gradprobe.residual_add` and the operators beside it are functions, but for `residual_add_`: they write to no
+argument and return no view of one. All want operands of one shape, one device and one dtype of float16, bfloat16,
+float32 or float64; `residual_add` and `residual_add_` are the public functions, which promote dtypes.
 
     residual_add(x, f, relu) -> y
+    residual_add_(x, f, relu) -> ()                              y into x
     residual_add_backward(grad_y, y) -> grad_x                   grad_y where y > 0 or y is NaN, else 0
     residual_add_stats(x, f, relu) -> y, rows [1, 6]             raw row of y
     residual_add_backward_stats(grad_y, y) -> grad_x, rows [2, 6]     raw rows of grad_y and of grad_x
 
 Without a ReLU there is nothing to mask: `residual_add_backward_stats(grad_y, None)` gives a copy of `grad_y`, since an
 operator may not return its own argument. Where only the numbers are wanted, `grad_stats` of `grad_y` saves the copy.
+
+`residual_add_` reads `f` as it was before the call, whatever memory it shares with `x`: where that is not element for
+element, `f` is copied first. There is no such operator for the way back: autograd forbids a node to write to the
+gradient that comes in, which others may hold.
 
 Results of `residual_add` have the strides that torch's own add gives; gradients have those of `torch.empty_like(y)`.
 Values follow the caller's `torch.set_flush_denormal`, as torch's do; statistics count subnormal numbers in either mode.
@@ -28,148 +33,24 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from gradprobe.errors import ArgumentError
-from gradprobe.ops import native, triton_kernels
-from gradprobe.ops.differentiable import autograd_kernel, below_autograd, in_backward
-from gradprobe.ops.reference import FLOAT_DTYPES, STATS
-from gradprobe.ops.schemas import GRAD_STATS_INTO
+from gradprobe.ops import native
+from gradprobe.ops import residual_kernels as kernels
+from gradprobe.ops.differentiable import (
+    autograd_kernel,
+    below_autograd,
+    count_writes,
+    in_backward,
+    in_place_autograd_kernel,
+)
+from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap
 
 SCHEMAS = (
     "residual_add(Tensor x, Tensor f, bool relu) -> Tensor",
+    "residual_add_(Tensor(a!) x, Tensor f, bool relu) -> ()",
     "residual_add_backward(Tensor grad_y, Tensor y) -> Tensor",
     "residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)",
     "residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)",
 )
-
-
-def _name(value: object) -> str:
-    return str(value).removeprefix("torch.")
-
-
-# ---- What every kernel checks and computes.
-
-
-def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    """Refuses operands that are not alike; the second argument is the one to blame."""
-    if a.layout != torch.strided:
-        raise ArgumentError(f"{name_a}: needed a strided layout, got {_name(a.layout)}")
-    if b.layout != torch.strided:
-        raise ArgumentError(f"{name_b}: needed a strided layout, got {_name(b.layout)}")
-    if a.shape != b.shape:
-        raise ArgumentError(f"{name_b}: needed the shape of {name_a}, {list(a.shape)}, got {list(b.shape)}")
-    if a.device != b.device:
-        raise ArgumentError(f"{name_b}: needed the device of {name_a}, {a.device}, got {b.device}")
-
-
-def _check_operands(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    """Refuses what the operators do not take."""
-    _check_pair(a, b, name_a, name_b)
-    _check_dtype(a, name_a)
-    if a.dtype != b.dtype:
-        raise ArgumentError(f"{name_b}: needed the dtype of {name_a}, {_name(a.dtype)}, got {_name(b.dtype)}")
-
-
-def _check_dtype(tensor: Tensor, name: str) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        names = ", ".join(_name(dtype) for dtype in FLOAT_DTYPES)
-        raise ArgumentError(f"{name}: needed a dtype of {names}, got {_name(tensor.dtype)}")
-
-
-def _sum(x: Tensor, f: Tensor, relu: bool) -> Tensor:
-    return torch.relu(x + f) if relu else x + f
-
-
-def _masked(grad_y: Tensor, y: Tensor) -> Tensor:
-    grad_x: Tensor = torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=torch.empty_like(y))
-    return grad_x
-
-
-def _composite_mask(grad_y: Tensor, y: Tensor) -> Tensor:
-    grad_x: Tensor = torch.ops.aten.threshold_backward(grad_y, y, 0)
-    return grad_x
-
-
-def _empty_rows(like: Tensor, n_rows: int) -> Tensor:
-    return torch.empty(n_rows, len(STATS), dtype=torch.float64, device=like.device)
-
-
-# ---- What runs where the compiled part has no kernel for the device: Triton's on a GPU, else torch's own operators.
-
-
-def _suits_triton(a: Tensor, b: Tensor) -> bool:
-    """Whether the Triton kernel can walk both tensors as one flat memory."""
-    if not a.is_cuda or triton_kernels.unavailable("cuda") is not None or a.stride() != b.stride():
-        return False
-    span = 1
-    for stride, size in sorted((d, n) for d, n in zip(a.stride(), a.shape, strict=True) if n != 1):
-        if stride != span:
-            return False
-        span *= size
-    return True
-
-
-def _add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
-    _check_operands(x, f, "x", "f")
-    return triton_kernels.residual_add(x, f, relu)[0] if _suits_triton(x, f) else _sum(x, f, relu)
-
-
-def _backward(grad_y: Tensor, y: Tensor) -> Tensor:
-    _check_operands(grad_y, y, "grad_y", "y")
-    return triton_kernels.residual_add_backward(grad_y, y)[0] if _suits_triton(grad_y, y) else _masked(grad_y, y)
-
-
-def _rows_of(*tensors: Tensor) -> Tensor:
-    """Raw rows [K, 6]."""
-    rows = _empty_rows(tensors[0], len(tensors))
-    GRAD_STATS_INTO(list(tensors), rows)
-    return rows
-
-
-def _add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    _check_operands(x, f, "x", "f")
-    if _suits_triton(x, f):
-        return triton_kernels.residual_add(x, f, relu)
-    y = _sum(x, f, relu)
-    return y, _rows_of(y)
-
-
-def _backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    if y is None:
-        _check_dtype(grad_y, "grad_y")
-        grad_x = torch.empty_like(grad_y).copy_(grad_y)
-        return grad_x, _rows_of(grad_y, grad_x)
-    _check_operands(grad_y, y, "grad_y", "y")
-    if _suits_triton(grad_y, y):
-        return triton_kernels.residual_add_backward(grad_y, y)
-    grad_x = _masked(grad_y, y)
-    return grad_x, _rows_of(grad_y, grad_x)
-
-
-# ---- Shapes and strides, for compilers.
-
-
-def _fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
-    _check_operands(x, f, "x", "f")
-    return x + f
-
-
-def _fake_backward(grad_y: Tensor, y: Tensor) -> Tensor:
-    _check_operands(grad_y, y, "grad_y", "y")
-    return torch.empty_like(y)
-
-
-def _fake_add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    y = _fake_add(x, f, relu)
-    return y, _empty_rows(y, 1)
-
-
-def _fake_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-    if y is None:
-        _check_dtype(grad_y, "grad_y")
-        return torch.empty_like(grad_y), _empty_rows(grad_y, 2)
-    return _fake_backward(grad_y, y), _empty_rows(y, 2)
-
-
-# ---- Registration.
 
 
 def register(library: torch.library.Library) -> None:
@@ -187,6 +68,7 @@ def register(library: torch.library.Library) -> None:
     namespace = library.ns
     operators = getattr(torch.ops, namespace)
     add = operators.residual_add.default
+    in_place = operators.residual_add_.default
     mask = operators.residual_add_backward.default
 
     class Junction(_SingleLevelFunction):
@@ -206,6 +88,18 @@ def register(library: torch.library.Library) -> None:
             grad_x = in_backward(mask, grad_y, *saved) if saved and grad_y is not None else grad_y
             # One tensor serves both branches: autograd copies before it adds to what it does not own.
             return None, grad_x, grad_x, None
+
+    class JunctionInPlace(Junction):
+        """x, f, relu -> x, overwritten."""
+
+        @staticmethod
+        def forward(ctx: Any, operator: Any, x: Tensor, f: Tensor, relu: bool) -> Tensor:
+            below_autograd(operator, x, f, relu)
+            ctx.mark_dirty(x)
+            ctx.set_materialize_grads(False)
+            if relu:
+                ctx.save_for_backward(x)
+            return x
 
     class Mask(_SingleLevelFunction):
         """grad_y, y -> grad_x, and whatever the operator returns beside it."""
@@ -227,6 +121,16 @@ def register(library: torch.library.Library) -> None:
     def batched_add(info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, int]:
         return add(*_batches_first(info.batch_size, in_dims, x, f), relu), 0
 
+    def batched_add_in_place(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool
+    ) -> tuple[None, None]:
+        if in_dims[0] is None:
+            raise ArgumentError(
+                "x: needed a tensor of the same torch.vmap as f, to hold a result of each, got one for all"
+            )
+        in_place(*_batches_first(info.batch_size, in_dims, x, f), relu)
+        return None, None
+
     def batched_mask(info: Any, in_dims: tuple[int | None, ...], grad_y: Tensor, y: Tensor) -> tuple[Tensor, int]:
         return mask(*_batches_first(info.batch_size, in_dims, grad_y, y)), 0
 
@@ -234,16 +138,23 @@ def register(library: torch.library.Library) -> None:
         raise NotImplementedError("the statistics of a residual junction are of whole tensors: not under torch.vmap")
 
     for name, kernel, fake, function, batched, composite in (
-        ("residual_add", _add, _fake_add, Junction, batched_add, _sum),
-        ("residual_add_backward", _backward, _fake_backward, Mask, batched_mask, _composite_mask),
-        ("residual_add_stats", _add_stats, _fake_add_stats, Junction, batched_stats, None),
-        ("residual_add_backward_stats", _backward_stats, _fake_backward_stats, Mask, batched_stats, None),
+        ("residual_add", kernels.add, kernels.fake_add, Junction, batched_add, kernels.sum_of),
+        ("residual_add_backward", kernels.backward, kernels.fake_backward, Mask, batched_mask, kernels.composite_mask),
+        ("residual_add_stats", kernels.add_stats, kernels.fake_add_stats, Junction, batched_stats, None),
+        ("residual_add_backward_stats", kernels.backward_stats, kernels.fake_backward_stats, Mask, batched_stats, None),
     ):
         qualified = f"{namespace}::{name}"
         torch.library.register_fake(qualified, fake, lib=library)
         torch.library.register_vmap(qualified, batched, lib=library)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         library.impl(name, autograd_kernel(getattr(operators, name).default, function, composite), "Autograd")
+
+    qualified = f"{namespace}::residual_add_"
+    torch.library.register_fake(qualified, kernels.fake_add_in_place, lib=library)
+    torch.library.register_vmap(qualified, batched_add_in_place, lib=library)
+    library.impl("residual_add_", kernels.add_in_place, "CompositeExplicitAutograd")
+    library.impl("residual_add_", in_place_autograd_kernel(in_place, JunctionInPlace, add), "Autograd")
+    count_writes(library, "residual_add_")
 
 
 def _first_alone_differentiable(ctx: Any, output: Any) -> Tensor:
@@ -271,6 +182,7 @@ register(_library)
 native.parts()  # the kernels of the compiled part, if there is one, take the place of the reference
 
 RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = torch.ops.gradprobe.residual_add.default
+RESIDUAL_ADD_: Callable[[Tensor, Tensor, bool], None] = torch.ops.gradprobe.residual_add_.default
 
 
 def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
@@ -301,15 +213,76 @@ def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
         >>> y.tolist(), x.grad.tolist()
         ([2.0, 0.0], [1.0, 0.0])
     """
-    for name, tensor in (("x", x), ("f", f)):
-        if not isinstance(tensor, Tensor):
-            raise ArgumentError(f"{name}: needed a Tensor, got {type(tensor).__name__}")
-    _check_pair(x, f, "x", "f")
+    _check_arguments(x, f)
     if x.dtype != f.dtype:
         dtype = torch.promote_types(x.dtype, f.dtype)
         x, f = x.to(dtype), f.to(dtype)
     if x.dtype in FLOAT_DTYPES:
         return RESIDUAL_ADD(x, f, relu)
-    if relu and (x.is_complex() or x.dtype == torch.bool):
-        raise ArgumentError(f"relu: needed False for a sum of dtype {_name(x.dtype)}, got True")
-    return _sum(x, f, relu)
+    _check_relu(relu, x.dtype)
+    return kernels.sum_of(x, f, relu)
+
+
+def residual_add_(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
+    """Joins the shortcut and the branch of a residual block in place: `x.add_(f)`, or `x.add_(f).relu_()`, in one pass.
+
+    The same values as those expressions of torch, bit for bit, and autograd refuses it where it refuses them: `x` may
+    be no leaf that requires grad, and what was saved for a backward pass may not be overwritten. In a residual block
+    that is mostly the shortcut, which the first convolution of the branch has saved, while the branch's result is free:
+    `residual_add_(branch, shortcut)`.
+
+    Args:
+        x: what is overwritten, any shape and strided layout in which no two elements share memory.
+        f: what is added, of the same shape and on the same device; may be `x` itself or share memory with it, and is
+            read as it was before the call. Its dtype is one that `x` can take in, as in `x.add_(f)`.
+        relu: whether to take the positive part, where NaN stays NaN.
+
+    Returns:
+        `x`.
+
+    Raises:
+        ArgumentError: other than two strided tensors of one shape (nothing is broadcast) on one device; an `x` that is
+            expanded; an `f` of a dtype that `x` cannot take in; complex or boolean ones with `relu`. The message names
+            the argument and what came.
+        RuntimeError: torch's own, where autograd forbids to write to `x`.
+
+    Source: the junction of He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), eq. 1.
+
+    Example:
+        >>> x = torch.tensor([1.0, -3.0])
+        >>> residual_add_(x, torch.tensor([1.0, 2.0]), relu=True) is x
+        True
+        >>> x
+        tensor([2., 0.])
+    """
+    _check_arguments(x, f)
+    dtype = torch.promote_types(x.dtype, f.dtype)
+    if _kind(dtype) > _kind(x.dtype):
+        of_x, of_f = kernels.name_of(x.dtype), kernels.name_of(f.dtype)
+        raise ArgumentError(f"f: needed a dtype that can be added to {of_x} in place, got {of_f}")
+    if not x.is_contiguous():
+        check_no_overlap(x, "x")
+    if x.dtype in FLOAT_DTYPES and dtype == x.dtype:
+        RESIDUAL_ADD_(x, f.to(dtype), relu)
+        return x
+    _check_relu(relu, x.dtype)
+    # Sums of a wider f are rounded once, to x's dtype, by torch alone.
+    x.add_(f)
+    return x.relu_() if relu else x
+
+
+def _check_arguments(x: Tensor, f: Tensor) -> None:
+    for name, tensor in (("x", x), ("f", f)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name}: needed a Tensor, got {type(tensor).__name__}")
+    kernels.check_pair(x, f, "x", "f")
+
+
+def _kind(dtype: torch.dtype) -> int:
+    """Boolean, integer, real or complex, in the order in which no dtype takes in the next (`torch.can_cast`)."""
+    return 3 if dtype.is_complex else 2 if dtype.is_floating_point else int(dtype != torch.bool)
+
+
+def _check_relu(relu: bool, dtype: torch.dtype) -> None:
+    if relu and (dtype.is_complex or dtype == torch.bool):
+        raise ArgumentError(f"relu: needed False for a sum of dtype {kernels.name_of(dtype)}, got True")

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from gradprobe.ops import reference
+from gradprobe.ops.differentiable import count_writes
 from gradprobe.ops.reference import STATS
 
 SCHEMAS = (
@@ -59,15 +59,7 @@ def register(library: torch.library.Library, grad_stats_into: Kernel, scale_: Ke
         library.impl(name, kernel, "CompositeExplicitAutograd")
         # They are measurements and updates, not functions to differentiate: autograd lets them through.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    operator = getattr(torch.ops, library.ns).scale_.default
-
-    # A kernel of the stable ABI cannot tell autograd of many tensors that it wrote into them, so that happens here.
-    def versioned_scale(keyset: torch._C.DispatchKeySet, tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-        increment_version(tensors)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensors, coefficient)
-
-    library.impl("scale_", versioned_scale, "ADInplaceOrView", with_keyset=True)
+    count_writes(library, "scale_")
 
 
 _library = torch.library.Library("gradprobe", "DEF")

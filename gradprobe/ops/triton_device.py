@@ -244,6 +244,31 @@ def join_chunks(  # type: ignore[no-untyped-def]
 
 
 @_jit
+def join_elements(  # type: ignore[no-untyped-def]
+    a,  # [numel]: x, or grad_y
+    b,  # [numel]: f, or y
+    out,  # [numel]: y, or grad_x; may be a or b
+    numel,
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    OPERATION: tl.constexpr,
+):
+    """`join_chunks` without statistics."""
+    offset = tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS * TILES)
+    n = numel - offset
+    if n >= ROWS * COLUMNS * TILES:
+        for tile in range(TILES * ROWS // 2):
+            at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+            tl.store(out + offset + at, _tile(a + offset, b + offset, at, n, TYPE, False, OPERATION))
+    else:
+        for tile in range(TILES * ROWS // 2):
+            at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+            tl.store(out + offset + at, _tile(a + offset, b + offset, at, n, TYPE, True, OPERATION), mask=at < n)
+
+
+@_jit
 def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merges the partials of one row of many, wherever they lie."""
     program = tl.program_id(0)

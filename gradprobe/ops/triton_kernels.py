@@ -165,7 +165,8 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         >>> scale_([x], torch.tensor(0.5, device="cuda"))  # doctest: +SKIP
     """
     check_tensors(tensors, coefficient.device)
-    check_no_overlap(tensors)
+    for k, tensor in enumerate(tensors):
+        check_no_overlap(tensor, f"tensors[{k}]")
     _refuse_capture(coefficient.device)
     kernels = _device_code()
     for dtype, numbers in _groups(tensors):
@@ -202,6 +203,48 @@ def _join(a: Tensor, b: Tensor, operation: str) -> tuple[Tensor, Tensor]:
         )
         kernels.merge_rows[(n_rows,)](partials, n_chunks, statistics, _MERGE_TILE, num_warps=_WARPS)
     return out, statistics
+
+
+def _join_into(a: Tensor, b: Tensor, out: Tensor, operation: str) -> None:
+    name, columns, rows = _TILES[a.dtype]
+    n_chunks = -(-a.numel() // (columns * rows * _TILES_IN_CHUNK))
+    if n_chunks == 0:
+        return
+    with _on(a.device):
+        _device_code().join_elements[(n_chunks,)](
+            *(a, b, out, a.numel()), *(name, columns, rows, _TILES_IN_CHUNK, operation), num_warps=_WARPS
+        )
+
+
+def residual_add_into(x: Tensor, f: Tensor, relu: bool, y: Tensor) -> None:
+    """Adds two tensors, with ReLU if wanted, and takes no statistics.
+
+    Args:
+        x: dense, float16, bfloat16, float32 or float64.
+        f: alike, with the same strides.
+        relu: whether to take `max(x + f, 0)`.
+        y: alike, what is written to; may be `x` or `f`.
+
+    Example:
+        >>> x = torch.ones(3, device="cuda")  # doctest: +SKIP
+        >>> residual_add_into(x, torch.ones(3, device="cuda"), True, x)  # doctest: +SKIP
+    """
+    _join_into(x, f, y, "add_relu" if relu else "add")
+
+
+def residual_add_backward_into(grad_y: Tensor, y: Tensor, grad_x: Tensor) -> None:
+    """Masks a gradient where a ReLU was shut, and takes no statistics.
+
+    Args:
+        grad_y: dense, float16, bfloat16, float32 or float64.
+        y: what the junction gave, alike, with the same strides.
+        grad_x: alike, what is written to.
+
+    Example:
+        >>> grad_x = torch.empty(3, device="cuda")  # doctest: +SKIP
+        >>> residual_add_backward_into(torch.ones_like(grad_x), torch.ones_like(grad_x), grad_x)  # doctest: +SKIP
+    """
+    _join_into(grad_y, y, grad_x, "mask")
 
 
 def residual_add(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ int emulated_scale(const TensorSpan* tensors, int64_t n_tensors, int element, co
 int emulated_residual_add(const void* x, const void* f, void* y, int64_t numel, int element, int relu, double* row) {
   return guarded([&] {
     const auto type = static_cast<Element>(element);
-    auto partials = scratch(gradprobe::cuda::count_partials(numel, type));
+    auto partials = scratch(row ? gradprobe::cuda::count_partials(numel, type) : 0);
     return gradprobe::cuda::residual_add(x, f, y, numel, type, relu != 0, partials.data(), row, nullptr);
   });
 }
@@ -74,7 +74,7 @@ int emulated_residual_add_backward(const void* grad_y, const void* y, void* grad
                                    double* rows) {
   return guarded([&] {
     const auto type = static_cast<Element>(element);
-    auto partials = scratch(2 * gradprobe::cuda::count_partials(numel, type));
+    auto partials = scratch(rows ? 2 * gradprobe::cuda::count_partials(numel, type) : 0);
     return gradprobe::cuda::residual_add_backward(grad_y, y, grad_x, numel, type, partials.data(), rows, nullptr);
   });
 }

@@ -305,19 +305,21 @@ class Kernels:
             return [np.frombuffer(memory.read(k), block.storage.dtype) for k, block in enumerate(blocks)]
 
     def residual_add(
-        self, x: Block, f: Block, relu: bool, y_offset: int = 0, in_place: bool = False
+        self, x: Block, f: Block, relu: bool, y_offset: int = 0, in_place: bool = False, counts: bool = True
     ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
-        """y, and its raw row [6]; in place of x where asked."""
+        """y, and its raw row [6], of NaN where it is not asked for; in place of x where asked."""
         row = np.full(6, np.nan)
-        y = self._join(x, f, y_offset, in_place, self._library.emulated_residual_add, int(relu), row)
+        wanted = row if counts else None
+        y = self._join(x, f, y_offset, in_place, self._library.emulated_residual_add, int(relu), wanted)
         return y, row
 
     def residual_add_backward(
-        self, grad_y: Block, y: Block, grad_x_offset: int = 0, in_place: bool = False
+        self, grad_y: Block, y: Block, grad_x_offset: int = 0, in_place: bool = False, counts: bool = True
     ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
-        """grad_x, and the raw rows [2, 6] of grad_y and grad_x; in place of grad_y where asked."""
+        """grad_x, and the raw rows [2, 6] of grad_y and grad_x, likewise; in place of grad_y where asked."""
         rows = np.full((2, 6), np.nan)
-        grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, rows)
+        wanted = rows if counts else None
+        grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, wanted)
         return grad_x, rows
 
     def _join(

@@ -208,6 +208,27 @@ MUTANTS = (
         "reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(a)",
         "residual_add/forward/f32",
     ),
+    Mutant(
+        "element_read_after_it_is_written",
+        "cuda/residual_add.cu",
+        "  const T result = Operation::template apply<T>(*a, *b);",
+        "  *out = Operation::template apply<T>(*a, *b);\n  const T result = Operation::template apply<T>(*a, *b);",
+        "residual_add/forward/f64",
+    ),
+    Mutant(
+        "vectors_written_with_statistics_only",
+        "cuda/residual_add.cu",
+        "    store_vector(out + l * stride, of_a[l]);",
+        "    if (counted != Counted::kNone) store_vector(out + l * stride, of_a[l]);",
+        "residual_add/backward/f32",
+    ),
+    Mutant(
+        "merges_what_nobody_counted",
+        "cuda/residual_add.cu",
+        "counted == Counted::kNone || n_chunks == 1",
+        "n_chunks == 1",
+        "residual_add/forward/f16",
+    ),
     Mutant("swapped_gradients", "cuda/residual_add.cu", "rows += kStats;", "rows -= 0;", "residual_add/backward/bf16"),
     Mutant(
         "statistics_before_rounding",

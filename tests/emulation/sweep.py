@@ -269,8 +269,20 @@ def residual_forward(element: str, short: bool) -> Check:
                 total = rounded_float(decode(x.storage, element) + decode(f.storage, element), element)
             same(y, encode(np.where(total <= 0, 0.0, total) if relu else total, element), element, what)
             check_row(row, decode(y, element), element, what)
+            kernels.take_launches()
+            plain, _ = kernels.residual_add(x, f, relu, offset, in_place=k % 3 != 0, counts=False)
+            check_plain(kernels, plain, y, what)
 
     return check
+
+
+def check_plain(kernels: Kernels, plain: NDArray[np.generic], counted: NDArray[np.generic], what: str) -> None:
+    """Without statistics: the same bits, in one launch."""
+    if plain.tobytes() != counted.tobytes():
+        raise AssertionError(f"{what}: other bits without statistics")
+    launches = kernels.take_launches()
+    if launches != min(plain.size, 1):
+        raise AssertionError(f"{what}: {launches} launches without statistics")
 
 
 def residual_backward(element: str, short: bool) -> Check:
@@ -282,6 +294,9 @@ def residual_backward(element: str, short: bool) -> Check:
             same(grad_x, encode(needed, element), element, what)
             check_row(rows[0], decode(grad_y.storage, element), element, f"{what}, incoming")
             check_row(rows[1], decode(grad_x, element), element, f"{what}, outgoing")
+            kernels.take_launches()
+            plain, _ = kernels.residual_add_backward(grad_y, y, offset, in_place=k % 3 != 0, counts=False)
+            check_plain(kernels, plain, grad_x, what)
 
     return check
 

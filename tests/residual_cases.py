@@ -1,0 +1,89 @@
+"""What the tests of the residual junction share: operands, bit patterns, operators with and without kernels."""
+
+import itertools
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gradprobe.ops import residual
+
+NAMESPACES = ["gradprobe", "gradprobe_residual_twin"]
+
+
+def name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def operators(namespace: str) -> torch._ops._OpNamespace:
+    """The operators of a namespace; the second has nothing but the reference behind them."""
+    if namespace == NAMESPACES[1]:
+        define_twin()
+    return getattr(torch.ops, namespace)
+
+
+@cache
+def define_twin() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACES[1], "DEF")
+    for schema in residual.SCHEMAS:
+        library.define(schema)
+    residual.register(library)
+    return library
+
+
+def every_kind(dtype: torch.dtype, n: int, seed: int) -> Tensor:
+    """Random numbers over the whole range of the dtype, with subnormals, zeros of both signs, infinities and NaN."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(integer)
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(info.min, info.max, (n,), dtype=torch.int64, generator=generator).to(integer)
+    x = bits.view(dtype).clone()
+    normal = torch.randn(n, generator=generator).to(dtype)
+    x[: n // 2] = normal[: n // 2]
+    return x
+
+
+def specials(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Every pair of a few numbers that round, overflow, cancel or are none."""
+    info = torch.finfo(dtype)
+    values = [0.0, -0.0, 1.0, -1.0, info.eps / 2, info.max, -info.max, info.tiny, info.tiny * info.eps, -info.tiny]
+    values += [torch.inf, -torch.inf, torch.nan]
+    pairs = torch.tensor(list(itertools.product(values, values)), dtype=torch.float64).to(dtype)
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns, all NaN alike."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    clean = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor.detach())
+    return clean.contiguous().view(integer)
+
+
+def by_torch(x: Tensor, f: Tensor, relu: bool) -> Tensor:
+    return torch.relu(x + f) if relu else x + f
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "permuted": lambda x: x.contiguous().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "every-second": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "narrowed": lambda x: torch.cat((x, x), dim=1)[:, 1 : 1 + x.shape[1]],
+    "expanded": lambda x: x[:, :1].expand(x.shape),
+    "flipped-sign": lambda x: torch._neg_view(x),
+}
+SHAPES = [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (2, 0, 4, 5), (1, 1, 1, 1), (3, 20, 33, 35)]
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[Tensor, Tensor], object]]] = {
+    "grad": lambda of: torch.func.grad(of, argnums=(0, 1)),
+    "grad-of-grad": lambda of: torch.func.grad(lambda x, f: torch.func.grad(of)(x, f).pow(3).sum()),
+    "jvp": lambda of: lambda x, f: torch.func.jvp(of, (x, f), (f, x)),
+    "hessian": lambda of: torch.func.hessian(of),
+    "vmap": lambda of: torch.vmap(of),
+    "vmap-second-dimension": lambda of: torch.vmap(of, in_dims=(1, 1)),
+    "vmap-of-grad": lambda of: torch.vmap(torch.func.grad(of)),
+    "vmap-of-one": lambda of: lambda x, f: torch.vmap(torch.func.grad(of), in_dims=(0, None))(x, f[0]),
+    "grad-of-vmap": lambda of: torch.func.grad(lambda x, f: torch.vmap(of)(x, f).pow(2).sum()),
+    "vjp": lambda of: lambda x, f: torch.func.vjp(of, x, f)[1](torch.tensor(2.0, dtype=x.dtype)),
+}
