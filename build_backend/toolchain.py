@@ -14,17 +14,20 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from target import find_uv_target
+
 PINNED_TORCH = "2.13.0"
 SUPPORTED_TORCH = ">=2.11,<2.16"
 
 _CXX_CANDIDATES = ("c++", "g++", "clang++")
 _CUDA_TARGETS = (75, 80, 86, 89, 90, 100, 120)
+# torch/version.py tells +cu130 from +cpu; the metadata of a wheel may leave that out.
 _FIND_TORCH = """
-import importlib.metadata, importlib.util, json, sys
+import importlib.util, json, pathlib, runpy, sys
 sys.path.pop(0)
 spec = importlib.util.find_spec("torch")
-found = spec and spec.origin and [spec.origin, importlib.metadata.version("torch")]
-print(json.dumps(found))
+root = pathlib.Path(spec.origin).parent if spec and spec.origin else None
+print(json.dumps(root and [str(root), runpy.run_path(str(root / "version.py"))["__version__"]]))
 """
 
 
@@ -70,13 +73,14 @@ def find_torch() -> Torch | None:
     """Looks in the target environment first, then on this process's own path.
 
     pip isolates a build through ``PYTHONPATH``, so the same interpreter with ``-E`` sees the environment that the
-    package goes into, ``.pth`` files and system site-packages included.
+    package goes into, ``.pth`` files and system site-packages included. uv builds with an interpreter of its own.
     """
-    for options, in_target in ((["-E"], True), ([], False)):
-        answer = _run([sys.executable, *options, "-c", _FIND_TORCH])
+    target = find_uv_target() or sys.executable
+    for command, in_target in (([target, "-E"], True), ([sys.executable], False)):
+        answer = _run([*command, "-c", _FIND_TORCH])
         found = json.loads(answer.stdout.splitlines()[-1]) if answer.returncode == 0 and answer.stdout else None
         if found:
-            return Torch(Path(found[0]).parent, found[1], in_target)
+            return Torch(Path(found[0]), found[1], in_target)
     return None
 
 
