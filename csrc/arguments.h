@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "stats.h"
 
 namespace gradprobe {
@@ -42,6 +43,19 @@ class TensorList {
   StableListHandle list_;
   std::vector<AtenTensorHandle> handles_;
 };
+
+// The element type of an argument. `index`: of the tensor in a list, if it is in one.
+inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return cpu::Dtype::kFloat32;
+  if (dtype == aoti_torch_dtype_float16()) return cpu::Dtype::kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return cpu::Dtype::kBFloat16;
+  if (dtype == aoti_torch_dtype_float64()) return cpu::Dtype::kFloat64;
+  STD_TORCH_CHECK(false, name, index < 0 ? "" : "[" + std::to_string(index) + "]",
+                  ": needed a dtype of float16, bfloat16, float32, float64, got ",
+                  torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(dtype)));
+}
 
 // Checks that `out` can take the rows of n_tensors tensors, its device apart.
 inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {

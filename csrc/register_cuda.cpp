@@ -35,17 +35,18 @@ constexpr int kElements = 4;
 
 constexpr int64_t kBytes[kElements] = {2, 2, 4, 8};  // of an Element
 
-// `index`: of the tensor in a list, if it is in one.
 Element element_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return Element::f32;
-  if (dtype == aoti_torch_dtype_float16()) return Element::f16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return Element::bf16;
-  if (dtype == aoti_torch_dtype_float64()) return Element::f64;
-  STD_TORCH_CHECK(false, name, index < 0 ? "" : "[" + std::to_string(index) + "]",
-                  ": needed a dtype of float16, bfloat16, float32, float64, got dtype number ", dtype,
-                  " (torch's own numbering)");
+  switch (dtype_of(tensor, name, index)) {
+    case cpu::Dtype::kFloat16:
+      return Element::f16;
+    case cpu::Dtype::kBFloat16:
+      return Element::bf16;
+    case cpu::Dtype::kFloat32:
+      return Element::f32;
+    case cpu::Dtype::kFloat64:
+      break;
+  }
+  return Element::f64;
 }
 
 int32_t device_index_of(const Tensor& tensor, const char* name) {

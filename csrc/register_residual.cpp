@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "chunks.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
@@ -25,25 +26,8 @@ using cpu::Dtype;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Dtype dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    default:
-      break;
-  }
-  STD_TORCH_CHECK(false, name, ": needed a dtype of float16, bfloat16, float32, float64, got ",
-                  torch::headeronly::toString(tensor.scalar_type()));
-}
-
 Dtype check_operands(const Tensor& a, const Tensor& b, const char* name_a, const char* name_b) {
-  const Dtype dtype = dtype_of(a, name_a);
+  const Dtype dtype = dtype_of(a.get(), name_a);
   STD_TORCH_CHECK(a.is_cpu(), name_a, ": needed device cpu, got another");
   STD_TORCH_CHECK(b.is_cpu(), name_b, ": needed device cpu, that of ", name_a, ", got another");
   check_alike(a, b, name_a, name_b);
@@ -103,7 +87,7 @@ Tensor join(const Tensor& x, const Tensor& f, bool relu, std::vector<Stats>* par
 
 // grad_x, and the partial statistics of the chunks of grad_y and grad_x, in pairs, where `partials` is not null.
 Tensor mask(const Tensor& grad_y, const std::optional<Tensor>& y, std::vector<Stats>* partials) {
-  const Dtype dtype = y ? check_operands(grad_y, *y, "grad_y", "y") : dtype_of(grad_y, "grad_y");
+  const Dtype dtype = y ? check_operands(grad_y, *y, "grad_y", "y") : dtype_of(grad_y.get(), "grad_y");
   const int64_t numel = grad_y.numel();
   const cpu::Isa isa = cpu::best_isa();
   if (partials != nullptr) partials->resize(2 * count_chunks(numel, cpu::kChunkNumel));

@@ -82,7 +82,7 @@ def in_place_autograd_kernel(operator: Any, function: Any, functional: Callable[
         if transformed or not simple or written.is_neg():
             written.copy_(functional(written, *arguments))
         elif not recorded:
-            below_autograd(operator, written, *arguments)
+            overwrite(operator, written, *arguments)
         elif written.requires_grad and written.is_leaf:  # autograd itself would notice when it has been overwritten
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
         else:
@@ -123,13 +123,38 @@ def count_writes(library: torch.library.Library, name: str) -> None:
     operator = getattr(getattr(torch.ops, library.ns), name).default
 
     def kernel(keyset: torch._C.DispatchKeySet, written: Tensor | Sequence[Tensor], *arguments: Any) -> None:
-        if isinstance(written, Tensor) and written.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
-        increment_version(written)
+        _count_write(written)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, written, *arguments)
 
     library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+
+
+def overwrite(operator: Any, written: Tensor, *arguments: Any) -> None:
+    """Calls an operator that writes to its first argument, without recording it for autograd.
+
+    Past the kernel that `count_writes` makes, which costs as much again.
+
+    Args:
+        operator: an overload of an operator.
+        written: its first argument.
+        arguments: the others.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> overwrite(torch.ops.aten.neg_.default, x)
+        >>> x.detach(), x._version
+        (tensor([-1.]), 1)
+    """
+    _count_write(written)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        operator(written, *arguments)
+
+
+def _count_write(written: Tensor | Sequence[Tensor]) -> None:
+    if isinstance(written, Tensor) and written.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed.")
+    increment_version(written)
 
 
 def _for_the_next_level(operator: Any) -> Callable[..., Any]:

@@ -41,6 +41,7 @@ from gradprobe.ops.differentiable import (
     count_writes,
     in_backward,
     in_place_autograd_kernel,
+    overwrite,
 )
 from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap
 
@@ -94,7 +95,7 @@ def register(library: torch.library.Library) -> None:
 
         @staticmethod
         def forward(ctx: Any, operator: Any, x: Tensor, f: Tensor, relu: bool) -> Tensor:
-            below_autograd(operator, x, f, relu)
+            overwrite(operator, x, f, relu)
             ctx.mark_dirty(x)
             ctx.set_materialize_grads(False)
             if relu:
