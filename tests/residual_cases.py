@@ -87,3 +87,31 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[T
     "grad-of-vmap": lambda of: torch.func.grad(lambda x, f: torch.vmap(of)(x, f).pow(2).sum()),
     "vjp": lambda of: lambda x, f: torch.func.vjp(of, x, f)[1](torch.tensor(2.0, dtype=x.dtype)),
 }
+
+
+class Block(torch.nn.Module):
+    """Two convolutions with batch normalisation, and a junction."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        conv, norm = (lambda: torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)), (lambda: torch.nn.BatchNorm2d(4))
+        self.branch = torch.nn.Sequential(conv(), norm(), torch.nn.ReLU(), conv(), norm())
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(x, self.branch(x))
+
+
+def weights_after_training(
+    join: Callable[[Tensor, Tensor], Tensor], memory_format: torch.memory_format = torch.contiguous_format
+) -> list[Tensor]:
+    """The parameters of a small residual network after three steps."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), *(Block(join) for _ in range(3)))
+    model.to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 16, 16).contiguous(memory_format=memory_format)).square().mean().backward()
+        optimizer.step()
+    return list(model.parameters())

@@ -13,12 +13,14 @@ from residual_cases import (
     NAMESPACES,
     SHAPES,
     TRANSFORMS,
+    Block,
     bits,
     by_torch,
     every_kind,
     name,
     operators,
     specials,
+    weights_after_training,
 )
 from torch import Tensor
 
@@ -416,30 +418,10 @@ def test_the_module_overwrites_the_branch() -> None:
     assert gradprobe.residual_add_ is residual_add_
 
 
-class Block(torch.nn.Module):
-    """Two convolutions with batch normalisation, and a junction."""
-
-    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        conv, norm = (lambda: torch.nn.Conv2d(4, 4, 3, padding=1, bias=False)), (lambda: torch.nn.BatchNorm2d(4))
-        self.branch = torch.nn.Sequential(conv(), norm(), torch.nn.ReLU(), conv(), norm())
-        self.join = join
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.join(x, self.branch(x))
-
-
 def test_a_network_learns_the_same_to_the_bit() -> None:
     weights = []
     for join in (lambda x, f: torch.relu(x + f), ResidualAdd(relu=True, inplace=True)):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), *(Block(join) for _ in range(3)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(torch.randn(4, 3, 16, 16)).square().mean().backward()
-            optimizer.step()
-        weights.append(list(model.parameters()))
+        weights.append(weights_after_training(join))
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
