@@ -419,9 +419,8 @@ def test_the_module_overwrites_the_branch() -> None:
 
 
 def test_a_network_learns_the_same_to_the_bit() -> None:
-    weights = []
-    for join in (lambda x, f: torch.relu(x + f), ResidualAdd(relu=True, inplace=True)):
-        weights.append(weights_after_training(join))
+    joins = (lambda x, f: torch.relu(x + f), ResidualAdd(relu=True, inplace=True))
+    weights = [weights_after_training(join) for join in joins]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
