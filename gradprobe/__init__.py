@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from gradprobe.ops import STATS, backends, grad_stats
     from gradprobe.ops.residual import residual_add, residual_add_
     from gradprobe.probe import Coverage, Probe, attach
-    from gradprobe.snapshot import SiteStats, Snapshot
+    from gradprobe.signals import Activation, Junction
+    from gradprobe.snapshot import Snapshot
+    from gradprobe.stats import SiteStats
 
 # Imported on first use: a report or a help text needs no torch.
 _HOMES = {
@@ -23,12 +25,15 @@ _HOMES = {
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),
     "gradprobe.ops.residual": ("residual_add", "residual_add_"),
     "gradprobe.probe": ("Coverage", "Probe", "attach"),
-    "gradprobe.snapshot": ("SiteStats", "Snapshot"),
+    "gradprobe.signals": ("Activation", "Junction"),
+    "gradprobe.snapshot": ("Snapshot",),
+    "gradprobe.stats": ("SiteStats",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "STATS",
+    "Activation",
     "ArgumentError",
     "BackendError",
     "Coverage",
@@ -36,6 +41,7 @@ __all__ = [
     "FlowReport",
     "GradprobeError",
     "GradprobeWarning",
+    "Junction",
     "Probe",
     "SiteStats",
     "Snapshot",

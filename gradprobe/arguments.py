@@ -18,7 +18,9 @@ def check_attach(
     model: object,
     optimizer: object,
     params: object,
+    junctions: object,
     every: object,
+    activations_every: object,
     capacity: object,
     when: object,
     grad_scaler: object,
@@ -30,7 +32,9 @@ def check_attach(
         raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(optimizer).__name__}")
     if params is not True:
         raise ArgumentError(f"params: need True, since there is nothing else to observe yet; got {params!r}")
-    for name, value in (("every", every), ("capacity", capacity)):
+    if not isinstance(junctions, bool):
+        raise ArgumentError(f"junctions: need True or False; got {junctions!r}")
+    for name, value in (("every", every), ("activations_every", activations_every), ("capacity", capacity)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
     if when not in MOMENTS:

@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from gradprobe.amp import ScalerWatch
 from gradprobe.hooks import PythonTaps, Taps
 
+Close = Callable[[torch.Tensor | float | None, torch.Tensor | float], None]
+
 
 class StepBoundaries:
     """Watches an optimizer and a gradient scaler, and calls back at the end of each step.
@@ -30,10 +32,10 @@ class StepBoundaries:
         optimizer: torch.optim.Optimizer | None,
         grad_scaler: torch.amp.GradScaler | None,
         taps: Taps,
-        close: Callable[[torch.Tensor | float | None, torch.Tensor | float], None],
+        close: Close,
     ) -> None:
         self._taps: Taps = taps
-        self._close = close
+        self._close: Close = close
         self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
         self._optimizer_stepped = False
         self._step_depth = 0
@@ -87,6 +89,7 @@ class StepBoundaries:
         if self._scaler is not None:
             self._scaler.remove()
         self._taps = PythonTaps((), None)
+        self._close = _nobody_closes  # else owner and boundaries would keep each other alive
 
     def _take_skipped(self) -> torch.Tensor | float:
         skipped, self._skipped = self._skipped, 0.0
@@ -129,3 +132,7 @@ class StepBoundaries:
         skipped = self._take_skipped()
         self._close(None, skipped if found_inf is None else found_inf)
         self._closed_by = "optimizer"
+
+
+def _nobody_closes(loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
+    return None

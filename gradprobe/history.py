@@ -9,7 +9,8 @@ import torch
 
 from gradprobe.measured import FloatArray
 from gradprobe.record import Finished, Record
-from gradprobe.snapshot import SiteTable, Snapshot
+from gradprobe.signals import Signals, SignalTable
+from gradprobe.snapshot import NonFinite, SiteTable, Snapshot
 
 InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
@@ -22,31 +23,41 @@ class History:
         rows_on: Number of site rows for each device.
         table: Site names.
         in_site_order: Puts the rows of all devices into the order of the table.
+        signals: The sites of activations and junctions, None where there are none.
     """
 
     def __init__(
-        self, capacity: int, rows_on: Mapping[torch.device, int], table: SiteTable, in_site_order: InSiteOrder
+        self,
+        capacity: int,
+        rows_on: Mapping[torch.device, int],
+        table: SiteTable,
+        in_site_order: InSiteOrder,
+        signals: SignalTable | None,
     ) -> None:
         self._capacity = capacity
         self._table = table
         self._in_site_order = in_site_order
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
-        self.record = Record(capacity, rows_on)
+        self._signals = signals
+        self._unseen: deque[int] = deque()  # positions not yet searched for non-finite values, oldest first
+        self._first_nonfinite: NonFinite | None = None
+        self.restart(rows_on)
 
     def archive(self) -> None:
         """Keeps what the record holds as snapshots; waits for the device."""
+        self.first_nonfinite()
         kept = self.all()
         self._archive.clear()
         self._archive.extend(kept)
         self.record = Record(1, {})
 
     def restart(self, rows_on: Mapping[torch.device, int]) -> None:
-        """Opens a new record, after `archive`.
+        """Opens a new record.
 
         Args:
             rows_on: Number of site rows for each device.
         """
-        self.record = Record(self._capacity, rows_on)
+        self.record = Record(self._capacity, rows_on, 0 if self._signals is None else self._signals.n_sites)
 
     def latest(self, wait: bool) -> Snapshot | None:
         """Gives the newest finished step that has arrived, None where there is none.
@@ -66,8 +77,33 @@ class History:
         snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
         return snapshots[-self._capacity :]
 
+    def look_for_nonfinite(self) -> None:
+        """Searches the steps that have arrived, the newest included, for values that are not finite; waits for none."""
+        self._unseen.append(self.record.newest)
+        self._search(wait=False)
+
+    def first_nonfinite(self) -> NonFinite | None:
+        """Tells where the first value that is not finite was seen; waits for the device."""
+        self._search(wait=True)
+        return self._first_nonfinite
+
+    def _search(self, wait: bool) -> None:
+        while self._unseen and self._first_nonfinite is None:
+            is_finite = self.record.is_finite(self._unseen[0], wait or len(self._unseen) == self.record.capacity)
+            if is_finite is None:
+                return
+            position = self._unseen.popleft()
+            finished = None if is_finite else self.record.read(position, wait=True)
+            if finished is not None:
+                self._first_nonfinite = self._snapshot(finished).first_nonfinite()
+        if self._first_nonfinite is not None:
+            self._unseen.clear()
+
     def _snapshot(self, finished: Finished) -> Snapshot:
         slot = finished.slot
+        signals = None
+        if self._signals is not None and slot.events is not None:
+            signals = Signals(self._signals, finished.signals, slot.events, finished.scale)
         return Snapshot(
             step=slot.step,
             loss=finished.loss,
@@ -77,4 +113,5 @@ class History:
             rows=self._in_site_order(finished.rows),
             measured=slot.measured,
             scale=finished.scale,
+            signals=signals,
         )

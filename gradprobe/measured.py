@@ -8,6 +8,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# What is measured at a residual junction, y = x + F(x), in the order of its sites: the operands and the sum, the
+# gradient that comes in at y, the parts of the gradient at x that come by the shortcut and through the branch, the sum
+# of their products.
+JUNCTION_KINDS = (
+    "junction_x",
+    "junction_f",
+    "junction_y",
+    "junction_grad",
+    "shortcut_grad",
+    "branch_grad",
+    "shortcut_dot_branch",
+)
+
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -30,3 +43,16 @@ class Measured:
 
     present: npt.NDArray[np.bool_]
     numels: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Events:
+    """What passed by in one step at the sites of activations and junctions.
+
+    Attributes:
+        sites: Site of each event, in the order of execution. Length N.
+        measured: Which sites had an event, and the elements of all of their events.
+    """
+
+    sites: tuple[int, ...]
+    measured: Measured

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
+from gradprobe.nn import ResidualAdd
 
 Layout = Literal["cifar", "imagenet"]
 Norm = Literal["batch", "none"]
@@ -228,11 +229,6 @@ def _initialise(model: nn.Module, init: Init) -> None:
                 nn.init.xavier_uniform_(module.weight)
 
 
-def _join(x: Tensor, f: Tensor) -> Tensor:
-    """The residual junction: max(x + f, 0)."""
-    return torch.relu(x + f)
-
-
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm == "none")]
     if norm == "batch":
@@ -259,12 +255,13 @@ class _Block(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(convs)
         self.shortcut = shortcut
+        self.join = None if shortcut is None else ResidualAdd(relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         f = x
         for index, conv in enumerate(self.convs):
             f = conv(torch.relu(f) if index else f)
-        return torch.relu(f) if self.shortcut is None else _join(self.shortcut(x), f)
+        return torch.relu(f) if self.shortcut is None or self.join is None else self.join(self.shortcut(x), f)
 
 
 def _basic_convs(in_channels: int, channels: int, stride: int, norm: Norm) -> list[nn.Sequential]:

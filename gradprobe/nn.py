@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from gradprobe.ops.residual import residual_add, residual_add_
@@ -16,7 +18,7 @@ class ResidualAdd(nn.Module):
         relu: whether to take the positive part of the sum.
         inplace: whether to write the result into the branch's, `f`, which nothing needs afterwards where the branch
             ends in a convolution or in batch normalisation. (The shortcut mostly is needed: by the first layer of the
-            branch, on the way back.)
+            branch, on the way back.) Not while a probe taps the junction: it gives a new tensor.
 
     Example:
         >>> import torch
@@ -31,6 +33,7 @@ class ResidualAdd(nn.Module):
         super().__init__()
         self.relu = relu
         self.inplace = inplace
+        self.tap: Callable[[Tensor, Tensor, bool], Tensor] | None = None  # a probe's, while one is attached
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Joins shortcut and branch.
@@ -50,6 +53,8 @@ class ResidualAdd(nn.Module):
             >>> ResidualAdd()(torch.tensor([1.0]), torch.tensor([2.0]))
             tensor([3.])
         """
+        if self.tap is not None:
+            return self.tap(x, f, self.relu)
         return residual_add_(f, x, self.relu) if self.inplace else residual_add(x, f, self.relu)
 
     def extra_repr(self) -> str:

@@ -18,16 +18,19 @@ from torch import nn
 from torch.autograd import Variable
 
 from gradprobe import hooks, sinks
+from gradprobe.activations import Selection, select_modules
 from gradprobe.arguments import When, check_attach, check_loss, check_max_norm, check_shares_parameters
 from gradprobe.boundaries import StepBoundaries
 from gradprobe.collector import Collector
 from gradprobe.diagnose import Finding, diagnose
 from gradprobe.errors import ArgumentError, GradprobeError, GradprobeWarning
 from gradprobe.history import History
+from gradprobe.junctions import junction_modules
 from gradprobe.measured import Measured, Provenance
+from gradprobe.passing import Passing
 from gradprobe.record import Slot
 from gradprobe.sites import Site, newly_trainable, parameter_sites
-from gradprobe.snapshot import SiteTable, Snapshot, to_pandas
+from gradprobe.snapshot import NonFinite, SiteTable, Snapshot, to_pandas
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +44,8 @@ class Coverage:
 
     Attributes:
         observed: Sites that had a gradient in at least one measured step.
-        silent: Sites that never had one.
+        silent: Sites that never had one; of the modules whose outputs are observed, those that returned nothing.
+        unmeasured: Observed modules that returned tensors which the kernels do not take, such as a subclass of tensors.
         unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
         frozen: Parameters that did not require a gradient at attach.
         unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
@@ -52,6 +56,7 @@ class Coverage:
     observed: tuple[str, ...]
     silent: tuple[str, ...]
     unhooked: tuple[str, ...]
+    unmeasured: tuple[str, ...]
     frozen: tuple[str, ...]
     unknown: tuple[str, ...]
     tied: dict[str, tuple[str, ...]]
@@ -63,9 +68,10 @@ def attach(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     params: bool = True,
-    activations: bool = False,
-    junctions: bool = False,
+    activations: Selection = False,
+    junctions: bool = True,
     every: int = 1,
+    activations_every: int = 1,
     capacity: int = 1024,
     backend: str = "auto",
     when: When = "auto",
@@ -78,9 +84,12 @@ def attach(
         model: Any module with at least one trainable parameter.
         optimizer: Closes a step each time it steps; without one, call `Probe.step()` once per step.
         params: Observe the gradients of the parameters.
-        activations: Not available yet.
-        junctions: Not available yet.
+        activations: Observe outputs of modules and the gradients that come back to them: True for every module without
+            children that is no junction, a list of patterns of module names such as `["layer1.*", "head"]`, or a
+            function of name and module.
+        junctions: Observe the residual junctions, which are the `gradprobe.nn.ResidualAdd` modules of the model.
         every: Measure each step whose number is a multiple of this.
+        activations_every: Of those steps, observe activations and junctions where the number is a multiple of this.
         capacity: Number of measured steps kept, newest first to stay.
         backend: "auto", or a name from `gradprobe.backends()`.
         when: When gradients are measured: "step" as the optimizer is about to use them; "backward" at the end of each
@@ -106,14 +115,16 @@ def attach(
         >>> probe.latest()["bias"].norm
         4.0
     """
-    for name, value in (("activations", activations), ("junctions", junctions), ("process_group", process_group)):
-        if value:
-            raise NotImplementedError(f"{name}: not available in this version; leave it out")
+    if process_group is not None:
+        raise NotImplementedError("process_group: not available in this version; leave it out")
     return Probe(
         model,
         optimizer=optimizer,
         params=params,
+        activations=activations,
+        junctions=junctions,
         every=every,
+        activations_every=activations_every,
         capacity=capacity,
         backend=backend,
         when=when,
@@ -130,16 +141,21 @@ class Probe:
         *,
         optimizer: torch.optim.Optimizer | None,
         params: bool,
+        activations: Selection,
+        junctions: bool,
         every: int,
+        activations_every: int,
         capacity: int,
         backend: str,
         when: When,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
-        check_attach(model, optimizer, params, every, capacity, when, grad_scaler)
+        check_attach(model, optimizer, params, junctions, every, activations_every, capacity, when, grad_scaler)
         if model in _attached:
             raise ArgumentError("model: has a probe already; call its detach() first")
         self._found = parameter_sites(model)
+        joined = junction_modules(model) if junctions else {}
+        observed = {} if activations is False else select_modules(model, activations, elsewhere=joined)
         if optimizer is not None:
             check_shares_parameters(optimizer, self._found.parameters)
         self._collector = Collector(self._found.parameters, backend)
@@ -148,7 +164,17 @@ class Probe:
         self._when: When = when if when != "auto" else ("step" if optimizer is not None else "backward")
         self._averages = isinstance(model, nn.parallel.DistributedDataParallel) and self._when == "step"
         self._table = _site_table(self._found.sites)
-        self._history = History(capacity, self._collector.rows_on, self._table, self._collector.in_site_order)
+        self._passing: Passing | None = None
+        if observed or joined:
+            self._passing = Passing(observed, joined, next(iter(self._collector.rows_on)), backend)
+        self._history = History(
+            capacity,
+            self._collector.rows_on,
+            self._table,
+            self._collector.in_site_order,
+            None if self._passing is None else self._passing.table,
+        )
+        self._activations_every = activations_every
         self._step = 0
         self._n_measured = 0
         self._pause_depth = 0
@@ -218,14 +244,33 @@ class Probe:
         """Applies the rules of `gradprobe.diagnose` to the history."""
         return diagnose(self.history())
 
+    def first_nonfinite(self) -> NonFinite | None:
+        """Tells where NaN or infinity was first seen, in the order of execution, since attach; waits for the device.
+
+        Known also when the step itself is no longer kept. With `activations=True` it names the module.
+
+        Returns:
+            The step, the site and the module, or None where everything was finite.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+            >>> probe = attach(model, activations=True)
+            >>> model(torch.tensor([[1.0, float("inf")]])).sum().backward()
+            >>> probe.step()
+            >>> print(probe.first_nonfinite())
+            step 0, forward: output of 0 has 2 non-finite of 2 values
+        """
+        return self._history.first_nonfinite()
+
     def coverage(self) -> Coverage:
         """Tells what the probe has seen, and what it cannot see."""
         names = np.asarray(self._table.names, dtype=object)
         model = self._model()
         return Coverage(
             observed=tuple(names[self._observed]),
-            silent=tuple(names[~self._observed]),
+            silent=(*names[~self._observed], *(() if self._passing is None else self._passing.silent())),
             unhooked=tuple(names[self._unhooked]),
+            unmeasured=() if self._passing is None else self._passing.unmeasured(),
             frozen=self._found.frozen,
             unknown=() if model is None or self._detached else newly_trainable(model, self._found),
             tied={site.name: site.names for site in self._found.sites if len(site.names) > 1},
@@ -286,6 +331,8 @@ class Probe:
         self._detached = True
         self._taps.remove()
         self._boundaries.remove()
+        if self._passing is not None:
+            self._passing.remove()
         model = self._model()
         if model is not None and _attached.get(model) is self:
             del _attached[model]
@@ -328,6 +375,9 @@ class Probe:
 
     def _wanted(self) -> bool:
         return self._pause_depth == 0 and self._step % self._every == 0
+
+    def _wants_signals(self) -> bool:
+        return self._wanted() and self._step % self._activations_every == 0
 
     def _on_backward_end(self) -> None:
         if self._averages:  # DDP finishes its buckets after this; called again from there, the gradients are averaged
@@ -379,6 +429,8 @@ class Probe:
             if self._measured is None or (self._when == "step" and self._taps.n_fired() > 0 and self._clipped):
                 self._measure()
             self._finish(loss, skipped)
+        if self._passing is not None:
+            self._passing.close(None)
         self._last_was_measured = wanted and self._measured is not None
         self._measured = None
         self._clipped = False
@@ -398,7 +450,11 @@ class Probe:
                 "or attach with when='hook' if the optimizer steps inside backward; nothing was recorded",
             )
             return
-        self._history.record.commit(Slot(self._step, self._provenance, measured), loss, self._scale, skipped)
+        events = None
+        if self._passing is not None and self._wants_signals():
+            events = self._passing.close(self._history.record.signal_rows())
+        self._history.record.commit(Slot(self._step, self._provenance, measured, events), loss, self._scale, skipped)
+        self._history.look_for_nonfinite()
         self._n_measured += 1
         if is_complete and self._all_observed:
             return
@@ -415,6 +471,8 @@ class Probe:
 
     def _set_enabled(self) -> None:
         self._taps.set_enabled(self._wanted())
+        if self._passing is not None:
+            self._passing.set_enabled(self._wants_signals())
 
     def _listed(self, chosen: npt.NDArray[np.bool_]) -> str:
         names = [name for name, is_chosen in zip(self._table.names, chosen, strict=True) if is_chosen]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from gradprobe import ops
-from gradprobe.measured import FloatArray, Measured, Provenance
+from gradprobe.measured import Events, FloatArray, Measured, Provenance
 
+N_NONFINITE = ops.STATS.index("n_nonfinite")
 LOSS, SCALE, SKIPPED = range(3)  # columns of the extra row that each step has on the first device
 
 
@@ -21,6 +22,7 @@ class Slot:
         step: Number of the step.
         provenance: How its gradients came to be what they are.
         measured: Which sites had a gradient, and their sizes.
+        events: What passed by at activations and junctions, None where they were not observed.
         extras: Loss, scale and skipped, where the host knows them; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device that is not the host, the event after which its rows can be read.
@@ -29,6 +31,7 @@ class Slot:
     step: int
     provenance: Provenance
     measured: Measured
+    events: Events | None = None
     extras: dict[int, float] = field(default_factory=dict)
     has_loss: bool = False
     ready: dict[torch.device, torch.Event] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Finished:
     Attributes:
         slot: What the host knew of it.
         rows: For each device its site rows. Values of shape [K, 6].
+        signals: The rows of activations and junctions. [S, 6]
         loss: The loss, or None where none was given.
         scale: Factor on the gradients that undoes loss scaling.
         skipped: The optimizer's step was skipped.
@@ -48,6 +52,7 @@ class Finished:
 
     slot: Slot
     rows: dict[torch.device, FloatArray]
+    signals: FloatArray
     loss: float | None
     scale: float
     skipped: bool
@@ -61,16 +66,19 @@ class Record:
 
     Args:
         capacity: Number of steps kept.
-        rows_on: Number of site rows for each device.
+        rows_on: Number of parameters' rows for each device.
+        n_signals: Number of rows of activations and junctions on the first device, S.
     """
 
-    def __init__(self, capacity: int, rows_on: Mapping[torch.device, int]) -> None:
-        self._capacity = capacity
-        self._rings: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6], or [IN_FLIGHT, K + 1, 6]
+    def __init__(self, capacity: int, rows_on: Mapping[torch.device, int], n_signals: int = 0) -> None:
+        self.capacity = capacity
+        self._n_rows = dict(rows_on)
+        # [capacity, K + S + 1, 6], or [IN_FLIGHT, K + S + 1, 6]: parameters, signals, extra row
+        self._rings: dict[torch.device, torch.Tensor] = {}
         self._views: dict[torch.device, tuple[torch.Tensor, ...]] = {}  # the rings' site rows, [K, 6] each: made once
-        self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + 1, 6] on the host
+        self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + S + 1, 6] on the host
         for device, n_rows in rows_on.items():
-            step_shape = (n_rows + 1, len(ops.STATS))
+            step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(ops.STATS))
             if device.type == "cpu":
                 ring = mirror = torch.empty(capacity, *step_shape, dtype=torch.float64)
             else:
@@ -79,14 +87,19 @@ class Record:
             self._rings[device] = ring
             self._views[device] = ring[:, :n_rows].unbind()
             self._mirrors[device] = mirror
+        self._arrays = {device: mirror.numpy() for device, mirror in self._mirrors.items()}
         self._first = next(iter(self._rings), torch.device("cpu"))
         self._slots: list[Slot | None] = [None] * capacity
         self._next = 0
         self._rows = self._open_rows()
 
     def rows(self) -> dict[torch.device, torch.Tensor]:
-        """The site rows of the open step, for each device. Values of shape [K, 6]."""
+        """The parameters' rows of the open step, for each device. Values of shape [K, 6]."""
         return self._rows
+
+    def signal_rows(self) -> torch.Tensor:
+        """The rows of the open step's activations and junctions, on the first device. Shape [S, 6]."""
+        return _at(self._rings[self._first], self._next)[self._n_rows[self._first] : -1]
 
     def commit(
         self,
@@ -111,7 +124,7 @@ class Record:
             slot.has_loss = True
             self._write(position, LOSS, loss)
         self._publish(position)
-        self._next = (position + 1) % self._capacity
+        self._next = (position + 1) % self.capacity
         self._rows = self._open_rows()
 
     def add_loss(self, loss: torch.Tensor | float) -> None:
@@ -120,7 +133,7 @@ class Record:
         Args:
             loss: The loss, on any device.
         """
-        position = (self._next - 1) % self._capacity
+        position = (self._next - 1) % self.capacity
         slot = self._slots[position]
         if slot is None:
             raise IndexError("no step is finished yet")
@@ -131,8 +144,32 @@ class Record:
 
     def positions(self) -> list[int]:
         """Positions of the finished steps in the ring, oldest first."""
-        order = [(self._next + offset) % self._capacity for offset in range(self._capacity)]
+        order = [(self._next + offset) % self.capacity for offset in range(self.capacity)]
         return [position for position in order if self._slots[position] is not None]
+
+    @property
+    def newest(self) -> int:
+        """Position of the step that was finished last."""
+        return (self._next - 1) % self.capacity
+
+    def is_finite(self, position: int, wait: bool) -> bool | None:
+        """Tells whether all values of a finished step were finite.
+
+        Args:
+            position: One of `positions()`.
+            wait: Wait for the device.
+
+        Returns:
+            None where the step has not arrived.
+        """
+        if not self._has_arrived(position, wait):
+            return None
+        # a parameter that was not measured may hold anything: then `Snapshot.first_nonfinite` knows
+        slot = self._slots[position]
+        return not any(
+            array[position, : self._n_rows[device] if slot is None or slot.events is None else -1, N_NONFINITE].any()
+            for device, array in self._arrays.items()
+        )
 
     def read(self, position: int, wait: bool) -> Finished | None:
         """Copies one finished step out of the ring.
@@ -145,18 +182,24 @@ class Record:
             The step, or None.
         """
         slot = self._slots[position]
-        if slot is None:
+        if slot is None or not self._has_arrived(position, wait):
             return None
+        copies = {device: array[position].copy() for device, array in self._arrays.items()}
+        extra = copies[self._first][-1]  # [6]
+        loss, scale, skipped = (slot.extras.get(column, float(extra[column])) for column in (LOSS, SCALE, SKIPPED))
+        rows = {device: copy[: self._n_rows[device]] for device, copy in copies.items()}
+        signals = copies[self._first][self._n_rows[self._first] : -1]  # [S, 6]
+        return Finished(slot, rows, signals, loss if slot.has_loss else None, scale, skipped != 0)
+
+    def _has_arrived(self, position: int, wait: bool) -> bool:
+        slot = self._slots[position]
+        assert slot is not None
         for event in slot.ready.values():
             if wait:
                 event.synchronize()
             elif not event.query():
-                return None
-        copies = {device: mirror[position].numpy().copy() for device, mirror in self._mirrors.items()}
-        extra = copies[self._first][-1]  # [6]
-        loss, scale, skipped = (slot.extras.get(column, float(extra[column])) for column in (LOSS, SCALE, SKIPPED))
-        rows = {device: copy[:-1] for device, copy in copies.items()}
-        return Finished(slot, rows, loss if slot.has_loss else None, scale, skipped != 0)
+                return False
+        return True
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
         return {device: views[self._next % len(views)] for device, views in self._views.items()}

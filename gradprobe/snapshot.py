@@ -6,51 +6,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from gradprobe.errors import ArgumentError
 from gradprobe.measured import FloatArray, Measured, Provenance
+from gradprobe.signals import Activation, Junction, Signals
+from gradprobe.stats import COLUMNS, SiteStats, finish_rows, site_stats
 
 if TYPE_CHECKING:
     import pandas
-
-COLUMNS = ("norm", "rms", "abs_max", "abs_mean", "mean", "std", "zero_fraction", "nonfinite", "numel")
-SUM, SUM_ABS, SUM_SQ, ABS_MAX, N_ZERO, N_NONFINITE = range(6)
-
-
-@dataclass(frozen=True, slots=True)
-class SiteStats:
-    """Statistics of one gradient tensor.
-
-    Attributes:
-        name: Site name.
-        kind: "parameter".
-        norm: Euclidean norm.
-        rms: Root of the mean square, which compares layers of different size.
-        abs_max: Largest magnitude.
-        abs_mean: Mean magnitude.
-        mean: Mean.
-        std: Standard deviation over the elements (the population's, divided by n), from the mean and the mean square;
-            below about 3e-4 of the mean it is rounding.
-        zero_fraction: Share of elements that are exactly zero.
-        nonfinite: Number of elements that are NaN or infinite.
-        numel: Number of elements.
-    """
-
-    name: str
-    kind: str
-    norm: float
-    rms: float
-    abs_max: float
-    abs_mean: float
-    mean: float
-    std: float
-    zero_fraction: float
-    nonfinite: int
-    numel: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +37,36 @@ class SiteTable:
     index: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """Where NaN or infinity was seen first in the order of execution.
+
+    Attributes:
+        step: Number of the step.
+        site: Name of the site.
+        kind: Kind of the site, as in `SiteStats`.
+        phase: Whether it was in the forward or the backward pass.
+        module: The module that made it, as far as what is observed tells: the one whose output it is; for the gradient
+            of an output the one that ran next and sent it back; for a parameter its own.
+        nonfinite: Number of values there that are NaN or infinite.
+        numel: Number of values there.
+    """
+
+    step: int
+    site: str
+    kind: str
+    phase: Literal["forward", "backward"]
+    module: str
+    nonfinite: int
+    numel: int
+
+    def __str__(self) -> str:
+        what = {"activation": "output of", "parameter": "gradient of", "activation_grad": "gradient at the output of"}
+        where = f"{what.get(self.kind, self.kind + ' of')} {self.site}"
+        maker = f", sent back by {self.module}" if self.kind == "activation_grad" else ""
+        return f"step {self.step}, {self.phase}: {where} has {self.nonfinite} non-finite of {self.numel} values{maker}"
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """The gradients of one training step.
@@ -85,6 +82,7 @@ class Snapshot:
         rows: Raw statistics in the order of `gradprobe.STATS`. [K, 6]
         measured: Which sites had a gradient, and their sizes.
         scale: Factor on the gradients that undoes loss scaling.
+        signals: What passed by at activations and junctions, None where they were not observed in this step.
     """
 
     step: int
@@ -95,11 +93,12 @@ class Snapshot:
     rows: FloatArray
     measured: Measured
     scale: float = 1.0
+    signals: Signals | None = None
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
         """Each statistic of `COLUMNS` for all K sites, absent ones included. Values of shape [K]."""
-        return _finish(self.rows, self.measured.numels, self.scale)
+        return finish_rows(self.rows, self.measured.numels, self.scale)
 
     @cached_property
     def sites(self) -> dict[str, SiteStats]:
@@ -114,6 +113,40 @@ class Snapshot:
         if largest == 0.0 or not math.isfinite(largest):
             return largest
         return largest * float(np.sqrt(np.sum((norms / largest) ** 2)))
+
+    @property
+    def activations(self) -> dict[str, Activation]:
+        """The observed modules that returned something, by name, in the order of execution."""
+        return {} if self.signals is None else self.signals.activations
+
+    @property
+    def junctions(self) -> dict[str, Junction]:
+        """The residual junctions that were passed, by name, in the order of execution."""
+        return {} if self.signals is None else self.signals.junctions
+
+    def first_nonfinite(self) -> NonFinite | None:
+        """Tells where NaN or infinity came first in the order of execution, None where everything was finite."""
+        if self.signals is not None:
+            for site in self.signals.passed:
+                stats = self.signals.stats(site)
+                if stats is not None and stats.nonfinite:
+                    phase: Literal["forward", "backward"] = "backward" if stats.kind.endswith("_grad") else "forward"
+                    module = self.signals.sender(stats.name) if stats.kind == "activation_grad" else stats.name
+                    return NonFinite(self.step, stats.name, stats.kind, phase, module, stats.nonfinite, stats.numel)
+        for stats in reversed(self.sites.values()):  # a backward comes to the last parameters first
+            if stats.nonfinite:
+                module = stats.name.rpartition(".")[0]
+                return NonFinite(self.step, stats.name, stats.kind, "backward", module, stats.nonfinite, stats.numel)
+        return None
+
+    def all_stats(self) -> Iterator[SiteStats]:
+        """Yields the parameters' gradients in model order, then what passed by, in the order of execution."""
+        yield from self.sites.values()
+        if self.signals is not None:
+            for site in self.signals.passed:
+                stats = self.signals.stats(site)
+                if stats is not None:
+                    yield stats
 
     def reordered(self, order: Sequence[int]) -> Snapshot:
         """Puts the sites into another order, such as that of execution.
@@ -160,45 +193,7 @@ class Snapshot:
         return f"Snapshot(step={self.step}{loss}, total_norm={self.total_norm:.4g}, sites={len(self)})"
 
     def _site(self, k: int) -> SiteStats:
-        values = {name: float(column[k]) for name, column in self.columns.items()}
-        nonfinite, numel = int(values.pop("nonfinite")), int(values.pop("numel"))
-        return SiteStats(self.table.names[k], self.table.kinds[k], **values, nonfinite=nonfinite, numel=numel)
-
-
-def range_exponent(abs_max: FloatArray) -> FloatArray:
-    """Gives the power of two by which a raw row is scaled (`csrc/stats.h`).
-
-    Args:
-        abs_max: Largest magnitudes. [K]
-
-    Returns:
-        0, 600 or -600 for each. [K]
-
-    Source:
-        J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector", ACM TOMS 4 (1978).
-    """
-    extreme = np.isfinite(abs_max) & (abs_max > 0)
-    return np.where(extreme & (abs_max > 2.0**480), 600.0, np.where(extreme & (abs_max < 2.0**-480), -600.0, 0.0))
-
-
-def _finish(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float) -> dict[str, FloatArray]:
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        unit = np.ldexp(1.0, range_exponent(rows[:, ABS_MAX]).astype(np.int64)) * scale  # [K]
-        n = np.maximum(numels, 1).astype(np.float64)
-        scaled_mean = rows[:, SUM] / n
-        variance = np.maximum(rows[:, SUM_SQ] / n - scaled_mean**2, 0.0)
-        variance = np.where(np.isfinite(rows[:, SUM_SQ]), variance, np.nan)
-        return {
-            "norm": np.sqrt(rows[:, SUM_SQ]) * unit,
-            "rms": np.sqrt(rows[:, SUM_SQ] / n) * unit,
-            "abs_max": rows[:, ABS_MAX] * scale,
-            "abs_mean": rows[:, SUM_ABS] / n * unit,
-            "mean": scaled_mean * unit,
-            "std": np.sqrt(variance) * unit,
-            "zero_fraction": rows[:, N_ZERO] / n,
-            "nonfinite": rows[:, N_NONFINITE].copy(),
-            "numel": numels.astype(np.float64),
-        }
+        return site_stats(self.table.names[k], self.table.kinds[k], self.columns, k)
 
 
 def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
@@ -208,7 +203,8 @@ def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
         snapshots: Any number of snapshots.
 
     Returns:
-        One row for each step and site: step, loss, site, kind, then the columns of `COLUMNS`.
+        One row for each step and site: step, loss, site, kind, then the columns of `COLUMNS`. First the parameters'
+        gradients, then what passed by at activations and junctions, in the order of execution.
 
     Raises:
         ArgumentError: pandas is not installed.
@@ -219,14 +215,29 @@ def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
         raise ArgumentError("to_pandas: needs pandas; install it with: pip install 'gradprobe[pandas]'") from error
     frames = []
     for snapshot in snapshots:
-        present = snapshot.measured.present
-        columns = {name: column[present] for name, column in snapshot.columns.items()}
-        columns["nonfinite"] = columns["nonfinite"].astype(np.int64)
-        columns["numel"] = columns["numel"].astype(np.int64)
-        names = np.asarray(snapshot.table.names, dtype=object)[present]
-        kinds = np.asarray(snapshot.table.kinds, dtype=object)[present]
-        loss = math.nan if snapshot.loss is None else snapshot.loss
-        frames.append(pandas.DataFrame({"step": snapshot.step, "loss": loss, "site": names, "kind": kinds, **columns}))
+        present = np.flatnonzero(snapshot.measured.present)
+        frames.append(_frame(pandas, snapshot, snapshot.table.names, snapshot.table.kinds, snapshot.columns, present))
+        if snapshot.signals is not None:
+            table, columns = snapshot.signals.table, snapshot.signals.columns
+            frames.append(_frame(pandas, snapshot, table.names, table.kinds, columns, snapshot.signals.passed))
     if not frames:
         return pandas.DataFrame(columns=["step", "loss", "site", "kind", *COLUMNS])
     return pandas.concat(frames, ignore_index=True)
+
+
+def _frame(
+    pandas: Any,
+    snapshot: Snapshot,
+    names: Sequence[str],
+    kinds: Sequence[str],
+    columns: Mapping[str, FloatArray],
+    sites: Sequence[int] | npt.NDArray[np.intp],
+) -> pandas.DataFrame:
+    chosen = np.asarray(sites, dtype=np.int64)
+    values = {
+        name: column[chosen].astype(np.int64) if name in ("nonfinite", "numel") else column[chosen]
+        for name, column in columns.items()
+    }
+    loss = math.nan if snapshot.loss is None else snapshot.loss
+    named = {"site": np.asarray(names, dtype=object)[chosen], "kind": np.asarray(kinds, dtype=object)[chosen]}
+    return pandas.DataFrame({"step": snapshot.step, "loss": loss, **named, **values})

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradprobe.errors import ArgumentError, BackendError
 from gradprobe.ops import native, reference, triton_kernels
-from gradprobe.ops.reference import FLOAT_DTYPES, STATS, range_exponent
+from gradprobe.ops.reference import FLOAT_DTYPES, STATS
+from gradprobe.ops.rows import merge_rows, norms, true_rows
 from gradprobe.ops.schemas import GRAD_STATS_INTO, SCALE
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "dense_values",
     "grad_stats",
     "grad_stats_into",
+    "merge_rows",
     "norms",
     "resolve",
     "scale_",
@@ -280,42 +282,3 @@ def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "au
         bases = [t.conj() if t.is_conj() else torch._neg_view(t) if t.is_neg() else t for t in plain]
         real = [torch.view_as_real(t) if t.is_complex() else t for t in bases]
         resolve(backend, coefficient.device).scale_(real, coefficient)
-
-
-def true_rows(rows: Tensor) -> Tensor:
-    """Turns raw rows into rows of true values.
-
-    Args:
-        rows: [..., 6] float64, as `grad_stats_into` writes them.
-
-    Returns:
-        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not
-        suffer from that.
-
-    Example:
-        >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601
-        True
-    """
-    factor = torch.exp2(range_exponent(rows[..., 3]))
-    sums = rows[..., :2] * factor.unsqueeze(-1)
-    # The squared factor itself may be out of range: in two steps.
-    sum_sq = rows[..., 2:3] * factor.unsqueeze(-1) * factor.unsqueeze(-1)
-    return torch.cat((sums, sum_sq, rows[..., 3:]), dim=-1)
-
-
-def norms(rows: Tensor) -> Tensor:
-    """Euclidean norms from raw rows, exact also where the sum of squares leaves the range of float64.
-
-    Args:
-        rows: [..., 6] float64, as `grad_stats_into` writes them.
-
-    Returns:
-        [...] float64.
-
-    Example:
-        >>> raw = torch.empty(1, 6, dtype=torch.float64)
-        >>> grad_stats_into([torch.tensor([3e300, 4e300], dtype=torch.float64)], raw, resolve("auto", raw.device))
-        >>> f"{norms(raw).item():.6e}"
-        '5.000000e+300'
-    """
-    return rows[..., 2].sqrt() * torch.exp2(range_exponent(rows[..., 3]))

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 from gradprobe.errors import StoreError
-from gradprobe.snapshot import COLUMNS, Snapshot
+from gradprobe.snapshot import Snapshot
+from gradprobe.stats import COLUMNS
 from gradprobe.strict_json import strict
 
 
@@ -42,6 +43,6 @@ def _lines(snapshot: Snapshot) -> Iterable[dict[str, object]]:
         "skipped": snapshot.skipped,
         **snapshot.provenance._asdict(),
     }
-    for stats in snapshot.sites.values():
+    for stats in snapshot.all_stats():
         values = {column: getattr(stats, column) for column in COLUMNS}
         yield {**head, "site": stats.name, "kind": stats.kind, **values}

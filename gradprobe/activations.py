@@ -1,0 +1,184 @@
+"""Taps on the outputs of modules, and on the gradients that come back to them.
+
+The gradient is met by a hook on the output tensor itself, as it was when the module returned it: what is done to it in
+place later (ReLU, `+=`) changes neither the number nor the training. Backward hooks on modules would not bear that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.utils.hooks import RemovableHandle
+
+from gradprobe.errors import ArgumentError
+
+Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
+Write = Callable[[int, torch.Tensor], None]
+
+
+def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Chooses the modules whose outputs are observed.
+
+    Args:
+        model: Any module.
+        selection: True for every module without children, `Identity` left out; a list of patterns of names, in which
+            `*` stands for any characters; or a function of name and module.
+        elsewhere: Names that True leaves out, because they are observed in another way.
+
+    Returns:
+        The modules by their first name, in model order.
+
+    Raises:
+        ArgumentError: The selection is of another kind, or chooses nothing; a pattern that fits no module is named.
+
+    Example:
+        >>> list(select_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), True))
+        ['0', '1']
+    """
+    named = {name: module for name, module in model.named_modules() if name}
+    if not named:
+        named = {type(model).__name__: model}
+    if selection is True:
+        return {
+            name: module
+            for name, module in named.items()
+            if not any(module.children()) and name not in elsewhere and not isinstance(module, nn.Identity)
+        }
+    if callable(selection):
+        chosen = {name: module for name, module in named.items() if selection(name, module)}
+        if not chosen:
+            raise ArgumentError(f"activations: the function chose none of {len(named)} modules")
+        return chosen
+    if isinstance(selection, (bool, str)) or not all(isinstance(pattern, str) for pattern in selection):
+        raise ArgumentError(
+            f"activations: need True, False, a list of patterns or a function of name and module; got {selection!r}"
+        )
+    for pattern in selection:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ArgumentError(
+                f"activations: no module's name fits {pattern!r}; there are {', '.join(list(named)[:5])}, …"
+            )
+    return {name: module for name, module in named.items() if any(fnmatchcase(name, pattern) for pattern in selection)}
+
+
+class ActivationTaps:
+    """Hooks on M modules: number m writes its output to site 2m and the gradient of that to site 2m + 1.
+
+    A module that is called several times in a step, or returns several tensors, writes several times. One that returns
+    its input gets the gradient of that, which is the sum over all that take it. Forward passes
+    without gradients, as in evaluation, are not observed; what a checkpoint computes again is observed once.
+
+    Args:
+        modules: The M modules.
+        write: Called with a site and a tensor, as the tensor passes by.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], write: Write) -> None:
+        self.enabled = True
+        self._write = write
+        self._seen_in_forward: set[int] = set()
+        self.unmeasured: set[int] = set()  # modules with an output that no kernel takes
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(_ForwardHook(self, m)) for m, module in enumerate(modules)
+        ]
+
+    def start_step(self) -> None:
+        """Begins a step."""
+        self._seen_in_forward.clear()
+
+    def remove(self) -> None:
+        """Removes every hook, for good."""
+        self.enabled = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def on_output(self, m: int, output: Any) -> None:
+        """Observes what module m returned."""
+        if not torch.is_grad_enabled() or in_transform():
+            return
+        is_recomputed = torch._C._current_graph_task_id() != -1 and m in self._seen_in_forward
+        if not is_recomputed:
+            self._seen_in_forward.add(m)
+        for tensor in tensors_in(output):
+            if not is_measurable(tensor):
+                self.unmeasured.add(m)
+                continue
+            if not is_recomputed:
+                self._write(2 * m, tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(_GradientHook(self, 2 * m + 1))  # type: ignore[no-untyped-call]
+
+    def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
+        """Observes a gradient."""
+        if self.enabled and is_measurable(gradient):
+            self._write(site, gradient)
+
+
+class _ForwardHook:
+    """A module's hook that does not keep the taps alive, and does nothing in a copy or a pickle of the module."""
+
+    def __init__(self, taps: ActivationTaps | None, m: int) -> None:
+        self._taps = None if taps is None else weakref.ref(taps)
+        self._m = m
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        taps = None if self._taps is None else self._taps()
+        if taps is not None and taps.enabled:
+            taps.on_output(self._m, output)
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None, int]]:
+        return _ForwardHook, (None, self._m)
+
+
+class _GradientHook:
+    """A tensor's hook; the graph may outlive the taps."""
+
+    __slots__ = ("_site", "_taps")
+
+    def __init__(self, taps: ActivationTaps, site: int) -> None:
+        self._taps = weakref.ref(taps)
+        self._site = site
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        taps = self._taps()
+        if taps is not None:
+            taps.on_gradient(self._site, gradient)
+
+
+def in_transform() -> bool:
+    """Tells whether a compiler, a tracer or a transform of `torch.func` runs the model now: there are no numbers."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or peek_interpreter_stack() is not None
+
+
+def is_measurable(tensor: torch.Tensor) -> bool:
+    """Tells whether a tensor has numbers that the kernels take: floating point, on a real device, no subclass."""
+    return (
+        (tensor.is_floating_point() or tensor.is_complex())
+        and tensor.itemsize > 1
+        and type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.device.type != "meta"
+    )
+
+
+def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors of floating point in what a module returned: tensors, sequences, mappings, dataclasses."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point() or output.is_complex():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from tensors_in(getattr(output, field.name, None))

@@ -1,0 +1,159 @@
+"""The open step's statistics of tensors that pass by in forward and backward, in the order in which they came."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import numpy as np
+import torch
+
+from gradprobe import ops
+from gradprobe.measured import Events, Measured
+
+_FIRST_EVENTS = 64
+
+
+class Board:
+    """Collects one row for each event; a site that has several in a step gets them merged at its end.
+
+    Rows are written where the tensors are, without waiting for the device and, once there are rows enough, without an
+    allocation.
+
+    Args:
+        n_sites: Number of sites, S.
+        device: Where the rows lie; those of tensors elsewhere travel.
+        backend: Name of the backend, or "auto".
+
+    Raises:
+        BackendError: The backend cannot run on the device.
+    """
+
+    def __init__(self, n_sites: int, device: torch.device, backend: str) -> None:
+        self._n_sites = n_sites
+        self._device = device
+        self._backend_name = backend
+        self._backends = {device: ops.resolve(backend, device)}
+        self._lock = threading.Lock()  # each device's part of a backward runs in a thread of its own
+        self._sites: list[int] = []  # of the events so far
+        self._numels: list[int] = []
+        # by identity, since one module's output is another's input: the tensor, its version, its row
+        self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        self._pool = torch.zeros(0, len(ops.STATS), dtype=torch.float64, device=device)  # [N + 1, 6]; the last stays 0
+        self._rows: tuple[torch.Tensor, ...] = ()  # of the pool, [1, 6] each: viewed once
+        self._grow(_FIRST_EVENTS)
+        self._last_sites: tuple[int, ...] | None = None
+        self._last_gather = torch.empty(0)
+
+    @property
+    def n_events(self) -> int:
+        """Number of events since the step began."""
+        return len(self._sites)
+
+    def write(self, site: int, tensor: torch.Tensor) -> None:
+        """Takes the statistics of a tensor as it is now.
+
+        Args:
+            site: Position of the site.
+            tensor: Real or complex, of floating point; any layout and device.
+        """
+        known = self._rows_of.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            self._next_row(site, tensor.numel()).copy_(known[2])
+            return
+        with torch.no_grad():
+            values = ops.dense_values(tensor)
+            row = self._next_row(site, values.numel())
+            self._remember(tensor, row)
+            if values.device == self._device:
+                self._backends[self._device].grad_stats_into([values], row)
+                return
+            if values.device not in self._backends:
+                self._backends[values.device] = ops.resolve(self._backend_name, values.device)
+            away = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
+            self._backends[values.device].grad_stats_into([values], away)
+            row.copy_(away, non_blocking=True)
+
+    def put(self, site: int, row: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Takes the statistics that an operator has made of a tensor.
+
+        Args:
+            site: Position of the site.
+            row: Raw row, float64. [1, 6]
+            tensor: What it is of.
+        """
+        kept = self._next_row(site, tensor.numel())
+        kept.copy_(row, non_blocking=True)
+        self._remember(tensor, kept)
+
+    def put_apart(self, site: int, row: torch.Tensor, numel: int) -> None:
+        """Takes a row of what is no tensor of the training.
+
+        Args:
+            site: Position of the site.
+            row: Raw row, float64. [1, 6]
+            numel: Number of elements behind it.
+        """
+        self._next_row(site, numel).copy_(row, non_blocking=True)
+
+    def close(self, out: torch.Tensor) -> Events:
+        """Writes the rows of the sites, and starts over.
+
+        Args:
+            out: Float64 rows to write; those of sites without an event become zero. [S, 6]
+
+        Returns:
+            What passed by.
+        """
+        sites = tuple(self._sites)
+        numels = np.bincount(sites, weights=self._numels, minlength=self._n_sites).astype(np.int64)  # [S]
+        if sites != self._last_sites:
+            self._last_sites, self._last_gather = sites, self._gather_of(sites)
+        rows = self._pool[self._last_gather]  # [S, M, 6]
+        with torch.no_grad():
+            out.copy_(rows[:, 0] if rows.shape[1] == 1 else ops.merge_rows(rows))
+        self.clear()
+        if out.device != self._device:  # the model has moved
+            self._device = out.device
+            self._backends[out.device] = ops.resolve(self._backend_name, out.device)
+            self._pool, self._last_sites = self._pool.to(out.device), None
+            self._rows = self._pool.unsqueeze(1).unbind()
+        present = np.zeros(self._n_sites, dtype=np.bool_)
+        present[list(sites)] = True
+        return Events(sites, Measured(present, numels))
+
+    def clear(self) -> None:
+        """Forgets the events so far."""
+        self._sites.clear()
+        self._numels.clear()
+        self._rows_of.clear()
+
+    def _remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
+        self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
+
+    def _next_row(self, site: int, numel: int) -> torch.Tensor:
+        with self._lock:
+            n = len(self._sites)
+            if n + 1 == len(self._rows):
+                self._grow(2 * n)
+            self._sites.append(site)
+            self._numels.append(numel)
+            return self._rows[n]
+
+    def _grow(self, n_events: int) -> None:
+        pool = torch.zeros(n_events + 1, len(ops.STATS), dtype=torch.float64, device=self._device)
+        if self._sites:
+            pool[: len(self._sites)] = self._pool[: len(self._sites)]
+        self._pool = pool
+        self._rows = pool.unsqueeze(1).unbind()
+
+    def _gather_of(self, sites: tuple[int, ...]) -> torch.Tensor:
+        """Rows of the pool for each site, filled up with the zero row. Shape [S, M]."""
+        rows_of: list[list[int]] = [[] for _ in range(self._n_sites)]
+        for row, site in enumerate(sites):
+            rows_of[site].append(row)
+        longest = max(1, *map(len, rows_of)) if rows_of else 1
+        zero = len(self._rows) - 1
+        padded = [rows + [zero] * (longest - len(rows)) for rows in rows_of]
+        gather = torch.tensor(padded, dtype=torch.int64).reshape(self._n_sites, longest)
+        return gather.to(self._device)

@@ -1,0 +1,166 @@
+"""Taps on residual junctions: what passes by the shortcut, what comes back through the branch.
+
+At y = x + F(x) the gradient splits: dL/dx = dL/dy + J_F(x)^T dL/dy (He et al. 2016, "Identity Mappings in Deep Residual
+Networks", arXiv 1603.05027, eq. 5). The junction hands the first part to x; a hook on x meets the sum of both.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradprobe.activations import in_transform, is_measurable
+from gradprobe.board import Board
+from gradprobe.measured import JUNCTION_KINDS
+from gradprobe.nn import ResidualAdd
+from gradprobe.ops.residual import residual_add
+from gradprobe.ops.rows import branch_rows, raw_rows
+
+N_SITES = len(JUNCTION_KINDS)
+X, F, Y, INCOMING, SHORTCUT, BRANCH, DOT = range(N_SITES)
+
+
+def junction_modules(model: nn.Module) -> dict[str, ResidualAdd]:
+    """Lists the residual junctions of a model by their first name, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ResidualAdd)}
+
+
+class JunctionTaps:
+    """Taps on J junctions, with `N_SITES` sites each.
+
+    Args:
+        modules: The J junctions.
+        board: Takes the statistics.
+        first_site: Site of junction 0's x.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[ResidualAdd],
+        board: Board,
+        first_site: int,
+    ) -> None:
+        self.enabled = True
+        self.board = board
+        self.first_site = first_site
+        self._modules = tuple(modules)
+        self._seen_in_forward: set[int] = set()
+        for j, module in enumerate(modules):
+            module.tap = JunctionTap(self, j)
+
+    def start_step(self) -> None:
+        """Begins a step."""
+        self._seen_in_forward.clear()
+
+    def remove(self) -> None:
+        """Takes the taps out of the modules, for good."""
+        self.enabled = False
+        for module in self._modules:
+            module.tap = None
+        self._modules = ()
+
+    def is_first_pass(self, j: int) -> bool:
+        """Tells whether this call of junction j is not what a checkpoint computes again, and notes it."""
+        if torch._C._current_graph_task_id() != -1 and j in self._seen_in_forward:
+            return False
+        self._seen_in_forward.add(j)
+        return True
+
+
+class JunctionTap:
+    """What a `ResidualAdd` calls in place of `residual_add` while a probe is attached."""
+
+    def __init__(self, taps: JunctionTaps, j: int) -> None:
+        self._taps = weakref.ref(taps)
+        self._j = j
+
+    def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
+        """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
+        taps = self._taps()
+        if taps is None or not taps.enabled or not torch.is_grad_enabled() or in_transform() or not _are_alike(x, f):
+            return residual_add(x, f, relu)
+        passage = _Passage(taps, taps.first_site + N_SITES * self._j)
+        y: torch.Tensor = _ObservedAdd.apply(x, f, relu, passage)  # type: ignore[no-untyped-call]
+        if taps.is_first_pass(self._j):
+            passage.on_forward(x, f, y)
+        if x.requires_grad:
+            x.register_hook(passage.on_total)  # type: ignore[no-untyped-call]
+        return y
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_tap, ()  # a copy or a pickle of the module is plain
+
+
+class _Passage:
+    """One call of a junction: keeps what went by the shortcut until the sum of both parts arrives."""
+
+    __slots__ = ("_first", "_shortcut", "_taps", "y_row")
+
+    def __init__(self, taps: JunctionTaps, first: int) -> None:
+        self._taps = weakref.ref(taps)
+        self._first = first
+        self._shortcut: torch.Tensor | None = None
+        self.y_row: torch.Tensor | None = None  # [1, 6]
+
+    def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
+        """Takes the operands and their sum, whose row is there already."""
+        taps, y_row = self._taps(), self.y_row
+        if taps is not None and y_row is not None:
+            taps.board.write(self._first + X, x)
+            taps.board.write(self._first + F, f)
+            taps.board.put(self._first + Y, y_row, y)
+
+    def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor, has_total: bool) -> None:
+        """Takes the gradient at y, the gradient at both operands, and their raw rows [2, 6]."""
+        taps = self._taps()
+        if taps is not None and taps.enabled:
+            taps.board.put(self._first + INCOMING, rows[:1], incoming)
+            taps.board.put(self._first + SHORTCUT, rows[1:], shortcut)
+            self._shortcut = shortcut if has_total else None
+
+    def on_total(self, total: torch.Tensor) -> None:
+        """Takes the gradient at x, the branch's part included."""
+        taps, shortcut, self._shortcut = self._taps(), self._shortcut, None
+        # where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
+        if taps is None or shortcut is None or total.data_ptr() == shortcut.data_ptr() or not is_measurable(total):
+            return
+        with torch.no_grad():
+            rows = branch_rows(total, shortcut)
+        taps.board.put_apart(self._first + BRANCH, rows[:1], total.numel())
+        taps.board.put_apart(self._first + DOT, rows[1:], total.numel())
+
+
+class _ObservedAdd(torch.autograd.Function):
+    """`residual_add` whose operators give statistics beside their result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, passage: _Passage) -> torch.Tensor:
+        y, rows = torch.ops.gradprobe.residual_add_stats(x, f, relu)
+        passage.y_row = rows
+        ctx.passage = passage
+        ctx.save_for_backward(*([y] if relu else []))
+        result: torch.Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        if ctx.saved_tensors:
+            gradient, rows = torch.ops.gradprobe.residual_add_backward_stats(incoming, *ctx.saved_tensors)
+        else:
+            gradient, rows = incoming, raw_rows([incoming.detach()]).expand(2, -1)
+        # detached only where a second derivative is wanted: as the same object, the next hook knows it again
+        kept = gradient.detach() if gradient.requires_grad else gradient
+        ctx.passage.on_incoming(incoming, rows, kept, has_total=ctx.needs_input_grad[0])
+        return gradient, gradient, None, None
+
+
+def _are_alike(x: torch.Tensor, f: torch.Tensor) -> bool:
+    return is_measurable(x) and is_measurable(f) and x.dtype == f.dtype and x.shape == f.shape and not x.is_complex()
+
+
+def _no_tap() -> None:
+    return None

@@ -1,0 +1,120 @@
+"""Arithmetic on raw rows: true values, norms, the row of several tensors together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradprobe.ops.reference import STATS, range_exponent
+from gradprobe.ops.schemas import GRAD_STATS_INTO
+
+
+def true_rows(rows: Tensor) -> Tensor:
+    """Turns raw rows into rows of true values.
+
+    Args:
+        rows: [..., 6] float64, as `grad_stats_into` writes them.
+
+    Returns:
+        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not
+        suffer from that.
+
+    Example:
+        >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601
+        True
+    """
+    factor = torch.exp2(range_exponent(rows[..., 3]))
+    sums = rows[..., :2] * factor.unsqueeze(-1)
+    # The squared factor itself may be out of range: in two steps.
+    sum_sq = rows[..., 2:3] * factor.unsqueeze(-1) * factor.unsqueeze(-1)
+    return torch.cat((sums, sum_sq, rows[..., 3:]), dim=-1)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Euclidean norms from raw rows, exact also where the sum of squares leaves the range of float64.
+
+    Args:
+        rows: [..., 6] float64, as `grad_stats_into` writes them.
+
+    Returns:
+        [...] float64.
+
+    Example:
+        >>> from gradprobe.ops import reference
+        >>> raw = torch.empty(1, 6, dtype=torch.float64)
+        >>> reference.grad_stats_into([torch.tensor([3e300, 4e300], dtype=torch.float64)], raw)
+        >>> f"{norms(raw).item():.6e}"
+        '5.000000e+300'
+    """
+    return rows[..., 2].sqrt() * torch.exp2(range_exponent(rows[..., 3]))
+
+
+def merge_rows(rows: Tensor) -> Tensor:
+    """Gives the raw rows that the tensors of a group have together, in a fixed order of summation.
+
+    Args:
+        rows: [S, M, 6] float64, raw rows of S groups of M tensors. A row of zeros adds nothing.
+
+    Returns:
+        [S, 6] float64, raw rows.
+
+    Example:
+        >>> row = torch.tensor([[1.0, 7.0, 25.0, 4.0, 0.0, 0.0], [2.0, 2.0, 4.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+        >>> merge_rows(row.unsqueeze(0)).tolist()
+        [[3.0, 9.0, 29.0, 4.0, 1.0, 0.0]]
+    """
+    abs_max = rows[..., 3].amax(dim=1)  # [S]; a NaN stays
+    # A row without an exponent beside one with a large one is scaled down; beside a small one it decides itself. Next
+    # to NaN or infinity the finite sums do not matter.
+    shift = range_exponent(rows[..., 3]) - range_exponent(abs_max).unsqueeze(1)  # [S, M]
+    shift = torch.where(rows[..., 3] == 0, 0.0, shift.clamp(max=0.0))
+    factor = torch.exp2(shift)
+    sums = (rows[..., :2] * factor.unsqueeze(-1)).sum(dim=1)
+    sum_sq = (rows[..., 2] * factor * factor).sum(dim=1)
+    counts = rows[..., 4:].sum(dim=1)
+    return torch.cat((sums, sum_sq.unsqueeze(1), abs_max.unsqueeze(1), counts), dim=1)
+
+
+def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Takes the statistics of tensors into new rows, with the kernels of their device.
+
+    Args:
+        tensors: K tensors as `grad_stats_into` takes them.
+
+    Returns:
+        [K, 6] float64, raw rows.
+
+    Example:
+        >>> raw_rows([torch.tensor([3.0, -4.0])]).tolist()
+        [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
+    """
+    rows = torch.empty(len(tensors), len(STATS), dtype=torch.float64, device=tensors[0].device)
+    GRAD_STATS_INTO(list(tensors), rows)
+    return rows
+
+
+def branch_rows(total: Tensor, shortcut: Tensor) -> Tensor:
+    """Splits the gradient at a junction's input: what came by the branch is the total less what came by the shortcut.
+
+    Where the branch brings less than a rounding of the total, what is left is rounding.
+
+    Args:
+        total: gradient at x, any shape, of floating point.
+        shortcut: the part of it that the shortcut brought, of the same shape and dtype.
+
+    Returns:
+        [2, 6] float64: the raw row of the branch's part; and a row of zeros but for the column of sums, which holds the
+        sum of the products of both parts.
+
+    Example:
+        >>> branch_rows(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
+        [[2.0, 2.0, 4.0, 2.0, 1.0, 0.0], [2.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    """
+    wide = torch.promote_types(total.dtype, torch.float32)
+    branch = total.to(wide) - shortcut.to(wide)
+    rows = torch.zeros(2, len(STATS), dtype=torch.float64, device=total.device)
+    GRAD_STATS_INTO([branch], rows[:1])
+    rows[1, 0] = (branch.double() * shortcut.double()).sum()
+    return rows

@@ -1,0 +1,81 @@
+"""What passes by between the parameters: wires activations and junctions to the board of the open step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradprobe.activations import ActivationTaps
+from gradprobe.board import Board
+from gradprobe.junctions import JunctionTaps
+from gradprobe.measured import Events
+from gradprobe.nn import ResidualAdd
+from gradprobe.signals import SignalTable
+
+
+class Passing:
+    """Observes the outputs of modules and residual junctions.
+
+    Args:
+        activations: Modules to observe, by name.
+        junctions: Junctions to observe, by name.
+        device: Where the rows lie.
+        backend: Name of the backend, or "auto".
+    """
+
+    def __init__(
+        self,
+        activations: Mapping[str, nn.Module],
+        junctions: Mapping[str, ResidualAdd],
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.table = SignalTable(tuple(activations), tuple(junctions))
+        self._observed = np.zeros(self.table.n_sites, dtype=np.bool_)  # [S]
+        self._board = Board(self.table.n_sites, device, backend)
+        self._activations = ActivationTaps(tuple(activations.values()), self._board.write)
+        self._junctions = JunctionTaps(tuple(junctions.values()), self._board, self.table.first_junction_site)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switches what the hooks do; they stay installed.
+
+        Args:
+            enabled: Whether what passes by is observed.
+        """
+        self._activations.enabled = enabled
+        self._junctions.enabled = enabled
+
+    def close(self, rows: torch.Tensor | None) -> Events | None:
+        """Ends a step.
+
+        Args:
+            rows: Where the sites' rows go, float64 [S, 6]; None where nobody wants them.
+
+        Returns:
+            What passed by, None where nobody wanted it or nothing did.
+        """
+        self._activations.start_step()
+        self._junctions.start_step()
+        if rows is None or self._board.n_events == 0:
+            self._board.clear()
+            return None
+        events = self._board.close(rows)
+        self._observed |= events.measured.present
+        return events
+
+    def silent(self) -> tuple[str, ...]:
+        """Names the modules that have returned nothing yet in a step that was observed."""
+        returned = {name for name, present in zip(self.table.names, self._observed, strict=True) if present}
+        return tuple(name for name in (*self.table.activations, *self.table.junctions) if name not in returned)
+
+    def unmeasured(self) -> tuple[str, ...]:
+        """Names the modules that returned tensors which no kernel takes."""
+        return tuple(self.table.activations[m] for m in sorted(self._activations.unmeasured))
+
+    def remove(self) -> None:
+        """Removes every hook, for good."""
+        self._activations.remove()
+        self._junctions.remove()
