@@ -7,10 +7,11 @@ numbers for zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gradprobe.errors import ArgumentError
 
@@ -27,7 +28,11 @@ _BITS = {
 }
 
 # Elements that are worked on at once: bounds the memory of a call, also for an expanded tensor of any size.
-_PIECE_NUMEL = 1 << 20
+_PIECE_NUMEL = 1 << 19
+
+# Tensors up to the first size share tables of up to the second: there the calls of torch take longer than the work.
+_SMALL_NUMEL = 1 << 12
+_TABLE_NUMEL = 1 << 16
 
 
 def range_exponent(abs_max: Tensor) -> Tensor:
@@ -84,32 +89,71 @@ def _scaled(piece: Tensor, factor: Tensor) -> Tensor:
     return torch.where(is_subnormal, torch.where(bits < 0, -magnitude, magnitude), piece.double() * factor)
 
 
-def _row(tensor: Tensor) -> Tensor:
-    """The raw row [6] of one tensor."""
-    abs_max_bits = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    n_zero = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    n_nonfinite = torch.zeros_like(n_zero)
-    wide_dtype = tensor.dtype if tensor.dtype in _BITS else torch.float32
+def _rows(
+    tables: Callable[[], Iterable[Tensor]], dtype: torch.dtype, device: torch.device, n_padding: Tensor | int = 0
+) -> Tensor:
+    """The raw rows [K, 6] of K tensors.
+
+    Args:
+        tables: gives the elements, the same each time: one or more tables [K, N], a tensor to a line.
+        dtype: of the tables.
+        device: of the tables.
+        n_padding: how many zeros were added to each tensor, [K] or for all.
+    """
+    wide_dtype = dtype if dtype in _BITS else torch.float32
     integer, mask, infinity, _ = _BITS[wide_dtype]
-    for piece in _pieces(tensor):
-        bits = _as_wide(piece).view(integer) & mask
-        abs_max_bits = torch.maximum(abs_max_bits, bits.amax())
-        n_zero = n_zero + (bits == 0).sum()
-        n_nonfinite = n_nonfinite + (bits >= infinity).sum()
-    one = torch.ones(1, dtype=torch.float64, device=tensor.device)
-    abs_max = _scaled(abs_max_bits.to(integer).reshape(1).view(wide_dtype), one)
+    abs_max_bits = n_zero = n_nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    for table in tables():
+        bits = _as_wide(table).view(integer) & mask
+        abs_max_bits = torch.maximum(abs_max_bits, bits.amax(1))
+        n_zero = n_zero + (bits == 0).sum(1)
+        n_nonfinite = n_nonfinite + (bits >= infinity).sum(1)
+    one = torch.ones((), dtype=torch.float64, device=device)
     if wide_dtype == torch.float64:
-        abs_max = abs_max_bits.reshape(1).view(torch.float64)
+        abs_max = abs_max_bits.view(torch.float64)
+    else:
+        abs_max = _scaled(abs_max_bits.to(integer).view(wide_dtype), one)
     abs_max = torch.where(torch.isnan(abs_max), torch.nan, abs_max)  # a NaN loses its payload
     # With a NaN or infinity among them, finite elements are scaled down so that they cannot overflow: the sums are
     # non-finite anyway.
     exponent = torch.where(torch.isfinite(abs_max), range_exponent(abs_max), 600.0)
-    factor = torch.where(exponent > 0, 2.0**-600, torch.where(exponent < 0, 2.0**600, one))
-    sums = torch.zeros(3, dtype=torch.float64, device=tensor.device)
-    for piece in _pieces(tensor):
-        scaled = _scaled(_as_wide(piece), factor)
-        sums = sums + torch.stack((scaled.sum(), scaled.abs().sum(), scaled.square().sum()))
-    return torch.cat((sums, abs_max, torch.stack((n_zero, n_nonfinite))))
+    factor = torch.where(exponent > 0, 2.0**-600, torch.where(exponent < 0, 2.0**600, one)).unsqueeze(1)
+    sums = torch.zeros(3, 1, dtype=torch.float64, device=device)
+    for table in tables():
+        scaled = _scaled(_as_wide(table), factor)
+        sums = sums + torch.stack((scaled.sum(1), scaled.abs().sum(1), scaled.square().sum(1)))
+    return torch.stack((*sums, abs_max, (n_zero - n_padding).double(), n_nonfinite.double()), dim=1)
+
+
+def _rows_of_small(tensors: Sequence[Tensor]) -> Tensor:
+    """The raw rows [K, 6] of K tensors of one dtype, in one table: shorter ones are filled up with zeros."""
+    flat = [tensor.detach().reshape(-1).resolve_neg() for tensor in tensors]
+    table = pad_sequence(flat, batch_first=True)
+    width = table.shape[1]
+    numbers = torch.arange(width + 1, device=table.device)  # on the device: a copy from the host would wait
+    n_padding = torch.stack([numbers[width - len(elements)] for elements in flat])
+    return _rows(lambda: [table], table.dtype, table.device, n_padding)
+
+
+def _rows_of_large(tensor: Tensor) -> Tensor:
+    """The raw row [1, 6] of one tensor, of which only a piece is ever copied."""
+    return _rows(lambda: (piece.unsqueeze(0) for piece in _pieces(tensor.detach())), tensor.dtype, tensor.device)
+
+
+def _tables(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Chooses which tensors to measure together: small ones of one dtype and of like size; none that is empty."""
+    waiting: dict[tuple[torch.dtype, int], list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        numel = tensor.numel()
+        if numel > _SMALL_NUMEL:
+            yield [k]
+        elif numel > 0:
+            kind = (tensor.dtype, 1 << (numel - 1).bit_length())
+            table = waiting.setdefault(kind, [])
+            table.append(k)
+            if (len(table) + 1) * kind[1] > _TABLE_NUMEL:
+                yield waiting.pop(kind)
+    yield from waiting.values()
 
 
 def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
@@ -154,11 +198,17 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     """
     check_rows(out, len(tensors))
     check_tensors(tensors, out.device)
-    for k, tensor in enumerate(tensors):
-        if tensor.numel() == 0:
-            out[k].zero_()
+    if not tensors:
+        return
+    rows = [torch.zeros(len(STATS), dtype=torch.float64, device=out.device)] * len(tensors)  # empty ones stay so
+    for table in _tables(tensors):
+        if tensors[table[0]].numel() > _SMALL_NUMEL:
+            measured = _rows_of_large(tensors[table[0]])
         else:
-            out[k].copy_(_row(tensor.detach()))
+            measured = _rows_of_small([tensors[k] for k in table])
+        for k, row in zip(table, measured.unbind(), strict=True):
+            rows[k] = row
+    out.copy_(torch.stack(rows))
 
 
 def check_no_overlap(tensor: Tensor, name: str) -> None:
