@@ -1,8 +1,14 @@
-"""What every test shares: settings of hypothesis, and tests for a device only where there is one."""
+"""What every test shares: settings of hypothesis, tests for a device only where there is one, both kinds of hooks."""
+
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+import gradprobe
+from gradprobe import hooks
 
 # A shared runner stalls now and then: time limits belong to benchmarks.
 settings.register_profile("gradprobe", deadline=None, print_blob=True)
@@ -15,3 +21,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(params=["native", "python"])
+def any_hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the C++ hooks and with their Python twin."""
+    if request.param == "native" and hooks.native_hooks()[0] is None:
+        pytest.skip(f"C++ hooks: {hooks.native_hooks()[1]}")
+    if request.param == "python":
+        monkeypatch.setattr(hooks, "native_hooks", lambda: (None, "switched off by a test"))
+    return str(request.param)
+
+
+@pytest.fixture
+def probe_warnings_are_errors() -> Iterator[None]:
+    """Fails a test in which the probe warns unexpectedly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", gradprobe.GradprobeWarning)
+        yield
