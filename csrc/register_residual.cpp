@@ -144,6 +144,36 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
   return {grad_x, finish_rows(grad_x, partials, 2)};
 }
 
+// residual_branch_stats(Tensor total, Tensor shortcut) -> Tensor rows
+Tensor residual_branch_stats(Tensor total, Tensor shortcut) {
+  const Dtype dtype = check_operands(total, shortcut, "total", "shortcut");
+  const int64_t numel = total.numel();
+  const cpu::Isa isa = cpu::best_isa();
+  // One order of memory for both, without gaps; any will do.
+  const Tensor dense = numel == 0 || is_dense(total) ? total : torch::stable::contiguous(total);
+  const Tensor part = numel == 0 ? shortcut : in_order_of(dense, shortcut);
+  const void* of_total = dense.const_data_ptr();
+  const void* of_part = part.const_data_ptr();
+  std::vector<Stats> partials(count_chunks(numel, cpu::kChunkNumel));
+  std::vector<double> dots(partials.size());
+  for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
+    const cpu::FloatEnvironment environment;
+    partials[number] = cpu::branch_chunk(dtype, of_total, of_part, chunk.begin, chunk.end, isa, &dots[number]);
+  });
+  const cpu::FloatEnvironment environment;
+  Stats stats = identity();
+  Stats products = identity();
+  for (size_t number = 0; number < partials.size(); ++number) {
+    stats = merge(stats, partials[number]);
+    products.sum += dots[number];
+  }
+  Tensor rows = torch::stable::new_empty(total, {2, kStats}, ScalarType::Double);
+  auto* row = static_cast<double*>(rows.mutable_data_ptr());  // [2, kStats]
+  finish(stats, row);
+  finish(products, row + kStats);
+  return rows;
+}
+
 }  // namespace
 }  // namespace gradprobe
 
@@ -153,4 +183,5 @@ STABLE_TORCH_LIBRARY_IMPL(gradprobe, CPU, m) {
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
   m.impl("residual_add_stats", TORCH_BOX(&gradprobe::residual_add_stats));
   m.impl("residual_add_backward_stats", TORCH_BOX(&gradprobe::residual_add_backward_stats));
+  m.impl("residual_branch_stats", TORCH_BOX(&gradprobe::residual_branch_stats));
 }

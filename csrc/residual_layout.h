@@ -29,8 +29,12 @@ bool equal(const Values& a, const Values& b) {
 
 inline std::string shape_of(const torch::stable::Tensor& tensor) {
   std::string text = "[";
-  for (int64_t size : tensor.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + "]";
+  for (int64_t size : tensor.sizes()) {
+    if (text.size() > 1) text.append(", ");
+    text.append(std::to_string(size));
+  }
+  text.push_back(']');
+  return text;
 }
 
 // Refuses operands of different dtypes or shapes; the second is the one to blame.

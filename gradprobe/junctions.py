@@ -17,8 +17,13 @@ from gradprobe.activations import in_transform, is_measurable
 from gradprobe.board import Board
 from gradprobe.measured import JUNCTION_KINDS
 from gradprobe.nn import ResidualAdd
-from gradprobe.ops.residual import residual_add
-from gradprobe.ops.rows import branch_rows, raw_rows
+from gradprobe.ops.residual import (
+    RESIDUAL_ADD_BACKWARD_STATS,
+    RESIDUAL_ADD_STATS,
+    RESIDUAL_BRANCH_STATS,
+    residual_add,
+)
+from gradprobe.ops.rows import raw_rows
 
 N_SITES = len(JUNCTION_KINDS)
 X, F, Y, INCOMING, SHORTCUT, BRANCH, DOT = range(N_SITES)
@@ -126,10 +131,15 @@ class _Passage:
         """Takes the gradient at x, the branch's part included."""
         taps, shortcut, self._shortcut = self._taps(), self._shortcut, None
         # where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
-        if taps is None or shortcut is None or total.data_ptr() == shortcut.data_ptr() or not is_measurable(total):
+        if (
+            taps is None
+            or shortcut is None
+            or total.data_ptr() == shortcut.data_ptr()
+            or not _are_alike(total, shortcut)
+        ):
             return
         with torch.no_grad():
-            rows = branch_rows(total, shortcut)
+            rows = RESIDUAL_BRANCH_STATS(total, shortcut)
         taps.board.put_apart(self._first + BRANCH, rows[:1], total.numel())
         taps.board.put_apart(self._first + DOT, rows[1:], total.numel())
 
@@ -139,7 +149,7 @@ class _ObservedAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, passage: _Passage) -> torch.Tensor:
-        y, rows = torch.ops.gradprobe.residual_add_stats(x, f, relu)
+        y, rows = RESIDUAL_ADD_STATS(x, f, relu)
         passage.y_row = rows
         ctx.passage = passage
         ctx.save_for_backward(*([y] if relu else []))
@@ -149,7 +159,7 @@ class _ObservedAdd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
         if ctx.saved_tensors:
-            gradient, rows = torch.ops.gradprobe.residual_add_backward_stats(incoming, *ctx.saved_tensors)
+            gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *ctx.saved_tensors)
         else:
             gradient, rows = incoming, raw_rows([incoming.detach()]).expand(2, -1)
         # detached only where a second derivative is wanted: as the same object, the next hook knows it again

@@ -247,6 +247,33 @@ def assert_rows(tensors: list[Tensor], rows: Tensor) -> None:
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_the_branch_is_what_the_shortcut_leaves(namespace: str, layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    for shape in ((2, 3, 4, 5), (3, 33, 32, 31)):
+        shortcut = LAYOUTS[layout](torch.randn(shape).to(dtype))
+        total = LAYOUTS["channels-last"]((shortcut + torch.randn(shape)).to(dtype))
+        wide = torch.promote_types(dtype, torch.float32)
+        branch = total.to(wide) - shortcut.to(wide)
+        rows = operators(namespace).residual_branch_stats(total, shortcut)
+        assert_rows([branch], rows[:1])
+        dot = (branch.double() * shortcut.double()).sum().item()
+        assert rows[1].tolist() == pytest.approx([dot, 0, 0, 0, 0, 0], rel=1e-12, abs=1e-12 * shortcut.numel())
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 31, 33, 2047, 2048, 2049, 65_537])
+def test_the_branch_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) -> None:
+    total, shortcut = (torch.randn(n, generator=torch.Generator().manual_seed(k)) * 1e-30 for k in (1, 2))
+    total[::3] = shortcut[::3]
+    rows = operators(namespace).residual_branch_stats(total, shortcut)
+    assert_rows([total - shortcut], rows[:1])
+    dot = ((total - shortcut).double() * shortcut.double()).sum().item()
+    assert rows[1, 0].item() == pytest.approx(dot, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
 def test_statistics_count_what_is_no_number(namespace: str) -> None:
     x = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, -2.0])
     y, rows = operators(namespace).residual_add_stats(x, torch.ones(5), True)
@@ -339,6 +366,7 @@ SAMPLES: dict[str, tuple[str, Callable[[Tensor, Tensor], tuple[object, ...]]]] =
     "stats": ("residual_add_stats", lambda a, b: (a, b, True)),
     "backward-stats": ("residual_add_backward_stats", lambda a, b: (a, b.detach())),
     "backward-stats-without-relu": ("residual_add_backward_stats", lambda a, b: (a, None)),
+    "branch-stats": ("residual_branch_stats", lambda a, b: (a, b)),
 }
 
 

@@ -11,9 +11,14 @@ float32 or float64; `residual_add` and `residual_add_` are the public functions,
     residual_add_backward(grad_y, y) -> grad_x                   grad_y where y > 0 or y is NaN, else 0
     residual_add_stats(x, f, relu) -> y, rows [1, 6]             raw row of y
     residual_add_backward_stats(grad_y, y) -> grad_x, rows [2, 6]     raw rows of grad_y and of grad_x
+    residual_branch_stats(total, shortcut) -> rows [2, 6]        raw row of total - shortcut; sum of shortcut * that
 
 Without a ReLU there is nothing to mask: `residual_add_backward_stats(grad_y, None)` gives a copy of `grad_y`, since an
 operator may not return its own argument. Where only the numbers are wanted, `grad_stats` of `grad_y` saves the copy.
+
+`residual_branch_stats` splits the gradient at x: what came through the branch is the total less what came by the
+shortcut, which is rounding where it is less than a rounding of the total. Its second row holds the sum of products in
+the column of sums, zeros elsewhere.
 
 `residual_add_` reads `f` as it was before the call, whatever memory it shares with `x`: where that is not element for
 element, `f` is copied first. There is no such operator for the way back: autograd forbids a node to write to the
@@ -51,6 +56,7 @@ SCHEMAS = (
     "residual_add_backward(Tensor grad_y, Tensor y) -> Tensor",
     "residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)",
     "residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)",
+    "residual_branch_stats(Tensor total, Tensor shortcut) -> Tensor",
 )
 
 
@@ -150,6 +156,12 @@ def register(library: torch.library.Library) -> None:
         library.impl(name, kernel, "CompositeExplicitAutograd")
         library.impl(name, autograd_kernel(getattr(operators, name).default, function, composite), "Autograd")
 
+    qualified = f"{namespace}::residual_branch_stats"
+    torch.library.register_fake(qualified, kernels.fake_branch_stats, lib=library)
+    torch.library.register_vmap(qualified, batched_stats, lib=library)
+    library.impl("residual_branch_stats", kernels.branch_stats, "CompositeExplicitAutograd")
+    library.impl("residual_branch_stats", torch.library.fallthrough_kernel, "Autograd")  # a measurement
+
     qualified = f"{namespace}::residual_add_"
     torch.library.register_fake(qualified, kernels.fake_add_in_place, lib=library)
     torch.library.register_vmap(qualified, batched_add_in_place, lib=library)
@@ -183,6 +195,13 @@ register(_library)
 native.parts()  # the kernels of the compiled part, if there is one, take the place of the reference
 
 RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = torch.ops.gradprobe.residual_add.default
+RESIDUAL_ADD_STATS: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
+    torch.ops.gradprobe.residual_add_stats.default
+)
+RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = (
+    torch.ops.gradprobe.residual_add_backward_stats.default
+)
+RESIDUAL_BRANCH_STATS: Callable[[Tensor, Tensor], Tensor] = torch.ops.gradprobe.residual_branch_stats.default
 RESIDUAL_ADD_: Callable[[Tensor, Tensor, bool], None] = torch.ops.gradprobe.residual_add_.default
 
 

@@ -156,6 +156,17 @@ def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
 # ---- Shapes and strides, for compilers.
 
 
+def branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
+    """Computes the raw row of total - shortcut, and the sum of shortcut * (total - shortcut)."""
+    _check_operands(total, shortcut, "total", "shortcut")
+    wide = torch.promote_types(total.dtype, torch.float32)
+    shortcut = shortcut.detach()
+    branch = total.detach().to(wide) - shortcut.to(wide)
+    products = torch.zeros(1, len(STATS), dtype=torch.float64, device=total.device)
+    products[0, 0] = (branch.double() * shortcut.double()).sum()
+    return torch.cat((_rows_of(branch), products))
+
+
 def fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     """Shape and strides of y."""
     _check_operands(x, f, "x", "f")
@@ -185,3 +196,9 @@ def fake_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tenso
         _check_dtype(grad_y, "grad_y")
         return torch.empty_like(grad_y), _empty_rows(grad_y, 2)
     return fake_backward(grad_y, y), _empty_rows(y, 2)
+
+
+def fake_branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
+    """Shape of the rows."""
+    _check_operands(total, shortcut, "total", "shortcut")
+    return _empty_rows(total, 2)

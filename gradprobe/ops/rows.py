@@ -93,28 +93,3 @@ def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
     rows = torch.empty(len(tensors), len(STATS), dtype=torch.float64, device=tensors[0].device)
     GRAD_STATS_INTO(list(tensors), rows)
     return rows
-
-
-def branch_rows(total: Tensor, shortcut: Tensor) -> Tensor:
-    """Splits the gradient at a junction's input: what came by the branch is the total less what came by the shortcut.
-
-    Where the branch brings less than a rounding of the total, what is left is rounding.
-
-    Args:
-        total: gradient at x, any shape, of floating point.
-        shortcut: the part of it that the shortcut brought, of the same shape and dtype.
-
-    Returns:
-        [2, 6] float64: the raw row of the branch's part; and a row of zeros but for the column of sums, which holds the
-        sum of the products of both parts.
-
-    Example:
-        >>> branch_rows(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 1.0])).tolist()
-        [[2.0, 2.0, 4.0, 2.0, 1.0, 0.0], [2.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
-    """
-    wide = torch.promote_types(total.dtype, torch.float32)
-    branch = total.to(wide) - shortcut.to(wide)
-    rows = torch.zeros(2, len(STATS), dtype=torch.float64, device=total.device)
-    GRAD_STATS_INTO([branch], rows[:1])
-    rows[1, 0] = (branch.double() * shortcut.double()).sum()
-    return rows
