@@ -23,17 +23,6 @@ using cpu::Dims;
 using cpu::Dtype;
 using cpu::Work;
 
-Dtype dtype_of(AtenTensorHandle tensor, int64_t k) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
-  if (dtype == aoti_torch_dtype_float32()) return Dtype::kFloat32;
-  if (dtype == aoti_torch_dtype_float16()) return Dtype::kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return Dtype::kBFloat16;
-  if (dtype == aoti_torch_dtype_float64()) return Dtype::kFloat64;
-  STD_TORCH_CHECK(false, "tensors[", k, "]: needed a dtype of float16, bfloat16, float32, float64, got dtype number ",
-                  dtype, " (torch's own numbering)");
-}
-
 Work plan(const TensorList& tensors, bool writable) {
   static const int32_t kCpu = aoti_torch_device_type_cpu();
   static const int32_t kStrided = aoti_torch_layout_strided();
@@ -44,7 +33,7 @@ Work plan(const TensorList& tensors, bool writable) {
     int32_t device = 0;
     int32_t layout = 0;
     int64_t numel = 0;
-    const Dtype dtype = dtype_of(tensor, k);
+    const Dtype dtype = dtype_of(tensor, "tensors", k);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
     STD_TORCH_CHECK(device == kCpu, "tensors[", k, "]: needed device cpu, got device type number ", device);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));

@@ -30,6 +30,7 @@ class ScalerWatch:
     ) -> None:
         self._scaler = scaler
         self._watched = None if optimizer is None else id(optimizer)
+        self._before_update: torch.Tensor | None = None
         unscale, step = scaler.unscale_, scaler.step
 
         def unscale_and_tell(optimizer: torch.optim.Optimizer) -> None:
@@ -39,6 +40,7 @@ class ScalerWatch:
 
         def step_and_tell(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
             if self._concerns(optimizer):
+                self._before_update = self._inverse()
                 on_stepping()
             result = step(optimizer, *args, **kwargs)
             if self._concerns(optimizer):
@@ -55,19 +57,29 @@ class ScalerWatch:
         Returns:
             A 0-d tensor, or None where the gradients are not scaled.
         """
-        scale = self._scaler._scale if self._scaler.is_enabled() else None
-        if scale is None:
-            return None
         states = self._scaler._per_optimizer_states
         stages = [state["stage"] for key, state in states.items() if self._watched in (None, key)]
         if any(stage is not OptState.READY for stage in stages):
             return None
-        return scale.double().reciprocal()
+        return self._inverse()
+
+    def take_inverse_of_backward(self) -> torch.Tensor | None:
+        """Gives, once a step, the factor that undoes the scale of what its backward computed, on the device.
+
+        Returns:
+            A 0-d tensor, or None where the loss was not scaled.
+        """
+        before_update, self._before_update = self._before_update, None
+        return self._inverse() if before_update is None else before_update
 
     def remove(self) -> None:
         """Gives the scaler its own methods back."""
         del self._scaler.unscale_
         del self._scaler.step
+
+    def _inverse(self) -> torch.Tensor | None:
+        scale = self._scaler._scale if self._scaler.is_enabled() else None
+        return None if scale is None else scale.double().reciprocal()
 
     def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
         return self._scaler.is_enabled() and self._watched in (None, id(optimizer))

@@ -82,6 +82,14 @@ class StepBoundaries:
             return fused_scale.double().reciprocal()
         return inverse
 
+    def take_inverse_of_backward(self) -> torch.Tensor | None:
+        """Gives, once a step, the factor that undoes the scale of what its backward computed, on the device.
+
+        Returns:
+            A 0-d tensor, or None where the loss was not scaled.
+        """
+        return None if self._scaler is None else self._scaler.take_inverse_of_backward()
+
     def remove(self) -> None:
         """Gives optimizer and scaler back as they were."""
         for handle in self._handles:

@@ -103,7 +103,7 @@ class History:
         slot = finished.slot
         signals = None
         if self._signals is not None and slot.events is not None:
-            signals = Signals(self._signals, finished.signals, slot.events, finished.scale)
+            signals = Signals(self._signals, finished.signals, slot.events, finished.signal_scale)
         return Snapshot(
             step=slot.step,
             loss=finished.loss,

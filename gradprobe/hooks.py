@@ -65,7 +65,7 @@ def native_hooks() -> tuple[Any | None, str]:
     """
     info = native.build_info()
     built_against = info.get("torch")
-    if built_against not in (None, torch.__version__):
+    if built_against and built_against != torch.__version__:
         return None, f"built against torch {built_against}, and this is torch {torch.__version__}"
     try:
         return importlib.import_module("gradprobe._hooks"), "ready"

@@ -424,11 +424,12 @@ class Probe:
 
     def _close(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
         wanted = self._wanted()
+        inverse = None if self._passing is None else self._boundaries.take_inverse_of_backward()
         if wanted:
             # after a clip_grad_norm_ a fired tap means that another backward has added to the gradients
             if self._measured is None or (self._when == "step" and self._taps.n_fired() > 0 and self._clipped):
                 self._measure()
-            self._finish(loss, skipped)
+            self._finish(loss, skipped, 1.0 if inverse is None else inverse)
         if self._passing is not None:
             self._passing.close(None)
         self._last_was_measured = wanted and self._measured is not None
@@ -438,7 +439,9 @@ class Probe:
         self._taps.reset()
         self._set_enabled()
 
-    def _finish(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
+    def _finish(
+        self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float, signal_scale: torch.Tensor | float
+    ) -> None:
         measured = self._measured
         assert measured is not None
         is_complete = measured is self._collector.all_present
@@ -453,7 +456,8 @@ class Probe:
         events = None
         if self._passing is not None and self._wants_signals():
             events = self._passing.close(self._history.record.signal_rows())
-        self._history.record.commit(Slot(self._step, self._provenance, measured, events), loss, self._scale, skipped)
+        slot = Slot(self._step, self._provenance, measured, events)
+        self._history.record.commit(slot, loss, self._scale, skipped, signal_scale)
         self._history.look_for_nonfinite()
         self._n_measured += 1
         if is_complete and self._all_observed:

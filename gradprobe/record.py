@@ -11,7 +11,7 @@ from gradprobe import ops
 from gradprobe.measured import Events, FloatArray, Measured, Provenance
 
 N_NONFINITE = ops.STATS.index("n_nonfinite")
-LOSS, SCALE, SKIPPED = range(3)  # columns of the extra row that each step has on the first device
+LOSS, SCALE, SKIPPED, SIGNAL_SCALE = range(4)  # columns of the extra row that each step has on the first device
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Slot:
         provenance: How its gradients came to be what they are.
         measured: Which sites had a gradient, and their sizes.
         events: What passed by at activations and junctions, None where they were not observed.
-        extras: Loss, scale and skipped, where the host knows them; the others are in the extra row.
+        extras: Loss, scales and skipped, where the host knows them; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device that is not the host, the event after which its rows can be read.
     """
@@ -47,6 +47,7 @@ class Finished:
         signals: The rows of activations and junctions. [S, 6]
         loss: The loss, or None where none was given.
         scale: Factor on the gradients that undoes loss scaling.
+        signal_scale: Factor on the signals' gradients that does.
         skipped: The optimizer's step was skipped.
     """
 
@@ -55,6 +56,7 @@ class Finished:
     signals: FloatArray
     loss: float | None
     scale: float
+    signal_scale: float
     skipped: bool
 
 
@@ -107,6 +109,7 @@ class Record:
         loss: torch.Tensor | float | None,
         scale: torch.Tensor | float,
         skipped: torch.Tensor | float,
+        signal_scale: torch.Tensor | float,
     ) -> None:
         """Finishes the open step and opens the next.
 
@@ -115,11 +118,13 @@ class Record:
             loss: The loss, on any device.
             scale: Factor on the gradients that undoes loss scaling.
             skipped: Non-zero where the optimizer's step was skipped.
+            signal_scale: Factor on what the backward computed that undoes loss scaling.
         """
         position = self._next
         self._slots[position] = slot
         self._write(position, SCALE, scale)
         self._write(position, SKIPPED, skipped)
+        self._write(position, SIGNAL_SCALE, signal_scale)
         if loss is not None:
             slot.has_loss = True
             self._write(position, LOSS, loss)
@@ -186,10 +191,12 @@ class Record:
             return None
         copies = {device: array[position].copy() for device, array in self._arrays.items()}
         extra = copies[self._first][-1]  # [6]
-        loss, scale, skipped = (slot.extras.get(column, float(extra[column])) for column in (LOSS, SCALE, SKIPPED))
+        loss, scale, skipped, signal_scale = (
+            slot.extras.get(column, float(extra[column])) for column in (LOSS, SCALE, SKIPPED, SIGNAL_SCALE)
+        )
         rows = {device: copy[: self._n_rows[device]] for device, copy in copies.items()}
         signals = copies[self._first][self._n_rows[self._first] : -1]  # [S, 6]
-        return Finished(slot, rows, signals, loss if slot.has_loss else None, scale, skipped != 0)
+        return Finished(slot, rows, signals, loss if slot.has_loss else None, scale, signal_scale, skipped != 0)
 
     def _has_arrived(self, position: int, wait: bool) -> bool:
         slot = self._slots[position]

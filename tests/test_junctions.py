@@ -1,0 +1,184 @@
+"""Residual junctions: both parts of the gradient against autograd in float64, and what becomes of them with depth."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradprobe
+from gradprobe.nn import ResidualAdd
+
+
+class Block(nn.Module):
+    """y = max(x + F(x), 0), or without the ReLU."""
+
+    def __init__(self, width: int, relu: bool, branch: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch = branch or nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.join = ResidualAdd(relu)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.join(x, self.branch(x))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.flatten() @ b.flatten() / (a.norm() * b.norm())).item()
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_both_parts_equal_those_of_autograd(relu: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), *(Block(8, relu) for _ in range(4)), nn.Linear(8, 1)).double()
+    batch = torch.randn(5, 6, dtype=torch.float64)
+
+    # what the chain rule says, step by step, in float64
+    states = [net[0](batch)]
+    for k in range(1, 5):
+        states.append(net[k](states[-1]))
+    outputs = net[5](states[-1]).square().sum()
+    incoming = torch.autograd.grad(outputs, states, retain_graph=True)
+    expected = {}
+    for k in range(1, 5):
+        x = states[k - 1].detach().requires_grad_()
+        f = net[k].branch(x)
+        mask = (states[k] > 0).double() if relu else 1.0
+        shortcut = incoming[k] * mask
+        (branch,) = torch.autograd.grad(f, x, shortcut)
+        expected[f"{k}.join"] = (x.detach(), f.detach(), states[k].detach(), incoming[k], shortcut, branch)
+        assert torch.allclose(shortcut + branch, incoming[k - 1], rtol=1e-12, atol=0)
+
+    net.to(dtype)
+    probe = gradprobe.attach(net)
+    net(batch.to(dtype)).square().sum().backward()
+    probe.step()
+    junctions = probe.latest().junctions
+    assert list(junctions) == list(expected)
+    for name, (x, f, y, gradient, shortcut, branch) in expected.items():
+        junction = junctions[name]
+        for seen, value in (
+            (junction.x, x),
+            (junction.f, f),
+            (junction.y, y),
+            (junction.gradient, gradient),
+            (junction.shortcut, shortcut),
+            (junction.branch, branch),
+        ):
+            assert seen is not None
+            assert seen.norm == pytest.approx(value.norm().item(), rel=1e-5)
+            assert seen.std == pytest.approx(value.std(correction=0).item(), rel=1e-4)
+        assert junction.cosine == pytest.approx(cosine(shortcut, branch), abs=1e-5)
+        share = shortcut.norm() / (shortcut.norm() + branch.norm())
+        assert junction.shortcut_share == pytest.approx(share.item(), rel=1e-5)
+
+
+def test_a_branch_that_gives_nothing() -> None:
+    block = Block(3, relu=False, branch=nn.Linear(3, 3))
+    nn.init.zeros_(block.branch.weight)
+    net = nn.Sequential(nn.Linear(3, 3), block)
+    probe = gradprobe.attach(net)
+    net(torch.randn(4, 3)).sum().backward()
+    probe.step()
+    junction = probe.latest().junctions["1.join"]
+    assert (junction.branch.norm, junction.shortcut_share) == (0.0, 1.0)
+    assert math.isnan(junction.cosine)
+
+
+def test_behind_a_projection_no_branch_is_claimed() -> None:
+    class Projected(nn.Module):
+        """x goes through a layer on either way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.shortcut, self.branch, self.join = nn.Linear(3, 3), nn.Linear(3, 3), ResidualAdd()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.join(self.shortcut(x), self.branch(x))
+
+    net = nn.Sequential(nn.Linear(3, 3), Projected())
+    probe = gradprobe.attach(net)
+    net(torch.randn(4, 3)).sum().backward()
+    probe.step()
+    junction = probe.latest().junctions["1.join"]
+    assert junction.shortcut.norm == pytest.approx(math.sqrt(12))
+    assert junction.branch is None
+    assert math.isnan(junction.shortcut_share)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_training_is_the_same_bit_for_bit(relu: bool, inplace: bool) -> None:
+    def weights(probed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 8), *(Block(8, relu) for _ in range(3)), nn.Linear(8, 2))
+        for module in net.modules():
+            if isinstance(module, ResidualAdd):
+                module.inplace = inplace
+        optimizer = torch.optim.Adam(net.parameters())
+        probe = gradprobe.attach(net, optimizer=optimizer) if probed else None
+        for _ in range(4):
+            optimizer.zero_grad()
+            net(torch.randn(6, 4)).square().mean().backward()
+            optimizer.step()
+        assert probe is None or len(probe.latest().junctions) == 3
+        return [parameter.detach() for parameter in net.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(True), weights(False), strict=True))
+
+
+def test_second_derivatives_pass_an_observed_junction() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), Block(3, relu=True), nn.Linear(3, 1)).double()
+
+    def penalty(x: torch.Tensor) -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(penalty(x), x)
+    with gradprobe.attach(net):
+        (seen,) = torch.autograd.grad(penalty(x), x)
+    assert torch.equal(seen, expected)
+
+
+def test_loss_scaling_is_undone_for_gradients_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), Block(4, relu=True), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    batch = torch.randn(5, 3)
+    snapshots = []
+    for scale in (1.0, 1024.0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with gradprobe.attach(net, optimizer=optimizer, grad_scaler=scaler, activations=True) as probe:
+            optimizer.zero_grad()
+            scaler.scale(net(batch).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        snapshots.append(probe.latest())
+    plain, scaled = snapshots
+    for name, activation in plain.activations.items():
+        assert scaled.activations[name].output.norm == activation.output.norm
+        assert scaled.activations[name].gradient.norm == pytest.approx(activation.gradient.norm, rel=1e-6)
+    assert scaled.junctions["1.join"].branch.norm == pytest.approx(plain.junctions["1.join"].branch.norm, rel=1e-5)
+    assert scaled.junctions["1.join"].y.std == plain.junctions["1.join"].y.std
+
+
+def test_the_shortcut_carries_more_of_the_gradient_in_deeper_nets() -> None:
+    """At initialisation, where a block of a deeper net differs less from the identity after normalisation."""
+    shares = {}
+    for depth in (20, 56):
+        torch.manual_seed(0)
+        net = gradprobe.networks.resnet(depth, width=8)
+        probe = gradprobe.attach(net)
+        images, labels = torch.randn(16, 3, 16, 16), torch.randint(0, 10, (16,))
+        nn.functional.cross_entropy(net(images), labels).backward()
+        probe.step()
+        seen = [junction.shortcut_share for junction in probe.latest().junctions.values()]
+        assert sum(map(math.isnan, seen)) == 2  # the two where the map is halved
+        shares[depth] = [share for share in seen if not math.isnan(share)]
+    assert all(0.3 < share < 1 for depth in shares for share in shares[depth])
+    assert min(shares[56][-6:]) > 0.6  # there is always a direct gradient
+    assert sum(shares[56]) / len(shares[56]) > sum(shares[20]) / len(shares[20])
