@@ -17,10 +17,11 @@ from torch import nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils.hooks import RemovableHandle
 
+from gradprobe.board import Board
+from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
-Write = Callable[[int, torch.Tensor], None]
 
 
 def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection[str] = ()) -> dict[str, nn.Module]:
@@ -77,12 +78,13 @@ class ActivationTaps:
 
     Args:
         modules: The M modules.
-        write: Called with a site and a tensor, as the tensor passes by.
+        board: Takes the statistics of each tensor as it passes by.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], write: Write) -> None:
+    def __init__(self, modules: Sequence[nn.Module], board: Board) -> None:
         self.enabled = True
-        self._write = write
+        self._write = board.write
+        self._board_key = register_board(board)
         self._seen_in_forward: set[int] = set()
         self.unmeasured: set[int] = set()  # modules with an output that no kernel takes
         self._handles: list[RemovableHandle] = [
@@ -99,6 +101,10 @@ class ActivationTaps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def in_graph(self, m: int, output: Any) -> Any:
+        """Observes what module m returned in a graph that is being compiled, and returns what takes its place."""
+        return observe_output(output, self._board_key, 2 * m) if torch.is_grad_enabled() else None
 
     def on_output(self, m: int, output: Any) -> None:
         """Observes what module m returned."""
@@ -129,10 +135,15 @@ class _ForwardHook:
         self._taps = None if taps is None else weakref.ref(taps)
         self._m = m
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         taps = None if self._taps is None else self._taps()
-        if taps is not None and taps.enabled:
+        if taps is None:
+            return None
+        if torch.compiler.is_compiling():
+            return taps.in_graph(self._m, output)
+        if taps.enabled:
             taps.on_output(self._m, output)
+        return None
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None, int]]:
         return _ForwardHook, (None, self._m)

@@ -30,6 +30,7 @@ class Board:
     """
 
     def __init__(self, n_sites: int, device: torch.device, backend: str) -> None:
+        self.enabled = True  # asked by what cannot be switched itself: an operator in a compiled graph
         self._n_sites = n_sites
         self._device = device
         self._backend_name = backend
@@ -51,7 +52,7 @@ class Board:
         return len(self._sites)
 
     def write(self, site: int, tensor: torch.Tensor) -> None:
-        """Takes the statistics of a tensor as it is now.
+        """Takes the statistics of a tensor as it is now; from an earlier event where it has not changed since.
 
         Args:
             site: Position of the site.
@@ -60,19 +61,30 @@ class Board:
         known = self._rows_of.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             self._next_row(site, tensor.numel()).copy_(known[2])
-            return
+        else:
+            self._remember(tensor, self.write_anew(site, tensor))
+
+    def write_anew(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Takes the statistics of a tensor that may have changed untold: compiled code counts no versions.
+
+        Args:
+            site: Position of the site.
+            tensor: As for `write`.
+
+        Returns:
+            Its row. [1, 6]
+        """
         with torch.no_grad():
             values = ops.dense_values(tensor)
             row = self._next_row(site, values.numel())
-            self._remember(tensor, row)
             if values.device == self._device:
                 self._backends[self._device].grad_stats_into([values], row)
-                return
+                return row
             if values.device not in self._backends:
                 self._backends[values.device] = ops.resolve(self._backend_name, values.device)
             away = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
             self._backends[values.device].grad_stats_into([values], away)
-            row.copy_(away, non_blocking=True)
+            return row.copy_(away, non_blocking=True)
 
     def put(self, site: int, row: torch.Tensor, tensor: torch.Tensor) -> None:
         """Takes the statistics that an operator has made of a tensor.

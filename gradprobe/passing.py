@@ -36,7 +36,7 @@ class Passing:
         self.table = SignalTable(tuple(activations), tuple(junctions))
         self._observed = np.zeros(self.table.n_sites, dtype=np.bool_)  # [S]
         self._board = Board(self.table.n_sites, device, backend)
-        self._activations = ActivationTaps(tuple(activations.values()), self._board.write)
+        self._activations = ActivationTaps(tuple(activations.values()), self._board)
         self._junctions = JunctionTaps(tuple(junctions.values()), self._board, self.table.first_junction_site)
 
     def set_enabled(self, enabled: bool) -> None:
@@ -45,6 +45,7 @@ class Passing:
         Args:
             enabled: Whether what passes by is observed.
         """
+        self._board.enabled = enabled
         self._activations.enabled = enabled
         self._junctions.enabled = enabled
 
@@ -76,6 +77,7 @@ class Passing:
         return tuple(self.table.activations[m] for m in sorted(self._activations.unmeasured))
 
     def remove(self) -> None:
-        """Removes every hook, for good."""
+        """Removes every hook, for good. Compiled graphs keep theirs, which do nothing from now on."""
+        self._board.enabled = False
         self._activations.remove()
         self._junctions.remove()

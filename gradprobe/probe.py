@@ -456,6 +456,7 @@ class Probe:
         events = None
         if self._passing is not None and self._wants_signals():
             events = self._passing.close(self._history.record.signal_rows())
+            self._tell_silent(self._passing)
         slot = Slot(self._step, self._provenance, measured, events)
         self._history.record.commit(slot, loss, self._scale, skipped, signal_scale)
         self._history.look_for_nonfinite()
@@ -466,6 +467,20 @@ class Probe:
         self._all_observed = bool(self._observed.all())
         if not self._all_observed:
             self._warn("silent", f"step {self._step}: no gradient for {self._listed(~self._observed)}")
+
+    def _tell_silent(self, passing: Passing) -> None:
+        if "silent modules" in self._told:
+            return
+        silent = passing.silent()
+        if not silent:
+            self._told.add("silent modules")
+            return
+        self._warn(
+            "silent modules",
+            f"step {self._step}: {len(silent)} of {passing.table.n_modules} observed modules returned nothing: "
+            f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They are not called as modules, or were "
+            "compiled before attach; junctions are not observed in compiled graphs",
+        )
 
     def _regroup_if_moved(self) -> None:
         if self._collector.moved():

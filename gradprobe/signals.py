@@ -35,6 +35,11 @@ class SignalTable:
         return len(ACTIVATION_KINDS) * len(self.activations)
 
     @property
+    def n_modules(self) -> int:
+        """Number of modules and junctions."""
+        return len(self.activations) + len(self.junctions)
+
+    @property
     def n_sites(self) -> int:
         """Number of sites, S."""
         return self.first_junction_site + len(JUNCTION_KINDS) * len(self.junctions)

@@ -14,7 +14,7 @@ STAGES = (
     {"errors", "measured", "strict_json"},
     {"ops"},
     {"sites", "hooks", "amp", "boundaries", "arguments", "nn", "networks"},
-    {"collector", "board"},
+    {"collector", "board", "compiled"},
     {"activations", "junctions"},
     {"record"},
     {"stats"},

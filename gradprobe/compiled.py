@@ -1,0 +1,93 @@
+# torch.library is untyped.
+# mypy: disable-error-code="no-untyped-call"
+"""Taps inside a compiled graph: an operator with an effect, in an identity with a derivative.
+
+Hooks on tensors would break the graph. The operator stays in it, in its place among the others, forward and backward;
+whether the step is observed is asked when it runs, so that switching compiles nothing again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+from gradprobe.board import Board
+
+_boards: weakref.WeakValueDictionary[int, Board] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+def register_board(board: Board) -> int:
+    """Makes a board known to graphs.
+
+    Args:
+        board: Takes the statistics while it lives and is enabled.
+
+    Returns:
+        Its number, which graphs hold.
+    """
+    key = next(_keys)
+    _boards[key] = board
+    return key
+
+
+def observe_output(output: Any, board: int, site: int) -> Any:
+    """Observes what a module returned, as a part of the graph.
+
+    Args:
+        output: A tensor, or sequences and dictionaries of them.
+        board: Number of the board.
+        site: Site of the output; that of the gradient comes next.
+
+    Returns:
+        What takes the output's place: the same values, in a new tensor where a gradient may come back to it.
+    """
+    if isinstance(output, Tensor):
+        if not (output.is_floating_point() or output.is_complex()):
+            return output
+        if output.requires_grad:
+            return _Observed.apply(output, board, site)
+        _OBSERVE(output, board, site)
+        return output
+    if isinstance(output, dict):
+        return {key: observe_output(value, board, site) for key, value in output.items()}
+    if type(output) in (tuple, list):
+        return type(output)([observe_output(value, board, site) for value in output])
+    return output
+
+
+def _observe(x: Tensor, board: int, site: int) -> None:
+    known = _boards.get(board)
+    if known is not None and known.enabled:
+        known.write_anew(site, x)
+
+
+def _fake_observe(x: Tensor, board: int, site: int) -> None:
+    return None
+
+
+class _Observed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, board: int, site: int) -> Tensor:
+        ctx.board, ctx.site = board, site
+        _OBSERVE(x, board, site)
+        return x.clone()  # what is returned may be written to in place, and no view of an argument may
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        _OBSERVE(gradient, ctx.board, ctx.site + 1)
+        return gradient, None, None
+
+
+_library = torch.library.Library("gradprobe", "FRAGMENT")
+_library.define("observe(Tensor x, int board, int site) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("observe", _observe, "CompositeExplicitAutograd")
+_library.impl("observe", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("gradprobe::observe", _fake_observe, lib=_library)
+_OBSERVE = torch.ops.gradprobe.observe.default
+_register_effectful_op(_OBSERVE, _EffectType.ORDERED)
