@@ -220,7 +220,7 @@ def check_gradient_flow(
     tensor = next(iter((*model.parameters(), *model.buffers())), torch.empty(0))
     generator = torch.Generator().manual_seed(SEED)
     inputs = [spec.draw(batch_size, generator, tensor.device) for spec in specs]
-    with _untouched(model), attach(model, when="step") as probe, _execution_order(model) as order:
+    with _untouched(model), attach(model, junctions=False, when="step") as probe, _execution_order(model) as order:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", GradprobeWarning)  # the report itself lists what has no gradient
             torch.autograd.backward(_projection(_forward(model, inputs, batch_size), generator))

@@ -162,7 +162,7 @@ def train_cell(
         first_epoch, warming = saved["epoch"] + 1, saved["warming"]
 
     weights = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    with attach(model, optimizer=optimizer, capacity=steps) as probe:
+    with attach(model, optimizer=optimizer, junctions=False, capacity=steps) as probe:
         for epoch in range(first_epoch, recipe.epochs + 1):
             began = time.perf_counter()
             start = [_measure(model, data, epoch=0, began=began)] if epoch == 1 else []
