@@ -218,8 +218,10 @@ class GradientTaps {
 
   void remove() {
     state_->enabled.store(false);
-    arms_->release();
     state_->on_backward_end = py::object();
+    if (autograd::get_current_graph_task_id() == -1) return arms_->release();
+    // A hook of the user's has called: the engine is walking the lists that release() takes hooks out of.
+    autograd::Engine::get_default_engine().queue_callback([arms = arms_] { arms->release(); });
   }
 
   void set_enabled(bool enabled) { state_->enabled.store(enabled); }

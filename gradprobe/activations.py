@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,11 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from gradprobe.board import Board
 from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
+
+_LAYOUTS = (
+    torch.strided,
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
+_DEEPEST = 16  # containers in containers; one that holds itself has no end
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -57,7 +69,8 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
         if not chosen:
             raise ArgumentError(f"activations: the function chose none of {len(named)} modules")
         return chosen
-    if isinstance(selection, (bool, str)) or not all(isinstance(pattern, str) for pattern in selection):
+    is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
+    if not is_list or not selection or not all(isinstance(pattern, str) for pattern in selection):
         raise ArgumentError(
             f"activations: need True, False, a list of patterns or a function of name and module; got {selection!r}"
         )
@@ -73,8 +86,9 @@ class ActivationTaps:
     """Hooks on M modules: number m writes its output to site 2m and the gradient of that to site 2m + 1.
 
     A module that is called several times in a step, or returns several tensors, writes several times. One that returns
-    its input gets the gradient of that, which is the sum over all that take it. Forward passes
-    without gradients, as in evaluation, are not observed; what a checkpoint computes again is observed once.
+    its input gets the gradient of that, which is the sum over all that take it. To an output that is a view and is
+    written to in place later, torch sends no gradient. Forward passes without gradients, as in evaluation, are not
+    observed; what a checkpoint computes again is observed once.
 
     Args:
         modules: The M modules.
@@ -85,42 +99,45 @@ class ActivationTaps:
         self.enabled = True
         self._write = board.write
         self._board_key = register_board(board)
-        self._seen_in_forward: set[int] = set()
+        self._passes = ForwardPasses()
+        self._leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
         self.unmeasured: set[int] = set()  # modules with an output that no kernel takes
         self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_ForwardHook(self, m)) for m, module in enumerate(modules)
+            module.register_forward_hook(_ForwardHook(self, m), with_kwargs=True) for m, module in enumerate(modules)
         ]
 
     def start_step(self) -> None:
         """Begins a step."""
-        self._seen_in_forward.clear()
+        self._passes.clear()
+        remove_all(self._leaf_hooks)
 
     def remove(self) -> None:
         """Removes every hook, for good."""
         self.enabled = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove_all(self._handles)
+        remove_all(self._leaf_hooks)
 
-    def in_graph(self, m: int, output: Any) -> Any:
-        """Observes what module m returned in a graph that is being compiled, and returns what takes its place."""
-        return observe_output(output, self._board_key, 2 * m) if torch.is_grad_enabled() else None
+    def in_graph(self, m: int, inputs: tuple[Any, ...], output: Any) -> Any:
+        """Observes what module m made of its inputs in a graph that is being compiled; returns what takes its place."""
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return None
+        return observe_output(output, inputs, self._board_key, 2 * m)
 
     def on_output(self, m: int, output: Any) -> None:
         """Observes what module m returned."""
         if not torch.is_grad_enabled() or in_transform():
             return
-        is_recomputed = torch._C._current_graph_task_id() != -1 and m in self._seen_in_forward
-        if not is_recomputed:
-            self._seen_in_forward.add(m)
+        is_repeat = self._passes.is_repeat(m)
         for tensor in tensors_in(output):
             if not is_measurable(tensor):
                 self.unmeasured.add(m)
                 continue
-            if not is_recomputed:
+            if not is_repeat:
                 self._write(2 * m, tensor)
             if tensor.requires_grad:
-                tensor.register_hook(_GradientHook(self, 2 * m + 1))  # type: ignore[no-untyped-call]
+                handle = tensor.register_hook(_GradientHook(self, 2 * m + 1))  # type: ignore[no-untyped-call]
+                if tensor.is_leaf:
+                    self._leaf_hooks.append(handle)
 
     def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
         """Observes a gradient."""
@@ -135,12 +152,12 @@ class _ForwardHook:
         self._taps = None if taps is None else weakref.ref(taps)
         self._m = m
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         taps = None if self._taps is None else self._taps()
         if taps is None:
             return None
         if torch.compiler.is_compiling():
-            return taps.in_graph(self._m, output)
+            return taps.in_graph(self._m, (*args, *kwargs.values()), output)
         if taps.enabled:
             taps.on_output(self._m, output)
         return None
@@ -164,9 +181,46 @@ class _GradientHook:
             taps.on_gradient(self._site, gradient)
 
 
+class ForwardPasses:
+    """Tells what a checkpoint computes again from what runs for the first time.
+
+    In a backward, a call that went with gradients before is a repetition. A reentrant checkpoint runs first without
+    gradients, which is not observed.
+    """
+
+    def __init__(self) -> None:
+        self._n_first: Counter[int] = Counter()
+        self._n_in_backward: Counter[int] = Counter()
+
+    def is_repeat(self, key: int) -> bool:
+        """Notes a call with gradients, and tells whether it is a repetition."""
+        if torch._C._current_graph_task_id() == -1:
+            self._n_first[key] += 1
+            return False
+        self._n_in_backward[key] += 1
+        return self._n_in_backward[key] <= self._n_first[key]
+
+    def clear(self) -> None:
+        """Begins a step."""
+        self._n_first.clear()
+        self._n_in_backward.clear()
+
+
+def remove_all(handles: list[RemovableHandle]) -> None:
+    """Removes hooks, and empties the list."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 def in_transform() -> bool:
-    """Tells whether a compiler, a tracer or a transform of `torch.func` runs the model now: there are no numbers."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or peek_interpreter_stack() is not None
+    """Tells whether a compiler, a tracer or a transform of `torch.func` runs the model now: no place for hooks."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def is_measurable(tensor: torch.Tensor) -> bool:
@@ -175,21 +229,25 @@ def is_measurable(tensor: torch.Tensor) -> bool:
         (tensor.is_floating_point() or tensor.is_complex())
         and tensor.itemsize > 1
         and type(tensor) in (torch.Tensor, nn.Parameter)
+        and tensor.layout in _LAYOUTS
+        and not tensor.is_nested
         and tensor.device.type != "meta"
     )
 
 
-def tensors_in(output: Any) -> Iterator[torch.Tensor]:
+def tensors_in(output: Any, depth: int = 0) -> Iterator[torch.Tensor]:
     """Yields the tensors of floating point in what a module returned: tensors, sequences, mappings, dataclasses."""
+    if depth > _DEEPEST:
+        return
     if isinstance(output, torch.Tensor):
         if output.is_floating_point() or output.is_complex():
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from tensors_in(value)
+            yield from tensors_in(value, depth + 1)
     elif isinstance(output, (list, tuple)):
         for value in output:
-            yield from tensors_in(value)
+            yield from tensors_in(value, depth + 1)
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         for field in dataclasses.fields(output):
-            yield from tensors_in(getattr(output, field.name, None))
+            yield from tensors_in(getattr(output, field.name, None), depth + 1)

@@ -72,6 +72,10 @@ class ScalerWatch:
         before_update, self._before_update = self._before_update, None
         return self._inverse() if before_update is None else before_update
 
+    def forget_backward(self) -> None:
+        """Notes that the step which the scaler lets happen now is closed already."""
+        self._before_update = None
+
     def remove(self) -> None:
         """Gives the scaler its own methods back."""
         del self._scaler.unscale_

@@ -31,7 +31,7 @@ def check_attach(
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(optimizer).__name__}")
     if params is not True:
-        raise ArgumentError(f"params: need True, since there is nothing else to observe yet; got {params!r}")
+        raise ArgumentError(f"params: need True, since steps are told by the gradients of parameters; got {params!r}")
     if not isinstance(junctions, bool):
         raise ArgumentError(f"junctions: need True or False; got {junctions!r}")
     for name, value in (("every", every), ("activations_every", activations_every), ("capacity", capacity)):

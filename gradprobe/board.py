@@ -40,8 +40,8 @@ class Board:
         self._numels: list[int] = []
         # by identity, since one module's output is another's input: the tensor, its version, its row
         self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
-        self._pool = torch.zeros(0, len(ops.STATS), dtype=torch.float64, device=device)  # [N + 1, 6]; the last stays 0
-        self._rows: tuple[torch.Tensor, ...] = ()  # of the pool, [1, 6] each: viewed once
+        self._blocks: list[torch.Tensor] = []  # [N, 6] each; the very first row stays zero, for padding
+        self._rows: list[torch.Tensor] = []  # of all blocks, [1, 6] each: viewed once
         self._grow(_FIRST_EVENTS)
         self._last_sites: tuple[int, ...] | None = None
         self._last_gather = torch.empty(0)
@@ -53,6 +53,8 @@ class Board:
 
     def write(self, site: int, tensor: torch.Tensor) -> None:
         """Takes the statistics of a tensor as it is now; from an earlier event where it has not changed since.
+
+        What is written to a tensor by way of its `.data` does not count as a change.
 
         Args:
             site: Position of the site.
@@ -121,15 +123,16 @@ class Board:
         numels = np.bincount(sites, weights=self._numels, minlength=self._n_sites).astype(np.int64)  # [S]
         if sites != self._last_sites:
             self._last_sites, self._last_gather = sites, self._gather_of(sites)
-        rows = self._pool[self._last_gather]  # [S, M, 6]
+        pool = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)  # [N, 6]
+        rows = pool[self._last_gather]  # [S, M, 6]
         with torch.no_grad():
             out.copy_(rows[:, 0] if rows.shape[1] == 1 else ops.merge_rows(rows))
         self.clear()
         if out.device != self._device:  # the model has moved
             self._device = out.device
             self._backends[out.device] = ops.resolve(self._backend_name, out.device)
-            self._pool, self._last_sites = self._pool.to(out.device), None
-            self._rows = self._pool.unsqueeze(1).unbind()
+            self._blocks, self._rows, self._last_sites = [], [], None
+            self._grow(len(pool))
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[list(sites)] = True
         return Events(sites, Measured(present, numels))
@@ -141,31 +144,28 @@ class Board:
         self._rows_of.clear()
 
     def _remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
-        self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
+        if tensor.layout is torch.strided and not tensor.is_inference():  # which counts no versions
+            self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
 
     def _next_row(self, site: int, numel: int) -> torch.Tensor:
         with self._lock:
-            n = len(self._sites)
-            if n + 1 == len(self._rows):
-                self._grow(2 * n)
             self._sites.append(site)
             self._numels.append(numel)
-            return self._rows[n]
+            if len(self._sites) == len(self._rows):
+                self._grow(len(self._rows))
+            return self._rows[len(self._sites)]
 
-    def _grow(self, n_events: int) -> None:
-        pool = torch.zeros(n_events + 1, len(ops.STATS), dtype=torch.float64, device=self._device)
-        if self._sites:
-            pool[: len(self._sites)] = self._pool[: len(self._sites)]
-        self._pool = pool
-        self._rows = pool.unsqueeze(1).unbind()
+    def _grow(self, n_rows: int) -> None:
+        # rows that were handed out stay: another thread may be about to write to one
+        self._blocks.append(torch.zeros(n_rows, len(ops.STATS), dtype=torch.float64, device=self._device))
+        self._rows.extend(self._blocks[-1].unsqueeze(1).unbind())
 
     def _gather_of(self, sites: tuple[int, ...]) -> torch.Tensor:
         """Rows of the pool for each site, filled up with the zero row. Shape [S, M]."""
         rows_of: list[list[int]] = [[] for _ in range(self._n_sites)]
-        for row, site in enumerate(sites):
+        for row, site in enumerate(sites, start=1):
             rows_of[site].append(row)
         longest = max(1, *map(len, rows_of)) if rows_of else 1
-        zero = len(self._rows) - 1
-        padded = [rows + [zero] * (longest - len(rows)) for rows in rows_of]
+        padded = [rows + [0] * (longest - len(rows)) for rows in rows_of]
         gather = torch.tensor(padded, dtype=torch.int64).reshape(self._n_sites, longest)
         return gather.to(self._device)

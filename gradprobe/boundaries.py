@@ -126,6 +126,8 @@ class StepBoundaries:
 
     def _on_scaler_stepping(self) -> None:
         self._optimizer_stepped = False
+        if self._scaler is not None and self._closed_by == "user" and self._taps.n_fired() == 0:
+            self._scaler.forget_backward()
 
     def _on_scaler_stepped(self, found_inf: torch.Tensor) -> None:
         if self._optimizer is None:

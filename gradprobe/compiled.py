@@ -36,11 +36,13 @@ def register_board(board: Board) -> int:
     return key
 
 
-def observe_output(output: Any, board: int, site: int) -> Any:
+def observe_output(output: Any, inputs: tuple[Any, ...], board: int, site: int) -> Any:
     """Observes what a module returned, as a part of the graph.
 
     Args:
-        output: A tensor, or sequences and dictionaries of them.
+        output: A tensor, or tuples, lists and dictionaries of them; anything else is left alone.
+        inputs: What the module took. The gradient of an output that is one of them or a view of one, or of a parameter,
+            is not observed: that would need a new tensor, which no longer shares their memory.
         board: Number of the board.
         site: Site of the output; that of the gradient comes next.
 
@@ -50,15 +52,25 @@ def observe_output(output: Any, board: int, site: int) -> Any:
     if isinstance(output, Tensor):
         if not (output.is_floating_point() or output.is_complex()):
             return output
-        if output.requires_grad:
+        if output.requires_grad and not _shares_memory(output, inputs):
             return _Observed.apply(output, board, site)
         _OBSERVE(output, board, site)
         return output
-    if isinstance(output, dict):
-        return {key: observe_output(value, board, site) for key, value in output.items()}
+    if type(output) is dict:
+        return {key: observe_output(value, inputs, board, site) for key, value in output.items()}
     if type(output) in (tuple, list):
-        return type(output)([observe_output(value, board, site) for value in output])
+        return type(output)([observe_output(value, inputs, board, site) for value in output])
     return output
+
+
+def _shares_memory(output: Tensor, inputs: Any) -> bool:
+    """Tells whether an output is, or views, what the module took or a leaf such as a parameter of its own."""
+    base = output._base
+    if output.is_leaf or (base is not None and base.is_leaf):
+        return True
+    if isinstance(inputs, Tensor):
+        return output is inputs or (base is not None and (base is inputs or base is inputs._base))
+    return isinstance(inputs, (tuple, list)) and any(_shares_memory(output, taken) for taken in inputs)
 
 
 def _observe(x: Tensor, board: int, site: int) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from gradprobe.activations import in_transform, is_measurable
+from gradprobe.activations import ForwardPasses, in_transform, is_measurable, remove_all
 from gradprobe.board import Board
 from gradprobe.measured import JUNCTION_KINDS
 from gradprobe.nn import ResidualAdd
@@ -29,9 +30,19 @@ N_SITES = len(JUNCTION_KINDS)
 X, F, Y, INCOMING, SHORTCUT, BRANCH, DOT = range(N_SITES)
 
 
-def junction_modules(model: nn.Module) -> dict[str, ResidualAdd]:
-    """Lists the residual junctions of a model by their first name, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ResidualAdd)}
+def junction_modules(model: nn.Module) -> tuple[dict[str, ResidualAdd], tuple[str, ...]]:
+    """Lists the residual junctions of a model.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Those that can be observed, by their first name in model order; and the names of the others, which work in place
+        or are observed by another probe.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ResidualAdd)}
+    free = {name: module for name, module in found.items() if module.tap is None and not module.inplace}
+    return free, tuple(name for name in found if name not in free)
 
 
 class JunctionTaps:
@@ -53,13 +64,15 @@ class JunctionTaps:
         self.board = board
         self.first_site = first_site
         self._modules = tuple(modules)
-        self._seen_in_forward: set[int] = set()
+        self.passes = ForwardPasses()
+        self.leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
         for j, module in enumerate(modules):
             module.tap = JunctionTap(self, j)
 
     def start_step(self) -> None:
         """Begins a step."""
-        self._seen_in_forward.clear()
+        self.passes.clear()
+        remove_all(self.leaf_hooks)
 
     def remove(self) -> None:
         """Takes the taps out of the modules, for good."""
@@ -67,13 +80,7 @@ class JunctionTaps:
         for module in self._modules:
             module.tap = None
         self._modules = ()
-
-    def is_first_pass(self, j: int) -> bool:
-        """Tells whether this call of junction j is not what a checkpoint computes again, and notes it."""
-        if torch._C._current_graph_task_id() != -1 and j in self._seen_in_forward:
-            return False
-        self._seen_in_forward.add(j)
-        return True
+        remove_all(self.leaf_hooks)
 
 
 class JunctionTap:
@@ -86,14 +93,25 @@ class JunctionTap:
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
         taps = self._taps()
-        if taps is None or not taps.enabled or not torch.is_grad_enabled() or in_transform() or not _are_alike(x, f):
+        if (
+            taps is None
+            or not taps.enabled
+            or not torch.is_grad_enabled()
+            or in_transform()
+            or not (is_measurable(x) and is_measurable(f) and x.shape == f.shape)
+            or x.is_complex()
+            or f.is_complex()
+        ):
             return residual_add(x, f, relu)
         passage = _Passage(taps, taps.first_site + N_SITES * self._j)
-        y: torch.Tensor = _ObservedAdd.apply(x, f, relu, passage)  # type: ignore[no-untyped-call]
-        if taps.is_first_pass(self._j):
+        dtype = torch.promote_types(x.dtype, f.dtype)
+        y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, passage)  # type: ignore[no-untyped-call]
+        if not taps.passes.is_repeat(self._j):
             passage.on_forward(x, f, y)
         if x.requires_grad:
-            x.register_hook(passage.on_total)  # type: ignore[no-untyped-call]
+            handle = x.register_hook(passage.on_total)  # type: ignore[no-untyped-call]
+            if x.is_leaf:
+                taps.leaf_hooks.append(handle)
         return y
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -103,12 +121,13 @@ class JunctionTap:
 class _Passage:
     """One call of a junction: keeps what went by the shortcut until the sum of both parts arrives."""
 
-    __slots__ = ("_first", "_shortcut", "_taps", "y_row")
+    __slots__ = ("_backward", "_first", "_shortcut", "_taps", "y_row")
 
     def __init__(self, taps: JunctionTaps, first: int) -> None:
         self._taps = weakref.ref(taps)
         self._first = first
         self._shortcut: torch.Tensor | None = None
+        self._backward = -1  # the one in which the shortcut's part came
         self.y_row: torch.Tensor | None = None  # [1, 6]
 
     def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
@@ -126,20 +145,18 @@ class _Passage:
             taps.board.put(self._first + INCOMING, rows[:1], incoming)
             taps.board.put(self._first + SHORTCUT, rows[1:], shortcut)
             self._shortcut = shortcut if has_total else None
+            self._backward = torch._C._current_graph_task_id()
 
     def on_total(self, total: torch.Tensor) -> None:
         """Takes the gradient at x, the branch's part included."""
         taps, shortcut, self._shortcut = self._taps(), self._shortcut, None
+        if taps is None or shortcut is None or self._backward != torch._C._current_graph_task_id():
+            return
         # where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
-        if (
-            taps is None
-            or shortcut is None
-            or total.data_ptr() == shortcut.data_ptr()
-            or not _are_alike(total, shortcut)
-        ):
+        if total.data_ptr() == shortcut.data_ptr() or not is_measurable(total) or total.shape != shortcut.shape:
             return
         with torch.no_grad():
-            rows = RESIDUAL_BRANCH_STATS(total, shortcut)
+            rows = RESIDUAL_BRANCH_STATS(total, shortcut.to(total.dtype))
         taps.board.put_apart(self._first + BRANCH, rows[:1], total.numel())
         taps.board.put_apart(self._first + DOT, rows[1:], total.numel())
 
@@ -152,24 +169,24 @@ class _ObservedAdd(torch.autograd.Function):
         y, rows = RESIDUAL_ADD_STATS(x, f, relu)
         passage.y_row = rows
         ctx.passage = passage
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*([y] if relu else []))
         result: torch.Tensor = y
         return result
 
     @staticmethod
-    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
-        if ctx.saved_tensors:
-            gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *ctx.saved_tensors)
+    def backward(ctx: Any, incoming: torch.Tensor | None) -> Any:
+        if incoming is None:
+            return None, None, None, None
+        saved = ctx.saved_tensors  # once: a checkpoint computes it
+        if saved:
+            gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
         else:
             gradient, rows = incoming, raw_rows([incoming.detach()]).expand(2, -1)
         # detached only where a second derivative is wanted: as the same object, the next hook knows it again
         kept = gradient.detach() if gradient.requires_grad else gradient
         ctx.passage.on_incoming(incoming, rows, kept, has_total=ctx.needs_input_grad[0])
         return gradient, gradient, None, None
-
-
-def _are_alike(x: torch.Tensor, f: torch.Tensor) -> bool:
-    return is_measurable(x) and is_measurable(f) and x.dtype == f.dtype and x.shape == f.shape and not x.is_complex()
 
 
 def _no_tap() -> None:

@@ -18,7 +18,7 @@ class ResidualAdd(nn.Module):
         relu: whether to take the positive part of the sum.
         inplace: whether to write the result into the branch's, `f`, which nothing needs afterwards where the branch
             ends in a convolution or in batch normalisation. (The shortcut mostly is needed: by the first layer of the
-            branch, on the way back.) Not while a probe taps the junction: it gives a new tensor.
+            branch, on the way back.) A probe does not observe the junction then.
 
     Example:
         >>> import torch
@@ -53,9 +53,9 @@ class ResidualAdd(nn.Module):
             >>> ResidualAdd()(torch.tensor([1.0]), torch.tensor([2.0]))
             tensor([3.])
         """
-        if self.tap is not None:
-            return self.tap(x, f, self.relu)
-        return residual_add_(f, x, self.relu) if self.inplace else residual_add(x, f, self.relu)
+        if self.inplace:
+            return residual_add_(f, x, self.relu)
+        return residual_add(x, f, self.relu) if self.tap is None else self.tap(x, f, self.relu)
 
     def extra_repr(self) -> str:
         """Says whether there is a ReLU, and whether it works in place.

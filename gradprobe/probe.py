@@ -45,7 +45,8 @@ class Coverage:
     Attributes:
         observed: Sites that had a gradient in at least one measured step.
         silent: Sites that never had one; of the modules whose outputs are observed, those that returned nothing.
-        unmeasured: Observed modules that returned tensors which the kernels do not take, such as a subclass of tensors.
+        unmeasured: Modules that returned tensors which the kernels do not take, such as a subclass; junctions that work
+            in place, or that another probe observes.
         unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
         frozen: Parameters that did not require a gradient at attach.
         unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
@@ -154,7 +155,7 @@ class Probe:
         if model in _attached:
             raise ArgumentError("model: has a probe already; call its detach() first")
         self._found = parameter_sites(model)
-        joined = junction_modules(model) if junctions else {}
+        joined, self._unobserved = junction_modules(model) if junctions else ({}, ())
         observed = {} if activations is False else select_modules(model, activations, elsewhere=joined)
         if optimizer is not None:
             check_shares_parameters(optimizer, self._found.parameters)
@@ -270,7 +271,7 @@ class Probe:
             observed=tuple(names[self._observed]),
             silent=(*names[~self._observed], *(() if self._passing is None else self._passing.silent())),
             unhooked=tuple(names[self._unhooked]),
-            unmeasured=() if self._passing is None else self._passing.unmeasured(),
+            unmeasured=(*(() if self._passing is None else self._passing.unmeasured()), *self._unobserved),
             frozen=self._found.frozen,
             unknown=() if model is None or self._detached else newly_trainable(model, self._found),
             tied={site.name: site.names for site in self._found.sites if len(site.names) > 1},
@@ -479,7 +480,8 @@ class Probe:
             "silent modules",
             f"step {self._step}: {len(silent)} of {passing.table.n_modules} observed modules returned nothing: "
             f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They are not called as modules, or were "
-            "compiled before attach; junctions are not observed in compiled graphs",
+            "compiled before attach, or took or returned nothing that can be measured; junctions are not observed in "
+            "compiled graphs",
         )
 
     def _regroup_if_moved(self) -> None:

@@ -82,10 +82,10 @@ class Record:
         for device, n_rows in rows_on.items():
             step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(ops.STATS))
             if device.type == "cpu":
-                ring = mirror = torch.empty(capacity, *step_shape, dtype=torch.float64)
+                ring = mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu")
             else:
                 ring = torch.empty(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
-                mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, pin_memory=True)
+                mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu", pin_memory=True)
             self._rings[device] = ring
             self._views[device] = ring[:, :n_rows].unbind()
             self._mirrors[device] = mirror

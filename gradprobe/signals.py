@@ -89,9 +89,10 @@ class Junction:
         y: Statistics of the junction's output.
         gradient: Statistics of the gradient that came in at y, None where none did.
         shortcut: Of the part of the gradient at x that the shortcut brought.
-        branch: Of the part that came back through the branch; None where x is not the branch's input too, as behind a
-            projection.
-        cosine: Of the angle between the two parts; NaN where one is zero or missing.
+        branch: Of the part that came back on any other way, which is through the branch where nothing else takes x;
+            None where nothing does, as behind a projection.
+        cosine: Of the angle between the two parts; NaN where one is zero or missing, or where one was there in only
+            some of several calls.
     """
 
     name: str
@@ -106,7 +107,7 @@ class Junction:
     @property
     def shortcut_share(self) -> float:
         """Norm of the shortcut's part over the sum of the norms of both parts; NaN where one is missing."""
-        if self.shortcut is None or self.branch is None:
+        if self.shortcut is None or self.branch is None or self.shortcut.numel != self.branch.numel:
             return math.nan
         both = self.shortcut.norm + self.branch.norm
         return self.shortcut.norm / both if both > 0 else math.nan
@@ -171,8 +172,10 @@ class Signals:
             name: Name of a module.
         """
         ran = [self.table.names[site] for site in self.events.sites if self.table.kinds[site] in _FORWARD_KINDS]
-        following = ran[ran.index(name) + 1 :]
-        return following[0] if following else ""
+        if name not in ran:  # it ran in an earlier step
+            return ""
+        others = (other for other in ran[ran.index(name) + 1 :] if other != name and not name.startswith(f"{other}."))
+        return next(others, "")
 
     def stats(self, site: int) -> SiteStats | None:
         """Statistics of a site, None where nothing passed by there.
@@ -186,7 +189,8 @@ class Signals:
 
     def _cosine(self, first: int) -> float:
         shortcut, branch, dot = (first + JUNCTION_KINDS.index(kind) for kind in JUNCTION_KINDS[4:])
-        if not self.events.measured.present[dot]:
+        measured = self.events.measured
+        if not measured.present[dot] or measured.numels[shortcut] != measured.numels[branch]:
             return math.nan
         abs_max, norms = self.rows[[shortcut, branch], 3], np.sqrt(self.rows[[shortcut, branch], 2])
         product = float(np.prod(np.ldexp(norms, range_exponent(abs_max).astype(np.int64))))

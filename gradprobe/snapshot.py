@@ -37,6 +37,19 @@ class SiteTable:
     index: Mapping[str, int]
 
 
+_WORDS = {
+    "parameter": "gradient of",
+    "activation": "output of",
+    "activation_grad": "gradient at the output of",
+    "junction_x": "shortcut into",
+    "junction_f": "branch into",
+    "junction_y": "output of",
+    "junction_grad": "gradient at the output of",
+    "shortcut_grad": "gradient by the shortcut of",
+    "branch_grad": "gradient through the branch of",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class NonFinite:
     """Where NaN or infinity was seen first in the order of execution.
@@ -47,7 +60,7 @@ class NonFinite:
         kind: Kind of the site, as in `SiteStats`.
         phase: Whether it was in the forward or the backward pass.
         module: The module that made it, as far as what is observed tells: the one whose output it is; for the gradient
-            of an output the one that ran next and sent it back; for a parameter its own.
+            of an output the one that ran next and sent it back, "" for the loss; for a parameter its own.
         nonfinite: Number of values there that are NaN or infinite.
         numel: Number of values there.
     """
@@ -61,9 +74,8 @@ class NonFinite:
     numel: int
 
     def __str__(self) -> str:
-        what = {"activation": "output of", "parameter": "gradient of", "activation_grad": "gradient at the output of"}
-        where = f"{what.get(self.kind, self.kind + ' of')} {self.site}"
-        maker = f", sent back by {self.module}" if self.kind == "activation_grad" else ""
+        where = f"{_WORDS[self.kind]} {self.site}"
+        maker = f", sent back by {self.module}" if self.kind == "activation_grad" and self.module else ""
         return f"step {self.step}, {self.phase}: {where} has {self.nonfinite} non-finite of {self.numel} values{maker}"
 
 

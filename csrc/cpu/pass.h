@@ -32,6 +32,9 @@ class Work {
     first_chunk_.reserve(n_tensors + 1);
     first_chunk_.push_back(0);
   }
+  Work(const Work&) = delete;  // views point into dims_
+  Work& operator=(const Work&) = delete;
+  Work(Work&&) = default;
 
   // Tensor number views().size(). `dims` as reduce_dims gives them where the tensor is not contiguous, else null.
   void add(const void* data, Dtype dtype, int64_t numel, const Dims* dims = nullptr) {
