@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gradprobe.diagnose import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
     from gradprobe.flow import FlowReport, check_gradient_flow
+    from gradprobe.instrumentation import Instrumented, instrument
     from gradprobe.ops import STATS, backends, grad_stats
     from gradprobe.ops.residual import residual_add, residual_add_
     from gradprobe.probe import Coverage, Probe, attach
@@ -22,6 +23,7 @@ _HOMES = {
     "gradprobe.diagnose": ("Finding",),
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
     "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
+    "gradprobe.instrumentation": ("Instrumented", "instrument"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),
     "gradprobe.ops.residual": ("residual_add", "residual_add_"),
     "gradprobe.probe": ("Coverage", "Probe", "attach"),
@@ -41,6 +43,7 @@ __all__ = [
     "FlowReport",
     "GradprobeError",
     "GradprobeWarning",
+    "Instrumented",
     "Junction",
     "Probe",
     "SiteStats",
@@ -50,6 +53,7 @@ __all__ = [
     "backends",
     "check_gradient_flow",
     "grad_stats",
+    "instrument",
     "networks",
     "nn",
     "residual_add",

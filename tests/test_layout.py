@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gradprobe"
 STAGES = (
     {"errors", "measured", "strict_json"},
     {"ops"},
-    {"sites", "hooks", "amp", "boundaries", "arguments", "nn", "networks"},
+    {"sites", "hooks", "amp", "boundaries", "arguments", "nn", "networks", "inline"},
+    {"instrumentation"},
     {"collector", "board", "compiled"},
     {"activations", "junctions"},
     {"record"},
@@ -32,7 +33,7 @@ STAGES = (
 )
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 # Stages that users take by themselves: what they may import of ours.
-ALONE = {"ops": {"errors"}, "nn": {"errors", "ops"}, "networks": {"errors", "nn"}}
+ALONE = {"ops": {"errors"}, "inline": {"errors"}, "nn": {"errors", "ops"}, "networks": {"errors", "nn"}}
 WITHOUT_TORCH = {"errors", "measured", "strict_json", "stats", "signals", "snapshot", "diagnose", "sinks", "report"}
 
 

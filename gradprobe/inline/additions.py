@@ -1,0 +1,80 @@
+"""Whether an addition joins a shortcut and a branch, and which is which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from gradprobe.inline.source import Span
+from gradprobe.inline.values import Value
+
+Place = tuple[str, Span]  # method, where in its source
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual addition in the source.
+
+    Attributes:
+        shortcut_first: Whether the left operand is the shortcut.
+        is_projected: Whether the shortcut passes layers too.
+        target: Name of what is written to in place; None where a new tensor is made.
+    """
+
+    shortcut_first: bool
+    is_projected: bool
+    target: str | None = None
+
+
+def judge(left: Value, right: Value, target: str | None = None) -> Addition | str | None:
+    """Tells whether `left + right` is residual.
+
+    Args:
+        left: The left operand.
+        right: The right operand.
+        target: Name that is written to in place, if any.
+
+    Returns:
+        The addition; the reason why it cannot be told; or None where it is of another kind.
+
+    Example:
+        >>> judge(Value({"x": 0}), Value({"x": 3}))
+        Addition(shortcut_first=True, is_projected=False, target=None)
+        >>> judge(Value({"x": 0}), Value({"position": 0})) is None
+        True
+    """
+    pairs = [
+        (left.layers_from[origin], right.layers_from[origin]) for origin in left.layers_from & right.layers_from.keys()
+    ]
+    if not pairs:
+        return _of_two_inputs(left, right)
+    left_is_bare, right_is_bare = (any(a == 0 < b for a, b in pairs), any(b == 0 < a for a, b in pairs))
+    if left_is_bare != right_is_bare:
+        return Addition(left_is_bare, False, target)
+    if left_is_bare:
+        return "either operand may be the shortcut"
+    nearest = min(pairs, key=sum)
+    few, many = sorted(nearest)
+    if few == many:
+        return None
+    if 2 * few > many:
+        return f"its operands pass {nearest[0]} and {nearest[1]} layers: neither is clearly the shortcut"
+    return Addition(nearest[0] < nearest[1], True, target)
+
+
+def _of_two_inputs(left: Value, right: Value) -> str | None:
+    """Gives the reason where an untouched input is added to what layers made of another."""
+    for bare, other in ((left, right), (right, left)):
+        names = [name for name in map(_input_name, bare.layers_from) if name and not re.search("mask|bias|pos", name)]
+        others = [name for origin, layers in other.layers_from.items() if layers and (name := _input_name(origin))]
+        if names and others and not any(bare.layers_from.values()):
+            return (
+                f"adds its input {names[0]} to what it makes of {others[0]}: only a caller knows if one is a shortcut"
+            )
+    return None
+
+
+def _input_name(origin: Hashable) -> str | None:
+    is_input = isinstance(origin, tuple) and len(origin) == 3 and isinstance(origin[2], str)
+    return origin[2] if is_input and isinstance(origin, tuple) else None

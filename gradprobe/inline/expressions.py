@@ -1,0 +1,380 @@
+"""Follows values through the expressions of a method."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import FunctionType
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from gradprobe.inline import values
+from gradprobe.inline.additions import judge
+from gradprobe.inline.source import Source, span_of
+from gradprobe.inline.values import NOTHING, Value, joined, made_from
+
+if TYPE_CHECKING:
+    from gradprobe.inline.flow import Reader
+
+# What a tensor, or a function of that name, gives without any gradient for its argument.
+_UNRELATED = frozenset(
+    re.findall(
+        r"\w+",
+        """shape size device dtype ndim dim numel itemsize requires_grad training detach item tolist stride
+        zeros_like ones_like empty_like full_like rand_like randn_like arange linspace zeros ones empty full tensor rand
+        randn new_zeros new_ones new_empty new_full new_tensor len range isinstance hasattr int bool""",
+    )
+)
+_NEW_MEMORY = frozenset(
+    re.findall(
+        r"\w+",
+        """cat concat stack matmul bmm linear conv1d conv2d conv3d layer_norm batch_norm group_norm mul mean sum softmax
+        scaled_dot_product_attention einsum clone""",
+    )
+)
+_NO_STREAM = re.compile("(mask|bias)(es|s)?$")  # names of what is added to scores, broadcast
+_NOT_THERE = Value(memory=frozenset(["not there"]))  # an attribute that is missing or None, which nothing can call
+_MUTATORS = frozenset(["append", "extend", "insert", "update", "setdefault", "appendleft"])
+_SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
+    ast.Is: lambda a, b: a is b,
+    ast.IsNot: lambda a, b: a is not b,
+    ast.Eq: lambda a, b: a == b,
+    ast.NotEq: lambda a, b: a != b,
+}
+
+
+class Expressions:
+    """Follows values through expressions.
+
+    Args:
+        reader: Collects what is found.
+        source: The method.
+        method: Its name.
+        names: What its names stand for at the start.
+    """
+
+    def __init__(self, reader: Reader, source: Source, method: str, names: Mapping[str, Value]) -> None:
+        self.reader = reader
+        self.module = reader.module
+        self.source = source
+        self.method = method
+        self.names = dict(names)
+        self.kept_elsewhere: set[object] = set()  # memory that attributes of the module refer to
+        self.captured = {
+            name.id
+            for inner in ast.walk(source.definition)
+            if isinstance(inner, _SCOPES) and inner is not source.definition
+            for name in ast.walk(inner)
+            if isinstance(name, ast.Name)
+        }
+
+    def value(self, node: ast.expr | None) -> Value:
+        """Describes the value of an expression, and notes the additions in it."""
+        if node is None or isinstance(node, (ast.Constant, ast.Lambda)):
+            return NOTHING
+        follow: Callable[[ast.expr], Value] | None = getattr(self, f"_{type(node).__name__.lower()}", None)
+        if follow is not None:
+            return follow(node)
+        return joined([self.value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)])
+
+    def bind(self, target: ast.expr, value: Value) -> None:
+        """Gives a value to a name, or to what a target stands for."""
+        if isinstance(target, ast.Name):
+            self.names[target.id] = value
+        elif isinstance(target, (ast.Tuple, ast.List)):
+            for element in target.elts:
+                self.bind(element, value)
+        elif isinstance(target, ast.Starred):
+            self.bind(target.value, value)
+        elif isinstance(target, (ast.Attribute, ast.Subscript)):
+            base: ast.expr = target
+            while isinstance(base, (ast.Attribute, ast.Subscript)):
+                base = base.value
+            if isinstance(base, ast.Name) and base.id in self.names:
+                self.names[base.id] = joined([self.names[base.id], value])
+            else:
+                self.kept_elsewhere |= value.memory
+
+    def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, target: str | None = None) -> Value:
+        """Describes a sum, and notes it where it is residual."""
+        place = (self.method, span_of(at))
+        findings = self.reader.findings
+        verdict = judge(left, right, target)
+        total = made_from([left, right], (id(self.module), *place), is_new=True)
+        if isinstance(verdict, str):
+            findings.refused[place] = verdict
+            total = replace(total, sums=total.sums | {place})
+        elif verdict is not None:
+            before = findings.additions.get(place, verdict)
+            if before.shortcut_first != verdict.shortcut_first:
+                findings.refused[place] = "either operand may be the shortcut"
+            findings.additions[place] = replace(verdict, is_projected=before.is_projected and verdict.is_projected)
+            branch = right if verdict.shortcut_first else left
+            for inner in branch.sums:  # of branches, joined before they meet the shortcut
+                assert isinstance(inner, tuple)
+                if inner not in findings.additions or findings.additions[inner].is_projected:
+                    findings.additions.pop(inner, None)
+                    findings.refused.pop(inner, None)
+            total = replace(total, sums=total.sums | {place})
+            if target is not None:
+                self._overwrite(place, left, target)
+        return total
+
+    def _overwrite(self, place: tuple[str, tuple[int, int, int, int]], old: Value, target: str) -> None:
+        """Notes that an addition in place changes whatever shares memory with its target."""
+        refused = self.reader.findings.refused
+        inputs = [origin[1] for origin in old.memory if isinstance(origin, tuple) and origin[0] == "input"]
+        if inputs:
+            refused[place] = f"adds in place to its input {inputs[0]}, which a caller may use again"
+        elif target in self.captured or old.memory & self.kept_elsewhere or ("attribute",) in old.memory:
+            refused[place] = f"adds in place to {target}, which is kept elsewhere too"
+        for name, value in self.names.items():
+            if value.memory & old.memory:
+                self.names[name] = replace(value, overwritten=value.overwritten | {place})
+
+    def _name(self, node: ast.Name) -> Value:
+        found = self.names.get(node.id, NOTHING)
+        for place in found.overwritten:
+            assert isinstance(place, tuple)
+            self.reader.findings.refused[place] = f"adds in place to what {node.id} refers to and uses again"
+        return replace(found, layers_from={}) if _NO_STREAM.search(node.id) else found
+
+    def _namedexpr(self, node: ast.NamedExpr) -> Value:
+        found = self.value(node.value)
+        self.bind(node.target, found)
+        return found
+
+    def _compare(self, node: ast.Compare) -> Value:
+        for operand in (node.left, *node.comparators):
+            self.value(operand)
+        return NOTHING
+
+    def _binop(self, node: ast.BinOp) -> Value:
+        left, right = self.value(node.left), self.value(node.right)
+        if isinstance(node.left, (ast.Tuple, ast.List)) or isinstance(node.right, (ast.Tuple, ast.List)):
+            return joined([left, right])
+        if isinstance(node.op, ast.Add):
+            return self.add(node, left, right)
+        return made_from([left, right], self._at(node), is_new=True)
+
+    def _unaryop(self, node: ast.UnaryOp) -> Value:
+        return made_from([self.value(node.operand)], self._at(node), is_new=True)
+
+    def _ifexp(self, node: ast.IfExp) -> Value:
+        outcome = self.outcome(node.test)
+        return joined(
+            [
+                *([self.value(node.body)] if outcome is not False else []),
+                *([self.value(node.orelse)] if outcome is not True else []),
+            ]
+        )
+
+    def _comprehension_of(self, generators: Sequence[ast.comprehension], *results: ast.expr) -> Value:
+        outside = dict(self.names)
+        for generator in generators:
+            self.bind(generator.target, elements(self.value(generator.iter)))
+            for test in generator.ifs:
+                self.value(test)
+        found = joined([self.value(result) for result in results])
+        self.names = outside
+        return found
+
+    def _listcomp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp) -> Value:
+        return self._comprehension_of(node.generators, node.elt)
+
+    _setcomp = _generatorexp = _listcomp
+
+    def _dictcomp(self, node: ast.DictComp) -> Value:
+        return self._comprehension_of(node.generators, node.key, node.value)
+
+    def _attribute(self, node: ast.Attribute) -> Value:
+        is_self = isinstance(node.value, ast.Name) and node.value.id == self.source.self_name
+        base = NOTHING if is_self else self.value(node.value)
+        if not is_self and not base.modules:
+            return NOTHING if node.attr in _UNRELATED else base
+        found = []
+        for module in (self.module,) if is_self else base.modules:
+            held = self._held(module, node.attr)
+            if held is None:
+                continue
+            if isinstance(held, nn.Module):
+                found.append(Value(modules=(held,)))
+            elif isinstance(held, FunctionType) and node.attr not in vars(module):
+                found.append(Value(method=node.attr) if is_self else Value(modules=(module,)))
+            elif values.is_tensor(held):
+                origin = (id(module), node.attr)
+                is_parameter = isinstance(held, nn.Parameter)
+                found.append(Value({origin: 0}, frozenset([("attribute",)]), is_parameter=is_parameter))
+            else:
+                found.append(Value(memory=frozenset([("attribute",)])))
+        return joined(found) if found else _NOT_THERE
+
+    def _held(self, module: nn.Module, name: str) -> object:
+        """Reads an attribute as the method would, None where there is nothing."""
+        if name.startswith("__") and not name.endswith("__"):
+            owner = self.source.function.__qualname__.split(".")[-2:][0]
+            name = f"_{owner.lstrip('_')}{name}"
+        try:
+            return values.attribute(module, name)
+        except AttributeError:
+            return None
+
+    def _subscript(self, node: ast.Subscript) -> Value:
+        base = self.value(node.value)
+        self.value(node.slice)
+        if not base.modules:
+            return base
+        if len(base.modules) == 1 and isinstance(node.slice, ast.Constant):
+            child = dict(base.modules[0].named_children()).get(str(node.slice.value))
+            if child is not None:
+                return Value(modules=(child,))
+        return elements(base)
+
+    def _call(self, node: ast.Call) -> Value:
+        given = [self.value(argument) for argument in node.args]
+        by_name = {keyword.arg or "**": self.value(keyword.value) for keyword in node.keywords}
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        operands = [*given, *by_name.values()]
+        if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
+            return made_from(operands, self._at(node), max(1, values.n_layers(self.module)))
+        callee = self.value(node.func)
+        if callee is _NOT_THERE:
+            return NOTHING
+        if callee.method or callee.modules:
+            return self._called(node, callee, given, by_name)
+        through = [value for value in given if value.modules or value.method]
+        if through and not _is_builtin(name):  # handed to a function that calls it, as a checkpoint does
+            tensors = [value for value in given if value.layers_from]
+            return self._called(node, joined(through), tensors, by_name)
+        if isinstance(node.func, ast.Attribute) and self._adds(node, name):
+            is_method = len(node.args) == 1
+            left, right = (callee, given[0]) if is_method else given
+            written = node.func.value if name == "add_" else None
+            target = written.id if isinstance(written, ast.Name) else None
+            total = self.add(node, left, right, target)
+            if target is not None:
+                self.names[target] = total
+            return total
+        if name in _UNRELATED:
+            return Value(memory=joined([callee, *operands]).memory)
+        if isinstance(node.func, ast.Attribute):
+            base = node.func.value
+            if name in _MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
+                self.names[base.id] = joined([self.names[base.id], *operands])
+            elif name in _MUTATORS:
+                self.kept_elsewhere |= joined(operands).memory
+            if callee.layers_from:
+                operands.append(callee)
+        if _is_builtin(name):
+            return joined(operands)
+        return made_from(operands, self._at(node), is_new=name in _NEW_MEMORY)
+
+    def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
+        """Describes what a module, or a method of this one, gives back."""
+        operands = [*given, *by_name.values()]
+        if callee.method is not None:
+            found = self.reader.call_method(callee.method, given, by_name)
+            if found is None:
+                return made_from(operands, self._at(node), layers=1)
+            shared = joined(operands)
+            own = frozenset(place for place in found.memory if not (isinstance(place, tuple) and place[0] == "input"))
+            return replace(found, memory=own | shared.memory, overwritten=shared.overwritten)
+        for module in callee.modules:
+            self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
+        if all(map(values.is_lookup, callee.modules)):
+            return NOTHING
+        return made_from(
+            operands,
+            self._at(node),
+            min(map(values.n_layers, callee.modules)),
+            all(map(self.reader.gives_new_memory, callee.modules)),
+        )
+
+    def _adds(self, node: ast.Call, name: str) -> bool:
+        """Tells whether a call is `torch.add(a, b)`, `a.add(b)` or `a.add_(b)`."""
+        if node.keywords or name not in ("add", "add_") or not isinstance(node.func, ast.Attribute):
+            return False
+        is_torchs = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch" and name == "add"
+        if name == "add_" and not isinstance(node.func.value, ast.Name):
+            return False
+        return len(node.args) == (2 if is_torchs else 1) and not any(isinstance(a, ast.Starred) for a in node.args)
+
+    def outcome(self, test: ast.expr) -> bool | None:
+        """Tells how a test comes out, as far as attributes of the module decide; None where they do not."""
+        if not self.reader.prune:
+            return None
+        try:
+            return bool(self._fixed(test))
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):
+            return None
+
+    def _fixed(self, node: ast.expr) -> object:
+        """Computes an expression of constants and attributes; LookupError where it has anything else."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return not self._fixed(node.operand)
+        if isinstance(node, ast.BoolOp):
+            outcomes = [self.outcome(operand) for operand in node.values]
+            decisive = isinstance(node.op, ast.Or)
+            if decisive in outcomes:
+                return decisive
+            if None not in outcomes:
+                return not decisive
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
+            return _COMPARED[type(node.ops[0])](self._fixed(node.left), self._fixed(node.comparators[0]))
+        if isinstance(node, ast.Attribute) and node.attr != "training":
+            base = node.value
+            is_self = isinstance(base, ast.Name) and base.id == self.source.self_name
+            module = self.module if is_self else self._fixed(base)
+            if isinstance(module, nn.Module):
+                held = values.attribute(module, node.attr)
+                if held is None or isinstance(held, (bool, int, float, str, nn.Module)):
+                    return held
+        raise LookupError
+
+    def _at(self, node: ast.expr) -> tuple[object, ...]:
+        return (id(self.module), self.method, span_of(node))
+
+
+def elements(value: Value) -> Value:
+    """Describes an element of what a loop goes through.
+
+    Args:
+        value: A tensor, or something with modules in it.
+
+    Returns:
+        The same with children in place of containers.
+
+    Example:
+        >>> elements(Value(modules=(nn.ModuleList([nn.ReLU()]),))).modules
+        (ReLU(),)
+    """
+    inner = [
+        child for module in value.modules for child in (module.children() if values.is_container(module) else [module])
+    ]
+    return replace(value, modules=tuple(inner))
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _is_builtin(name: str) -> bool:
+    return name in (
+        "enumerate",
+        "zip",
+        "reversed",
+        "list",
+        "tuple",
+        "dict",
+        "items",
+        "values",
+        "iter",
+        "next",
+        "sorted",
+    )

@@ -1,0 +1,299 @@
+"""Which additions in a module's methods join a shortcut and a branch, read off the source; nothing is run.
+
+Each value is described by the tensors it was made from and by how many layers (modules with parameters of their own)
+lie in between. `a + b` is residual where both were made from one tensor, one of them through no layer, or through a
+projection: at most half as many as the other. Both sides of an `if` are followed, unless attributes of the module
+decide it; loops are followed twice.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from gradprobe.inline.additions import Addition, Place
+from gradprobe.inline.expressions import Expressions, elements
+from gradprobe.inline.source import Source, Unreadable, read
+from gradprobe.inline.values import NOTHING, Value, attribute, is_chain, is_torchs_layer, joined, made_from, n_layers
+
+Arguments = tuple[tuple[Value, ...], dict[str, Value]]  # by position, by name
+NewMemory = dict[nn.Module, bool]
+
+_MAX_DEPTH = 8  # of methods that call each other
+
+
+@dataclass
+class Findings:
+    """What the source of a module says.
+
+    Attributes:
+        additions: The residual ones, in the order of the source.
+        refused: Why others, which look residual, are left alone.
+        calls: What the module hands to other modules.
+        methods: The methods that were followed.
+    """
+
+    additions: dict[Place, Addition] = field(default_factory=dict)
+    refused: dict[Place, str] = field(default_factory=dict)
+    calls: list[tuple[nn.Module, tuple[Value, ...], dict[str, Value]]] = field(default_factory=list)
+    methods: tuple[str, ...] = ()
+
+
+def find_additions(module: nn.Module, handed: Sequence[Arguments] = (), known: NewMemory | None = None) -> Findings:
+    """Finds the residual additions in the methods that a module's forward runs through.
+
+    Args:
+        module: Any module.
+        handed: The arguments of the calls of it that are known.
+        known: What `Reader.gives_new_memory` found out before about modules of the same model.
+
+    Returns:
+        The additions, those refused, and what goes to other modules.
+
+    Raises:
+        Unreadable: The forward cannot be rewritten.
+
+    Example:
+        >>> found = find_additions(nn.TransformerEncoderLayer(8, 2))
+        >>> [addition.shortcut_first for addition in found.additions.values()]
+        [True, True]
+    """
+    known = {} if known is None else known
+    reader, unpruned = Reader(module, True, known), Reader(module, False, known)
+    reader.run(handed)
+    unpruned.run(handed)
+    found = reader.findings
+    found.methods = tuple(sorted(reader.methods | unpruned.methods))
+    # the attributes that decide today may change: what is overwritten may be read on no side
+    for place, reason in unpruned.findings.refused.items():
+        if place in found.additions and found.additions[place].target is not None:
+            found.refused[place] = reason
+    for place in found.refused:
+        found.additions.pop(place, None)
+    found.additions = dict(sorted(found.additions.items(), key=lambda item: item[0][1]))
+    return found
+
+
+class Reader:
+    """Follows the values through one module's methods.
+
+    Args:
+        module: Any module.
+        prune: Whether attributes decide which side of an `if` is followed.
+        known: Of modules, whether their results are new memory; is added to.
+    """
+
+    def __init__(self, module: nn.Module, prune: bool, known: NewMemory) -> None:
+        self.findings = Findings()
+        self.module = module
+        self.prune = prune
+        self.methods: set[str] = set()
+        self._known = known
+        self._stack: list[str] = []
+
+    def run(self, handed: Sequence[Arguments]) -> Value:
+        """Follows the forward.
+
+        Args:
+            handed: The arguments of the calls of it that are known.
+
+        Returns:
+            What it gives back.
+
+        Raises:
+            Unreadable: The forward cannot be rewritten.
+        """
+        names = _positional(self.source("forward"))
+        given: dict[str, Value] = {}
+        for values, by_name in handed:
+            for name, value in (*zip(names, values, strict=False), *by_name.items()):
+                given[name] = joined([given.get(name, NOTHING), value])
+        return self._follow("forward", given)
+
+    def gives_new_memory(self, module: nn.Module) -> bool:
+        """Tells whether a module's result surely shares no memory with its arguments, nor with what it keeps.
+
+        Args:
+            module: Any module of the same model.
+
+        Returns:
+            False where it is not known.
+        """
+        if module not in self._known:
+            self._known[module] = False  # while it is being found out
+            if is_chain(module):
+                self._known[module] = any(map(self.gives_new_memory, module.children()))
+            elif is_torchs_layer(module):
+                self._known[module] = n_layers(module) > 0
+            else:
+                reader = Reader(module, False, self._known)
+                with suppress(Unreadable):
+                    memory = reader.run(()).memory
+                    self._known[module] = bool(memory) and all(isinstance(at, tuple) and len(at) == 3 for at in memory)
+        return self._known[module]
+
+    def source(self, method: str) -> Source:
+        """Reads a method of the module's class.
+
+        Args:
+            method: Its name.
+
+        Returns:
+            The source.
+
+        Raises:
+            Unreadable: It cannot be rewritten.
+        """
+        if method in vars(self.module):
+            raise Unreadable(f"has a {method} of its own, other than its class's")
+        return read(attribute(self.module, method))
+
+    def call_method(self, method: str, values: Sequence[Value], by_name: Mapping[str, Value]) -> Value | None:
+        """Follows a method that another one calls.
+
+        Args:
+            method: Its name.
+            values: Arguments by position.
+            by_name: Arguments by name.
+
+        Returns:
+            What it gives back; None where it cannot be followed.
+        """
+        try:
+            if method in vars(nn.Module) or method in self._stack or len(self._stack) >= _MAX_DEPTH:
+                return None
+            given = dict(zip(_positional(self.source(method)), values, strict=False))
+            return self._follow(method, {**given, **by_name})
+        except (Unreadable, AttributeError):
+            return None
+
+    def _follow(self, method: str, given: Mapping[str, Value]) -> Value:
+        source = self.source(method)
+        self.methods.add(method)
+        arguments = source.definition.args
+        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+        names = {}
+        for argument in every[1:]:
+            if argument is not None:
+                known = given.get(argument.arg, NOTHING)
+                origin = (id(self.module), method, argument.arg)
+                memory = frozenset([("input", argument.arg)])
+                names[argument.arg] = Value({**known.layers_from, origin: 0}, memory, known.modules, sums=known.sums)
+        self._stack.append(method)
+        try:
+            return Statements(self, source, method, names).result()
+        finally:
+            self._stack.pop()
+
+
+class Statements(Expressions):
+    """Follows values through the statements of a method."""
+
+    def result(self) -> Value:
+        """Follows the whole body.
+
+        Returns:
+            What the method gives back.
+        """
+        self._returned: list[Value] = []
+        self._run(self.source.definition.body)
+        return joined(self._returned)
+
+    def _run(self, statements: Iterable[ast.stmt]) -> bool:
+        """Follows statements; tells whether the end is reached."""
+        return all(self._statement(statement) for statement in statements)
+
+    def _statement(self, node: ast.stmt) -> bool:
+        if isinstance(node, ast.Return):
+            self._returned.append(self.value(node.value))
+            return False
+        if isinstance(node, ast.Raise):
+            return False
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                self._assign(target, node.value)
+        elif isinstance(node, ast.AnnAssign):
+            if node.value is not None:
+                self.bind(node.target, self.value(node.value))
+        elif isinstance(node, ast.AugAssign):
+            self._augmented(node)
+        elif isinstance(node, ast.If):
+            return self._either([node.body, node.orelse], self.outcome(node.test), node.test)
+        elif isinstance(node, (ast.For, ast.While)):
+            return self._loop(node)
+        elif isinstance(node, ast.With):
+            for item in node.items:
+                context = self.value(item.context_expr)
+                if item.optional_vars is not None:
+                    self.bind(item.optional_vars, context)
+            return self._run(node.body)
+        elif isinstance(node, ast.Try):
+            before = dict(self.names)
+            reached = self._run([*node.body, *node.orelse])
+            for handler in node.handlers:
+                self.names = _merged([before, self.names])
+                reached = self._run(handler.body) or reached
+            return self._run(node.finalbody) and reached
+        elif isinstance(node, ast.Match):
+            self.value(node.subject)
+            return self._either([*(case.body for case in node.cases), []], None, node.subject)
+        elif isinstance(node, ast.Delete):
+            for target in node.targets:
+                if isinstance(target, ast.Name):
+                    self.names.pop(target.id, None)
+        elif not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.expr):
+                    self.value(child)
+        return True
+
+    def _assign(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+            for element, found in zip(target.elts, [self.value(element) for element in value.elts], strict=True):
+                self.bind(element, found)
+        else:
+            self.bind(target, self.value(value))
+
+    def _augmented(self, node: ast.AugAssign) -> None:
+        old, operand = self.value(node.target), self.value(node.value)
+        if isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
+            total = self.add(node, old, operand, node.target.id)
+        else:
+            total = made_from([old, operand], (id(self.module), self.method, node.lineno, node.col_offset))
+        self.bind(node.target, total)
+
+    def _either(self, bodies: Sequence[Sequence[ast.stmt]], outcome: bool | None, test: ast.expr) -> bool:
+        if outcome is None:
+            self.value(test)
+        followed = bodies if outcome is None else [bodies[0] if outcome else bodies[1]]
+        before, ends = self.names, []
+        for body in followed:
+            self.names = dict(before)
+            if self._run(body):
+                ends.append(self.names)
+        self.names = _merged(ends) if ends else before
+        return bool(ends)
+
+    def _loop(self, node: ast.For | ast.While) -> bool:
+        for _ in range(2):
+            before = dict(self.names)
+            if isinstance(node, ast.For):
+                self.bind(node.target, elements(self.value(node.iter)))
+            else:
+                self.value(node.test)
+            self._run(node.body)
+            self.names = _merged([before, self.names])
+        return self._run(node.orelse)
+
+
+def _positional(source: Source) -> list[str]:
+    arguments = source.definition.args
+    return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][1:]
+
+
+def _merged(ends: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
+    return {name: joined(end.get(name, NOTHING) for end in ends) for name in {name for end in ends for name in end}}

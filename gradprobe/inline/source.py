@@ -1,0 +1,279 @@
+"""Methods whose additions call a module instead: the same source, compiled again with those places exchanged.
+
+Everything else stays as it was: control flow, defaults, closures, decorators, line numbers in tracebacks. A method is
+left alone unless its source, compiled unchanged, gives the very code that runs now.
+"""
+
+from __future__ import annotations
+import __future__
+
+import ast
+import copy
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType
+
+from gradprobe.errors import GradprobeError
+
+Span = tuple[int, int, int, int]  # first line, first column, last line, last column
+
+_FEATURES = functools.reduce(
+    int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names), 0
+)
+
+
+class Unreadable(GradprobeError):
+    """A method cannot be rewritten; the message says why, in words that follow a module's name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A method as it was written.
+
+    Attributes:
+        function: The function that holds the body.
+        wrappers: What decorators made of it, innermost first.
+        tree: What of its file decides how it is compiled: the imports, and the statement that it stands in.
+        definition: The method in it.
+        self_name: What the method calls its module.
+    """
+
+    function: FunctionType
+    wrappers: tuple[FunctionType, ...]
+    tree: ast.Module
+    definition: ast.FunctionDef
+    self_name: str
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What takes the place of an addition `left + right`, `left += right`, `left.add_(right)` and the like.
+
+    Attributes:
+        child: Name of the module that is called.
+        shortcut_first: Whether the left operand is the shortcut.
+    """
+
+    child: str
+    shortcut_first: bool
+
+
+def span_of(node: ast.expr | ast.stmt) -> Span:
+    """Gives where a node stands in its file.
+
+    Args:
+        node: From the tree of a `Source`.
+
+    Returns:
+        First line and column, last line and column.
+
+    Example:
+        >>> span_of(ast.parse("a + b").body[0])
+        (1, 0, 1, 5)
+    """
+    return node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+
+
+@functools.lru_cache(maxsize=4096)
+def read(function: object) -> Source:
+    """Reads the source of a method.
+
+    Args:
+        function: As the class holds it, decorators included.
+
+    Returns:
+        The source.
+
+    Raises:
+        Unreadable: There is no source, or not the one that runs.
+
+    Example:
+        >>> import torch
+        >>> read(torch.nn.TransformerEncoderLayer.forward).self_name
+        'self'
+    """
+    wrappers: list[FunctionType] = []
+    while isinstance(function, FunctionType) and isinstance(vars(function).get("__wrapped__"), FunctionType):
+        wrappers.insert(0, function)
+        function = vars(function)["__wrapped__"]
+    if not isinstance(function, FunctionType):
+        raise Unreadable(f"is no Python function but {type(function).__name__}")
+    for wrapper, inner in zip(wrappers, [function, *wrappers], strict=False):
+        if len(_cells_with(wrapper, inner)) != 1:
+            raise Unreadable(f"is wrapped by a decorator that does not show what it calls ({wrapper.__code__.co_name})")
+    try:
+        lines, _ = inspect.findsource(function)
+        statements = _statements("".join(lines))
+    except (OSError, SyntaxError, TypeError) as error:
+        raise Unreadable("has no source that could be read") from error
+    definition, within = _find(statements, function.__code__)
+    positional = [*definition.args.posonlyargs, *definition.args.args]
+    if not positional:
+        raise Unreadable("takes its module by no name of its own")
+    self_name = positional[0].arg
+    for node in ast.walk(definition):
+        if isinstance(node, ast.Name) and node.id == self_name and not isinstance(node.ctx, ast.Load):
+            raise Unreadable(f"gives {self_name} another meaning")
+    tree = ast.Module([*(node for node in statements if node is within or _imports(node))], [])
+    source = Source(function, tuple(wrappers), tree, definition, self_name)
+    if not _are_same(_compiled(tree, function), function.__code__):
+        raise Unreadable("runs other code than its source says")
+    return source
+
+
+def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionType:
+    """Makes the method anew, with additions exchanged for calls of modules.
+
+    Args:
+        source: The method.
+        exchanges: What takes the place of the addition at a place.
+
+    Returns:
+        A function with the same arguments, decorators included.
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.TransformerEncoderLayer
+        >>> rewritten(read(layer.forward), {}).__code__.co_code == layer.forward.__code__.co_code
+        True
+    """
+    code = _rewritten_code(source.function, tuple(exchanges.items()))
+    inner = source.function
+    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+    made = _alike(inner, code, tuple(cells[name] for name in code.co_freevars))
+    before = inner
+    for wrapper in source.wrappers:
+        (name,) = _cells_with(wrapper, before)
+        closure = tuple(
+            CellType(made) if free == name else cell
+            for free, cell in zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
+        )
+        outer = _alike(wrapper, wrapper.__code__, closure)
+        outer.__wrapped__ = made  # type: ignore[attr-defined]
+        made, before = outer, wrapper
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _rewritten_code(function: FunctionType, exchanges: tuple[tuple[Span, Exchange], ...]) -> CodeType:
+    """One code object for all modules with the same exchanges, so that compilers see one function."""
+    source = read(function)
+    copies: dict[int, ast.AST] = {}
+    tree = copy.deepcopy(source.tree, copies)
+    _Exchanger(source.self_name, dict(exchanges)).generic_visit(copies[id(source.definition)])
+    return _compiled(tree, function)
+
+
+class _Exchanger(ast.NodeTransformer):
+    """Exchanges additions; the operands are evaluated in the same order as before."""
+
+    def __init__(self, self_name: str, exchanges: Mapping[Span, Exchange]) -> None:
+        self._self_name = self_name
+        self._exchanges = exchanges
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        exchange = self._exchanges.get(span_of(node))
+        self.generic_visit(node)
+        return node if exchange is None else self._call(exchange, node, node.left, node.right)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        exchange = self._exchanges.get(span_of(node))
+        self.generic_visit(node)
+        if exchange is None or not isinstance(node.target, ast.Name):
+            return node
+        left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+        return ast.copy_location(ast.Assign([node.target], self._call(exchange, node, left, node.value)), node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        exchange = self._exchanges.get(span_of(node))
+        is_method = isinstance(node.func, ast.Attribute) and len(node.args) == 1
+        self.generic_visit(node)
+        if exchange is None or not isinstance(node.func, ast.Attribute):
+            return node
+        left, right = (node.func.value, node.args[0]) if is_method else node.args
+        call = self._call(exchange, node, left, right)
+        if node.func.attr == "add_" and isinstance(left, ast.Name):
+            target = ast.copy_location(ast.Name(left.id, ast.Store()), left)
+            return ast.copy_location(ast.NamedExpr(target, call), node)
+        return call
+
+    def _call(self, exchange: Exchange, at: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.Call:
+        module = ast.Attribute(ast.Name(self._self_name, ast.Load()), exchange.child, ast.Load())
+        names = ("x", "f") if exchange.shortcut_first else ("f", "x")
+        keywords = [ast.keyword(name, operand) for name, operand in zip(names, (left, right), strict=True)]
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(module, [], keywords), at))
+
+
+@functools.lru_cache(maxsize=16)
+def _statements(text: str) -> tuple[ast.stmt, ...]:
+    return tuple(ast.parse(text).body)
+
+
+def _find(statements: Sequence[ast.stmt], code: CodeType) -> tuple[ast.FunctionDef, ast.stmt]:
+    """Finds the definition that a code object was compiled from, and the statement of the file that holds it."""
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+                first = min(node.lineno, *(decorator.lineno for decorator in node.decorator_list), node.lineno)
+                if first == code.co_firstlineno:
+                    return node, statement
+    raise Unreadable("is no plain function in its source")
+
+
+def _imports(statement: ast.stmt) -> bool:
+    """Tells whether a statement of a file imports names for the whole file: calls on those compile otherwise."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return False
+    return any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(statement))
+
+
+def _compiled(tree: ast.Module, function: FunctionType) -> CodeType:
+    """Compiles what a source keeps of its file, and takes the function out of it."""
+    before = function.__code__
+    code = compile(tree, before.co_filename, "exec", flags=before.co_flags & _FEATURES, dont_inherit=True)
+    for inner in _codes_in(code):
+        if (inner.co_name, inner.co_firstlineno) == (before.co_name, before.co_firstlineno):
+            return inner
+    raise Unreadable("is no plain function in its source")
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes_in(constant)
+
+
+def _are_same(a: CodeType, b: CodeType) -> bool:
+    """Tells whether two code objects do the same; where they stand may differ."""
+    attributes = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_flags")
+    return all(getattr(a, name) == getattr(b, name) for name in attributes) and all(
+        _are_same(x, y) if isinstance(x, CodeType) and isinstance(y, CodeType) else type(x) is type(y) and x == y
+        for x, y in itertools.zip_longest(a.co_consts, b.co_consts)
+    )
+
+
+def _cells_with(wrapper: FunctionType, inner: FunctionType) -> list[str]:
+    """Names the free variables of a wrapper that hold what it wraps."""
+    held = zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
+    return [name for name, cell in held if _content(cell) is inner]
+
+
+def _content(cell: CellType) -> object:
+    try:
+        content: object = cell.cell_contents
+    except ValueError:  # still empty
+        return None
+    return content
+
+
+def _alike(function: FunctionType, code: CodeType, closure: tuple[CellType, ...]) -> FunctionType:
+    """Makes a function with other code, all else as it was."""
+    made = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    functools.update_wrapper(made, function)
+    del made.__wrapped__  # type: ignore[attr-defined]
+    made.__kwdefaults__ = None if function.__kwdefaults__ is None else dict(function.__kwdefaults__)
+    return made

@@ -1,0 +1,264 @@
+"""Residual junctions for models that add inline: `out += identity`, `x = x + self.attn(x)`.
+
+The additions are found in the source of the model's methods and exchanged there for calls of a new child module of the
+block, which adds as before: same modules, classes, parameters, hooks, control flow and numbers. Only `forward`, or the
+method that adds, is overridden on the instances. What was found depends on the modules that the model has then: replace
+modules first, instrument afterwards, compile last. Where one place adds several times in a step, as in a loop, its
+junction has the sum of them. A deep copy is instrumented too; a pickle of the model is plain, since it holds the
+class's own methods. The replicas of `nn.DataParallel` would all run the original: wrap in `DistributedDataParallel`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import MethodType, TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from gradprobe.errors import ArgumentError
+from gradprobe.inline.flow import Arguments, Findings, NewMemory, find_additions
+from gradprobe.inline.source import Exchange, Span, Unreadable, read, rewritten
+from gradprobe.inline.values import attribute, is_chain, is_container, is_torchs_layer
+from gradprobe.nn import ResidualAdd
+
+_OVER_CHILDREN = frozenset({"children", "named_children", "_modules"})
+
+
+class InlineAdd(ResidualAdd):
+    """An addition that a model writes inline, as a module; made by `instrument`.
+
+    Args:
+        shortcut_first: Whether the shortcut is the left operand.
+        inplace_operator: Whether the model writes `+=` or `add_`.
+
+    Example:
+        >>> InlineAdd(shortcut_first=True, inplace_operator=False)(torch.ones(2), torch.ones(1))
+        tensor([2., 2.])
+    """
+
+    def __init__(self, shortcut_first: bool, inplace_operator: bool) -> None:
+        super().__init__()
+        self.shortcut_first = shortcut_first
+        self.inplace_operator = inplace_operator
+
+    def forward(self, x: Tensor, f: Tensor) -> Tensor:
+        """Adds as the model did.
+
+        Args:
+            x: What passes by the shortcut.
+            f: What comes out of the branch.
+
+        Returns:
+            The sum. It is a junction where both are real tensors of one shape with at least one dimension.
+
+        Example:
+            >>> InlineAdd(shortcut_first=True, inplace_operator=False)(torch.ones(2), torch.ones(2))
+            tensor([2., 2.])
+        """
+        if _is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device:
+            return super().forward(x, f)
+        left, right = (x, f) if self.shortcut_first else (f, x)
+        if self.inplace_operator:
+            left += right
+            return left
+        return left + right
+
+
+@dataclass
+class Instrumented:
+    """What `instrument` found in a model, and the way back; a context manager that goes it at its end.
+
+    Attributes:
+        junctions: Names of the new modules, as `gradprobe.attach` calls their junctions.
+        blocks: Names of the modules in `unseen` that can be measured at their boundaries, by
+            `attach(model, activations=[*blocks])`: their output and the gradient that comes back to it.
+        unseen: Modules with additions that are left as they are, or whose source is out of reach, and why.
+    """
+
+    junctions: tuple[str, ...]
+    blocks: tuple[str, ...]
+    unseen: dict[str, str]
+    _undo: list[tuple[nn.Module, list[str], dict[str, MethodType]]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Takes the new modules out of the model and gives it its own methods back. Calling it again does nothing."""
+        for module, children, methods in self._undo:
+            for name in children:
+                if isinstance(getattr(module, name, None), InlineAdd):
+                    delattr(module, name)
+            for name, method in methods.items():
+                if vars(module).get(name) is method:
+                    delattr(module, name)
+        self._undo.clear()
+
+    def __enter__(self) -> Instrumented:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        rows = [*((name, "junction") for name in self.junctions)]
+        rows += [(name or "(the model)", f"unseen: {reason}") for name, reason in self.unseen.items()]
+        if not rows:
+            return "no residual additions found"
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def instrument(model: nn.Module) -> Instrumented:
+    """Gives the residual additions that a model writes inline a module each, so that a probe sees them as junctions.
+
+    Found are `a + b`, `a += b`, `a.add(b)`, `a.add_(b)` and `torch.add(a, b)` in `forward` and in the methods that it
+    calls, where one operand comes from the same tensor as the other by fewer layers. Additions of positions, biases,
+    masks and constants are none. Outputs, gradients, state dict and classes stay as they are. Use it before
+    `gradprobe.attach` and `torch.compile`.
+
+    Args:
+        model: Any module; it is changed until `undo` is called.
+
+    Returns:
+        What was found and what was not, which prints as a table.
+
+    Raises:
+        ArgumentError: The model is no module, is compiled or scripted, or is instrumented already.
+
+    Source: the shortcuts of He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385).
+
+    Example:
+        >>> report = instrument(nn.TransformerEncoderLayer(8, 2, norm_first=True))
+        >>> print(report)
+        residual_add    junction
+        residual_add_1  junction
+        >>> report.undo()
+    """
+    _check(model)
+    _remove_leftovers(model)
+    report = Instrumented((), (), {})
+    handed: defaultdict[int, list[Arguments]] = defaultdict(list)
+    known: NewMemory = {}
+    closed: tuple[str, ...] = ()  # how names begin within modules that do not run as Python
+    junctions: list[str] = []
+    for name, module in list(model.named_modules()):
+        if name.startswith(closed):
+            continue
+        if _is_translated(module):
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            report.unseen[name] = "is scripted, and takes no hooks" if scripted else "is compiled"
+            closed += (f"{name}.",)
+            continue
+        if isinstance(module, ResidualAdd) or is_chain(module) or is_torchs_layer(module) or _is_list(module):
+            continue
+        try:
+            findings = find_additions(module, handed[id(module)], known)
+        except Unreadable as error:
+            report.unseen[name] = str(error)
+            continue
+        for child, values, by_name in findings.calls:
+            handed[id(child)].append((values, by_name))
+        reasons = list(findings.refused.values())
+        if findings.additions and (obstacle := _obstacle(module, findings)):
+            reasons.insert(0, obstacle)
+        elif findings.additions:
+            children = _exchange(module, findings, report)
+            junctions += [f"{name}.{child}" if name else child for child in children]
+        if reasons:
+            report.unseen[name] = reasons[0]
+    report.junctions = tuple(junctions)
+    modules = dict(model.named_modules())
+    report.blocks = tuple(
+        name for name in report.unseen if name and not isinstance(modules[name], torch.jit.ScriptModule)
+    )
+    return report
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
+    if _is_translated(model):
+        raise ArgumentError(
+            "model: need one that runs as Python, to be compiled afterwards; got a compiled or scripted one"
+        )
+    for name, module in model.named_modules():
+        if any(_is_rewritten(module, method) for method in vars(module)):
+            where = f"{name} has them" if name else "it has them"
+            raise ArgumentError(f"model: need one that is not instrumented yet; got one where {where}: undo it first")
+
+
+def _is_translated(module: nn.Module) -> bool:
+    """Tells whether a module does not run as Python: its methods are not what is run."""
+    translated = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
+    return isinstance(module, translated) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _is_rewritten(module: nn.Module, name: str) -> bool:
+    """Tells whether an attribute of a module is a method that calls inline junctions."""
+    method = vars(module)[name]
+    if not isinstance(method, MethodType) or getattr(type(module), name, None) is method.__func__:
+        return False
+    code, children = inspect.unwrap(method.__func__).__code__, dict(module.named_children())
+    return any(isinstance(children.get(called), InlineAdd) for called in code.co_names)
+
+
+def _remove_leftovers(model: nn.Module) -> None:
+    """Removes junctions that nothing calls, and methods that are the class's own: what a pickle makes of them."""
+    for module in model.modules():
+        for name in [name for name, child in module._modules.items() if isinstance(child, InlineAdd)]:
+            delattr(module, name)
+            for method in [key for key, value in vars(module).items() if isinstance(value, MethodType)]:
+                if vars(module)[method].__func__ is getattr(type(module), method, None):
+                    delattr(module, method)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return type(module) in (nn.ModuleList, nn.ModuleDict)
+
+
+def _obstacle(module: nn.Module, findings: Findings) -> str | None:
+    """Gives the reason why a module may have no further child."""
+    if is_container(module):
+        return "is a container, where one more child would be run with the others"
+    for method in findings.methods:
+        if _OVER_CHILDREN.intersection(read(attribute(module, method)).function.__code__.co_names):
+            return f"goes over its children in {method}, where one more would be met too"
+    return None
+
+
+def _is_plain(tensor: object) -> bool:
+    """Tells whether a tensor has numbers of its own that a junction can add and measure."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and tensor.dim() > 0
+    )
+
+
+def _exchange(module: nn.Module, findings: Findings, report: Instrumented) -> list[str]:
+    """Puts children into a module that do its additions, and notes the way back; returns their names."""
+    exchanges: defaultdict[str, dict[Span, Exchange]] = defaultdict(dict)
+    children: list[str] = []
+    for (method, span), addition in findings.additions.items():
+        child = next(name for name in _child_names() if not hasattr(module, name))
+        exchanges[method][span] = Exchange(child, addition.shortcut_first)
+        module.add_module(child, InlineAdd(addition.shortcut_first, addition.target is not None).train(module.training))
+        children.append(child)
+    methods: dict[str, MethodType] = {}
+    for method, places in exchanges.items():
+        methods[method] = MethodType(rewritten(read(attribute(module, method)), places), module)
+        object.__setattr__(module, method, methods[method])
+    report._undo.append((module, children, methods))
+    return children
+
+
+def _child_names() -> Iterator[str]:
+    yield "residual_add"
+    yield from (f"residual_add_{number}" for number in itertools.count(1))
