@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
+from rich.table import Table
 
 from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.experiments import DEFAULT_EPOCHS
@@ -139,6 +140,28 @@ def check(
     else:
         _print(flow)
     raise typer.Exit(1 if flow.findings else 0)
+
+
+@app.command()
+def explain(
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="Left out: lists what there is.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Explain a problem of deep networks: its cause, its remedies, and how to see it here."""
+    from gradprobe.explain import TOPICS
+    from gradprobe.explain import explain as find
+
+    topics = list(TOPICS.values()) if topic is None else [find(topic)]
+    if as_json:
+        _print_json([one.as_dict() for one in topics] if topic is None else topics[0].as_dict())
+        return
+    if topic is not None:
+        _print(topics[0])
+        return
+    table = Table("topic", "what happens", title="gradprobe explain TOPIC", title_justify="left")
+    for one in topics:
+        table.add_row(one.name, one.problem)
+    _print(table)
 
 
 @app.command()

@@ -1,0 +1,200 @@
+"""What goes wrong in deep networks: the problem, its cause, its remedies, and how to see it. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.text import Text
+
+from gradprobe.errors import ArgumentError
+
+_AUTOTRAINER = "Zhang et al. 2021, AUTOTRAINER (ICSE): the rule's thresholds"
+_HE_NETS = "He et al. 2015, Deep Residual Learning for Image Recognition, arXiv 1512.03385"
+_HE_INIT = "He et al. 2015, Delving Deep into Rectifiers, arXiv 1502.01852"
+_HE_IDENTITY = "He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027"
+_YANG = "Yang et al. 2019, A Mean Field Theory of Batch Normalization, arXiv 1902.08129"
+_PASCANU = "Pascanu, Mikolov, Bengio 2013, On the Difficulty of Training Recurrent Neural Networks (ICML)"
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One thing that goes wrong, or that helps; prints as text.
+
+    Attributes:
+        name: What to ask for.
+        problem: What happens.
+        cause: Why.
+        remedies: What to do, in the order to try it.
+        commands: Commands that show it.
+        code: Lines that show it in a training loop.
+        sources: Where this is from.
+    """
+
+    name: str
+    problem: str
+    cause: str
+    remedies: tuple[str, ...]
+    commands: tuple[str, ...]
+    code: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Gives the topic as plain data."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.name, style="bold")
+        yield Padding(self.problem, (0, 0, 1, 0))
+        yield Text("Why", style="bold")
+        yield Padding(self.cause, (0, 0, 1, 0))
+        for title, lines in (
+            ("What to do, in this order", [f"{k}. {remedy}" for k, remedy in enumerate(self.remedies, start=1)]),
+            ("See it", [*self.commands, *self.code]),
+            ("Sources", list(self.sources)),
+        ):
+            yield Text(title, style="bold")
+            for line in lines:
+                yield Padding(Text(line), (0, 0, 0, 2))
+            yield Text()
+
+
+TOPICS: dict[str, Topic] = {
+    topic.name: topic
+    for topic in (
+        Topic(
+            "vanishing",
+            "The gradient shrinks from layer to layer on its way back, and the layers next to the input hardly learn.",
+            "By the chain rule the gradient is a product of one Jacobian for each layer. Where a layer shrinks it, the "
+            "product falls exponentially: a factor of 0.5 leaves 0.5^20 = 9.5e-7 after 20 layers. Weights that start "
+            "too small and saturated sigmoids do that.",
+            (
+                "Initialise for the activation: He for ReLU, Xavier for tanh.",
+                "Take ReLU or a relative of it instead of a saturating activation.",
+                "Normalise: batch, layer or group normalisation.",
+                "Add residual connections.",
+            ),
+            ("gradprobe check 'gradprobe.networks:deep_cnn(50)' --input 3,32,32",),
+            ("probe = gradprobe.attach(model, optimizer=optimizer)", "probe.findings()"),
+            (
+                "Bengio, Simard, Frasconi 1994, Learning Long-Term Dependencies with Gradient Descent is Difficult",
+                "Glorot, Bengio 2010, Understanding the Difficulty of Training Deep Feedforward Networks (AISTATS)",
+                _HE_INIT,
+                _AUTOTRAINER,
+            ),
+        ),
+        Topic(
+            "exploding",
+            "The gradient grows from layer to layer on its way back; steps become too large, and the loss jumps or "
+            "becomes NaN.",
+            "The same product as for vanishing gradients, with factors above 1: 2^20 = 1,048,576 after 20 layers. "
+            "Batch normalisation keeps the forward pass in bounds and not the backward one: in a plain ReLU net with it the "
+            "gradient grows about 1.2 times per layer at initialisation.",
+            (
+                "Clip the gradient: probe.clip_grad_norm_(1.0) before the optimizer's step.",
+                "Lower the learning rate, or warm it up.",
+                "Initialise for the activation: He for ReLU, Xavier for tanh.",
+                "Add residual connections; in a deep plain net batch normalisation alone is no remedy.",
+            ),
+            ("gradprobe check 'gradprobe.networks:plain(110)' --input 3,32,32 --batch 16",),
+            ("probe = gradprobe.attach(model, optimizer=optimizer)", "probe.findings()"),
+            (_PASCANU, _YANG, _AUTOTRAINER),
+        ),
+        Topic(
+            "degradation",
+            "A deeper net ends with a higher training error than a shallower one, although its gradients are sound.",
+            "It is not overfitting, since the training error is higher too, and with batch normalisation vanishing "
+            "gradients are an unlikely cause. The deeper net could copy the shallower one and make the other layers "
+            "the identity, so a better solution exists; training does not find it. A layer with ReLU has to learn the "
+            "identity exactly, weight by weight.",
+            (
+                "Add residual connections: a block then learns F(x) = H(x) - x, and the identity is F = 0.",
+                "Put normalisation and ReLU before the convolutions, so that the shortcuts stay clean.",
+                "Train a shallower net.",
+            ),
+            (
+                "gradprobe sweep --families plain,resnet --depths 20,56 --out run.sqlite",
+                "gradprobe report run.sqlite --html report.html",
+            ),
+            (),
+            (_HE_NETS + ", sections 1 and 4.1", _HE_IDENTITY),
+        ),
+        Topic(
+            "non-finite",
+            "A value becomes NaN or infinite, and soon all of them are.",
+            "An overflow (in float16 above 65,504), a division by zero, the logarithm of zero, or a step that was too "
+            "large. What is seen in the loss began somewhere else.",
+            (
+                "Find the first place: its layer, its step, forward or backward.",
+                "Lower the learning rate, or clip the gradient.",
+                "In float16 scale the loss (torch.amp.GradScaler), or use bfloat16.",
+                "Guard the operation: an epsilon under the root and in the denominator, logsumexp for the logarithm.",
+            ),
+            (),
+            (
+                "probe = gradprobe.attach(model, optimizer=optimizer, activations=True)",
+                "print(probe.first_nonfinite())",
+            ),
+            (
+                "Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740",
+                "Amazon SageMaker Debugger, rule ExplodingTensor",
+            ),
+        ),
+        Topic(
+            "dead-units",
+            "A ReLU gives zero for every input; no gradient passes it, and it never comes back.",
+            "A large step has pushed its input below zero for all examples. There the derivative is zero, so nothing "
+            "pulls it back.",
+            (
+                "Lower the learning rate.",
+                "Initialise for ReLU (He).",
+                "Normalise before the ReLU.",
+                "Take a leaky ReLU or GELU.",
+            ),
+            (),
+            (
+                "probe = gradprobe.attach(model, optimizer=optimizer, activations=True)",
+                "{name: seen.output.zero_fraction for name, seen in probe.latest().activations.items()}",
+            ),
+            (
+                "Maas, Hannun, Ng 2013, Rectifier Nonlinearities Improve Neural Network Acoustic Models",
+                "Amazon SageMaker Debugger, rule DeadRelu",
+            ),
+        ),
+        Topic(
+            "shortcut",
+            "Residual connections train at depths where plain nets do not.",
+            "At y = x + F(x) the gradient at x is dL/dx = dL/dy + J_F(x)^T dL/dy: whatever the branch does to its "
+            "part, the first part arrives unchanged. How much comes which way can be measured at each junction.",
+            ("Write the junction as gradprobe.nn.ResidualAdd, and attach.",),
+            ("gradprobe check 'gradprobe.networks:resnet(110)' --input 3,32,32 --batch 16",),
+            (
+                "probe = gradprobe.attach(model, optimizer=optimizer)",
+                "{name: seen.shortcut_share for name, seen in probe.latest().junctions.items()}",
+            ),
+            (_HE_NETS, _HE_IDENTITY + ", eq. 5"),
+        ),
+    )
+}
+
+
+def explain(name: str) -> Topic:
+    """Explains one problem.
+
+    Args:
+        name: One of `TOPICS`.
+
+    Returns:
+        The topic; prints as text.
+
+    Raises:
+        ArgumentError: There is no such topic.
+
+    Example:
+        >>> explain("vanishing").remedies[0]
+        'Initialise for the activation: He for ReLU, Xavier for tanh.'
+    """
+    if name not in TOPICS:
+        raise ArgumentError(f"topic: need one of {', '.join(TOPICS)}; got {name!r}")
+    return TOPICS[name]
