@@ -89,8 +89,8 @@ TOPICS: dict[str, Topic] = {
             "The gradient grows from layer to layer on its way back; steps become too large, and the loss jumps or "
             "becomes NaN.",
             "The same product as for vanishing gradients, with factors above 1: 2^20 = 1,048,576 after 20 layers. "
-            "Batch normalisation keeps the forward pass in bounds and not the backward one: in a plain ReLU net with it the "
-            "gradient grows about 1.2 times per layer at initialisation.",
+            "Batch normalisation keeps the forward pass in bounds and not the backward one: in a plain ReLU net with "
+            "it the gradient grows about 1.2 times per layer at initialisation.",
             (
                 "Clip the gradient: probe.clip_grad_norm_(1.0) before the optimizer's step.",
                 "Lower the learning rate, or warm it up.",

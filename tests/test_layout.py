@@ -26,7 +26,7 @@ STAGES = (
     {"sinks"},
     {"report"},
     {"probe"},
-    {"flow", "doctor"},
+    {"flow", "doctor", "explain"},
     {"__init__"},
     {"experiments"},
     {"cli"},
@@ -34,7 +34,18 @@ STAGES = (
 RANK = {name: rank for rank, stage in enumerate(STAGES) for name in stage}
 # Stages that users take by themselves: what they may import of ours.
 ALONE = {"ops": {"errors"}, "inline": {"errors"}, "nn": {"errors", "ops"}, "networks": {"errors", "nn"}}
-WITHOUT_TORCH = {"errors", "measured", "strict_json", "stats", "signals", "snapshot", "diagnose", "sinks", "report"}
+WITHOUT_TORCH = {
+    "errors",
+    "measured",
+    "strict_json",
+    "stats",
+    "signals",
+    "snapshot",
+    "diagnose",
+    "sinks",
+    "report",
+    "explain",
+}
 
 
 def modules(package: Path) -> Iterator[tuple[str, str, set[str]]]:
