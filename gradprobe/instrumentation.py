@@ -47,26 +47,48 @@ class InlineAdd(ResidualAdd):
         self.inplace_operator = inplace_operator
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        """Adds as the model did.
+        """Adds as the model did: by torch itself, unless a probe taps the junction.
 
         Args:
             x: What passes by the shortcut.
             f: What comes out of the branch.
 
         Returns:
-            The sum. It is a junction where both are real tensors of one shape with at least one dimension.
+            The sum, with the strides that torch gives it. A probe sees it where both are plain tensors of one shape,
+            with at least one dimension.
 
         Example:
             >>> InlineAdd(shortcut_first=True, inplace_operator=False)(torch.ones(2), torch.ones(2))
             tensor([2., 2.])
         """
-        if _is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device:
-            return super().forward(x, f)
         left, right = (x, f) if self.shortcut_first else (f, x)
-        if self.inplace_operator:
-            left += right
-            return left
-        return left + right
+        if self.tap is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
+            return self._as_written(left, right)
+        if not self.inplace_operator:
+            y = self.tap(x, f, self.relu)
+            return y if self.shortcut_first or x.stride() == f.stride() else _restrided(y, _strides_of_sum(left, right))
+        if x.dtype != f.dtype:
+            return self._as_written(left, right)
+        return _restrided(self.tap(x, f, self.relu), left.stride())
+
+    def _as_written(self, left: Tensor, right: Tensor) -> Tensor:
+        if not self.inplace_operator:
+            return left + right
+        left += right
+        return left
+
+
+def _strides_of_sum(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Gives the strides that torch gives a sum; which operand is first matters."""
+    empty = [torch.empty_strided(tensor.shape, tensor.stride(), device="meta") for tensor in (left, right)]
+    return (empty[0] + empty[1]).stride()
+
+
+def _restrided(y: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Copies a tensor where it has other strides: kernels that come after may round otherwise."""
+    if y.stride() == strides:
+        return y
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)
 
 
 @dataclass

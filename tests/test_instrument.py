@@ -172,6 +172,7 @@ def test_a_projected_shortcut_is_the_shortcut() -> None:
         (cases.InPlaceFlag, "adds in place to what before refers to and uses again"),
         (cases.Chain, "is a container, where one more child would be run with the others"),
         (cases.OverChildren, "goes over its children in forward, where one more would be met too"),
+        (cases.OutsideFunction, "adds in dropout_add, a function outside of it"),
         (cases.TwoInputs, "adds its input y to what it makes of x: only a caller knows if one is a shortcut"),
         (cases.Unclear, "its operands pass 2 and 3 layers: neither is clearly the shortcut"),
     ],
@@ -237,6 +238,48 @@ def test_broadcasting_and_other_operands_stay_additions() -> None:
     target = torch.ones(2, 3)
     assert in_place(x=torch.ones(3), f=target) is target
     assert target.sum() == 12
+
+
+@pytest.mark.parametrize("inplace_operator", [False, True])
+@pytest.mark.parametrize("shortcut_first", [False, True])
+@pytest.mark.parametrize(
+    ("of_x", "of_f"), [(0, 0), (0, 1), (1, 0), (1, 2), (2, 1), (0, 2)], ids=lambda kind: ("nchw", "nhwc", "slice")[kind]
+)
+def test_a_probe_changes_no_strides(of_x: int, of_f: int, shortcut_first: bool, inplace_operator: bool) -> None:
+    def operand(kind: int) -> torch.Tensor:
+        tensor = torch.randn(2, 3, 4, 5, requires_grad=True) * 1
+        if kind == 2:
+            return (torch.randn(2, 3, 4, 10, requires_grad=True) * 1)[..., ::2]
+        return tensor.contiguous(memory_format=torch.channels_last) if kind else tensor
+
+    joint = InlineAdd(shortcut_first, inplace_operator)
+    model = nn.Sequential(nn.Linear(1, 1), joint)
+    torch.manual_seed(0)
+    x, f = operand(of_x), operand(of_f)
+    expected = joint(x, f)
+    torch.manual_seed(0)
+    x, f = operand(of_x), operand(of_f)
+    probe = gradprobe.attach(model)
+    y = joint(x, f)
+    assert (y.stride(), y.tolist()) == (expected.stride(), expected.tolist())
+    (y.sum() + model[0].weight.sum()).backward()
+    probe.step()
+    assert probe.latest().junctions["1"].y.norm == pytest.approx(y.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torchvision-basic", "torchvision-bottleneck", "timm", "transformers"])
+def test_mixed_precision_rounds_as_before(name: str) -> None:
+    batch = MODELS[name][1]
+
+    def outputs(instrumented: bool) -> list[torch.Tensor]:
+        model = built(name)
+        if instrumented:
+            gradprobe.instrument(model)
+            gradprobe.attach(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            return trained(model, batch)
+
+    assert are_equal(outputs(True), outputs(False))
 
 
 def test_options_of_a_forward_stay() -> None:

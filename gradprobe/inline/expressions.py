@@ -271,6 +271,11 @@ class Expressions:
                 operands.append(callee)
         if _is_builtin(name):
             return joined(operands)
+        function = self.source.function.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
+        if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
+            result = self.reader.call_function(function, given, by_name)
+            if result is not None:
+                return _returned(result, operands)
         return made_from(operands, self._at(node), is_new=name in _NEW_MEMORY)
 
     def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
@@ -278,11 +283,7 @@ class Expressions:
         operands = [*given, *by_name.values()]
         if callee.method is not None:
             found = self.reader.call_method(callee.method, given, by_name)
-            if found is None:
-                return made_from(operands, self._at(node), layers=1)
-            shared = joined(operands)
-            own = frozenset(place for place in found.memory if not (isinstance(place, tuple) and place[0] == "input"))
-            return replace(found, memory=own | shared.memory, overwritten=shared.overwritten)
+            return made_from(operands, self._at(node), layers=1) if found is None else _returned(found, operands)
         for module in callee.modules:
             self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
         if all(map(values.is_lookup, callee.modules)):
@@ -358,6 +359,13 @@ def elements(value: Value) -> Value:
         child for module in value.modules for child in (module.children() if values.is_container(module) else [module])
     ]
     return replace(value, modules=tuple(inner))
+
+
+def _returned(result: Value, operands: Sequence[Value]) -> Value:
+    """Describes to a caller what a method or function gives back: it may share memory with any argument."""
+    shared = joined(operands)
+    own = frozenset(place for place in result.memory if not (isinstance(place, tuple) and place[0] == "input"))
+    return replace(result, memory=own | shared.memory, overwritten=shared.overwritten)
 
 
 def _is_super(node: ast.expr) -> bool:

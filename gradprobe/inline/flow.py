@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import FunctionType
 
 from torch import nn
 
@@ -171,23 +172,63 @@ class Reader:
         except (Unreadable, AttributeError):
             return None
 
+    def call_function(
+        self, function: FunctionType, values: Sequence[Value], by_name: Mapping[str, Value]
+    ) -> Value | None:
+        """Follows a function outside of the module: what it adds cannot be exchanged, but can be reported.
+
+        Args:
+            function: Any function.
+            values: Arguments by position.
+            by_name: Arguments by name.
+
+        Returns:
+            What it gives back; None where it cannot be followed.
+        """
+        try:
+            source = read(function, is_method=False)
+        except Unreadable:
+            return None
+        within = f"{function.__module__}.{function.__qualname__}"
+        if within in self._stack or len(self._stack) >= _MAX_DEPTH:
+            return None
+        found, self.findings = self.findings, Findings()
+        self._stack.append(within)
+        try:
+            given = {**dict(zip(_positional(source), values, strict=False)), **by_name}
+            result = Statements(self, source, within, self._arguments(source, within, given)).result()
+            inner = self.findings
+        finally:
+            self.findings = found
+            self._stack.pop()
+        for place in inner.additions:
+            found.refused[place] = f"adds in {function.__qualname__}, a function outside of it"
+        found.refused.update({place: reason for place, reason in inner.refused.items() if place[0] != within})
+        found.calls += inner.calls
+        return result
+
     def _follow(self, method: str, given: Mapping[str, Value]) -> Value:
         source = self.source(method)
         self.methods.add(method)
-        arguments = source.definition.args
-        every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
-        names = {}
-        for argument in every[1:]:
-            if argument is not None:
-                known = given.get(argument.arg, NOTHING)
-                origin = (id(self.module), method, argument.arg)
-                memory = frozenset([("input", argument.arg)])
-                names[argument.arg] = Value({**known.layers_from, origin: 0}, memory, known.modules, sums=known.sums)
+        names = self._arguments(source, method, given)
         self._stack.append(method)
         try:
             return Statements(self, source, method, names).result()
         finally:
             self._stack.pop()
+
+    def _arguments(self, source: Source, method: str, given: Mapping[str, Value]) -> dict[str, Value]:
+        """Describes arguments: each is a tensor of its own, made from what is given."""
+        arguments = source.definition.args
+        every = [*arguments.posonlyargs, *arguments.args][bool(source.self_name) :]
+        names = {}
+        for argument in (*every, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+            if argument is not None:
+                known = given.get(argument.arg, NOTHING)
+                layers_from = {**known.layers_from, (id(self.module), method, argument.arg): 0}
+                memory = frozenset([("input", argument.arg)])
+                names[argument.arg] = Value(layers_from, memory, known.modules, sums=known.sums)
+        return names
 
 
 class Statements(Expressions):
@@ -292,7 +333,7 @@ class Statements(Expressions):
 
 def _positional(source: Source) -> list[str]:
     arguments = source.definition.args
-    return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][1:]
+    return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][bool(source.self_name) :]
 
 
 def _merged(ends: Sequence[Mapping[str, Value]]) -> dict[str, Value]:

@@ -38,7 +38,7 @@ class Source:
         wrappers: What decorators made of it, innermost first.
         tree: What of its file decides how it is compiled: the imports, and the statement that it stands in.
         definition: The method in it.
-        self_name: What the method calls its module.
+        self_name: What the method calls its module; empty in a function.
     """
 
     function: FunctionType
@@ -78,11 +78,12 @@ def span_of(node: ast.expr | ast.stmt) -> Span:
 
 
 @functools.lru_cache(maxsize=4096)
-def read(function: object) -> Source:
-    """Reads the source of a method.
+def read(function: object, is_method: bool = True) -> Source:
+    """Reads the source of a method, or of a function.
 
     Args:
         function: As the class holds it, decorators included.
+        is_method: Whether its first argument is a module.
 
     Returns:
         The source.
@@ -111,9 +112,9 @@ def read(function: object) -> Source:
         raise Unreadable("has no source that could be read") from error
     definition, within = _find(statements, function.__code__)
     positional = [*definition.args.posonlyargs, *definition.args.args]
-    if not positional:
+    if is_method and not positional:
         raise Unreadable("takes its module by no name of its own")
-    self_name = positional[0].arg
+    self_name = positional[0].arg if is_method else ""
     for node in ast.walk(definition):
         if isinstance(node, ast.Name) and node.id == self_name and not isinstance(node.ctx, ast.Load):
             raise Unreadable(f"gives {self_name} another meaning")
