@@ -1,9 +1,11 @@
 // Autograd hooks in C++: they note, for every parameter, that its gradient is ready, and call back once per backward.
 // Built against one exact torch: the hook classes are not part of the stable ABI.
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -77,6 +79,33 @@ bool add_to(cpu::Work& work, const at::Tensor& gradient) {
     const cpu::Dims dims = cpu::reduce_dims(gradient.sizes().data(), gradient.strides().data(), gradient.dim());
     work.add(gradient.const_data_ptr(), *dtype, numel, &dims);
   }
+  return true;
+}
+
+// Whether `rows` can take the raw rows of K tensors.
+bool takes_rows(const at::Tensor& rows, int64_t n_tensors) {
+  return rows.defined() && rows.layout() == at::kStrided && rows.device().is_cpu() &&
+         rows.scalar_type() == at::kDouble && rows.is_contiguous() && rows.dim() == 2 && rows.size(0) == n_tensors &&
+         rows.size(1) == kStats;
+}
+
+// gradprobe::grad_stats_into for plain tensors on the CPU, called as a function: going through the dispatcher takes
+// longer than the statistics of a small tensor. False, and nothing written, where that operator has to see the call.
+bool grad_stats_into(const std::vector<at::Tensor>& tensors, const at::Tensor& out) {
+  const auto is_plain = [](const at::Tensor& tensor) {
+    return tensor.defined() && tensor.layout() == at::kStrided && tensor.device().is_cpu() && !tensor.is_complex() &&
+           !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
+           !tensor.key_set().has(c10::DispatchKey::Functionalize);
+  };
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled()) return false;
+  if (!takes_rows(out, static_cast<int64_t>(tensors.size())) || !is_plain(out) || !out.has_storage()) return false;
+  cpu::Work work(static_cast<int64_t>(tensors.size()));
+  for (const at::Tensor& tensor : tensors) {
+    if (!is_plain(tensor) || !add_to(work, tensor)) return false;
+  }
+  py::gil_scoped_release no_gil;
+  out.unsafeGetTensorImpl()->bump_version();
+  cpu::grad_stats(work, static_cast<double*>(out.mutable_data_ptr()));
   return true;
 }
 
@@ -279,10 +308,8 @@ class GradientTaps {
       }
     }
     if (is_measured && on_cpu) {
-      TORCH_CHECK(rows->is_contiguous() && rows->scalar_type() == at::kDouble && rows->dim() == 2 &&
-                      rows->size(0) == work.n_tensors() && rows->size(1) == kStats,
-                  "rows: needed a contiguous float64 tensor of shape [", work.n_tensors(), ", ", kStats, "], got ",
-                  rows->scalar_type(), " of shape ", rows->sizes());
+      TORCH_CHECK(takes_rows(*rows, work.n_tensors()), "rows: needed a contiguous float64 tensor of shape [",
+                  work.n_tensors(), ", ", kStats, "], got ", rows->scalar_type(), " of shape ", rows->sizes());
       cpu::grad_stats(work, rows->mutable_data_ptr<double>());
     } else if (is_measured) {
       static const auto grad_stats_into = c10::Dispatcher::singleton()
@@ -325,6 +352,7 @@ class GradientTaps {
 }  // namespace gradprobe
 
 PYBIND11_MODULE(_hooks, module) {
+  module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
   py::class_<gradprobe::GradientTaps>(module, "GradientTaps")
       .def(py::init<std::vector<at::Tensor>, py::object>(), py::arg("parameters"), py::arg("on_backward_end"))
       .def("converted", &gradprobe::GradientTaps::converted)

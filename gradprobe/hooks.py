@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, MutableMapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from gradprobe.ops import native
+from gradprobe.ops.native import native_hooks as native_hooks
 from gradprobe.sites import is_regular
 
 
@@ -54,24 +53,6 @@ class Taps(Protocol):
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are present, dense and of their parameter's dtype and device."""
-
-
-@cache
-def native_hooks() -> tuple[Any | None, str]:
-    """Loads the C++ hooks.
-
-    Returns:
-        The module and "ready", or None and the reason why not.
-    """
-    info = native.build_info()
-    built_against = info.get("torch")
-    if built_against and built_against != torch.__version__:
-        return None, f"built against torch {built_against}, and this is torch {torch.__version__}"
-    try:
-        return importlib.import_module("gradprobe._hooks"), "ready"
-    except ImportError as error:
-        state = info.get("hooks", "not built: no build of gradprobe._hooks has run for this installation")
-        return None, f"does not load: {error}" if state == "built" else state
 
 
 def install(

@@ -110,3 +110,74 @@ def test_wrong_rows_are_refused(rows: torch.Tensor) -> None:
     taps, _ = with_gradients([torch.ones(2), torch.ones(3)])
     with pytest.raises(RuntimeError, match=r"rows: needed a contiguous float64 tensor of shape \[2, 6\], got"):
         taps.measure(rows)
+
+
+class TestCallWithoutDispatcher:
+    """What the native backend calls for plain tensors on the CPU."""
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+    def test_same_bits_as_the_operator(self, layout: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        tensors = [
+            LAYOUTS[layout](torch.randn(5, 7, dtype=dtype)),
+            torch.empty(0, dtype=dtype),
+            torch.ones((), dtype=dtype),
+        ]
+        out, expected = (torch.full((3, 6), torch.nan, dtype=torch.float64) for _ in range(2))
+        version = out._version
+        ops.resolve("native", out.device).grad_stats_into(tensors, out)
+        torch.ops.gradprobe.grad_stats_into(tensors, expected)
+        assert torch.equal(out, expected)
+        assert out._version > version  # a tensor that autograd has saved shows as changed
+
+    @pytest.mark.parametrize(
+        ("tensors", "out", "message"),
+        [
+            (
+                [torch.ones(2, dtype=torch.int32)],
+                torch.zeros(1, 6, dtype=torch.float64),
+                r"tensors\[0\]: needed a dtype",
+            ),
+            ([torch.ones(2)], torch.zeros(2, 6, dtype=torch.float64), "out: needed"),
+            ([torch.ones(2)], torch.zeros(1, 6), "out: needed"),
+            ([torch.ones(2).to_sparse()], torch.zeros(1, 6, dtype=torch.float64), "strided|SparseCPU"),
+        ],
+        ids=["integers", "rows", "float32 rows", "sparse"],
+    )
+    def test_errors_are_the_operators(self, tensors: list[torch.Tensor], out: torch.Tensor, message: str) -> None:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            ops.resolve("native", out.device).grad_stats_into(tensors, out)
+
+    def test_modes_see_the_operator(self) -> None:
+        seen = []
+
+        class See(torch.utils._python_dispatch.TorchDispatchMode):
+            """Notes what is called."""
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        out = torch.zeros(1, 6, dtype=torch.float64)
+        with See():
+            ops.resolve("native", out.device).grad_stats_into([torch.ones(2)], out)
+        assert torch.ops.gradprobe.grad_stats_into.default in seen
+        assert out[0, 0] == 2
+
+    def test_fake_tensors_have_no_numbers(self) -> None:
+        with torch._subclasses.FakeTensorMode():
+            out = torch.zeros(1, 6, dtype=torch.float64)
+            ops.resolve("native", out.device).grad_stats_into([torch.ones(2)], out)
+            assert isinstance(out, torch._subclasses.FakeTensor)
+
+    def test_in_a_compiled_function(self) -> None:
+        compiled = torch.compile(lambda x: gradprobe.grad_stats([x, x * 2]), backend="aot_eager")
+        assert compiled(torch.tensor([3.0, -4.0]))[:, 2].tolist() == [25.0, 100.0]
+
+    def test_batches_of_a_transform_are_not_taken_for_one_tensor(self) -> None:
+        def total(x: torch.Tensor) -> torch.Tensor:
+            return gradprobe.grad_stats([x])[0, 0]
+
+        with pytest.raises(RuntimeError):
+            torch.func.vmap(total)(torch.ones(3, 2))

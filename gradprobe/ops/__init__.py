@@ -56,9 +56,18 @@ class Backend:
 
 _REFERENCE = Backend("reference", reference.grad_stats_into, reference.scale_)
 
-
 _TRITON = Backend("triton", triton_kernels.grad_stats_into, triton_kernels.scale_)
-_NATIVE = Backend("native", GRAD_STATS_INTO, SCALE)
+
+
+def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        module, _ = native.native_hooks()
+        if module is not None and module.grad_stats_into(tensors, out):  # plain, on the CPU: needs no dispatcher
+            return
+    GRAD_STATS_INTO(tensors, out)
+
+
+_NATIVE = Backend("native", _native_grad_stats_into, SCALE)
 
 
 def _native_reason(device_type: str) -> str:

@@ -1,16 +1,18 @@
-"""Finds and loads the compiled part, `gradprobe._C`, and says which of its parts can run here.
+"""Finds and loads the compiled parts, and says which of them can run here.
 
-The module is a plain shared library that registers implementations of the operators with torch's dispatcher; it has no
-Python entry point. `gradprobe/_build_info.json`, written by the build, says for each part "built" or why it was left
+`gradprobe._C` is a plain shared library that registers implementations of the operators with torch's dispatcher; it
+has no Python entry point. `gradprobe/_build_info.json`, written by the build, says for each part "built" or why it was left
 out.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +61,29 @@ def parts() -> dict[str, str]:
         reason = f"{library.name} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}"
         return {"cpu": reason, "cuda": reason}
     return {part: _registered(key, info) for part, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
+
+
+@cache
+def native_hooks() -> tuple[Any | None, str]:
+    """Loads the C++ hooks, `gradprobe._hooks`, which fit one exact torch.
+
+    Returns:
+        The module and "ready", or None and the reason why not.
+
+    Example:
+        >>> module, state = native_hooks()
+        >>> (module is not None) == (state == "ready")
+        True
+    """
+    info = build_info()
+    built_against = info.get("torch")
+    if built_against and built_against != torch.__version__:
+        return None, f"built against torch {built_against}, and this is torch {torch.__version__}"
+    try:
+        return importlib.import_module("gradprobe._hooks"), "ready"
+    except ImportError as error:
+        state = info.get("hooks", "not built: no build of gradprobe._hooks has run for this installation")
+        return None, f"does not load: {error}" if state == "built" else state
 
 
 def _registered(key: str, info: dict[str, str]) -> str:
