@@ -93,9 +93,13 @@ class TimmBlock(nn.Module):
         self.norm1, self.attn = nn.LayerNorm(width), Attention(width)
         self.norm2, self.mlp = nn.LayerNorm(width), nn.Sequential(nn.Linear(width, 16), nn.GELU(), nn.Linear(16, width))
         self.drop_path = nn.Identity()
+        self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        if self.gamma is None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        else:
+            x = x + self.drop_path(self.gamma * self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x
 
@@ -157,7 +161,7 @@ class Decoder(nn.Module):
         all_hidden_states: tuple[Tensor, ...] = ()
         hidden_states = inputs
         for layer in self.layers:
-            all_hidden_states = all_hidden_states + (hidden_states,)  # noqa: RUF005
+            all_hidden_states += (hidden_states,)
             layer_outputs = layer(hidden_states, attention_mask=attention_mask)
             hidden_states = layer_outputs[0]
         return self.norm(hidden_states), all_hidden_states
@@ -198,6 +202,10 @@ class Parallel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
         return self.mlp(normed) + self.attn(normed) + x
+
+
+def traced(width: int) -> nn.Module:
+    return torch.fx.symbolic_trace(BertLayer(width))
 
 
 class DenseNet(nn.Module):
@@ -370,6 +378,17 @@ class InPlaceKept(OneLayer):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
         self.last = out
+        out += x
+        return out * self.last
+
+
+class InPlaceKeptByMethod(OneLayer):
+    def _note(self, out: Tensor) -> None:
+        self.last = out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        self._note(out)
         out += x
         return out * self.last
 

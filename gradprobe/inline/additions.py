@@ -66,7 +66,9 @@ def judge(left: Value, right: Value, target: str | None = None) -> Addition | st
 def _of_two_inputs(left: Value, right: Value) -> str | None:
     """Gives the reason where an untouched input is added to what layers made of another."""
     for bare, other in ((left, right), (right, left)):
-        names = [name for name in map(_input_name, bare.layers_from) if name and not re.search("mask|bias|pos", name)]
+        names = [
+            name for name in map(_input_name, bare.layers_from) if name and not re.search("mask|bias|pos|alibi", name)
+        ]
         others = [name for origin, layers in other.layers_from.items() if layers and (name := _input_name(origin))]
         if names and others and not any(bare.layers_from.values()):
             return (

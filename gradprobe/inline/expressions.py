@@ -35,10 +35,12 @@ _NEW_MEMORY = frozenset(
         scaled_dot_product_attention einsum clone""",
     )
 )
-_NO_STREAM = re.compile("(mask|bias)(es|s)?$")  # names of what is added to scores, broadcast
+# Names of what is added to scores, broadcast, and of sizes, which come along with tensors.
+_NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len)(es|s)?$")
 _NOT_THERE = Value(memory=frozenset(["not there"]))  # an attribute that is missing or None, which nothing can call
 _MUTATORS = frozenset(["append", "extend", "insert", "update", "setdefault", "appendleft"])
 _SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SEQUENCES = (ast.Tuple, ast.List)
 _COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
     ast.Is: lambda a, b: a is b,
     ast.IsNot: lambda a, b: a is not b,
@@ -97,7 +99,12 @@ class Expressions:
             if isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], value])
             else:
-                self.kept_elsewhere |= value.memory
+                self._keep(value)
+
+    def _keep(self, value: Value) -> None:
+        """Notes that something which outlives the method refers to a value."""
+        self.kept_elsewhere |= value.memory
+        self.reader.keeps_arguments |= any(isinstance(place, tuple) and place[0] == "input" for place in value.memory)
 
     def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, target: str | None = None) -> Value:
         """Describes a sum, and notes it where it is residual."""
@@ -155,7 +162,7 @@ class Expressions:
 
     def _binop(self, node: ast.BinOp) -> Value:
         left, right = self.value(node.left), self.value(node.right)
-        if isinstance(node.left, (ast.Tuple, ast.List)) or isinstance(node.right, (ast.Tuple, ast.List)):
+        if isinstance(node.left, SEQUENCES) or isinstance(node.right, SEQUENCES):
             return joined([left, right])
         if isinstance(node.op, ast.Add):
             return self.add(node, left, right)
@@ -241,6 +248,8 @@ class Expressions:
         operands = [*given, *by_name.values()]
         if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
             return made_from(operands, self._at(node), max(1, values.n_layers(self.module)))
+        if name == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            return self._attribute(ast.copy_location(ast.Attribute(node.args[0], str(node.args[1].value)), node))
         callee = self.value(node.func)
         if callee is _NOT_THERE:
             return NOTHING
@@ -266,7 +275,7 @@ class Expressions:
             if name in _MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], *operands])
             elif name in _MUTATORS:
-                self.kept_elsewhere |= joined(operands).memory
+                self._keep(joined(operands))
             if callee.layers_from:
                 operands.append(callee)
         if _is_builtin(name):
@@ -282,7 +291,10 @@ class Expressions:
         """Describes what a module, or a method of this one, gives back."""
         operands = [*given, *by_name.values()]
         if callee.method is not None:
+            self.reader.keeps_arguments = False
             found = self.reader.call_method(callee.method, given, by_name)
+            if self.reader.keeps_arguments:
+                self._keep(joined(operands))
             return made_from(operands, self._at(node), layers=1) if found is None else _returned(found, operands)
         for module in callee.modules:
             self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
@@ -336,6 +348,8 @@ class Expressions:
                 held = values.attribute(module, node.attr)
                 if held is None or isinstance(held, (bool, int, float, str, nn.Module)):
                     return held
+                if values.is_tensor(held):
+                    return _Tensor()
         raise LookupError
 
     def _at(self, node: ast.expr) -> tuple[object, ...]:
@@ -366,6 +380,13 @@ def _returned(result: Value, operands: Sequence[Value]) -> Value:
     shared = joined(operands)
     own = frozenset(place for place in result.memory if not (isinstance(place, tuple) and place[0] == "input"))
     return replace(result, memory=own | shared.memory, overwritten=shared.overwritten)
+
+
+class _Tensor:
+    """Stands for a tensor: it is not None, and its numbers decide nothing."""
+
+    def __bool__(self) -> bool:
+        raise TypeError
 
 
 def _is_super(node: ast.expr) -> bool:

@@ -17,7 +17,7 @@ from types import FunctionType
 from torch import nn
 
 from gradprobe.inline.additions import Addition, Place
-from gradprobe.inline.expressions import Expressions, elements
+from gradprobe.inline.expressions import SEQUENCES, Expressions, elements
 from gradprobe.inline.source import Source, Unreadable, read
 from gradprobe.inline.values import NOTHING, Value, attribute, is_chain, is_torchs_layer, joined, made_from, n_layers
 
@@ -93,6 +93,7 @@ class Reader:
         self.module = module
         self.prune = prune
         self.methods: set[str] = set()
+        self.keeps_arguments = False  # whether the method called last keeps a reference to an argument
         self._known = known
         self._stack: list[str] = []
 
@@ -301,7 +302,9 @@ class Statements(Expressions):
 
     def _augmented(self, node: ast.AugAssign) -> None:
         old, operand = self.value(node.target), self.value(node.value)
-        if isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
+        if isinstance(node.op, ast.Add) and isinstance(node.value, SEQUENCES):
+            total = joined([old, operand])
+        elif isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
             total = self.add(node, old, operand, node.target.id)
         else:
             total = made_from([old, operand], (id(self.module), self.method, node.lineno, node.col_offset))
