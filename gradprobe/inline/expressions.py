@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
@@ -13,32 +12,14 @@ from torch import nn
 
 from gradprobe.inline import values
 from gradprobe.inline.additions import judge
+from gradprobe.inline.known import MUTATORS, NEW_MEMORY, NO_STREAM, UNRELATED
 from gradprobe.inline.source import Source, span_of
 from gradprobe.inline.values import NOTHING, Value, joined, made_from
 
 if TYPE_CHECKING:
     from gradprobe.inline.flow import Reader
 
-# What a tensor, or a function of that name, gives without any gradient for its argument.
-_UNRELATED = frozenset(
-    re.findall(
-        r"\w+",
-        """shape size device dtype ndim dim numel itemsize requires_grad training detach item tolist stride
-        zeros_like ones_like empty_like full_like rand_like randn_like arange linspace zeros ones empty full tensor rand
-        randn new_zeros new_ones new_empty new_full new_tensor len range isinstance hasattr int bool""",
-    )
-)
-_NEW_MEMORY = frozenset(
-    re.findall(
-        r"\w+",
-        """cat concat stack matmul bmm linear conv1d conv2d conv3d layer_norm batch_norm group_norm mul mean sum softmax
-        scaled_dot_product_attention einsum clone""",
-    )
-)
-# Names of what is added to scores, broadcast, and of sizes, which come along with tensors.
-_NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len)(es|s)?$")
 _NOT_THERE = Value(memory=frozenset(["not there"]))  # an attribute that is missing or None, which nothing can call
-_MUTATORS = frozenset(["append", "extend", "insert", "update", "setdefault", "appendleft"])
 _SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 SEQUENCES = (ast.Tuple, ast.List)
 _COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
@@ -148,7 +129,7 @@ class Expressions:
         for place in found.overwritten:
             assert isinstance(place, tuple)
             self.reader.findings.refused[place] = f"adds in place to what {node.id} refers to and uses again"
-        return replace(found, layers_from={}) if _NO_STREAM.search(node.id) else found
+        return replace(found, layers_from={}) if NO_STREAM.search(node.id) else found
 
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
         found = self.value(node.value)
@@ -202,7 +183,7 @@ class Expressions:
         is_self = isinstance(node.value, ast.Name) and node.value.id == self.source.self_name
         base = NOTHING if is_self else self.value(node.value)
         if not is_self and not base.modules:
-            return NOTHING if node.attr in _UNRELATED else base
+            return NOTHING if node.attr in UNRELATED else base
         found = []
         for module in (self.module,) if is_self else base.modules:
             held = self._held(module, node.attr)
@@ -268,13 +249,13 @@ class Expressions:
             if target is not None:
                 self.names[target] = total
             return total
-        if name in _UNRELATED:
+        if name in UNRELATED:
             return Value(memory=joined([callee, *operands]).memory)
         if isinstance(node.func, ast.Attribute):
             base = node.func.value
-            if name in _MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
+            if name in MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], *operands])
-            elif name in _MUTATORS:
+            elif name in MUTATORS:
                 self._keep(joined(operands))
             if callee.layers_from:
                 operands.append(callee)
@@ -285,7 +266,7 @@ class Expressions:
             result = self.reader.call_function(function, given, by_name)
             if result is not None:
                 return _returned(result, operands)
-        return made_from(operands, self._at(node), is_new=name in _NEW_MEMORY)
+        return made_from(operands, self._at(node), is_new=name in NEW_MEMORY)
 
     def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
         """Describes what a module, or a method of this one, gives back."""
