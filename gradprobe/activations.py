@@ -31,6 +31,7 @@ _LAYOUTS = (
     torch.sparse_bsr,
     torch.sparse_bsc,
 )
+_WITHOUT_OUTPUT = (nn.Identity, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _DEEPEST = 16  # containers in containers; one that holds itself has no end
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -41,8 +42,9 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
 
     Args:
         model: Any module.
-        selection: True for every module without children, `Identity` left out; a list of patterns of names, in which
-            `*` stands for any characters; or a function of name and module.
+        selection: True for every module without children, but for `Identity` and the output layer of torch's attention,
+            which is not called as a module; a list of patterns of names, in which `*` stands for any characters; or a
+            function of name and module.
         elsewhere: Names that True leaves out, because they are observed in another way.
 
     Returns:
@@ -62,7 +64,7 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
         return {
             name: module
             for name, module in named.items()
-            if not any(module.children()) and name not in elsewhere and not isinstance(module, nn.Identity)
+            if not any(module.children()) and name not in elsewhere and not isinstance(module, _WITHOUT_OUTPUT)
         }
     if callable(selection):
         chosen = {name: module for name, module in named.items() if selection(name, module)}

@@ -384,6 +384,14 @@ def test_a_module_that_never_runs_is_silent() -> None:
     assert probe.coverage().silent == ("spare",)
 
 
+def test_attention_is_not_called_blind(recwarn: pytest.WarningsRecorder) -> None:
+    model, optimizer = build("transformer, checkpointed")
+    probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
+    train(model, optimizer, 1)
+    assert not [warning for warning in recwarn if issubclass(warning.category, gradprobe.GradprobeWarning)]
+    assert probe.coverage().silent == ()
+
+
 def test_tables_hold_all() -> None:
     model, optimizer = build("resnet")
     probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
