@@ -1,8 +1,8 @@
 """Finds and loads the compiled parts, and says which of them can run here.
 
 `gradprobe._C` is a plain shared library that registers implementations of the operators with torch's dispatcher; it
-has no Python entry point. `gradprobe._hooks` is a Python module. `gradprobe/_build_info.json`, written by the build, says
-for each part "built" or why it was left out.
+has no Python entry point. `gradprobe._hooks` is a Python module. `gradprobe/_build_info.json`, written by the build,
+says for each part "built" or why it was left out.
 """
 
 from __future__ import annotations
