@@ -117,6 +117,31 @@ def report(
 
 
 @app.command()
+def identity(
+    seed: Annotated[int, typer.Option(help="Of weights, inputs and order of the images.")] = 0,
+    depths: Annotated[str, typer.Option(help="A shallow and a deeper net, both 6n+2.")] = "20,56",
+    epochs: Annotated[int, typer.Option(help="Passes over the digits; a third more afterwards.")] = DEFAULT_EPOCHS,
+    steps: Annotated[int | None, typer.Option(help="Steps in which a stack learns y = x.", show_default="1000")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the deep net that is as good as a shallow one, and see whether training finds it."""
+    from gradprobe.experiments.identity import identity as run_identity
+    from gradprobe.experiments.stacks import STEPS
+
+    result = run_identity(
+        seed=seed,
+        depths=_listed("--depths", depths, int),
+        epochs=epochs,
+        steps=STEPS if steps is None else steps,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        _print(result)
+
+
+@app.command()
 def check(
     target: Annotated[
         str, typer.Argument(metavar="MODULE:CALLABLE", help="Or FILE.py:CALLABLE; CALLABLE may have literal arguments.")

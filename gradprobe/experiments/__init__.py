@@ -1,7 +1,7 @@
 """The degradation sweep: networks by depth trained on real data with the probe attached.
 
 Imports flow one way: ``cli`` uses ``sweep``, which uses ``train``, ``data`` and ``store``. ``store`` needs no torch, so
-that a report starts at once.
+that a report starts at once. ``identity`` uses ``train`` and ``stacks``.
 """
 
 # Passes over the training set: enough for the digits to show the degradation in a minute.

@@ -175,6 +175,13 @@ def run_ray(
             yield running[results], result
 
 
+def cpus() -> int:
+    """Counts the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _title(job: Job) -> str:
     return f"{job.cell.name} seed {job.cell.seed}"
 

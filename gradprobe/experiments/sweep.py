@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -96,7 +95,7 @@ def sweep(
         todo.sort(key=lambda job: -costs[job.cell.family, job.cell.depth])
         run_engine: engines.Engine = engines.run_ray if engine == "ray" else engines.run_local
         with _progress(console, run, cells, costs, epochs) as advance:
-            for job, result in run_engine(todo, jobs or _cpus(), run.checkpoint):
+            for job, result in run_engine(todo, jobs or engines.cpus(), run.checkpoint):
                 run.save(job.cell.id, result.epochs, result.layers, result.state, result.status)
                 advance(job.cell, result)
         return run.path
@@ -110,30 +109,14 @@ def _progress(
     if console is None or not console.is_terminal:
         yield lambda cell, result: None
         return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from gradprobe.experiments.progress import bar as new_bar
 
     def cost(cell: Cell) -> int:
         return costs[cell.family, cell.depth]
 
     # A finished cell counts whole, though a diverged one has fewer epochs.
     done = sum(cost(c) * (epochs if c.status != "pending" else max(len(run.epochs(c.id)) - 1, 0)) for c in cells)
-    columns = (
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    # The speed is taken over many epochs, since those of different nets take different times.
-    with Progress(*columns, console=console, speed_estimate_period=600.0) as bar:
+    with new_bar(console) as bar:
         task = bar.add_task("", total=sum(cost(cell) * epochs for cell in cells), completed=done)
 
         def advance(cell: Cell, result: EpochResult) -> None:
@@ -155,12 +138,6 @@ def _checked(name: str, values: Sequence[T]) -> tuple[T, ...]:
 
 def _default_batch_size(data: Dataset) -> int:
     return 64 if data.name == "digits" else 128
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _config(data: Dataset, recipe: Recipe) -> dict[str, object]:
