@@ -116,6 +116,7 @@ TOPICS: dict[str, Topic] = {
             (
                 "gradprobe sweep --families plain,resnet --depths 20,56 --out run.sqlite",
                 "gradprobe report run.sqlite --html report.html",
+                "gradprobe identity",
             ),
             (),
             (_HE_NETS + ", sections 1 and 4.1", _HE_IDENTITY),
