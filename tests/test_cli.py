@@ -293,7 +293,9 @@ def test_ctrl_c_says_how_to_go_on(gradprobe, monkeypatch, tmp_path):
     assert "stopped; the same command goes on where it was" in err
 
 
-@pytest.mark.parametrize("command", [[], ["sweep"], ["report"], ["check"], ["explain"], ["identity"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["sweep"], ["report"], ["check"], ["explain"], ["identity"], ["doctor"]], ids=" ".join
+)
 def test_help_exits_with_0(gradprobe, command):
     code, out, _ = gradprobe(*command, "--help")
     assert code == 0
