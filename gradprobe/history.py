@@ -14,6 +14,8 @@ from gradprobe.snapshot import NonFinite, SiteTable, Snapshot
 
 InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
+_SEARCHED_AT_ONCE = 16  # steps: the search costs as much as closing one
+
 
 class History:
     """Owns the record and reads it.
@@ -78,9 +80,10 @@ class History:
         return snapshots[-self._capacity :]
 
     def look_for_nonfinite(self) -> None:
-        """Searches the steps that have arrived, the newest included, for values that are not finite; waits for none."""
+        """Notes the newest step, and now and then searches those that have arrived for values that are not finite."""
         self._unseen.append(self.record.newest)
-        self._search(wait=False)
+        if len(self._unseen) >= min(_SEARCHED_AT_ONCE, self.record.capacity):
+            self._search(wait=False)
 
     def first_nonfinite(self) -> NonFinite | None:
         """Tells where the first value that is not finite was seen; waits for the device."""
