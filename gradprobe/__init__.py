@@ -7,26 +7,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradprobe import networks, nn
+    from gradprobe.coverage import Coverage
     from gradprobe.diagnose import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
     from gradprobe.flow import FlowReport, check_gradient_flow
     from gradprobe.instrumentation import Instrumented, instrument
     from gradprobe.ops import STATS, backends, grad_stats
     from gradprobe.ops.residual import residual_add, residual_add_
-    from gradprobe.probe import Coverage, Probe, attach
+    from gradprobe.probe import Probe, attach
     from gradprobe.signals import Activation, Junction
     from gradprobe.snapshot import Snapshot
     from gradprobe.stats import SiteStats
 
 # Imported on first use: a report or a help text needs no torch.
 _HOMES = {
+    "gradprobe.coverage": ("Coverage",),
     "gradprobe.diagnose": ("Finding",),
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
     "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
     "gradprobe.instrumentation": ("Instrumented", "instrument"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),
     "gradprobe.ops.residual": ("residual_add", "residual_add_"),
-    "gradprobe.probe": ("Coverage", "Probe", "attach"),
+    "gradprobe.probe": ("Probe", "attach"),
     "gradprobe.signals": ("Activation", "Junction"),
     "gradprobe.snapshot": ("Snapshot",),
     "gradprobe.stats": ("SiteStats",),

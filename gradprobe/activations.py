@@ -98,8 +98,7 @@ class ActivationTaps:
     """
 
     def __init__(self, modules: Sequence[nn.Module], board: Board) -> None:
-        self.enabled = True
-        self._write = board.write
+        self._board = board
         self._board_key = register_board(board)
         self._passes = ForwardPasses()
         self._leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
@@ -115,7 +114,6 @@ class ActivationTaps:
 
     def remove(self) -> None:
         """Removes every hook, for good."""
-        self.enabled = False
         remove_all(self._handles)
         remove_all(self._leaf_hooks)
 
@@ -127,7 +125,7 @@ class ActivationTaps:
 
     def on_output(self, m: int, output: Any) -> None:
         """Observes what module m returned."""
-        if not torch.is_grad_enabled() or in_transform():
+        if not self._board.enabled or not torch.is_grad_enabled() or in_transform():
             return
         is_repeat = self._passes.is_repeat(m)
         for tensor in tensors_in(output):
@@ -135,7 +133,7 @@ class ActivationTaps:
                 self.unmeasured.add(m)
                 continue
             if not is_repeat:
-                self._write(2 * m, tensor)
+                self._board.write(2 * m, tensor)
             if tensor.requires_grad:
                 handle = tensor.register_hook(_GradientHook(self, 2 * m + 1))  # type: ignore[no-untyped-call]
                 if tensor.is_leaf:
@@ -143,8 +141,8 @@ class ActivationTaps:
 
     def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
         """Observes a gradient."""
-        if self.enabled and is_measurable(gradient):
-            self._write(site, gradient)
+        if self._board.enabled and is_measurable(gradient):
+            self._board.write(site, gradient)
 
 
 class _ForwardHook:
@@ -160,8 +158,7 @@ class _ForwardHook:
             return None
         if torch.compiler.is_compiling():
             return taps.in_graph(self._m, (*args, *kwargs.values()), output)
-        if taps.enabled:
-            taps.on_output(self._m, output)
+        taps.on_output(self._m, output)
         return None
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None, int]]:

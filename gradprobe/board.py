@@ -30,7 +30,7 @@ class Board:
     """
 
     def __init__(self, n_sites: int, device: torch.device, backend: str) -> None:
-        self.enabled = True  # asked by what cannot be switched itself: an operator in a compiled graph
+        self.enabled = True  # the one switch of all that writes here, operators in compiled graphs included
         self._n_sites = n_sites
         self._device = device
         self._backend_name = backend

@@ -60,7 +60,6 @@ class JunctionTaps:
         board: Board,
         first_site: int,
     ) -> None:
-        self.enabled = True
         self.board = board
         self.first_site = first_site
         self._modules = tuple(modules)
@@ -76,7 +75,6 @@ class JunctionTaps:
 
     def remove(self) -> None:
         """Takes the taps out of the modules, for good."""
-        self.enabled = False
         for module in self._modules:
             module.tap = None
         self._modules = ()
@@ -95,7 +93,7 @@ class JunctionTap:
         taps = self._taps()
         if (
             taps is None
-            or not taps.enabled
+            or not taps.board.enabled
             or not torch.is_grad_enabled()
             or in_transform()
             or not (is_measurable(x) and is_measurable(f) and x.shape == f.shape)
@@ -141,7 +139,7 @@ class _Passage:
     def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor, has_total: bool) -> None:
         """Takes the gradient at y, the gradient at both operands, and their raw rows [2, 6]."""
         taps = self._taps()
-        if taps is not None and taps.enabled:
+        if taps is not None and taps.board.enabled:
             taps.board.put(self._first + INCOMING, rows[:1], incoming)
             taps.board.put(self._first + SHORTCUT, rows[1:], shortcut)
             self._shortcut = shortcut if has_total else None

@@ -20,6 +20,7 @@ class Passing:
     """Observes the outputs of modules and residual junctions.
 
     Args:
+        table: The sites, of the modules and junctions that follow.
         activations: Modules to observe, by name.
         junctions: Junctions to observe, by name.
         device: Where the rows lie.
@@ -28,16 +29,17 @@ class Passing:
 
     def __init__(
         self,
+        table: SignalTable,
         activations: Mapping[str, nn.Module],
         junctions: Mapping[str, ResidualAdd],
         device: torch.device,
         backend: str,
     ) -> None:
-        self.table = SignalTable(tuple(activations), tuple(junctions))
-        self._observed = np.zeros(self.table.n_sites, dtype=np.bool_)  # [S]
-        self._board = Board(self.table.n_sites, device, backend)
+        self.table = table
+        self._observed = np.zeros(table.n_sites, dtype=np.bool_)  # [S]
+        self._board = Board(table.n_sites, device, backend)
         self._activations = ActivationTaps(tuple(activations.values()), self._board)
-        self._junctions = JunctionTaps(tuple(junctions.values()), self._board, self.table.first_junction_site)
+        self._junctions = JunctionTaps(tuple(junctions.values()), self._board, table.first_junction_site)
 
     def set_enabled(self, enabled: bool) -> None:
         """Switches what the hooks do; they stay installed.
@@ -46,8 +48,6 @@ class Passing:
             enabled: Whether what passes by is observed.
         """
         self._board.enabled = enabled
-        self._activations.enabled = enabled
-        self._junctions.enabled = enabled
 
     def close(self, rows: torch.Tensor | None) -> Events | None:
         """Ends a step.

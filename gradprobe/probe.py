@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.autograd import Variable
@@ -22,46 +20,22 @@ from gradprobe.activations import Selection, select_modules
 from gradprobe.arguments import When, check_attach, check_loss, check_max_norm, check_shares_parameters
 from gradprobe.boundaries import StepBoundaries
 from gradprobe.collector import Collector
+from gradprobe.coverage import Coverage, CoverageLog
 from gradprobe.diagnose import Finding, diagnose
-from gradprobe.errors import ArgumentError, GradprobeError, GradprobeWarning
+from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.history import History
 from gradprobe.junctions import junction_modules
 from gradprobe.measured import Measured, Provenance
 from gradprobe.passing import Passing
 from gradprobe.record import Slot
-from gradprobe.sites import Site, newly_trainable, parameter_sites
+from gradprobe.signals import SignalTable
+from gradprobe.sites import Site, parameter_sites
 from gradprobe.snapshot import NonFinite, SiteTable, Snapshot, to_pandas
 
 if TYPE_CHECKING:
     import pandas
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True, slots=True)
-class Coverage:
-    """What a probe sees of its model.
-
-    Attributes:
-        observed: Sites that had a gradient in at least one measured step.
-        silent: Sites that never had one; of the modules whose outputs are observed, those that returned nothing.
-        unmeasured: Modules that returned tensors which the kernels do not take, such as a subclass; junctions that work
-            in place, or that another probe observes.
-        unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
-        frozen: Parameters that did not require a gradient at attach.
-        unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
-        tied: Sites with more than one name, by first name.
-        steps: Number of measured steps.
-    """
-
-    observed: tuple[str, ...]
-    silent: tuple[str, ...]
-    unhooked: tuple[str, ...]
-    unmeasured: tuple[str, ...]
-    frozen: tuple[str, ...]
-    unknown: tuple[str, ...]
-    tied: dict[str, tuple[str, ...]]
-    steps: int
 
 
 def attach(
@@ -155,8 +129,8 @@ class Probe:
         if model in _attached:
             raise ArgumentError("model: has a probe already; call its detach() first")
         self._found = parameter_sites(model)
-        joined, self._unobserved = junction_modules(model) if junctions else ({}, ())
-        observed = {} if activations is False else select_modules(model, activations, elsewhere=joined)
+        joined, unobserved = junction_modules(model) if junctions else ({}, ())
+        chosen = {} if activations is False else select_modules(model, activations, elsewhere=joined)
         if optimizer is not None:
             check_shares_parameters(optimizer, self._found.parameters)
         self._collector = Collector(self._found.parameters, backend)
@@ -165,29 +139,20 @@ class Probe:
         self._when: When = when if when != "auto" else ("step" if optimizer is not None else "backward")
         self._averages = isinstance(model, nn.parallel.DistributedDataParallel) and self._when == "step"
         self._table = _site_table(self._found.sites)
+        signals = SignalTable(tuple(chosen), tuple(joined)) if chosen or joined else None
+        self._history = History(capacity, self._collector.rows_on, self._table, self._collector.in_site_order, signals)
         self._passing: Passing | None = None
-        if observed or joined:
-            self._passing = Passing(observed, joined, next(iter(self._collector.rows_on)), backend)
-        self._history = History(
-            capacity,
-            self._collector.rows_on,
-            self._table,
-            self._collector.in_site_order,
-            None if self._passing is None else self._passing.table,
-        )
+        if signals is not None:
+            self._passing = Passing(signals, chosen, joined, next(iter(self._collector.rows_on)), backend)
+        self._coverage = CoverageLog(self._found, self._passing, unobserved)
         self._activations_every = activations_every
         self._step = 0
-        self._n_measured = 0
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured
         self._clipped = False
         self._last_was_measured = False
         self._scale: torch.Tensor | float = 1.0
         self._provenance = Provenance("unscaled", "local", "pre-clip")
-        self._observed = np.zeros(len(self._found.sites), dtype=np.bool_)
-        self._all_observed = False
-        self._unhooked = np.zeros(len(self._found.sites), dtype=np.bool_)
-        self._told: set[str] = set()
         self._detached = False
         self._taps = self._install_taps()
         self._boundaries = StepBoundaries(optimizer, grad_scaler, self._taps, self._close)
@@ -265,18 +230,7 @@ class Probe:
 
     def coverage(self) -> Coverage:
         """Tells what the probe has seen, and what it cannot see."""
-        names = np.asarray(self._table.names, dtype=object)
-        model = self._model()
-        return Coverage(
-            observed=tuple(names[self._observed]),
-            silent=(*names[~self._observed], *(() if self._passing is None else self._passing.silent())),
-            unhooked=tuple(names[self._unhooked]),
-            unmeasured=(*(() if self._passing is None else self._passing.unmeasured()), *self._unobserved),
-            frozen=self._found.frozen,
-            unknown=() if model is None or self._detached else newly_trainable(model, self._found),
-            tied={site.name: site.names for site in self._found.sites if len(site.names) > 1},
-            steps=self._n_measured,
-        )
+        return self._coverage.report(self._found, None if self._detached else self._model())
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, with the norms that the probe takes anyway.
@@ -352,7 +306,7 @@ class Probe:
 
     def __repr__(self) -> str:
         state = "detached" if self._detached else f"when={self._when!r}, every={self._every}"
-        return f"Probe({len(self._found.sites)} sites, {self._n_measured} steps measured, {state})"
+        return f"Probe({len(self._found.sites)} sites, {self._coverage.n_measured} steps measured, {state})"
 
     def _install_taps(self) -> hooks.Taps:
         me = weakref.ref(self)  # the taps live in the probe; a strong reference here would keep both for ever
@@ -410,13 +364,7 @@ class Probe:
             self._measured = self._collector.measure(*self._taps.gradients(), self._history.record.rows())
         if self._wanted() and n_fired < len(self._found.sites):
             unhooked = self._measured.present & ~np.array(self._taps.fired(), dtype=np.bool_)
-            if unhooked.any():
-                self._unhooked |= unhooked
-                self._warn(
-                    "unhooked",
-                    f"step {self._step}: no hook fired for {self._listed(unhooked)}. Their gradients are from an "
-                    "earlier backward, torch.autograd.grad or a replayed CUDA graph; they are measured as they are now",
-                )
+            self._coverage.note_unhooked(self._step, unhooked)
 
     def _describe(self, clipping: Literal["pre-clip", "post-clip"]) -> None:
         scale = self._boundaries.inverse_scale()
@@ -448,41 +396,16 @@ class Probe:
         is_complete = measured is self._collector.all_present
         if not is_complete and not measured.present.any():
             self._measured = None
-            self._warn(
-                "blind",
-                f"step {self._step}: no parameter has a gradient. Call step() after backward and before zero_grad, "
-                "or attach with when='hook' if the optimizer steps inside backward; nothing was recorded",
-            )
+            self._coverage.note_no_gradient(self._step)
             return
         events = None
         if self._passing is not None and self._wants_signals():
             events = self._passing.close(self._history.record.signal_rows())
-            self._tell_silent(self._passing)
+            self._coverage.note_passing(self._step)
         slot = Slot(self._step, self._provenance, measured, events)
         self._history.record.commit(slot, loss, self._scale, skipped, signal_scale)
         self._history.look_for_nonfinite()
-        self._n_measured += 1
-        if is_complete and self._all_observed:
-            return
-        self._observed |= measured.present
-        self._all_observed = bool(self._observed.all())
-        if not self._all_observed:
-            self._warn("silent", f"step {self._step}: no gradient for {self._listed(~self._observed)}")
-
-    def _tell_silent(self, passing: Passing) -> None:
-        if "silent modules" in self._told:
-            return
-        silent = passing.silent()
-        if not silent:
-            self._told.add("silent modules")
-            return
-        self._warn(
-            "silent modules",
-            f"step {self._step}: {len(silent)} of {passing.table.n_modules} observed modules returned nothing: "
-            f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They are not called as modules, or were "
-            "compiled before attach, or took or returned nothing that can be measured; junctions are not observed in "
-            "compiled graphs",
-        )
+        self._coverage.note(self._step, measured, is_complete)
 
     def _regroup_if_moved(self) -> None:
         if self._collector.moved():
@@ -494,15 +417,6 @@ class Probe:
         self._taps.set_enabled(self._wanted())
         if self._passing is not None:
             self._passing.set_enabled(self._wants_signals())
-
-    def _listed(self, chosen: npt.NDArray[np.bool_]) -> str:
-        names = [name for name, is_chosen in zip(self._table.names, chosen, strict=True) if is_chosen]
-        return f"{len(names)} of {len(chosen)} sites: {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
-
-    def _warn(self, topic: str, message: str) -> None:
-        if topic not in self._told:
-            self._told.add(topic)
-            warnings.warn(f"gradprobe: {message}", GradprobeWarning, stacklevel=4)
 
     def _check_attached(self) -> None:
         if self._detached:

@@ -22,6 +22,7 @@ STAGES = (
     {"signals"},
     {"snapshot"},
     {"history", "passing"},
+    {"coverage"},
     {"diagnose"},
     {"sinks"},
     {"report"},

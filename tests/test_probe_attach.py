@@ -165,6 +165,14 @@ class TestBadInput:
             gradprobe.attach(model, **arguments)  # type: ignore[arg-type]
         gradprobe.attach(model).detach()  # a refused attach leaves nothing behind
 
+    def test_a_record_too_large_for_the_machine_leaves_nothing_behind(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), gradprobe.networks.resnet(8))
+        with pytest.raises(RuntimeError, match="memory"):
+            gradprobe.attach(model, activations=True, capacity=10**13)
+        assert not any(module._forward_hooks for module in model.modules())
+        assert all(module.tap is None for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd))
+        gradprobe.attach(model).detach()
+
     def test_what_is_not_there_yet_says_so(self) -> None:
         with pytest.raises(NotImplementedError, match="process_group: not available"):
             gradprobe.attach(mlp(), process_group=object())
