@@ -1,0 +1,127 @@
+"""Activations in compiled models: the same graphs, the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from signal_cases import build, train
+from torch import nn
+
+import gradprobe
+
+# Without the LSTM: dynamo leaves that frame alone, but compiles around a module with hooks.
+COMPILED = ["in place", "dense", "transformer, checkpointed", "dataclass and frozen", "resnet"]
+
+
+class TestCompiled:
+    """A compiled model keeps its graphs, and its numbers."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> Iterator[None]:
+        """Forgets what was compiled."""
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        yield
+        torch._dynamo.reset()
+
+    @staticmethod
+    def n_graphs() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    @pytest.mark.parametrize("name", COMPILED)
+    @pytest.mark.filterwarnings("ignore:gradprobe")
+    def test_same_graphs_same_numbers(self, name: str) -> None:
+        bare, bare_optimizer = build(name)
+        train(torch.compile(bare, backend="aot_eager"), bare_optimizer, 4)
+        n_graphs = self.n_graphs()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+        model, optimizer = build(name)
+        probe = gradprobe.attach(model, optimizer=optimizer, activations=True, junctions=False, every=3)
+        train(torch.compile(model, backend="aot_eager"), optimizer, 4)
+        assert self.n_graphs() == n_graphs
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), bare.parameters(), strict=True))
+
+        eager, optimizer = build(name)
+        expected = gradprobe.attach(eager, optimizer=optimizer, activations=True, junctions=False, every=3)
+        train(eager, optimizer, 4)
+        for snapshot, twin in zip(probe.history(), expected.history(), strict=True):
+            assert list(snapshot.activations) == list(twin.activations)
+            for module, activation in snapshot.activations.items():
+                other = twin.activations[module]
+                assert activation.output.norm == pytest.approx(other.output.norm, rel=1e-5)
+                is_input = isinstance(model.get_submodule(module), nn.ReLU)  # in place: no gradient of its own there
+                assert (activation.gradient is None) == (other.gradient is None or (is_input and name == "in place"))
+                if activation.gradient is not None:
+                    assert activation.gradient.norm == pytest.approx(other.gradient.norm, rel=1e-5)
+
+    def test_inductor(self) -> None:
+        model, optimizer = build("in place")
+        probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
+        train(torch.compile(model), optimizer, 2)
+        twin, optimizer = build("in place")
+        expected = gradprobe.attach(twin, optimizer=optimizer, activations=True)
+        train(twin, optimizer, 2)
+        for module, activation in probe.latest().activations.items():
+            other = expected.latest().activations[module]
+            assert activation.output.norm == pytest.approx(other.output.norm, rel=1e-4)
+            assert module == "relu" or activation.gradient.norm == pytest.approx(other.gradient.norm, rel=1e-4)
+
+    def test_attached_too_late_is_said(self) -> None:
+        model, optimizer = build("in place")
+        compiled = torch.compile(model, backend="aot_eager")
+        train(compiled, optimizer, 1)
+        probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
+        with pytest.warns(gradprobe.GradprobeWarning, match="5 of 5 observed modules returned nothing: conv, norm"):
+            train(compiled, optimizer, 1)
+        assert probe.coverage().silent == ("conv", "norm", "relu", "again", "head")
+
+    def test_detached_graphs_go_on(self) -> None:
+        model, optimizer = build("in place")
+        compiled = torch.compile(model, backend="aot_eager")
+        probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
+        train(compiled, optimizer, 1)
+        probe.detach()
+        train(compiled, optimizer, 1)
+        assert len(probe.history()) == 1
+
+    def test_a_planted_nan_is_named(self) -> None:
+        class Poison(torch.autograd.Function):
+            """The identity, whose gradient is multiplied."""
+
+            @staticmethod
+            def forward(ctx, x, factor):  # type: ignore[no-untyped-def]
+                ctx.save_for_backward(factor)
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+                return gradient * ctx.saved_tensors[0], None
+
+        class Poisoned(nn.Module):
+            """A layer that can be told to spoil its gradient."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(6, 6)
+                self.register_buffer("factor", torch.ones(()))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.linear(Poison.apply(x, self.factor))
+
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), Poisoned(), nn.Tanh(), nn.Linear(6, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        probe = gradprobe.attach(model, optimizer=optimizer, activations=["?"])
+        compiled = torch.compile(model, backend="aot_eager")
+        for step in range(5):
+            model[2].factor.fill_(math.nan if step == 3 else 1.0)
+            optimizer.zero_grad()
+            compiled(torch.ones(2, 6)).sum().backward()
+            optimizer.step()
+        first = probe.first_nonfinite()
+        assert (first.step, first.module, first.site, first.phase) == (3, "2", "1", "backward")
+        assert self.n_graphs() == 1
