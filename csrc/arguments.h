@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/layout.h"
 #include "stats.h"
 
 namespace gradprobe {
@@ -55,6 +56,17 @@ inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t in
   STD_TORCH_CHECK(false, name, index < 0 ? "" : "[" + std::to_string(index) + "]",
                   ": needed a dtype of float16, bfloat16, float32, float64, got ",
                   torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(dtype)));
+}
+
+// The dimensions of a tensor as its memory is walked.
+inline cpu::Dims dims_of(AtenTensorHandle tensor) {
+  int64_t n_dims = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  return cpu::reduce_dims(sizes, strides, n_dims);
 }
 
 // Checks that `out` can take the rows of n_tensors tensors, its device apart.

@@ -47,13 +47,7 @@ Work plan(const TensorList& tensors, bool writable) {
     Dims dims;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
     if (!is_contiguous) {
-      int64_t n_dims = 0;
-      int64_t* sizes = nullptr;
-      int64_t* strides = nullptr;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-      dims = cpu::reduce_dims(sizes, strides, n_dims);
+      dims = dims_of(tensor);
       STD_TORCH_CHECK(!writable || !dims.may_overlap(), "tensors[", k,
                       "]: needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
     }

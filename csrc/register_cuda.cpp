@@ -66,13 +66,7 @@ Order order_of(AtenTensorHandle tensor) {
   bool is_contiguous = false;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(tensor, &is_contiguous));
   if (is_contiguous) return Order::dense;
-  int64_t n_dims = 0;
-  int64_t* sizes = nullptr;
-  int64_t* strides = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
-  const cpu::Dims dims = cpu::reduce_dims(sizes, strides, n_dims);
+  const cpu::Dims dims = dims_of(tensor);
   return dims.dense() ? Order::dense : dims.may_overlap() ? Order::overlapping : Order::strided;
 }
 

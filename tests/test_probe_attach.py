@@ -45,8 +45,9 @@ class TestCoverage:
     def test_a_step_without_any_gradient_is_loud_and_not_recorded(self) -> None:
         model = mlp()
         with gradprobe.attach(model) as probe:
-            with pytest.warns(gradprobe.GradprobeWarning, match="step 0: no parameter has a gradient"):
+            with pytest.warns(gradprobe.GradprobeWarning, match="step 0: no parameter has a gradient") as told:
                 probe.step()
+            assert told[0].filename == __file__
             loss_of(model).backward()
             probe.step()
         assert [snapshot.step for snapshot in probe.history()] == [1]
@@ -58,8 +59,9 @@ class TestCoverage:
             gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient
-            with pytest.warns(gradprobe.GradprobeWarning, match=r"no hook fired for 6 of 6 sites: 0\.weight"):
+            with pytest.warns(gradprobe.GradprobeWarning, match=r"no hook fired for 6 of 6 sites: 0\.weight") as told:
                 optimizer.step()
+            assert told[0].filename == __file__  # the user's line, not one of torch or ours
             assert probe.coverage().unhooked == tuple(name for name, _ in model.named_parameters())
         assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
 

@@ -21,8 +21,6 @@ namespace gradprobe::cpu {
 inline constexpr int64_t kSerialNumel = 65536;
 // What starting on a tensor costs, in elements.
 inline constexpr int64_t kTensorNumel = 256;
-// Of each tensor; of a larger one the processor sees soon enough where it goes.
-inline constexpr int64_t kPrefetchBytes = 1024;
 
 // The tensors of a pass, and their chunks.
 class Work {
@@ -43,9 +41,6 @@ class Work {
     views_.push_back({data, dtype, numel, kept});
     first_chunk_.push_back(n_chunks() + count_chunks(numel, kChunkNumel));
     cost_numel_ += numel + kTensorNumel;
-    // After a backward small gradients are out of the near caches: all are under way before the first is needed.
-    const int64_t n_bytes = std::min(numel * item_bytes(dtype), kPrefetchBytes);
-    for (int64_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(static_cast<const char*>(data) + at);
   }
 
   const std::vector<View>& views() const { return views_; }

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradprobe.errors import ArgumentError
 from gradprobe.ops import triton_kernels
 from gradprobe.ops.reference import FLOAT_DTYPES, STATS, check_no_overlap
-from gradprobe.ops.schemas import GRAD_STATS_INTO
+from gradprobe.ops.rows import empty_rows, raw_rows
 
 
 def name_of(value: object) -> str:
@@ -59,10 +59,6 @@ def composite_mask(grad_y: Tensor, y: Tensor) -> Tensor:
     """By operators of torch, likewise."""
     grad_x: Tensor = torch.ops.aten.threshold_backward(grad_y, y, 0)
     return grad_x
-
-
-def _empty_rows(like: Tensor, n_rows: int) -> Tensor:
-    return torch.empty(n_rows, len(STATS), dtype=torch.float64, device=like.device)
 
 
 def _suits_triton(a: Tensor, b: Tensor) -> bool:
@@ -124,20 +120,13 @@ def backward(grad_y: Tensor, y: Tensor) -> Tensor:
     return grad_x
 
 
-def _rows_of(*tensors: Tensor) -> Tensor:
-    """Raw rows [K, 6]."""
-    rows = _empty_rows(tensors[0], len(tensors))
-    GRAD_STATS_INTO(list(tensors), rows)
-    return rows
-
-
 def add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     """Computes y and its raw row [1, 6]."""
     _check_operands(x, f, "x", "f")
     if _suits_triton(x, f):
         return triton_kernels.residual_add(x, f, relu)
     y = sum_of(x, f, relu)
-    return y, _rows_of(y)
+    return y, raw_rows([y])
 
 
 def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -145,15 +134,12 @@ def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     if y is None:
         _check_dtype(grad_y, "grad_y")
         grad_x = torch.empty_like(grad_y).copy_(grad_y)
-        return grad_x, _rows_of(grad_y, grad_x)
+        return grad_x, raw_rows([grad_y, grad_x])
     _check_operands(grad_y, y, "grad_y", "y")
     if _suits_triton(grad_y, y):
         return triton_kernels.residual_add_backward(grad_y, y)
     grad_x = _masked(grad_y, y)
-    return grad_x, _rows_of(grad_y, grad_x)
-
-
-# ---- Shapes and strides, for compilers.
+    return grad_x, raw_rows([grad_y, grad_x])
 
 
 def branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
@@ -164,7 +150,7 @@ def branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
     branch = total.detach().to(wide) - shortcut.to(wide)
     products = torch.zeros(1, len(STATS), dtype=torch.float64, device=total.device)
     products[0, 0] = (branch.double() * shortcut.double()).sum()
-    return torch.cat((_rows_of(branch), products))
+    return torch.cat((raw_rows([branch]), products))
 
 
 def fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
@@ -187,18 +173,18 @@ def fake_backward(grad_y: Tensor, y: Tensor) -> Tensor:
 def fake_add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     """Shapes and strides of y and its row."""
     y = fake_add(x, f, relu)
-    return y, _empty_rows(y, 1)
+    return y, empty_rows(1, y)
 
 
 def fake_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Shapes and strides of grad_x and the rows."""
     if y is None:
         _check_dtype(grad_y, "grad_y")
-        return torch.empty_like(grad_y), _empty_rows(grad_y, 2)
-    return fake_backward(grad_y, y), _empty_rows(y, 2)
+        return torch.empty_like(grad_y), empty_rows(2, grad_y)
+    return fake_backward(grad_y, y), empty_rows(2, y)
 
 
 def fake_branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
     """Shape of the rows."""
     _check_operands(total, shortcut, "total", "shortcut")
-    return _empty_rows(total, 2)
+    return empty_rows(2, total)

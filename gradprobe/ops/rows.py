@@ -77,11 +77,24 @@ def merge_rows(rows: Tensor) -> Tensor:
     return torch.cat((sums, sum_sq.unsqueeze(1), abs_max.unsqueeze(1), counts), dim=1)
 
 
+def empty_rows(n_tensors: int, like: Tensor) -> Tensor:
+    """Returns rows to be written.
+
+    Args:
+        n_tensors: K.
+        like: A tensor of the device, or a fake one.
+
+    Returns:
+        [K, 6] float64, not initialised.
+    """
+    return torch.empty(n_tensors, len(STATS), dtype=torch.float64, device=like.device)
+
+
 def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
     """Takes the statistics of tensors into new rows, with the kernels of their device.
 
     Args:
-        tensors: K tensors as `grad_stats_into` takes them.
+        tensors: K tensors as `grad_stats_into` takes them, at least one.
 
     Returns:
         [K, 6] float64, raw rows.
@@ -90,6 +103,6 @@ def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
         >>> raw_rows([torch.tensor([3.0, -4.0])]).tolist()
         [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
     """
-    rows = torch.empty(len(tensors), len(STATS), dtype=torch.float64, device=tensors[0].device)
+    rows = empty_rows(len(tensors), tensors[0])
     GRAD_STATS_INTO(list(tensors), rows)
     return rows
