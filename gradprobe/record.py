@@ -82,7 +82,8 @@ class Record:
         for device, n_rows in rows_on.items():
             step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(ops.STATS))
             if device.type == "cpu":
-                ring = mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu")
+                # Written now, not at first use: memory that the system lacks is missed here, and no step waits for it.
+                ring = mirror = torch.zeros(capacity, *step_shape, dtype=torch.float64, device="cpu")
             else:
                 ring = torch.empty(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
                 mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu", pin_memory=True)
