@@ -1,15 +1,18 @@
 """What `gradprobe.attach` adds to a training step, against the ways that people measure gradients by hand.
 
-Two models: 1,000 small parameters (500 Linear(16), where the cost per tensor shows) and a ResNet-20. The ways run in
-turn within each round, so that they meet the same machine; medians with the quartiles. Times are CPU times of the one
-thread that does everything, so that other processes of the machine hardly count.
+Two models: 1,000 small parameters (500 Linear(16), where the cost per tensor shows) and a ResNet-20. In each round
+every way is installed in turn, in random order, for two steps that are not timed and five that are, so that a machine
+whose speed drifts slows all of them alike. Times are CPU times of the one thread that does everything, without Python's
+cyclic collector; a way's time in a round is the median of its steps, compared with the bare step of the same round.
+Medians with the quartiles over the rounds; the ratio with the interval that holds it in 90 % of resampled runs.
 
-    python benchmarks/attach_overhead.py [--rounds 60]
+    python benchmarks/attach_overhead.py [--rounds 150]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import time
@@ -23,12 +26,12 @@ from torch import nn
 import gradprobe
 from gradprobe import hooks
 
-Step = Callable[[], None]
+WARM_UP, TIMED = 2, 5  # steps of a visit
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=150)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(f"{processor()}, 1 thread; torch {torch.__version__}, python {platform.python_version()}")
@@ -53,28 +56,33 @@ def compare(title: str, model: nn.Module, x: torch.Tensor, rounds: int) -> None:
         "gradprobe.attach, every step": lambda: gradprobe.attach(model, optimizer=optimizer).detach,
         "gradprobe.attach, every=10": lambda: gradprobe.attach(model, optimizer=optimizer, every=10).detach,
     }
+    generator = np.random.default_rng(0)
     times_ms: dict[str, list[float]] = {way: [] for way in ways}
+    gc.disable()
     for _ in range(rounds):
-        for way, enter in ways.items():
-            leave = enter()
-            step()
-            repeats = 4
-            start = time.thread_time()
-            for _ in range(repeats):
+        for way in generator.permutation(list(ways)):
+            leave = ways[way]()
+            steps_ms = []
+            for _ in range(WARM_UP + TIMED):
+                start = time.thread_time()
                 step()
-            times_ms[way].append((time.thread_time() - start) * 1e3 / repeats)
+                steps_ms.append((time.thread_time() - start) * 1e3)
+            times_ms[way].append(statistics.median(steps_ms[WARM_UP:]))
             leave()
+        gc.collect()
+    gc.enable()
     bare = np.array(times_ms["bare step"])
-    print(f"\n{title}: bare step {np.median(bare):.2f} ms")
+    added = {way: np.array(times_ms[way]) - bare for way in list(ways)[1:]}  # [rounds] each
+    print(f"\n{title}: bare step {np.median(bare):.2f} ms, {rounds} rounds")
     print(f"{'way':32}{'added, ms: median':>20}{'quartiles':>18}{'of the step':>14}")
-    added = {}
-    for way in list(ways)[1:]:
-        difference = np.array(times_ms[way]) - bare  # round by round
+    for way, difference in added.items():
         low, middle, high = np.percentile(difference, [25, 50, 75])
-        added[way] = statistics.median(difference)
         print(f"{way:32}{middle:20.3f}{f'{low:.3f} … {high:.3f}':>18}{middle / np.median(bare):14.1%}")
-    ratio = added["gradprobe.attach, every step"] / added["Python hook, grad.norm()"]
-    print(f"attach / Python hook with grad.norm(): {ratio:.3f}")
+    ours, by_hand = added["gradprobe.attach, every step"], added["Python hook, grad.norm()"]
+    resampled = generator.integers(0, rounds, (2000, rounds))
+    ratios = np.median(ours[resampled], axis=1) / np.median(by_hand[resampled], axis=1)
+    low, high = np.percentile(ratios, [5, 95])
+    print(f"attach / Python hook with grad.norm(): {np.median(ours) / np.median(by_hand):.3f} ({low:.3f} … {high:.3f})")
 
 
 def python_hooks(model: nn.Module) -> Callable[[], None]:

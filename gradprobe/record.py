@@ -77,7 +77,6 @@ class Record:
         self._n_rows = dict(rows_on)
         # [capacity, K + S + 1, 6], or [IN_FLIGHT, K + S + 1, 6]: parameters, signals, extra row
         self._rings: dict[torch.device, torch.Tensor] = {}
-        self._views: dict[torch.device, tuple[torch.Tensor, ...]] = {}  # the rings' site rows, [K, 6] each: made once
         self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + S + 1, 6] on the host
         for device, n_rows in rows_on.items():
             step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(ops.STATS))
@@ -88,7 +87,6 @@ class Record:
                 ring = torch.empty(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
                 mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu", pin_memory=True)
             self._rings[device] = ring
-            self._views[device] = ring[:, :n_rows].unbind()
             self._mirrors[device] = mirror
         self._arrays = {device: mirror.numpy() for device, mirror in self._mirrors.items()}
         self._first = next(iter(self._rings), torch.device("cpu"))
@@ -210,7 +208,7 @@ class Record:
         return True
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
-        return {device: views[self._next % len(views)] for device, views in self._views.items()}
+        return {device: _at(ring, self._next)[: self._n_rows[device]] for device, ring in self._rings.items()}
 
     def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
         slot = self._slots[position]
