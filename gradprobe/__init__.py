@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gradprobe import networks, nn
     from gradprobe.coverage import Coverage
-    from gradprobe.diagnose import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
+    from gradprobe.findings import Finding
     from gradprobe.flow import FlowReport, check_gradient_flow
     from gradprobe.instrumentation import Instrumented, instrument
     from gradprobe.ops import STATS, backends, grad_stats
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # Imported on first use: a report or a help text needs no torch.
 _HOMES = {
     "gradprobe.coverage": ("Coverage",),
-    "gradprobe.diagnose": ("Finding",),
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
+    "gradprobe.findings": ("Finding",),
     "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
     "gradprobe.instrumentation": ("Instrumented", "instrument"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),

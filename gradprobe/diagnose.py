@@ -1,56 +1,16 @@
-"""Pure rules over measured norms: is the gradient healthy, and if not, where and how far."""
+"""Pure rules over what was measured: is the run healthy, and if not, where, since when and how far."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from gradprobe import course
+from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
 from gradprobe.snapshot import Snapshot
 
-Verdict = Literal["healthy", "vanishing", "exploding", "non-finite"]
-
-AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """Limits of the rules.
-
-    Attributes:
-        vanishing_ratio: beta1: first over last norm below which a gradient may be vanishing.
-        vanishing_norm: beta2: norm of the first layer below which it then is.
-        exploding_ratio: beta3: first over last norm above which a gradient is exploding.
-    """
-
-    vanishing_ratio: float = 1e-3
-    vanishing_norm: float = 1e-4
-    exploding_ratio: float = 70.0
-
-
-DEFAULTS = Thresholds()
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that is wrong, with its evidence.
-
-    Attributes:
-        rule: Name of the rule.
-        sites: Sites concerned, the first to fail first.
-        steps: First and last step concerned.
-        evidence: The numbers that the rule saw.
-        message: One sentence for a person.
-        source: Where the rule and its threshold are from.
-    """
-
-    rule: Verdict
-    sites: tuple[str, ...]
-    steps: tuple[int, int]
-    evidence: dict[str, float]
-    message: str
-    source: str
+Verdict = Literal["healthy"] | Rule
 
 
 def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> Verdict:
@@ -109,27 +69,27 @@ def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
     Returns:
         The verdict.
     """
-    order: tuple[Verdict, ...] = ("non-finite", "exploding", "vanishing")
-    rules = {finding.rule for finding in diagnose(snapshots)}
-    return next((rule for rule in order if rule in rules), "healthy")
+    rules = {found.rule for found in diagnose(snapshots)}
+    return next((rule for rule in get_args(Rule) if rule in rules), "healthy")
 
 
 def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -> list[Finding]:
     """Applies the rules to the steps of a run.
 
-    Vanishing and exploding must hold in more than half of the steps seen; one non-finite element is enough.
+    One non-finite element, one huge loss or one spike is enough. Vanishing and exploding must hold in more than half of
+    the steps, and are no fault of a run whose loss falls; rules on zeros and on the loss need `Thresholds.window` steps
+    or twice as many. Those on the loss need `Probe.step(loss=...)`.
 
     Args:
         snapshots: Steps in order.
         thresholds: Limits of the rules.
 
     Returns:
-        The findings, one for each rule that fired; empty for a healthy run.
+        The findings, one for each rule that fired, the gravest first; empty for a healthy run.
 
     Source:
-        Ratios: AUTOTRAINER (Zhang et al., ICSE 2021). Non-finite: SageMaker Debugger, rule ExplodingTensor.
+        `gradprobe.findings.RULES` names one for each rule.
     """
-    findings = []
     hits: dict[Verdict, list[Snapshot]] = {"non-finite": [], "vanishing": [], "exploding": []}
     for snapshot in snapshots:
         status = flow_verdict(weight_norms(snapshot), thresholds)
@@ -137,11 +97,18 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
             status = "non-finite"
         if status != "healthy":
             hits[status].append(snapshot)
-    if hits["non-finite"]:
-        findings.append(_nonfinite(hits["non-finite"]))
-    rules: tuple[Verdict, ...] = ("exploding", "vanishing")
-    findings.extend(_over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(snapshots))
-    return findings
+    findings = [_nonfinite(hits["non-finite"])] if hits["non-finite"] else []
+    if not course.converges(snapshots, thresholds):
+        rules: tuple[Literal["exploding", "vanishing"], ...] = ("exploding", "vanishing")
+        findings += [
+            _over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(snapshots)
+        ]
+    findings += course.loss_blow_up(snapshots, thresholds)
+    findings += course.zeros(snapshots, weight_sites(snapshots[-1]) if snapshots else (), thresholds)
+    findings += course.not_learning(snapshots, thresholds)
+    findings += course.spikes(snapshots, thresholds)
+    order = get_args(Rule)
+    return sorted(findings, key=lambda found: order.index(found.rule))
 
 
 def weight_sites(snapshot: Snapshot) -> list[str]:
@@ -159,17 +126,16 @@ def _nonfinite(hits: list[Snapshot]) -> Finding:
     first = hits[0]
     sites = tuple(name for name, stats in first.sites.items() if stats.nonfinite or not math.isfinite(stats.norm))
     count = sum(stats.nonfinite for stats in first.sites.values())
-    return Finding(
+    return finding(
         "non-finite",
         sites,
         (first.step, hits[-1].step),
         {"nonfinite": float(count)},
         f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(sites)} sites; first {sites[0]}",
-        "SageMaker Debugger, rule ExplodingTensor",
     )
 
 
-def _over_depth(rule: Verdict, hits: list[Snapshot], thresholds: Thresholds) -> Finding:
+def _over_depth(rule: Literal["exploding", "vanishing"], hits: list[Snapshot], thresholds: Thresholds) -> Finding:
     newest = hits[-1]
     names = weight_sites(newest)
     first, last = newest[names[0]].norm, newest[names[-1]].norm
@@ -180,12 +146,11 @@ def _over_depth(rule: Verdict, hits: list[Snapshot], thresholds: Thresholds) -> 
         if rule == "vanishing"
         else f"> {thresholds.exploding_ratio:g}"
     )
-    return Finding(
+    return finding(
         rule,
         concerned,
         (hits[0].step, newest.step),
         {"norm_first": first, "norm_last": last, "ratio": ratio},
         f"step {newest.step}: gradient norm {first:.2e} at {names[0]} and {last:.2e} at {names[-1]}; "
         f"first/last {ratio:.2e} is {need}: {rule} towards the input",
-        AUTOTRAINER,
     )

@@ -16,8 +16,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
-from gradprobe.diagnose import Finding, Verdict, diagnose, layer_status, verdict
+from gradprobe.diagnose import Verdict, diagnose, layer_status, verdict
 from gradprobe.errors import ArgumentError, GradprobeWarning
+from gradprobe.findings import Finding
 from gradprobe.probe import attach
 from gradprobe.snapshot import Snapshot
 

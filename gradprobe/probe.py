@@ -21,8 +21,9 @@ from gradprobe.arguments import When, check_attach, check_loss, check_max_norm, 
 from gradprobe.boundaries import StepBoundaries
 from gradprobe.collector import Collector
 from gradprobe.coverage import Coverage, CoverageLog
-from gradprobe.diagnose import Finding, diagnose
+from gradprobe.diagnose import diagnose
 from gradprobe.errors import ArgumentError, GradprobeError
+from gradprobe.findings import Finding
 from gradprobe.history import History
 from gradprobe.junctions import junction_modules
 from gradprobe.measured import Measured, Provenance

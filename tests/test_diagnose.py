@@ -5,20 +5,23 @@ import math
 import numpy as np
 import pytest
 
-from gradprobe.diagnose import Thresholds, diagnose, flow_verdict, verdict
+from gradprobe.diagnose import diagnose, flow_verdict, verdict
+from gradprobe.findings import Thresholds
 from gradprobe.measured import Measured, Provenance
 from gradprobe.snapshot import SiteTable, Snapshot
 
 
-def snapshot(step: int, norms: list[float], nonfinite: int = 0, ndim: int = 2) -> Snapshot:
-    """A snapshot of weights of one element each, whose norms are as given."""
+def snapshot(
+    step: int, norms: list[float], nonfinite: int = 0, ndim: int = 2, loss: float | None = None, zeros: float = 0.0
+) -> Snapshot:
+    """A snapshot of weights of one element each, whose norms are as given; `zeros` of each element count as zero."""
     names = tuple(f"layer{k}.weight" for k in range(len(norms)))
-    rows = np.array([[norm, norm, norm**2, norm, 0.0, 0.0] for norm in norms])
+    rows = np.array([[norm, norm, norm**2, norm, zeros, 0.0] for norm in norms])
     rows[0, 5] = nonfinite
     n_sites = len(norms)
     return Snapshot(
         step=step,
-        loss=None,
+        loss=loss,
         provenance=Provenance("unscaled", "local", "pre-clip"),
         skipped=False,
         table=SiteTable(names, ("parameter",) * n_sites, (ndim,) * n_sites, {name: k for k, name in enumerate(names)}),
@@ -81,3 +84,61 @@ def test_a_model_of_vectors_alone_is_judged_by_them() -> None:
 def test_an_empty_history_is_healthy() -> None:
     assert diagnose([]) == []
     assert verdict([]) == "healthy"
+
+
+def course(losses: list[float], norms: list[float] | None = None, first: int = 0) -> list[Snapshot]:
+    """A history with these losses."""
+    return [snapshot(first + step, norms or [1.0, 1.0], loss=loss) for step, loss in enumerate(losses)]
+
+
+def rules_of(history: list[Snapshot]) -> list[str]:
+    return [finding.rule for finding in diagnose(history)]
+
+
+FALLING = [2.3 * 0.95**step for step in range(40)]
+FLAT = [2.3 + 0.01 * (-1) ** step for step in range(40)]
+
+
+class TestCourse:
+    def test_ratios_over_depth_are_no_fault_while_the_loss_falls(self) -> None:
+        assert rules_of(course(FALLING, [1e-9, 1.0])) == []
+        assert rules_of(course(FLAT, [1e-9, 1.0])) == ["vanishing", "not learning"]
+        assert rules_of(course(FLAT, [1e3, 1.0])) == ["exploding", "not learning"]
+        assert rules_of(course(FALLING[:5], [1e3, 1.0])) == ["exploding"]  # too early to tell
+
+    def test_a_low_loss_that_stays_is_no_finding_without_its_start(self) -> None:
+        assert rules_of(course([0.01 + 1e-4 * (-1) ** step for step in range(40)], first=5000)) == []
+
+    def test_a_loss_that_blew_up_and_came_down_is_told(self) -> None:
+        losses = [2.3, 2e3, 3e13, 68.0, *[80.0 + (-1) ** step for step in range(36)]]
+        assert rules_of(course(losses))[0] == "loss blow-up"
+        (finding,) = [finding for finding in diagnose(course(losses)) if finding.rule == "loss blow-up"]
+        assert finding.steps == (1, 2)
+        assert finding.evidence == {"loss": 2e3, "loss_at_start": 2.3}
+        assert finding.remedies[0] == "a lower learning rate or a warm-up"
+
+    def test_a_huge_loss_that_falls_is_the_scale_of_the_task(self) -> None:
+        assert rules_of(course([1e5 * loss for loss in FALLING])) == []
+
+    def test_a_loss_that_is_no_number_is_told(self) -> None:
+        assert rules_of(course([*FALLING[:30], math.nan])) == ["loss blow-up"]
+
+    def test_a_spike_is_named_with_its_step_and_a_slow_rise_is_none(self) -> None:
+        history = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(30)]
+        (finding,) = diagnose([*history, snapshot(30, [9.0]), *history[:5]])
+        assert (finding.rule, finding.steps) == ("spike", (30, 30))
+        assert finding.evidence["value"] == pytest.approx(9.0)
+        assert rules_of([snapshot(step, [1.0 + 0.001 * 1.25**step]) for step in range(60)]) == []
+
+    def test_layers_of_zeros_are_dying_and_a_lone_embedding_is_not(self) -> None:
+        assert rules_of([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(9)]) == []  # not long enough
+        assert rules_of([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(10)]) == ["dying"]
+        history = [snapshot(step, [1.0] * 6) for step in range(10)]
+        for one in history:
+            one.rows[0, 4] = 0.9
+        assert diagnose(history) == []
+
+    def test_a_parameter_that_never_gets_a_gradient_is_silent(self) -> None:
+        (finding,) = diagnose([snapshot(step, [1.0, 0.0, 1.0, 1.0, 1.0]) for step in range(12)])
+        assert (finding.rule, finding.sites, finding.steps) == ("silent site", ("layer1.weight",), (0, 11))
+        assert rules_of([snapshot(step, [1.0, float(step > 0), 1.0]) for step in range(12)]) == []

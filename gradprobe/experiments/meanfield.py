@@ -1,0 +1,131 @@
+"""What theory says of the gradient in a wide random net of equal layers: its factor per layer, before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradprobe.errors import ArgumentError
+from gradprobe.measured import FloatArray
+
+Pair = tuple[Callable[[FloatArray], FloatArray], Callable[[FloatArray], FloatArray]]
+
+# A standard normal variable and its weights: fine enough for the kink of ReLU, and 10 sigma to each side.
+_Z = np.linspace(-10.0, 10.0, 20_001)
+_P = np.exp(-(_Z**2) / 2) / np.exp(-(_Z**2) / 2).sum()
+
+
+def _sigmoid(z: FloatArray) -> FloatArray:
+    return 0.5 * (1 + np.tanh(z / 2))
+
+
+# Each activation and its derivative; that of ReLU at 0 is the mean of both sides, which the sum over a grid needs.
+_FUNCTIONS: dict[str, Pair] = {
+    "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "relu": (lambda z: np.maximum(z, 0.0), lambda z: np.heaviside(z, math.sqrt(0.5))),
+}
+ACTIVATIONS = tuple(_FUNCTIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A least-squares line through log-norms over depth, told as a factor.
+
+    Attributes:
+        factor: by which the norm grows from one layer to the next on the way to the input; NaN where there are fewer
+            than two layers, or a norm that is zero or not finite.
+        std_error: of the factor; NaN below three layers.
+    """
+
+    factor: float
+    std_error: float
+
+
+def fit_line(log_norms: Sequence[float]) -> Line:
+    """Fits a line to natural logarithms of norms, from the layer next to the input to the one next to the loss.
+
+    Args:
+        log_norms: One for each layer.
+
+    Returns:
+        The factor per layer towards the input.
+
+    Example:
+        >>> round(fit_line([math.log(0.5) * k for k in (3, 2, 1)]).factor, 6)
+        0.5
+    """
+    y = np.asarray(log_norms, dtype=np.float64)  # [L]
+    if len(y) < 2 or not np.isfinite(y).all():
+        return Line(math.nan, math.nan)
+    towards_input = -np.arange(len(y), dtype=np.float64)
+    x = towards_input - towards_input.mean()
+    slope = float(x @ y / (x @ x))
+    left = y - y.mean() - slope * x
+    factor = math.exp(slope)
+    if len(y) < 3:
+        return Line(factor, math.nan)
+    return Line(factor, factor * math.sqrt(float(left @ left) / (len(y) - 2) / float(x @ x)))
+
+
+def factor_per_layer(
+    activation: str, norm: str, weight_gain: float, bias_variance: float, input_mean_square: float, n_layers: int
+) -> float:
+    """Predicts the factor of the weight gradient's norm per hidden layer of a plain net, towards the input.
+
+    Without normalisation, the variance q of the pre-activations goes forward as q' = g E[f(sqrt(q) z)^2] + b, and the
+    squared gradient comes back with g E[f'(sqrt(q) z)^2], for weights of variance g / fan-in and biases of variance b;
+    the gradient of a weight is the product of both ways. A normalisation keeps the pre-activations standard normal and
+    divides the gradient by the deviation that it took away: that over the batch, g Var[f(z)], or over the layer,
+    g E[f(z)^2] + b.
+
+    Args:
+        activation: One of `ACTIVATIONS`.
+        norm: ``"batch"``, ``"layer"`` or ``"none"``.
+        weight_gain: g.
+        bias_variance: b.
+        input_mean_square: Of the elements of the net's input.
+        n_layers: Hidden layers, the first not counted, over which the line is drawn.
+
+    Returns:
+        The factor.
+
+    Raises:
+        ArgumentError: There is no such activation or normalisation.
+
+    Source:
+        Schoenholz et al. 2017, Deep Information Propagation, arXiv 1611.01232; He et al. 2015, arXiv 1502.01852 (ReLU
+        with g = 2: 1); Yang et al. 2019, arXiv 1902.08129 (batch normalisation in the limit of large batches; ReLU:
+        sqrt(pi / (pi - 1)) = 1.21).
+
+    Example:
+        >>> round(factor_per_layer("relu", "batch", 2.0, 0.0, 1.0, 50), 2)
+        1.21
+    """
+    if activation not in _FUNCTIONS:
+        raise ArgumentError(f"activation: needed one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    function, derivative = _FUNCTIONS[activation]
+
+    def square(f: Callable[[FloatArray], FloatArray], q: float) -> float:
+        return float(_P @ f(math.sqrt(q) * _Z) ** 2)
+
+    if norm == "batch":
+        mean = float(_P @ function(_Z))
+        return math.sqrt(square(derivative, 1.0) / (square(function, 1.0) - mean**2))
+    if norm == "layer":
+        taken = weight_gain * square(function, 1.0) + bias_variance
+        return math.sqrt(weight_gain * square(derivative, 1.0) / taken)
+    if norm != "none":
+        raise ArgumentError(f"norm: needed one of batch, layer, none, got {norm!r}")
+    forward, backward = [], []  # mean square of a layer's input; its factor on the squared gradient
+    q = weight_gain * input_mean_square + bias_variance
+    for _ in range(n_layers):
+        forward.append(square(function, q))
+        q = weight_gain * forward[-1] + bias_variance
+        backward.append(weight_gain * square(derivative, q))
+    # A layer's gradient has passed the derivative of its own activation, and all of the layers behind it.
+    behind = np.cumsum(np.log(backward[::-1]))[::-1]
+    return fit_line(list(0.5 * (np.log(forward) + behind))).factor

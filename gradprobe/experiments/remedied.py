@@ -1,0 +1,137 @@
+"""The nets that `remedies` compares: linear layers of one width, with some remedies built in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gradprobe.errors import ArgumentError
+from gradprobe.nn import ResidualAdd
+
+WIDTH = 64
+INITS = ("xavier", "he")
+NORMS = ("batchnorm", "layernorm")
+PARTS = ("none", "clipping", *INITS, *NORMS, "residual")
+
+_ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+# Variance of a weight times its fan-in. PyTorch's own start is uniform within 1 / sqrt(fan-in), biases too.
+_GAINS = {"he": 2.0, "xavier": 1.0, "default": 1 / 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A remedy, taken apart.
+
+    Attributes:
+        init: ``"he"``, ``"xavier"`` or ``"default"``, PyTorch's own.
+        norm: ``"batch"``, ``"layer"`` or ``"none"``.
+        residual: whether hidden layers have shortcuts.
+        clipped: whether the gradient is clipped.
+    """
+
+    init: str
+    norm: str
+    residual: bool
+    clipped: bool
+
+    @property
+    def weight_gain(self) -> float:
+        """Variance of a weight at the start, times its fan-in."""
+        return _GAINS[self.init]
+
+    @property
+    def bias_variance(self) -> float:
+        """Variance of a bias of a hidden layer at the start."""
+        return _GAINS["default"] / WIDTH if self.init == "default" else 0.0
+
+
+def parse_remedy(text: str) -> Remedy:
+    """Reads a remedy.
+
+    Args:
+        text: parts of `PARTS` with + between: one init and one normalisation at most, and no part twice.
+
+    Returns:
+        The remedy.
+
+    Raises:
+        ArgumentError: the text is no such thing; the message lists what there is.
+
+    Example:
+        >>> parse_remedy("he+residual")
+        Remedy(init='he', norm='none', residual=True, clipped=False)
+    """
+    parts = text.split("+")
+    inits, norms = [part for part in parts if part in INITS], [part for part in parts if part in NORMS]
+    clash = len(set(parts)) < len(parts) or len(inits) > 1 or len(norms) > 1 or ("none" in parts and len(parts) > 1)
+    if clash or any(part not in PARTS for part in parts):
+        raise ArgumentError(
+            f"remedies: needed some of {', '.join(PARTS)}, or several with + between, with one of {', '.join(INITS)} "
+            f"and one of {', '.join(NORMS)} at most; got {text!r}"
+        )
+    init = inits[0] if inits else "default"
+    norm = norms[0].removesuffix("norm") if norms else "none"
+    return Remedy(init, norm, "residual" in parts, "clipping" in parts)
+
+
+def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: int) -> nn.Module:
+    """Builds the net of a cell: linear layers, normalised or not, each hidden one with its activation.
+
+    Residual nets add the input of each hidden layer of equal width to its output: x + f(norm(Wx + b)).
+
+    Args:
+        remedy: parts of `PARTS` with + between.
+        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
+        depth: weight layers, at least 2.
+        inputs: elements of one example.
+        num_classes: outputs.
+
+    Returns:
+        A module that maps [N, ...] to logits [N, num_classes]. Its weights come from torch's global random stream.
+
+    Raises:
+        ArgumentError: an option is not one of those above; the message lists what there is.
+
+    Example:
+        >>> import torch
+        >>> network("he+residual", "relu", 5, 64, 10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    chosen = parse_remedy(remedy)
+    if activation not in _ACTIVATIONS:
+        raise ArgumentError(f"activation: needed one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    if depth < 2:
+        raise ArgumentError(f"depth: needed a whole number of at least 2, got {depth}")
+    layers: list[nn.Module] = [nn.Flatten()]
+    for k in range(depth - 1):
+        linear = nn.Linear(WIDTH if k else inputs, WIDTH)
+        _initialise(linear, chosen.init)
+        layers.append(_Layer(linear, chosen.norm, _ACTIVATIONS[activation](), chosen.residual and k > 0))
+    head = nn.Linear(WIDTH, num_classes)
+    _initialise(head, chosen.init)
+    return nn.Sequential(*layers, head)
+
+
+class _Layer(nn.Module):
+    def __init__(self, linear: nn.Linear, norm: str, activation: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+        self.norm = norms[norm](WIDTH) if norm in norms else nn.Identity()
+        self.activation = activation
+        self.join = ResidualAdd() if residual else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        f: Tensor = self.activation(self.norm(self.linear(x)))
+        return f if self.join is None else self.join(x, f)
+
+
+def _initialise(linear: nn.Linear, init: str) -> None:
+    if init == "default":
+        return
+    if init == "he":
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+    else:
+        nn.init.xavier_normal_(linear.weight)
+    nn.init.zeros_(linear.bias)

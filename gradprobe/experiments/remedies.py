@@ -1,0 +1,387 @@
+"""Remedies for gradients that vanish or explode, side by side: what each does to nets by depth and activation.
+
+Every net is a stack of linear layers of one width on scikit-learn's digits, which shows the same as convolutions do
+and lets hundreds of nets train in minutes. The gradient is measured by the probe at initialisation, in float64, where
+what float32 would round to zero still has a norm; training is in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradprobe.diagnose import Verdict, verdict
+from gradprobe.errors import ArgumentError
+from gradprobe.experiments.data import Dataset, load
+from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer, fit_line
+from gradprobe.experiments.progress import bar
+from gradprobe.experiments.remedied import WIDTH, network, parse_remedy
+from gradprobe.experiments.train import Recipe, evaluate, sgd
+from gradprobe.probe import attach
+from gradprobe.report.words import number
+from gradprobe.snapshot import Snapshot
+
+BATCH_SIZE = 64
+MAX_NORM = 1.0
+STEPS = 60
+DEPTHS = (20, 50)
+SEEDS = (0, 1)
+# A loss counts as fallen when it is below this share of the start and of what a constant answer reaches: a net whose
+# gradients arrive at the last layer only learns the constant answer.
+FELL_SHARE = 0.95
+
+REMEDIES = (
+    "none",
+    "clipping",
+    "xavier",
+    "he",
+    "batchnorm",
+    "layernorm",
+    "residual",
+    "he+batchnorm",
+    "he+residual",
+    "he+residual+clipping",
+    "batchnorm+residual",
+    "layernorm+residual",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One remedy on one net; norms are geometric means over the seeds.
+
+    Attributes:
+        remedy: parts of `PARTS` with + between.
+        activation: of every hidden layer.
+        depth: weight layers.
+        norms: of each weight's gradient at initialisation, from the input to the loss; after clipping where that is
+            part of the remedy. Zero where one seed's is zero.
+        total_norm: of the gradient of all parameters, at initialisation.
+        factor: of the norm per hidden layer towards the input, of a line through the log-norms; NaN where there is
+            none.
+        std_error: of the factor.
+        theory: the factor for wide nets; None where there is no prediction.
+        verdict: of the gradient at initialisation, the most frequent one of the seeds.
+        start_loss: over the training set, the mean over the seeds; normalised by each batch.
+        final_loss: the same after training.
+        n_fell: seeds whose loss fell.
+        nan_after: for each seed whose loss became NaN or infinite, the steps that it had done by then.
+    """
+
+    remedy: str
+    activation: str
+    depth: int
+    norms: tuple[float, ...]
+    total_norm: float
+    factor: float
+    std_error: float
+    theory: float | None
+    verdict: Verdict
+    start_loss: float
+    final_loss: float
+    n_fell: int
+    nan_after: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The first over the last norm; NaN where the last is zero."""
+        return self.norms[0] / self.norms[-1] if self.norms[-1] else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Remedies:
+    """What `remedies` found; prints as one table with what follows from it.
+
+    Attributes:
+        data: what the nets were trained on, in a line.
+        seeds: of weights and order of the images.
+        steps: for which each net was trained.
+        learning_rate: of SGD with momentum.
+        momentum: of it.
+        constant_loss: of the best answer that makes no use of the image.
+        cells: for each activation and depth all remedies.
+    """
+
+    data: str
+    seeds: tuple[int, ...]
+    steps: int
+    learning_rate: float
+    momentum: float
+    constant_loss: float
+    cells: tuple[Cell, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Gives the result as plain data, with the ratios and the conclusions."""
+        cells = [{**asdict(cell), "ratio": cell.ratio} for cell in self.cells]
+        return {**asdict(self), "cells": cells, "conclusions": list(self.conclusions)}
+
+    def of(self, remedy: str, activation: str, depth: int) -> Cell | None:
+        """Finds a cell, None where it was not asked for."""
+        wanted = (remedy, activation, depth)
+        return next((one for one in self.cells if (one.remedy, one.activation, one.depth) == wanted), None)
+
+    @property
+    def conclusions(self) -> tuple[str, ...]:
+        """What the numbers say, in sentences."""
+        sentences = []
+        nets = list(dict.fromkeys((cell.activation, cell.depth) for cell in self.cells))
+        whole = [
+            remedy
+            for remedy in dict.fromkeys(cell.remedy for cell in self.cells)
+            if all(cell.n_fell == len(self.seeds) for cell in self.cells if cell.remedy == remedy)
+        ]
+        sentences.append(
+            f"The loss fell on all {len(nets)} nets and with every seed with: {', '.join(whole)}."
+            if whole
+            else f"No remedy let the loss fall on all {len(nets)} nets with every seed."
+        )
+        pairs = [(cell, self._unclipped(cell)) for cell in self.cells]
+        clipped = [(cell, twin) for cell, twin in pairs if twin is not None and math.isfinite(cell.ratio)]
+        if clipped:
+            changes = [abs(cell.ratio / twin.ratio - 1) if twin.ratio else 0.0 for cell, twin in clipped]
+            cell, twin = max(clipped, key=lambda pair: pair[1].total_norm)
+            text = (
+                f"Clipping changes first/last by {max(changes):.1g} of it at most, and the total norm from "
+                f"{number(twin.total_norm)} to {number(cell.total_norm)} ({cell.remedy}, {cell.activation}, "
+                f"{cell.depth} layers)"
+            )
+            same = max(changes) < 1e-6
+            sentences.append(text + (": it changes the size of the step, not the ratio over depth." if same else "."))
+        told = [cell for cell in self.cells if cell.theory is not None and math.isfinite(cell.factor)]
+        if told:
+            worst = max(told, key=lambda cell: abs(cell.factor - (cell.theory or 0.0)))
+            sentences.append(
+                f"The factor per layer is at most {abs(worst.factor - (worst.theory or 0.0)):.2f} from that of theory, "
+                f"which is for wide nets and large batches ({worst.remedy}, {worst.activation}, {worst.depth} layers: "
+                f"{worst.factor:.2f}, theory {worst.theory:.2f})."
+            )
+        sentences.append(
+            f"The lesson's scalar model: a factor of 0.5 per layer leaves 0.5^20 = {0.5**20:.1e} after 20 layers, a "
+            f"factor of 2 makes 2^20 = {2**20:,}."
+        )
+        return tuple(sentences)
+
+    def _unclipped(self, cell: Cell) -> Cell | None:
+        parts = cell.remedy.split("+")
+        if "clipping" not in parts:
+            return None
+        return self.of("+".join(part for part in parts if part != "clipping") or "none", cell.activation, cell.depth)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("remedy", "at the start", title="Remedies, at initialisation and after a short training")
+        table.title_justify = "left"
+        for head in ("first", "first/last", "per layer", "theory", "loss", "after", "fell", "NaN"):
+            table.add_column(head, justify="right", no_wrap=True)
+        net = ""
+        for cell in self.cells:
+            name = f"{cell.activation}, {cell.depth} layers"
+            if name != net:
+                table.add_section()
+                table.add_row(Text(name, style="bold"))
+                net = name
+            std_error = "" if math.isnan(cell.std_error) else f" ± {cell.std_error:.3f}"
+            table.add_row(
+                cell.remedy,
+                Text(cell.verdict, style="green" if cell.verdict == "healthy" else "bold red"),
+                number(cell.norms[0]),
+                number(cell.ratio),
+                "–" if math.isnan(cell.factor) else f"{cell.factor:.3f}{std_error}",
+                "–" if cell.theory is None else f"{cell.theory:.3f}",
+                number(cell.start_loss),
+                number(cell.final_loss),
+                f"{cell.n_fell}/{len(self.seeds)}",
+                ", ".join(map(str, cell.nan_after)) or "–",
+            )
+        yield table
+        yield Text(
+            f"{self.data}; fully connected, width {WIDTH}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} "
+            f"steps of SGD {self.learning_rate:g} with momentum {self.momentum:g}; clipping to {MAX_NORM:g}; without "
+            "xavier or he, weights start as PyTorch starts them. first, first/last: norm of the weight gradient next "
+            "to the input, and over that next to the loss; per layer: its factor towards the input, least squares over "
+            "the hidden layers, ± standard error; theory: the same in a wide plain net; fell: seeds whose loss ended "
+            f"below {FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, that of a constant answer; NaN: steps "
+            "done before the loss became NaN or infinite."
+        )
+        yield from (Text(sentence) for sentence in self.conclusions)
+
+
+def _check(remedies: Sequence[str], activations: Sequence[str], depths: Sequence[int]) -> None:
+    for remedy in remedies:
+        parse_remedy(remedy)
+    for activation in activations:
+        if activation not in ACTIVATIONS:
+            raise ArgumentError(f"activations: needed some of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    for depth in depths:
+        if depth < 2:
+            raise ArgumentError(f"depths: needed whole numbers of at least 2, got {depth}")
+    for name, values in (("remedies", remedies), ("activations", activations), ("depths", depths)):
+        if not values or len(set(values)) < len(values):
+            raise ArgumentError(f"{name}: needed at least one, and none twice, got {', '.join(map(str, values))}")
+
+
+def remedies(
+    *,
+    remedies: Sequence[str] = REMEDIES,
+    depths: Sequence[int] = DEPTHS,
+    activations: Sequence[str] = ACTIVATIONS,
+    seeds: Sequence[int] = SEEDS,
+    steps: int = STEPS,
+    console: Console | None = None,
+) -> Remedies:
+    """Measures the gradient of every net with every remedy at initialisation, and trains each for some steps.
+
+    Args:
+        remedies: parts of `PARTS`, with + between where several are to be taken together.
+        depths: weight layers, at least 2.
+        activations: some of ``"sigmoid"``, ``"tanh"``, ``"relu"``.
+        seeds: whole numbers of at least 0.
+        steps: of the optimizer, at least 1.
+        console: where to draw the progress bar; None draws none. A console that is no terminal stays quiet.
+
+    Returns:
+        The measurements, with their conditions.
+
+    Raises:
+        ArgumentError: an option is not one of those above; the message lists what there is.
+
+    Source:
+        He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS); Pascanu et al. 2013 (ICML); Yang et al.
+        2019, arXiv 1902.08129; for layers without normalisation Schoenholz et al. 2017, arXiv 1611.01232.
+    """
+    _check(remedies, activations, depths)
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ArgumentError(f"seeds: needed whole numbers from 0 to 2^32 - 1, none twice, got {list(seeds)}")
+    if steps < 1:
+        raise ArgumentError(f"steps: needed at least 1, got {steps}")
+    data = load("digits")
+    shares = torch.bincount(data.train_y).double() / len(data.train_y)
+    constant_loss = float(-(shares * shares.log()).sum())
+    cells = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers of this size take longer on several
+    try:
+        with bar(console if console is not None and console.is_terminal else Console(quiet=True)) as progress:
+            task = progress.add_task("", total=len(activations) * sum(depths) * len(remedies) * len(seeds))
+            for activation, depth, remedy in product(activations, depths, remedies):
+                runs = []
+                for seed in seeds:
+                    runs.append(_run(remedy, activation, depth, seed, steps, data))
+                    progress.update(
+                        task, advance=depth, description=f"{remedy}, {activation}, {depth} layers: seed {seed}"
+                    )
+                cells.append(_cell(remedy, activation, depth, runs, constant_loss, data))
+    finally:
+        torch.set_num_threads(threads)
+    recipe = _recipe()
+    return Remedies(
+        data.summary, tuple(seeds), steps, recipe.learning_rate, recipe.momentum, constant_loss, tuple(cells)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    snapshot: Snapshot
+    norms: tuple[float, ...]
+    start_loss: float
+    final_loss: float
+    nan_after: int | None
+
+
+def _recipe() -> Recipe:
+    return Recipe(epochs=1, batch_size=BATCH_SIZE)
+
+
+def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: Dataset) -> _Run:
+    clipped = parse_remedy(remedy).clipped
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = network(remedy, activation, depth, data.train_x[0].numel(), data.num_classes).double()
+    chosen = torch.randperm(len(data.train_x), generator=generator)[:BATCH_SIZE]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    snapshot = _measure(model, data.train_x[chosen].double(), data.train_y[chosen], clipped)
+    model.load_state_dict(state)  # the running averages have seen a batch
+    weights = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    norms = tuple(snapshot[name].norm for name in weights)
+
+    model.float()
+    optimizer = sgd(model, _recipe())
+    start_loss, _ = evaluate(model, data.train_x, data.train_y, at_start=True)
+    nan_after = None
+    # What is below the smallest normal number of float32 moves no weight, and takes many CPUs a hundred times as long.
+    torch.set_flush_denormal(True)
+    try:
+        order = torch.empty(0, dtype=torch.int64)
+        for step in range(steps):
+            if len(order) < BATCH_SIZE:
+                order = torch.randperm(len(data.train_x), generator=generator)
+            chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+            loss = F.cross_entropy(model(data.train_x[chosen]), data.train_y[chosen])
+            if not bool(torch.isfinite(loss)):
+                nan_after = step
+                break
+            optimizer.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            if clipped:
+                nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+        final_loss, _ = evaluate(model, data.train_x, data.train_y, at_start=True)
+    finally:
+        torch.set_flush_denormal(False)
+    if nan_after is None and not math.isfinite(final_loss):
+        nan_after = steps
+    return _Run(snapshot, norms, start_loss, final_loss, nan_after)
+
+
+def _measure(model: nn.Module, images: Tensor, labels: Tensor, clipped: bool) -> Snapshot:
+    """The gradients of one batch as the optimizer would get them: measured at the step, hence after clipping."""
+    with attach(model, junctions=False, when="step") as probe:
+        torch.autograd.backward(F.cross_entropy(model(images), labels))
+        if clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        probe.step()
+        return probe.history()[-1]
+
+
+def _cell(remedy: str, activation: str, depth: int, runs: Sequence[_Run], constant_loss: float, data: Dataset) -> Cell:
+    logs = [_mean_log(norms) for norms in zip(*(run.norms for run in runs), strict=True)]
+    # The first and the last layer have other shapes and other neighbours.
+    line = fit_line(logs[1:-1])
+    parts = parse_remedy(remedy)
+    theory = None
+    if not parts.residual and depth > 3:
+        mean_square = float(data.train_x.square().mean())
+        theory = factor_per_layer(
+            activation, parts.norm, parts.weight_gain, parts.bias_variance, mean_square, depth - 2
+        )
+    verdicts = Counter(verdict([run.snapshot]) for run in runs)
+    return Cell(
+        remedy=remedy,
+        activation=activation,
+        depth=depth,
+        norms=tuple(math.exp(value) for value in logs),
+        total_norm=math.exp(_mean_log([run.snapshot.total_norm for run in runs])),
+        factor=line.factor,
+        std_error=line.std_error,
+        theory=theory,
+        verdict=verdicts.most_common(1)[0][0],
+        start_loss=sum(run.start_loss for run in runs) / len(runs),
+        final_loss=sum(run.final_loss for run in runs) / len(runs),
+        n_fell=sum(run.final_loss < FELL_SHARE * min(run.start_loss, constant_loss) for run in runs),
+        nan_after=tuple(run.nan_after for run in runs if run.nan_after is not None),
+    )
+
+
+def _mean_log(norms: Sequence[float]) -> float:
+    """Mean of the logarithms; minus infinity where one norm is zero."""
+    return sum(-math.inf if norm == 0 else math.log(norm) for norm in norms) / len(norms)

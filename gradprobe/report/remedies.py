@@ -1,0 +1,178 @@
+"""The picture of `gradprobe remedies`: the gradient's factor per layer for every remedy, beside theory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Protocol
+
+import altair as alt
+import vl_convert
+
+from gradprobe.errors import ArgumentError, StoreError
+from gradprobe.report.charts import PNG_SCALE, Chart, ChartData, Row, Size, concat, svg
+from gradprobe.report.palette import FAINT, INK, shades
+from gradprobe.report.style import CSS, SCRIPT
+from gradprobe.report.words import number
+
+SUFFIXES = (".html", ".svg", ".png")
+
+_ROW_PX = 22
+_TITLE = "Gradient norm's factor per layer towards the input, at initialisation"
+_CAPTION = (
+    "One point for each depth; full where the loss fell in a short training with every seed, open where not. Below 1 "
+    "the gradient shrinks towards the input, above 1 it grows. The short line is the theory of wide plain nets. A net "
+    "without a point has a zero or non-finite norm, or too few layers for a line."
+)
+
+
+class RemedyCell(Protocol):
+    """One remedy on one net, as `gradprobe.experiments.remedies.Cell` has it."""
+
+    @property
+    def remedy(self) -> str:
+        """Name of the remedy."""
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation."""
+
+    @property
+    def depth(self) -> int:
+        """Weight layers."""
+
+    @property
+    def factor(self) -> float:
+        """Factor of the norm per layer towards the input; NaN where there is none."""
+
+    @property
+    def theory(self) -> float | None:
+        """The factor in theory, None where there is none."""
+
+    @property
+    def n_fell(self) -> int:
+        """Seeds whose loss fell."""
+
+
+def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
+    """Draws the factor per layer: a panel for each activation, a row for each remedy, a shade for each depth.
+
+    Args:
+        cells: The measured nets.
+        n_seeds: Seeds of each.
+
+    Returns:
+        The chart, or None where no cell has a positive finite factor.
+    """
+    drawn = [cell for cell in cells if math.isfinite(cell.factor) and cell.factor > 0]
+    if not drawn:
+        return None
+    remedies = list(dict.fromkeys(cell.remedy for cell in cells))
+    depths = sorted({cell.depth for cell in cells})
+    colours = dict(zip(depths, shades(len(depths)), strict=True))
+    legend = alt.Legend(
+        title="layers",
+        orient="bottom",
+        symbolType="circle",
+        symbolFillColor="transparent",
+        labelFontSize=12,
+        titleFontSize=12,
+    )
+    shade = alt.Scale(domain=depths, range=list(colours.values()))
+    factors = [value for cell in drawn for value in (cell.factor, cell.theory or 1.0)]
+    domain = [0.9 * min(*factors, 1.0), 1.1 * max(*factors, 1.0)]
+    size = Size(width=230, height=_ROW_PX * len(remedies), stacked=False)
+    data = ChartData()
+    panels: list[alt.LayerChart] = []
+    for activation in dict.fromkeys(cell.activation for cell in drawn):
+        rows: list[Row] = [
+            {
+                "remedy": cell.remedy,
+                "factor": cell.factor,
+                "theory": cell.theory,
+                "depth": cell.depth,
+                "fill": colours[cell.depth] if cell.n_fell == n_seeds else "transparent",
+                "note": f"{cell.remedy}, {activation}, {cell.depth} layers: {number(cell.factor)} per layer; the loss "
+                f"fell with {cell.n_fell} of {n_seeds} seeds",
+            }
+            for cell in drawn
+            if cell.activation == activation
+        ]
+        x_scale = alt.Scale(type="log", domain=domain, nice=False)
+        x_axis = alt.Axis(title=None, values=_ticks(domain), format="~g")
+        y_axis = alt.Axis(title=None, grid=True, labelLimit=200, labels=not panels)
+        y = alt.Y("remedy:N", sort=remedies, scale=alt.Scale(domain=remedies), axis=y_axis)
+        x = alt.X("factor:Q", scale=x_scale, axis=x_axis)
+        base = alt.Chart(data.add(rows)).encode(y=y)
+        one = alt.Chart(data.add([{"factor": 1.0}])).mark_rule(color=FAINT, strokeWidth=1).encode(x=x)
+        theory = [row for row in rows if row["theory"] is not None]
+        tick = alt.Chart(data.add(theory)).mark_tick(color=INK, thickness=1.5, size=14)
+        points = base.mark_point(size=60, strokeWidth=1.6, opacity=1).encode(
+            x=x,
+            stroke=alt.Stroke("depth:O", scale=shade, legend=legend),
+            fill=alt.Fill("fill:N", scale=None),
+            description="note:N",
+        )
+        layers = [one, tick.encode(x=alt.X("theory:Q", scale=x_scale, axis=x_axis), y=y), points]
+        panels.append(alt.LayerChart(layer=layers, width=size.width, height=size.height, title=activation))
+    title = alt.TitleParams(_TITLE, subtitle="full: the loss fell with every seed; tick: theory", subtitleColor=FAINT)
+    titled: Chart = concat(panels, size, data).properties(title=title)
+    return titled
+
+
+def check_suffix(path: Path) -> None:
+    """Refuses a file that `write_remedies` cannot write, before anything is measured.
+
+    Raises:
+        ArgumentError: The name ends in none of `SUFFIXES`.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ArgumentError(f"--chart: needed a file that ends in {', '.join(SUFFIXES)}, got {str(path)!r}")
+
+
+def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Sequence[str], path: Path) -> Path:
+    """Writes the chart; as a page, with what follows from it.
+
+    Args:
+        cells: The measured nets.
+        n_seeds: Seeds of each.
+        conclusions: Sentences for the page.
+        path: A file that ends in .html, .svg or .png; missing folders are made, an older file is replaced.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ArgumentError: The name ends in something else, or there is nothing to draw.
+        StoreError: The file cannot be written.
+    """
+    check_suffix(path)
+    chart = remedy_chart(cells, n_seeds)
+    if chart is None:
+        raise ArgumentError("--chart: needed at least one net with a finite factor per layer; take more layers")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            path.write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE))
+        else:
+            path.write_text(svg(chart) if path.suffix == ".svg" else _page(chart, conclusions), encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write the chart: {error}") from error
+    return path
+
+
+def _page(chart: Chart, conclusions: Sequence[str]) -> str:
+    sentences = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in conclusions)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Remedies – gradprobe</title>\n<style>{CSS}:root {{ color-scheme: light; }}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>Remedies</h1>\n{sentences}\n<figure>{svg(chart)}\n"
+        f"<figcaption>{escape(_CAPTION)}</figcaption></figure>\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _ticks(domain: Sequence[float]) -> list[float]:
+    return [value for value in (1e-3, 1e-2, 0.1, 0.2, 0.5, 1, 2, 5, 10, 100) if domain[0] <= value <= domain[1]]
