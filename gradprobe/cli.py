@@ -142,6 +142,46 @@ def identity(
 
 
 @app.command()
+def remedies(
+    remedies: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of none, clipping, xavier, he, batchnorm, layernorm, residual; together as in he+residual.",
+            show_default="each, and some together",
+        ),
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Weight layers, at least 2.")] = "20,50",
+    activations: Annotated[str, typer.Option(help="Some of sigmoid, tanh, relu.")] = "sigmoid,tanh,relu",
+    seeds: Annotated[str, typer.Option(help="Whole numbers.")] = "0,1",
+    steps: Annotated[int | None, typer.Option(help="Steps for which each net trains.", show_default="60")] = None,
+    chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a .html, .svg or .png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare remedies for vanishing and exploding gradients, by depth and activation; a minute or two."""
+    from gradprobe.experiments.remedies import REMEDIES, STEPS
+    from gradprobe.experiments.remedies import remedies as run_remedies
+
+    drawing = None if chart is None else _drawing("--chart", "gradprobe.report.remedies")
+    if drawing is not None:
+        drawing.check_suffix(chart)
+    result = run_remedies(
+        remedies=REMEDIES if remedies is None else _listed("--remedies", remedies, str),
+        depths=_listed("--depths", depths, int),
+        activations=_listed("--activations", activations, str),
+        seeds=_listed("--seeds", seeds, int),
+        steps=STEPS if steps is None else steps,
+        console=Console(stderr=True),
+    )
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        _print(result)
+    if drawing is not None:
+        path = drawing.write_remedies(result.cells, len(result.seeds), result.conclusions, chart)
+        print(f"wrote {path}", file=sys.stderr)
+
+
+@app.command()
 def check(
     target: Annotated[
         str, typer.Argument(metavar="MODULE:CALLABLE", help="Or FILE.py:CALLABLE; CALLABLE may have literal arguments.")

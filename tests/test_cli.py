@@ -294,7 +294,7 @@ def test_ctrl_c_says_how_to_go_on(gradprobe, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["sweep"], ["report"], ["check"], ["explain"], ["identity"], ["doctor"]], ids=" ".join
+    "command", [[], ["sweep"], ["report"], ["check"], ["explain"], ["identity"], ["remedies"], ["doctor"]], ids=" ".join
 )
 def test_help_exits_with_0(gradprobe, command):
     code, out, _ = gradprobe(*command, "--help")

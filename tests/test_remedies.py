@@ -272,7 +272,7 @@ def test_the_table_says_what_was_measured(few: Remedies) -> None:
         "sigmoid, 5 layers",
         "relu, 5 layers",
         "digits: 1,347 training",
-        "2 steps of SGD 0.1",
+        "2 steps of SGD 0.01",
         *few.conclusions,
     ):
         assert " ".join(part.split()) in words

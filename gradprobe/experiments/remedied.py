@@ -78,7 +78,8 @@ def parse_remedy(text: str) -> Remedy:
 def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: int) -> nn.Module:
     """Builds the net of a cell: linear layers, normalised or not, each hidden one with its activation.
 
-    Residual nets add the input of each hidden layer of equal width to its output: x + f(norm(Wx + b)).
+    A plain hidden layer is f(norm(Wx + b)). A residual one, from the second on, is x + W f(norm(x)) + b, with nothing
+    on the shortcut.
 
     Args:
         remedy: parts of `PARTS` with + between.
@@ -92,6 +93,9 @@ def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: 
 
     Raises:
         ArgumentError: an option is not one of those above; the message lists what there is.
+
+    Source:
+        He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027, for the order in residual nets.
 
     Example:
         >>> import torch
@@ -123,8 +127,11 @@ class _Layer(nn.Module):
         self.join = ResidualAdd() if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
-        f: Tensor = self.activation(self.norm(self.linear(x)))
-        return f if self.join is None else self.join(x, f)
+        if self.join is not None:
+            joined: Tensor = self.join(x, self.linear(self.activation(self.norm(x))))
+            return joined
+        plain: Tensor = self.activation(self.norm(self.linear(x)))
+        return plain
 
 
 def _initialise(linear: nn.Linear, init: str) -> None:

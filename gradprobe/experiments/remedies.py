@@ -33,6 +33,7 @@ from gradprobe.snapshot import Snapshot
 
 BATCH_SIZE = 64
 MAX_NORM = 1.0
+LEARNING_RATE = 0.01
 STEPS = 60
 DEPTHS = (20, 50)
 SEEDS = (0, 1)
@@ -255,8 +256,9 @@ def remedies(
         ArgumentError: an option is not one of those above; the message lists what there is.
 
     Source:
-        He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS); Pascanu et al. 2013 (ICML); Yang et al.
-        2019, arXiv 1902.08129; for layers without normalisation Schoenholz et al. 2017, arXiv 1611.01232.
+        He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS); Pascanu et al. 2013 (ICML); He et al. 2016,
+        arXiv 1603.05027; Yang et al. 2019, arXiv 1902.08129; without normalisation Schoenholz et al. 2017, arXiv
+        1611.01232.
     """
     _check(remedies, activations, depths)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
@@ -298,7 +300,7 @@ class _Run:
 
 
 def _recipe() -> Recipe:
-    return Recipe(epochs=1, batch_size=BATCH_SIZE)
+    return Recipe(epochs=1, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
 
 
 def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: Dataset) -> _Run:

@@ -20,7 +20,7 @@ from gradprobe.report.words import number
 
 FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 
-_PNG_SCALE = 2.0
+PNG_SCALE = 2.0
 _LABEL_PX = 13.0  # Vertical room of one direct label.
 _LABEL_WIDTH_PX = 66.0
 
@@ -52,13 +52,14 @@ class _Label:
     y_px: float
 
 
-class _Data:
+class ChartData:
     """The rows of one chart by name: they are in the chart once, and altair does not copy them at each step."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Row]] = {}
 
     def add(self, rows: Sequence[Row]) -> alt.NamedData:
+        """Keeps rows, and gives what a layer of the chart finds them by."""
         name = f"rows-{len(self.rows)}"
         self.rows[name] = list(rows)
         return alt.NamedData(name=name)
@@ -88,9 +89,9 @@ def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     # One scale for both panels: the distance from training to test error is part of the story.
     top = max(max(*spread.values, spread.mean + (spread.std or 0.0)) for spread in spreads)
     y_domain = (0.0, min(100.0, 1.08 * top) if top > 0 else 1.0)
-    data = _Data()
+    data = ChartData()
     panels = [_error_panel(title, points, y_domain, palette, size, data) for title, points in drawn]
-    return _concat(panels, size, data)
+    return concat(panels, size, data)
 
 
 def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
@@ -120,9 +121,9 @@ def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     # More room below than above: labels of shallow nets go under the deeper nets' lines.
     y_domain = (low - max(0.14 * (high - low), 0.3), high + max(0.05 * (high - low), 0.15))
     layers = max(row["position"] for _, nets in panels for rows in nets for row in rows)
-    data = _Data()
+    data = ChartData()
     drawn = [_gradient_panel(title, nets, layers, y_domain, palette, size, data) for title, nets in panels if any(nets)]
-    return _concat(drawn, size, data)
+    return concat(drawn, size, data)
 
 
 def hidden_layers(summary: Summary) -> list[str]:
@@ -170,7 +171,7 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, chart in (("error.png", error_chart(summary)), ("gradient.png", gradient_chart(summary))):
             if chart is not None:
-                (folder / name).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=_PNG_SCALE))
+                (folder / name).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE))
                 written.append(folder / name)
     except OSError as error:
         raise StoreError(f"{folder}: cannot write the charts: {error}") from error
@@ -183,7 +184,7 @@ def _error_panel(
     y_domain: tuple[float, float],
     palette: Palette,
     size: Size,
-    data: _Data,
+    data: ChartData,
 ) -> alt.LayerChart:
     depths = sorted({net.depth for net, _ in points})
     logarithmic = bool(depths) and depths[-1] > 8 * depths[0]
@@ -261,7 +262,7 @@ def _gradient_panel(
     y_domain: tuple[float, float],
     palette: Palette,
     size: Size,
-    data: _Data,
+    data: ChartData,
 ) -> alt.LayerChart:
     rows = [{**row, "colour": palette.net(row["family"], row["depth"])} for profile in nets for row in profile]
     low, high = y_domain
@@ -301,7 +302,7 @@ def _label_layers(
     y_domain: tuple[float, float],
     gap_px: float,
     size: Size,
-    data: _Data,
+    data: ChartData,
     obstacles: Sequence[tuple[float, float]] = (),
 ) -> list[alt.Chart]:
     """Text beside the end of each line, over a halo in the page's colour, moved up or down to where it can be read."""
@@ -365,7 +366,17 @@ def _power_name(factor: int, power: int) -> str:
     return f"{'' if factor == 1 else f'{factor}×'}10{superscript}"
 
 
-def _concat(panels: Sequence[alt.LayerChart], size: Size, data: _Data) -> Chart:
+def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Chart:
+    """Sets panels beside or above one another, in the look that all charts share.
+
+    Args:
+        panels: The panels.
+        size: Size of each.
+        data: The rows of all of them.
+
+    Returns:
+        The chart.
+    """
     chart: Chart
     if size.stacked:
         chart = alt.vconcat(*panels, spacing=28, datasets=data.rows)

@@ -54,6 +54,12 @@ class Palette:
         return {**_DARK, **dict(self._families.values()), **dict(self._nets.values())}
 
 
+def shades(count: int) -> list[str]:
+    """Colours for what only has an order, the lightest first."""
+    colour = _NAMED["resnet"][0]
+    return [_mix(colour, PAPER, 1.0 - (1 - _LIGHTEST) * rank / max(count - 1, 1)) for rank in reversed(range(count))]
+
+
 def _mix(colour: str, ground: str, share: float) -> str:
     channels = zip(bytes.fromhex(colour[1:]), bytes.fromhex(ground[1:]), strict=True)
     return "#" + "".join(f"{round(share * over + (1 - share) * under):02x}" for over, under in channels)
