@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
+
 from gradprobe import course
 from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
 from gradprobe.snapshot import Snapshot
@@ -93,7 +96,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     hits: dict[Verdict, list[Snapshot]] = {"non-finite": [], "vanishing": [], "exploding": []}
     for snapshot in snapshots:
         status = flow_verdict(weight_norms(snapshot), thresholds)
-        if any(stats.nonfinite for stats in snapshot.sites.values()):
+        if snapshot.columns["nonfinite"][snapshot.measured.present].any():
             status = "non-finite"
         if status != "healthy":
             hits[status].append(snapshot)
@@ -113,13 +116,19 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
 
 def weight_sites(snapshot: Snapshot) -> list[str]:
     """Names the sites of a snapshot that carry depth: tensors with more than one dimension, or all if there is none."""
-    matrices = [name for name in snapshot if snapshot.table.ndims[snapshot.table.index[name]] > 1]
-    return matrices or list(snapshot)
+    return [snapshot.table.names[k] for k in _weights(snapshot)]
 
 
 def weight_norms(snapshot: Snapshot) -> list[float]:
     """Norms of the weight gradients of a snapshot, in model order."""
-    return [snapshot[name].norm for name in weight_sites(snapshot)]
+    norms: list[float] = snapshot.columns["norm"][_weights(snapshot)].tolist()
+    return norms
+
+
+def _weights(snapshot: Snapshot) -> npt.NDArray[np.intp]:
+    present = snapshot.measured.present  # [K]
+    matrices = present & (np.asarray(snapshot.table.ndims) > 1)
+    return np.flatnonzero(matrices if matrices.any() else present)
 
 
 def _nonfinite(hits: list[Snapshot]) -> Finding:
