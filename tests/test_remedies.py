@@ -96,6 +96,7 @@ def test_a_sigmoid_net_by_hand_vanishes_as_measured() -> None:
         ("none", "relu", math.sqrt(1 / 6), 0.02),
         ("none", "tanh", math.sqrt(1 / 3), 0.02),
         ("xavier", "tanh", 1.0, 0.05),
+        ("xavier", "sigmoid", 0.25, 0.02),  # the derivative at 0; less further out
     ],
 )
 def test_the_factor_per_layer_is_that_of_the_literature(

@@ -310,14 +310,13 @@ def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: 
         torch.manual_seed(seed)
         model = network(remedy, activation, depth, data.train_x[0].numel(), data.num_classes).double()
     chosen = torch.randperm(len(data.train_x), generator=generator)[:BATCH_SIZE]
-    state = {name: value.clone() for name, value in model.state_dict().items()}
     snapshot = _measure(model, data.train_x[chosen].double(), data.train_y[chosen], clipped)
-    model.load_state_dict(state)  # the running averages have seen a batch
     weights = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
     norms = tuple(snapshot[name].norm for name in weights)
 
     model.float()
     optimizer = sgd(model, _recipe())
+    # Here and at the end normalised by each batch: running averages lag behind in so short a training.
     start_loss, _ = evaluate(model, data.train_x, data.train_y, at_start=True)
     nan_after = None
     # What is below the smallest normal number of float32 moves no weight, and takes many CPUs a hundred times as long.
