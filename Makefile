@@ -21,12 +21,15 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell f
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
 
-.PHONY: demo test lint format build test-gpu bench clean help
+.PHONY: demo lesson test lint format build test-gpu bench clean help
 
 demo: $(BUILD_STAMP)  ## degradation sweep on real data (plain and residual nets, 20 and 56 layers) and its report
 	mkdir -p demo
 	$(BIN)/gradprobe sweep --data digits --families plain,resnet --depths 20,56 --seeds 0 --jobs 2 --out demo/run.sqlite
 	$(BIN)/gradprobe report demo/run.sqlite --html demo/report.html
+
+lesson: $(BUILD_STAMP)  ## every experiment of docs/lesson.md again, and its pictures
+	$(BIN)/python docs/make_lesson.py
 
 test: lint  ## lint, tests, doctests; with CI=true the long tests too
 	$(BIN)/python -m pytest $(MARKS) $(PYTEST)
