@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe import course
+from gradprobe.errors import ArgumentError
 from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
 from gradprobe.snapshot import Snapshot
 
@@ -79,9 +80,10 @@ def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
 def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -> list[Finding]:
     """Applies the rules to the steps of a run.
 
-    One non-finite element, one huge loss or one spike is enough. Vanishing and exploding must hold in more than half of
-    the steps, and are no fault of a run whose loss falls; rules on zeros and on the loss need `Thresholds.window` steps
-    or twice as many. Those on the loss need `Probe.step(loss=...)`.
+    One non-finite element, one huge loss or one spike is enough; steps that a gradient scaler skipped do not count
+    unless they are most of them. Vanishing and exploding must hold in more than half of the steps, and are no fault of
+    a run whose loss falls; rules on zeros and on the loss need `Thresholds.window` steps or twice as many. Those on the
+    loss need `Probe.step(loss=...)`.
 
     Args:
         snapshots: Steps in order.
@@ -90,11 +92,19 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     Returns:
         The findings, one for each rule that fired, the gravest first; empty for a healthy run.
 
+    Raises:
+        ArgumentError: The snapshots are not of one probe.
+
     Source:
         `gradprobe.findings.RULES` names one for each rule.
     """
+    if any(snapshot.table.names != snapshots[0].table.names for snapshot in snapshots):
+        raise ArgumentError("snapshots: needed the history of one probe, got snapshots with different sites")
     hits: dict[Verdict, list[Snapshot]] = {"non-finite": [], "vanishing": [], "exploding": []}
-    for snapshot in snapshots:
+    skipped = [snapshot for snapshot in snapshots if snapshot.skipped]
+    # A scaler that looks for its scale skips a step now and then; one that skips most has met a fault.
+    judged = snapshots if 2 * len(skipped) > len(snapshots) else [one for one in snapshots if not one.skipped]
+    for snapshot in judged:
         status = flow_verdict(weight_norms(snapshot), thresholds)
         if snapshot.columns["nonfinite"][snapshot.measured.present].any():
             status = "non-finite"
@@ -107,7 +117,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
             _over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(snapshots)
         ]
     findings += course.loss_blow_up(snapshots, thresholds)
-    findings += course.zeros(snapshots, weight_sites(snapshots[-1]) if snapshots else (), thresholds)
+    findings += course.zeros(snapshots, thresholds)
     findings += course.not_learning(snapshots, thresholds)
     findings += course.spikes(snapshots, thresholds)
     order = get_args(Rule)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gradprobe.errors import ArgumentError
+
 Rule = Literal[
     "non-finite", "loss blow-up", "exploding", "vanishing", "dying", "silent site", "not learning", "spike"
 ]  # the gravest first
@@ -23,7 +25,7 @@ class Thresholds:
         exploding_ratio: beta3: first over last norm above which a gradient is exploding.
         loss_limit: Loss from which on training has blown up.
         dying_share: gamma: share of gradient elements that are exactly zero from which on a layer is dying.
-        dying_sites: Share of the weights that must be dying; an embedding alone has zeros for all that did not occur.
+        dying_sites: Share of the weights that must be dying, and two at least.
         spike_sigmas: Standard deviations from the mean of the steps before.
         spike_jump: Multiple of the largest of the last `window` steps that a spike reaches too; a slow rise does not.
         spike_window: Number of steps before that are looked at.
@@ -31,7 +33,11 @@ class Thresholds:
         window: Number of losses that are compared at the start and at the end; number of steps in which something must
             persist.
         converging: Share of the loss at the start below which training converges: the layers' ratios are then no fault.
-        drop_errors: Standard errors by which the loss must have dropped for the model to learn at all.
+        drop_errors: Standard errors by which the loss must have dropped for the model to learn at all; noise alone
+            does that in one of 260 runs (Student's t, 18 degrees of freedom).
+
+    Raises:
+        ArgumentError: A number of steps is too small.
     """
 
     vanishing_ratio: float = 1e-3
@@ -46,7 +52,12 @@ class Thresholds:
     spike_warm_up: int = 20
     window: int = 10
     converging: float = 0.8
-    drop_errors: float = 2.0
+    drop_errors: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 2), ("spike_warm_up", 1), ("spike_window", 1)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}: needed at least {least}, got {getattr(self, name)}")
 
 
 DEFAULTS = Thresholds()
@@ -77,7 +88,8 @@ RULES: dict[Rule, RuleText] = {
         ("look up the first site with probe.first_nonfinite()", "check the data", "a lower learning rate", "clipping"),
     ),
     "loss blow-up": RuleText(
-        "loss NaN or infinite, or >= loss_limit and not below the first, in a run that does not converge",
+        "loss NaN or infinite, or >= loss_limit and either the first or above spike_jump times that, in a run that "
+        "does not converge; the comparison with the first is ours",
         AUTOTRAINER,
         "a learning rate that is too high, or activations that grow from layer to layer",
         ("a lower learning rate or a warm-up", "clipping", "normalisation", "an initialisation to suit the activation"),
@@ -101,8 +113,8 @@ RULES: dict[Rule, RuleText] = {
         ("residual connections", "normalisation", "ReLU with He initialisation", "a larger initialisation"),
     ),
     "dying": RuleText(
-        "share of exact zeros >= dying_share in the gradients of dying_sites of the weights, in more than half of the "
-        "steps; dying_sites is ours",
+        "share of exact zeros >= dying_share in the gradients of dying_sites of the weights and of two at least, in "
+        "more than half of the steps, in a run that does not converge; dying_sites is ours",
         f"{AUTOTRAINER}, gamma",
         "units that no input activates: large negative biases, after a step that was too long",
         ("a lower learning rate", "He initialisation with zero biases", "leaky ReLU or GELU", "normalisation"),
@@ -114,8 +126,8 @@ RULES: dict[Rule, RuleText] = {
         ("look at how its output is used", "set requires_grad=False if that is meant"),
     ),
     "not learning": RuleText(
-        "mean loss of the last `window` steps not below that of the first by drop_errors standard errors; the standard "
-        "error is ours",
+        "mean loss of the last `window` steps not below that of the first by drop_errors standard errors, in a run "
+        "that does not converge; the standard error is ours",
         f"{SAGEMAKER}, rule LossNotDecreasing",
         "a learning rate near zero, labels that do not belong to the inputs, or gradients that do not arrive",
         ("a higher learning rate", "overfit one batch to prove that the model can", "check the labels"),

@@ -415,6 +415,8 @@ class Probe:
             self._history.restart(self._collector.rows_on)
 
     def _set_enabled(self) -> None:
+        if self._detached:
+            return
         self._taps.set_enabled(self._wanted())
         if self._passing is not None:
             self._passing.set_enabled(self._wants_signals())

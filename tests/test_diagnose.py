@@ -1,11 +1,13 @@
 """The rules, on snapshots made by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gradprobe.diagnose import diagnose, flow_verdict, verdict
+from gradprobe.errors import ArgumentError
 from gradprobe.findings import Thresholds
 from gradprobe.measured import Measured, Provenance
 from gradprobe.snapshot import SiteTable, Snapshot
@@ -134,6 +136,41 @@ class TestCourse:
         rising = [1.0 + 0.001 * (-1) ** step + 0.1 * max(0, step - 25) for step in range(60)]
         assert rules_of([snapshot(step, [norm]) for step, norm in enumerate(rising)]) == []
 
+    def test_a_spike_after_constant_steps(self) -> None:
+        (finding,) = diagnose(course([1.0] * 25 + [5.0], first=500))
+        assert (finding.rule, finding.steps, finding.evidence["sigma"]) == ("spike", (525, 525), 0.0)
+        assert rules_of(course([-100.0 + 0.1 * (-1) ** step for step in range(30)] + [-99.0], first=500)) == []
+
+    def test_a_step_that_a_scaler_skipped_is_no_fault_and_hides_none(self) -> None:
+        first = replace(snapshot(0, [math.inf], nonfinite=1), skipped=True)
+        sound = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(1, 40)]
+        assert diagnose([first, *sound]) == []
+        (finding,) = diagnose([first, *sound, snapshot(40, [99.0])])
+        assert (finding.rule, finding.steps) == ("spike", (40, 40))
+        assert rules_of([replace(one, skipped=True) for one in (first, first)] + sound[:1]) == ["non-finite"]
+
+    def test_a_run_that_learns_in_its_first_steps_is_learning(self) -> None:
+        assert rules_of(course([2.3] + [0.01] * 39)) == []
+        assert rules_of(course([2.3 * 0.5**step for step in range(40)])) == []
+
+    def test_a_high_loss_late_in_a_run_is_no_blow_up_and_losses_given_late_are_no_start(self) -> None:
+        assert rules_of(course([5e3 + 10.0 * (-1) ** step for step in range(40)], first=5000)) == []
+        late = [snapshot(step, [1.0]) for step in range(60)]
+        assert rules_of(late + course([0.01 + 1e-4 * (-1) ** step for step in range(40)], [1.0], first=60)) == []
+
+    def test_a_negative_loss_hides_no_ratio(self) -> None:
+        falling = [-2.3 - 0.01 * step for step in range(40)]
+        assert rules_of(course(falling, [1e3, 1.0])) == ["exploding"]
+
+    def test_snapshots_of_different_probes_are_refused(self) -> None:
+        with pytest.raises(ArgumentError, match="snapshots: needed the history of one probe"):
+            diagnose([snapshot(0, [1.0]), snapshot(1, [1.0, 1.0])])
+
+    @pytest.mark.parametrize(("name", "value"), [("window", 1), ("spike_warm_up", 0), ("spike_window", 0)])
+    def test_limits_that_make_no_sense_are_refused(self, name: str, value: int) -> None:
+        with pytest.raises(ArgumentError, match=f"{name}: needed at least"):
+            Thresholds(**{name: value})
+
     def test_layers_of_zeros_are_dying_and_a_lone_embedding_is_not(self) -> None:
         assert rules_of([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(9)]) == []  # not long enough
         assert rules_of([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(10)]) == ["dying"]
@@ -141,6 +178,11 @@ class TestCourse:
         for one in history:
             one.rows[0, 4] = 0.9
         assert diagnose(history) == []
+        few = [snapshot(step, [1.0] * 3) for step in range(10)]
+        for one in few:
+            one.rows[0, 4] = 0.9
+        assert diagnose(few) == []
+        assert rules_of([snapshot(step, [1.0] * 4, zeros=0.8, loss=loss) for step, loss in enumerate(FALLING)]) == []
 
     def test_a_parameter_that_never_gets_a_gradient_is_silent(self) -> None:
         (finding,) = diagnose([snapshot(step, [1.0, 0.0, 1.0, 1.0, 1.0]) for step in range(12)])

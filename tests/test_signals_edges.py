@@ -406,3 +406,14 @@ class TestCompiledModels:
         gradprobe.attach(model, activations=True)
         program = torch.export.export(model, (torch.randn(2, 3),))
         assert "observe" not in str(program.graph)
+
+
+def test_a_probe_detached_while_paused_stays_off() -> None:
+    model = gradprobe.networks.resnet(8)
+    probe = gradprobe.attach(model)
+    loss = model(torch.randn(2, 3, 8, 8)).sum()
+    with probe.paused():
+        probe.detach()
+    loss.backward()  # of a graph from before
+    assert probe._passing is not None
+    assert not probe._passing._board.enabled
