@@ -10,12 +10,26 @@ import numpy as np
 from gradprobe.findings import Finding, Thresholds, finding
 from gradprobe.snapshot import Snapshot
 
+Losses = Sequence[tuple[int, float]]  # (step, loss) of the steps that have one, in order
 
-def converges(snapshots: Sequence[Snapshot], limits: Thresholds) -> bool:
-    """Tells whether the loss has fallen clearly from the start of a history to its end.
+
+def losses_of(snapshots: Sequence[Snapshot]) -> Losses:
+    """Gives the losses of a history with their steps.
 
     Args:
         snapshots: Steps in order.
+
+    Returns:
+        One pair for each step that has a loss.
+    """
+    return [(snapshot.step, snapshot.loss) for snapshot in snapshots if snapshot.loss is not None]
+
+
+def converges(losses: Losses, limits: Thresholds) -> bool:
+    """Tells whether the loss has fallen clearly from the start of a history to its end.
+
+    Args:
+        losses: As `losses_of` gives them.
         limits: Limits of the rules.
 
     Returns:
@@ -24,34 +38,33 @@ def converges(snapshots: Sequence[Snapshot], limits: Thresholds) -> bool:
     Source:
         AUTOTRAINER (Zhang et al., ICSE 2021) reports a fault of the gradients only where training fails as well.
     """
-    losses = np.array([loss for _, loss in _losses(snapshots)], dtype=np.float64)
-    if len(losses) < 2 * limits.window or not np.isfinite(losses).all():
+    values = np.array([loss for _, loss in losses], dtype=np.float64)
+    if len(values) < 2 * limits.window or not np.isfinite(values).all():
         return False
     # A loss that blew up in the first steps and came down again is no convergence: the lower start counts.
-    start = min(float(losses[0]), float(losses[: limits.window].mean()))
-    return start > 0 and float(losses[-limits.window :].mean()) < limits.converging * start
+    start = min(float(values[0]), float(values[: limits.window].mean()))
+    return start > 0 and float(values[-limits.window :].mean()) < limits.converging * start
 
 
-def loss_blow_up(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
+def loss_blow_up(losses: Losses, limits: Thresholds) -> list[Finding]:
     """Finds a loss that has become huge or is no number; one step is enough.
 
     Args:
-        snapshots: Steps in order.
+        losses: As `losses_of` gives them, of a run that does not converge.
         limits: Limits of the rules.
 
     Returns:
         At most one finding.
     """
-    told = _losses(snapshots)
-    if not told or converges(snapshots, limits):
+    if not losses:
         return []
-    start_step, start = told[0]
+    start_step, start = losses[0]
 
     def is_high(step: int, loss: float) -> bool:
         risen = loss > limits.spike_jump * start or step == start_step < limits.window
         return not math.isfinite(loss) or (loss >= limits.loss_limit and risen)
 
-    high = [(step, loss) for step, loss in told if is_high(step, loss)]
+    high = [(step, loss) for step, loss in losses if is_high(step, loss)]
     if not high:
         return []
     step, loss = high[0]
@@ -60,42 +73,42 @@ def loss_blow_up(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Find
     return [finding("loss blow-up", (), (step, high[-1][0]), {"loss": loss, "loss_at_start": start}, message)]
 
 
-def not_learning(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
+def not_learning(losses: Losses, limits: Thresholds) -> list[Finding]:
     """Finds a loss that has not dropped since the start of the run.
 
     Says nothing where the losses do not reach back to the first steps after attach: a loss that stays may be low.
 
     Args:
-        snapshots: Steps in order.
+        losses: As `losses_of` gives them, of a run that does not converge.
         limits: Limits of the rules.
 
     Returns:
         At most one finding.
     """
-    told = _losses(snapshots)
-    losses = np.array([loss for _, loss in told], dtype=np.float64)
+    values = np.array([loss for _, loss in losses], dtype=np.float64)
     n = limits.window
-    if len(losses) < 2 * n or told[0][0] >= n or not np.isfinite(losses).all() or converges(snapshots, limits):
+    if len(values) < 2 * n or losses[0][0] >= n or not np.isfinite(values).all():
         return []
-    start, end = losses[:n], losses[-n:]  # [n] each
+    start, end = values[:n], values[-n:]  # [n] each
     drop = float(start.mean() - end.mean())
-    error = math.sqrt(float(start.var(ddof=1) + end.var(ddof=1)) / n)
-    if drop > limits.drop_errors * error:
+    std_error = math.sqrt(float(start.var(ddof=1) + end.var(ddof=1)) / n)
+    if drop > limits.drop_errors * std_error:
         return []
-    steps = (told[0][0], told[-1][0])
+    steps = (losses[0][0], losses[-1][0])
     message = (
         f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}; "
-        f"that is no drop beyond {limits.drop_errors:g} standard errors of {error:.2g}"
+        f"that is no drop beyond {limits.drop_errors:g} standard errors of {std_error:.2g}"
     )
-    evidence = {"loss_at_start": float(start.mean()), "loss_at_end": float(end.mean()), "standard_error": error}
+    evidence = {"loss_at_start": float(start.mean()), "loss_at_end": float(end.mean()), "std_error": std_error}
     return [finding("not learning", (), steps, evidence, message)]
 
 
-def spikes(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
+def spikes(snapshots: Sequence[Snapshot], losses: Losses, limits: Thresholds) -> list[Finding]:
     """Finds steps whose total norm or loss stands out from those before.
 
     Args:
         snapshots: Steps in order.
+        losses: As `losses_of` gives them.
         limits: Limits of the rules.
 
     Returns:
@@ -103,7 +116,7 @@ def spikes(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
     """
     series = {
         "total norm": [(snapshot.step, snapshot.total_norm) for snapshot in snapshots],
-        "loss": _losses(snapshots),
+        "loss": losses,
     }
     found: list[tuple[int, str, float, float, float]] = []
     for what, points in series.items():
@@ -123,46 +136,59 @@ def spikes(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
     return [finding("spike", (), (step, step), {"value": value, "mean": mean, "sigma": sigma}, message)]
 
 
-def zeros(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
-    """Finds layers whose gradients are mostly exact zeros, and parameters that never get one.
+def dying(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
+    """Finds layers whose gradients are mostly exact zeros.
+
+    An embedding alone has zeros for all that did not occur, hence at least two weights; with a batch of one so have
+    sound layers, hence only in a run that does not converge.
+
+    Args:
+        snapshots: Steps in order, all with the same sites, of a run that does not converge.
+        limits: Limits of the rules.
+
+    Returns:
+        At most one finding.
+    """
+    n_steps = len(snapshots)
+    if n_steps < limits.window:
+        return []
+    table = snapshots[0].table
+    present = np.stack([snapshot.measured.present for snapshot in snapshots])  # [T, K]
+    shares = np.stack([snapshot.columns["zero_fraction"] for snapshot in snapshots])  # [T, K]
+    weights = np.flatnonzero((np.asarray(table.ndims) > 1) & (2 * present.sum(axis=0) > n_steps))
+    is_dying = 2 * (present & (shares >= limits.dying_share)).sum(axis=0) > n_steps  # [K]
+    found = weights[is_dying[weights]]
+    if len(found) < max(2, limits.dying_sites * len(weights)):
+        return []
+    names = tuple(table.names[k] for k in found)
+    share = float(np.median(shares[present[:, found[0]], found[0]]))
+    steps = (snapshots[0].step, snapshots[-1].step)
+    message = (
+        f"steps {steps[0]} to {steps[1]}: in {len(found)} of {len(weights)} weights {limits.dying_share:.0%} of the "
+        f"gradient or more are exact zeros; first {names[0]}, {share:.0%}"
+    )
+    evidence = {"zero_share": share, "dying": float(len(found)), "weights": float(len(weights))}
+    return [finding("dying", names, steps, evidence, message)]
+
+
+def silent_sites(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
+    """Finds parameters whose gradient is there in every step and always zero, while others have one.
 
     Args:
         snapshots: Steps in order, all with the same sites.
         limits: Limits of the rules.
 
     Returns:
-        At most one finding of each of the two rules.
+        At most one finding.
     """
-    n_steps = len(snapshots)
-    if n_steps < limits.window:
+    if len(snapshots) < limits.window:
         return []
+    always = np.stack([snapshot.measured.present for snapshot in snapshots]).all(axis=0)  # [K]
+    is_zero = (np.stack([snapshot.columns["abs_max"] for snapshot in snapshots]) == 0.0).all(axis=0)  # [K]
+    if not (always & is_zero).any() or not (always & ~is_zero).any():
+        return []
+    names = tuple(snapshots[0].table.names[k] for k in np.flatnonzero(always & is_zero))
     steps = (snapshots[0].step, snapshots[-1].step)
-    table = snapshots[-1].table
-    present = np.stack([snapshot.measured.present for snapshot in snapshots])  # [T, K]
-    zero_shares = np.stack([snapshot.columns["zero_fraction"] for snapshot in snapshots])  # [T, K]
-    findings = []
-    weights = np.flatnonzero((np.asarray(table.ndims) > 1) & (2 * present.sum(axis=0) > n_steps))
-    is_dying = 2 * (present & (zero_shares >= limits.dying_share)).sum(axis=0) > n_steps  # [K]
-    dying = [k for k in weights if is_dying[k]]
-    # An embedding alone has zeros for all that did not occur, and with a batch of one so have sound layers.
-    if len(dying) > 1 and len(dying) >= limits.dying_sites * len(weights) and not converges(snapshots, limits):
-        names = tuple(table.names[k] for k in dying)
-        share = float(np.median(zero_shares[present[:, dying[0]], dying[0]]))
-        message = (
-            f"steps {steps[0]} to {steps[1]}: in {len(dying)} of {len(weights)} weights {limits.dying_share:.0%} of "
-            f"the gradient or more are exact zeros; first {names[0]}, {share:.0%}"
-        )
-        evidence = {"zero_share": share, "dying": float(len(dying)), "weights": float(len(weights))}
-        findings.append(finding("dying", names, steps, evidence, message))
-    always = present.all(axis=0)  # [K]
-    is_silent = always & (np.stack([snapshot.columns["abs_max"] for snapshot in snapshots]) == 0.0).all(axis=0)  # [K]
-    if is_silent.any() and (always & ~is_silent).any():
-        silent = tuple(name for name, silent in zip(table.names, is_silent, strict=True) if silent)
-        others = f", and that of {len(silent) - 1} others" if len(silent) > 1 else ""
-        message = f"steps {steps[0]} to {steps[1]}: the gradient of {silent[0]} is exactly zero{others}"
-        findings.append(finding("silent site", silent, steps, {"silent": float(len(silent))}, message))
-    return findings
-
-
-def _losses(snapshots: Sequence[Snapshot]) -> list[tuple[int, float]]:
-    return [(snapshot.step, snapshot.loss) for snapshot in snapshots if snapshot.loss is not None]
+    others = f", and that of {len(names) - 1} others" if len(names) > 1 else ""
+    message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}"
+    return [finding("silent site", names, steps, {"silent": float(len(names))}, message)]

@@ -111,15 +111,15 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
         if status != "healthy":
             hits[status].append(snapshot)
     findings = [_nonfinite(hits["non-finite"])] if hits["non-finite"] else []
-    if not course.converges(snapshots, thresholds):
+    losses = course.losses_of(snapshots)
+    if not course.converges(losses, thresholds):
         rules: tuple[Literal["exploding", "vanishing"], ...] = ("exploding", "vanishing")
-        findings += [
-            _over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(snapshots)
-        ]
-    findings += course.loss_blow_up(snapshots, thresholds)
-    findings += course.zeros(snapshots, thresholds)
-    findings += course.not_learning(snapshots, thresholds)
-    findings += course.spikes(snapshots, thresholds)
+        findings += [_over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(judged)]
+        findings += course.loss_blow_up(losses, thresholds)
+        findings += course.dying(snapshots, thresholds)
+        findings += course.not_learning(losses, thresholds)
+    findings += course.silent_sites(snapshots, thresholds)
+    findings += course.spikes(snapshots, losses, thresholds)
     order = get_args(Rule)
     return sorted(findings, key=lambda found: order.index(found.rule))
 
