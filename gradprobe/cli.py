@@ -7,13 +7,13 @@ import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleRenderable, RenderableType
 from rich.table import Table
 
 from gradprobe.errors import ArgumentError, GradprobeError
@@ -135,10 +135,7 @@ def identity(
         steps=STEPS if steps is None else steps,
         console=Console(stderr=True),
     )
-    if as_json:
-        _print_json(result.as_dict())
-    else:
-        _print(result)
+    _show(result, as_json)
 
 
 @app.command()
@@ -172,10 +169,7 @@ def remedies(
         steps=STEPS if steps is None else steps,
         console=Console(stderr=True),
     )
-    if as_json:
-        _print_json(result.as_dict())
-    else:
-        _print(result)
+    _show(result, as_json)
     if drawing is not None:
         path = drawing.write_remedies(result.cells, len(result.seeds), result.conclusions, chart)
         print(f"wrote {path}", file=sys.stderr)
@@ -200,10 +194,7 @@ def check(
 
     specs = [parse_input(text) for text in inputs]
     flow = check_gradient_flow(_model(target), specs, batch_size=batch)
-    if as_json:
-        _print_json(flow.as_dict())
-    else:
-        _print(flow)
+    _show(flow, as_json)
     raise typer.Exit(1 if flow.findings else 0)
 
 
@@ -235,10 +226,7 @@ def doctor(as_json: Json = False) -> None:
     from gradprobe.doctor import doctor as examine
 
     diagnosis = examine()
-    if as_json:
-        _print_json(diagnosis.as_dict())
-    else:
-        _print(diagnosis)
+    _show(diagnosis, as_json)
 
 
 def main() -> None:
@@ -248,6 +236,17 @@ def main() -> None:
     except GradprobeError as error:
         print(f"gradprobe: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+class _Result(ConsoleRenderable, Protocol):
+    def as_dict(self) -> Mapping[str, object]: ...
+
+
+def _show(result: _Result, as_json: bool) -> None:
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        _print(result)
 
 
 def _print(renderable: RenderableType) -> None:
