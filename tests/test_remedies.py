@@ -22,9 +22,10 @@ from gradprobe import cli
 from gradprobe.cli import app
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import load
-from gradprobe.experiments.meanfield import factor_per_layer, fit_line
+from gradprobe.experiments.meanfield import factor_per_layer
 from gradprobe.experiments.remedied import network
 from gradprobe.experiments.remedies import BATCH_SIZE, REMEDIES, STEPS, Cell, Remedies, remedies
+from gradprobe.line import fit_line
 
 
 def measured(remedy: str, activation: str, depth: int, seeds: tuple[int, ...] = (0,), steps: int = 1) -> Cell:

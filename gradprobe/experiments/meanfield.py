@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 
 from gradprobe.errors import ArgumentError
+from gradprobe.line import fit_line
 from gradprobe.measured import FloatArray
 
 Pair = tuple[Callable[[FloatArray], FloatArray], Callable[[FloatArray], FloatArray]]
@@ -29,46 +29,6 @@ _FUNCTIONS: dict[str, Pair] = {
     "relu": (lambda z: np.maximum(z, 0.0), lambda z: np.heaviside(z, math.sqrt(0.5))),
 }
 ACTIVATIONS = tuple(_FUNCTIONS)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A least-squares line through log-norms over depth, told as a factor.
-
-    Attributes:
-        factor: by which the norm grows from one layer to the next on the way to the input; NaN where there are fewer
-            than two layers, or a norm that is zero or not finite.
-        std_error: of the factor; NaN below three layers.
-    """
-
-    factor: float
-    std_error: float
-
-
-def fit_line(log_norms: Sequence[float]) -> Line:
-    """Fits a line to natural logarithms of norms, from the layer next to the input to the one next to the loss.
-
-    Args:
-        log_norms: One for each layer.
-
-    Returns:
-        The factor per layer towards the input.
-
-    Example:
-        >>> round(fit_line([math.log(0.5) * k for k in (3, 2, 1)]).factor, 6)
-        0.5
-    """
-    y = np.asarray(log_norms, dtype=np.float64)  # [L]
-    if len(y) < 2 or not np.isfinite(y).all():
-        return Line(math.nan, math.nan)
-    towards_input = -np.arange(len(y), dtype=np.float64)
-    x = towards_input - towards_input.mean()
-    slope = float(x @ y / (x @ x))
-    left = y - y.mean() - slope * x
-    factor = math.exp(slope)
-    if len(y) < 3:
-        return Line(factor, math.nan)
-    return Line(factor, factor * math.sqrt(float(left @ left) / (len(y) - 2) / float(x @ x)))
 
 
 def factor_per_layer(

@@ -23,10 +23,11 @@ from torch.nn import functional as F
 from gradprobe.diagnose import Verdict, verdict
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import Dataset, load
-from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer, fit_line
+from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer
 from gradprobe.experiments.progress import bar
 from gradprobe.experiments.remedied import WIDTH, network, parse_remedy
 from gradprobe.experiments.train import Recipe, evaluate, sgd
+from gradprobe.line import fit_line
 from gradprobe.probe import attach
 from gradprobe.report.words import number
 from gradprobe.snapshot import Snapshot
