@@ -140,7 +140,8 @@ class Probe:
         self._when: When = when if when != "auto" else ("step" if optimizer is not None else "backward")
         self._averages = isinstance(model, nn.parallel.DistributedDataParallel) and self._when == "step"
         self._table = _site_table(self._found.sites)
-        signals = SignalTable(tuple(chosen), tuple(joined)) if chosen or joined else None
+        module_types = tuple(type(module).__name__ for module in chosen.values())
+        signals = SignalTable(tuple(chosen), tuple(joined), module_types) if chosen or joined else None
         self._history = History(capacity, self._collector.rows_on, self._table, self._collector.in_site_order, signals)
         self._passing: Passing | None = None
         if signals is not None:

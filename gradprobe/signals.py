@@ -24,10 +24,12 @@ class SignalTable:
     Attributes:
         activations: Names of the modules. Length M.
         junctions: Names of the junctions. Length J.
+        module_types: Names of the modules' classes. Length M.
     """
 
     activations: tuple[str, ...]
     junctions: tuple[str, ...]
+    module_types: tuple[str, ...]
 
     @property
     def first_junction_site(self) -> int:
@@ -69,11 +71,13 @@ class Activation:
 
     Attributes:
         name: Name of the module.
+        module_type: Name of its class, such as "ReLU".
         output: Statistics of what it returned; of all tensors and calls together.
         gradient: Statistics of the gradient that came back to that, None where none did.
     """
 
     name: str
+    module_type: str
     output: SiteStats
     gradient: SiteStats | None
 
@@ -148,7 +152,8 @@ class Signals:
             if self.table.kinds[site] == "activation":
                 output, name = self.stats(site), self.table.names[site]
                 assert output is not None
-                found[name] = Activation(name, output, self.stats(site + 1))
+                module_type = self.table.module_types[site // len(ACTIVATION_KINDS)]
+                found[name] = Activation(name, module_type, output, self.stats(site + 1))
         return found
 
     @cached_property
