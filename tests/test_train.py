@@ -181,8 +181,8 @@ def test_evaluation_leaves_the_net_as_it_was(data):
     model = networks.resnet(8, in_channels=1)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for at_start in (True, False):
-        evaluate(model, data.test_x, data.test_y, at_start=at_start)
+    for by_batch in (True, False):
+        evaluate(model, data.test_x, data.test_y, by_batch=by_batch)
         assert model.training
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -347,8 +347,8 @@ def _run(jobs: list[engines.Job], states: dict[int, bytes], advance: Advance) ->
 
 
 def _measure(model: nn.Module, data: Dataset, *, by_batch: bool) -> NetErrors:
-    train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, at_start=by_batch)
-    _, test_error_pct = evaluate(model, data.test_x, data.test_y, at_start=by_batch)
+    train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, by_batch=by_batch)
+    _, test_error_pct = evaluate(model, data.test_x, data.test_y, by_batch=by_batch)
     return NetErrors(train_loss, train_error_pct, test_error_pct)
 
 

@@ -318,7 +318,7 @@ def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: 
     model.float()
     optimizer = sgd(model, _recipe())
     # Here and at the end normalised by each batch: running averages lag behind in so short a training.
-    start_loss, _ = evaluate(model, data.train_x, data.train_y, at_start=True)
+    start_loss, _ = evaluate(model, data.train_x, data.train_y, by_batch=True)
     nan_after = None
     # What is below the smallest normal number of float32 moves no weight, and takes many CPUs a hundred times as long.
     torch.set_flush_denormal(True)
@@ -337,7 +337,7 @@ def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: 
             if clipped:
                 nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
-        final_loss, _ = evaluate(model, data.train_x, data.train_y, at_start=True)
+        final_loss, _ = evaluate(model, data.train_x, data.train_y, by_batch=True)
     finally:
         torch.set_flush_denormal(False)
     if nan_after is None and not math.isfinite(final_loss):

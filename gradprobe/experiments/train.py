@@ -246,26 +246,27 @@ def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 
 def _measure(model: nn.Module, data: Dataset, epoch: int, began: float) -> EpochRow:
-    train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, at_start=epoch == 0)
-    _, test_error_pct = evaluate(model, data.test_x, data.test_y, at_start=epoch == 0)
+    # The running averages of an untrained net mean nothing.
+    train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, by_batch=epoch == 0)
+    _, test_error_pct = evaluate(model, data.test_x, data.test_y, by_batch=epoch == 0)
     return EpochRow(epoch, train_loss, train_error_pct, test_error_pct, time.perf_counter() - began)
 
 
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, at_start: bool = False) -> tuple[float, float]:
-    """Measures a network over a whole set, in eval mode, and leaves it as it was.
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, by_batch: bool = False) -> tuple[float, float]:
+    """Measures a network over a whole set, and leaves it as it was.
 
     Args:
         model: the network.
         images: [N, C, H, W].
         labels: [N].
-        at_start: the net is untrained, so that its running averages mean nothing: normalise by each batch instead.
+        by_batch: normalise by each batch instead of by running averages.
 
     Returns:
         Mean cross-entropy, and the error in per cent. An image whose logits are not all finite is an error.
     """
     training = model.training
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train(at_start)
+    model.train(by_batch)
     loss, right = 0.0, 0
     with torch.no_grad():
         for x, y in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
