@@ -191,10 +191,11 @@ def test_stacks_learn_and_depth_makes_it_harder() -> None:
         ({"depths": (56, 20)}, "depths: needed a shallow and then a deeper net, got 56, 20"),
         ({"depths": (20,)}, "depths: needed a shallow and then a deeper net, got 20"),
         ({"depths": (20, 57)}, "depth: needed 6n"),
-        ({"depths": (20, 34)}, "depths: needed 6n.2 of the CIFAR layout .* got 34"),
+        ({"depths": (20, 34)}, "depths: needed 6n.2 of the CIFAR layout .* got 34, which names an ImageNet net"),
+        ({"depths": (20, 50)}, "depths: needed 6n.2 of the CIFAR layout .* got 50, which names an ImageNet net"),
         ({"stack_depths": (4, 2)}, "depths of the stacks: needed whole numbers of at least 1 in rising order"),
     ],
-    ids=["seed", "epochs", "steps", "order", "one", "no-depth", "imagenet", "stacks"],
+    ids=["seed", "epochs", "steps", "order", "one", "no-depth", "imagenet", "both", "stacks"],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=f"^{message}"):

@@ -274,7 +274,9 @@ def identity(
         raise ArgumentError(f"depths: needed a shallow and then a deeper net, got {', '.join(map(str, depths))}")
     for depth in depths:
         if networks.default_layout(depth) != "cifar":
-            raise ArgumentError(f"depths: needed 6n+2 of the CIFAR layout (8, 14, 20, 56, …), got {depth}")
+            raise ArgumentError(
+                f"depths: needed 6n+2 of the CIFAR layout (8, 14, 20, 56, …), got {depth}, which names an ImageNet net"
+            )
     dataset = load("digits")
     recipe = Recipe(epochs, BATCH_SIZE)
     further = epochs // 3
