@@ -361,9 +361,6 @@ def _errors(row: EpochRow) -> NetErrors:
 @contextmanager
 def _progress(console: Console | None, total: float) -> Iterator[Advance]:
     """A bar over all that is trained, weighted by layers; yields what to call after a part."""
-    if console is None or not console.is_terminal:
-        yield lambda cost, text: None
-        return
     with bar(console) as progress:
         task = progress.add_task("", total=total)
         yield lambda cost, text: progress.update(task, advance=cost, description=text)

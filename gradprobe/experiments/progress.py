@@ -6,20 +6,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def bar(console: Console) -> Progress:
+def bar(console: Console | None) -> Progress:
     """Makes a bar with the share that is done, the time that passed and is left, and what was trained last.
 
     Args:
-        console: where to draw it.
+        console: where to draw it; None, or one that is no terminal, draws nothing.
 
     Returns:
         The bar, to be used in a ``with`` statement; it has no task yet.
 
     Example:
-        >>> with bar(Console(quiet=True)) as progress:
+        >>> with bar(None) as progress:
         ...     task = progress.add_task("", total=2)
         ...     progress.update(task, advance=1, description="plain-20: epoch 1")
     """
+    quiet = console is None or not console.is_terminal
     # The speed is taken over many epochs, since those of different nets take different times.
     return Progress(
         BarColumn(),
@@ -28,6 +29,7 @@ def bar(console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
-        console=console,
+        console=Console(quiet=True) if quiet else console,
+        disable=quiet,
         speed_estimate_period=600.0,
     )

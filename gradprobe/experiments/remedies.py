@@ -273,7 +273,7 @@ def remedies(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers of this size take longer on several
     try:
-        with bar(console if console is not None and console.is_terminal else Console(quiet=True)) as progress:
+        with bar(console) as progress:
             task = progress.add_task("", total=len(activations) * sum(depths) * len(remedies) * len(seeds))
             for activation, depth, remedy in product(activations, depths, remedies):
                 runs = []

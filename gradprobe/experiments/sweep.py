@@ -18,6 +18,7 @@ from gradprobe import networks
 from gradprobe.errors import ArgumentError, StoreError
 from gradprobe.experiments import DEFAULT_EPOCHS, engines
 from gradprobe.experiments.data import Dataset, load
+from gradprobe.experiments.progress import bar
 from gradprobe.experiments.rows import Cell
 from gradprobe.experiments.store import RunWriter, start_run
 from gradprobe.experiments.train import EpochResult, Recipe, build
@@ -106,18 +107,14 @@ def _progress(
     console: Console | None, run: RunWriter, cells: Sequence[Cell], costs: dict[tuple[str, int], int], epochs: int
 ) -> Iterator[Callable[[Cell, EpochResult], None]]:
     """A bar over all epochs of all cells, each weighted by what it costs; yields what to call after an epoch."""
-    if console is None or not console.is_terminal:
-        yield lambda cell, result: None
-        return
-    from gradprobe.experiments.progress import bar as new_bar
 
     def cost(cell: Cell) -> int:
         return costs[cell.family, cell.depth]
 
     # A finished cell counts whole, though a diverged one has fewer epochs.
     done = sum(cost(c) * (epochs if c.status != "pending" else max(len(run.epochs(c.id)) - 1, 0)) for c in cells)
-    with new_bar(console) as bar:
-        task = bar.add_task("", total=sum(cost(cell) * epochs for cell in cells), completed=done)
+    with bar(console) as progress:
+        task = progress.add_task("", total=sum(cost(cell) * epochs for cell in cells), completed=done)
 
         def advance(cell: Cell, result: EpochResult) -> None:
             last = result.epochs[-1]
@@ -125,7 +122,7 @@ def _progress(
             text = (
                 f"{cell.name} seed {cell.seed}: epoch {last.epoch}/{epochs}, train error {last.train_error_pct:.1f} %"
             )
-            bar.update(task, advance=cost(cell) * (1 + missing), description=text)
+            progress.update(task, advance=cost(cell) * (1 + missing), description=text)
 
         yield advance
 
