@@ -151,6 +151,12 @@ def svg(chart: Chart) -> str:
     return drawn
 
 
+def png(chart: Chart) -> bytes:
+    """The chart as a picture, drawn without network access."""
+    drawn: bytes = vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE)
+    return drawn
+
+
 def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
     """Draws both charts as pictures, `error.png` and `gradient.png`.
 
@@ -171,7 +177,7 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, chart in (("error.png", error_chart(summary)), ("gradient.png", gradient_chart(summary))):
             if chart is not None:
-                (folder / name).write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE))
+                (folder / name).write_bytes(png(chart))
                 written.append(folder / name)
     except OSError as error:
         raise StoreError(f"{folder}: cannot write the charts: {error}") from error

@@ -11,7 +11,7 @@ from gradprobe.errors import StoreError
 from gradprobe.report.charts import NARROW, WIDE, Chart, error_chart, gradient_chart, hidden_layers, svg
 from gradprobe.report.palette import Palette
 from gradprobe.report.rows import SweepRun
-from gradprobe.report.style import CSS, SCRIPT
+from gradprobe.report.style import document
 from gradprobe.report.summary import (
     DEGRADED,
     EARLIEST_COMPARISON,
@@ -63,9 +63,7 @@ def page(summary: Summary) -> str:
         A complete HTML document.
     """
     data = str(summary.config.get("data", "unknown data"))
-    title = f"Degradation sweep on {data}"
     parts = [
-        f"<h1>{escape(title)}</h1>",
         f'<p class="facts">{escape(_facts(summary))}</p>',
         _notice(summary),
         *(f'<p class="lead">{_typeset(line)}</p>' for line in headline(summary)),
@@ -77,12 +75,7 @@ def page(summary: Summary) -> str:
         _run(summary),
     ]
     body = "\n".join(part for part in parts if part)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)} – gradprobe</title>\n<style>{CSS}{_dark_rules(summary)}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    return document(f"Degradation sweep on {data}", _dark_rules(summary), body)
 
 
 def _facts(summary: Summary) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 import altair as alt
-import vl_convert
 
 from gradprobe.errors import ArgumentError, StoreError
-from gradprobe.report.charts import PNG_SCALE, Chart, ChartData, Row, Size, concat, svg
+from gradprobe.report.charts import Chart, ChartData, Row, Size, concat, png, svg
 from gradprobe.report.palette import FAINT, INK, shades
-from gradprobe.report.style import CSS, SCRIPT
+from gradprobe.report.style import document
 from gradprobe.report.words import number
 
 SUFFIXES = (".html", ".svg", ".png")
@@ -155,7 +154,7 @@ def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Seque
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".png":
-            path.write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE))
+            path.write_bytes(png(chart))
         else:
             path.write_text(svg(chart) if path.suffix == ".svg" else _page(chart, conclusions), encoding="utf-8")
     except OSError as error:
@@ -165,13 +164,8 @@ def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Seque
 
 def _page(chart: Chart, conclusions: Sequence[str]) -> str:
     sentences = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in conclusions)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Remedies – gradprobe</title>\n<style>{CSS}:root {{ color-scheme: light; }}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>Remedies</h1>\n{sentences}\n<figure>{svg(chart)}\n"
-        f"<figcaption>{escape(_CAPTION)}</figcaption></figure>\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    figure = f"<figure>{svg(chart)}\n<figcaption>{escape(_CAPTION)}</figcaption></figure>"
+    return document("Remedies", ":root { color-scheme: light; }", f"{sentences}\n{figure}")
 
 
 def _ticks(domain: Sequence[float]) -> list[float]:

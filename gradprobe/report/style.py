@@ -1,8 +1,10 @@
-"""The page's look and the little script that shows a mark's description beside the pointer."""
+"""The frame of a page: its look, and the little script that shows a mark's description beside the pointer."""
 
 from __future__ import annotations
 
-CSS = """
+from html import escape
+
+_CSS = """
 :root { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --line: #dfe3e8; --wash: #f6f7f9;
   --healthy: #2e7d4f; --degraded: #b07800; --broken: #c0362c; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e6e8ea; --faint: #9aa3ad; --line: #30363d;
@@ -52,7 +54,7 @@ sup { font-size: .72em; line-height: 0; }
 @media print { .scroll { overflow: visible; } #tip { display: none; } }
 """
 
-SCRIPT = """
+_SCRIPT = """
 (function () {
   var tip = document.createElement("div");
   tip.id = "tip"; tip.hidden = true; document.body.appendChild(tip);
@@ -67,3 +69,27 @@ SCRIPT = """
   });
 })();
 """
+
+
+def document(title: str, css: str, body: str) -> str:
+    r"""Makes a page that needs nothing beside itself.
+
+    Args:
+        title: Its title and headline, as plain text.
+        css: Rules beside those of every page.
+        body: What stands below the headline, as HTML.
+
+    Returns:
+        A complete HTML document.
+
+    Example:
+        >>> "<h1>A &lt; B</h1>\n<p>text</p>" in document("A < B", "", "<p>text</p>")
+        True
+    """
+    title = escape(title)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title} – gradprobe</title>\n<style>{_CSS}{css}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{title}</h1>\n{body}\n</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
