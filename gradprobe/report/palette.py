@@ -16,7 +16,7 @@ _DARK = {PAPER: "#14171a", INK: "#e6e8ea", FAINT: "#9aa3ad", GRID: "#2b3036"}
 _NAMED = {"plain": ("#b8480b", "#f59a5b"), "resnet": ("#1d5fae", "#6cb0ff")}
 _OTHERS = (("#2e7d4f", "#6fcf97"), ("#7b4ba8", "#c39bf0"), ("#a3306b", "#f08bbb"), ("#5f6b00", "#c9d84a"))
 
-# How much of the family's colour the shallowest net keeps; the rest is the page.
+# How much of a colour the shallowest net keeps; the rest is the page.
 _LIGHTEST = 0.6
 
 
@@ -37,8 +37,7 @@ class Palette:
         self._nets: dict[tuple[str, int], tuple[str, str]] = {}
         for family, members in depths.items():
             light, dark = self._families[family]
-            for rank, depth in enumerate(members):
-                share = 1.0 if len(members) == 1 else _LIGHTEST + (1 - _LIGHTEST) * rank / (len(members) - 1)
+            for depth, share in zip(members, _shares(len(members)), strict=True):
                 self._nets[family, depth] = _mix(light, PAPER, share), _mix(dark, _DARK[PAPER], share)
 
     def family(self, family: str) -> str:
@@ -57,7 +56,12 @@ class Palette:
 def shades(count: int) -> list[str]:
     """Colours for what only has an order, the lightest first."""
     colour = _NAMED["resnet"][0]
-    return [_mix(colour, PAPER, 1.0 - (1 - _LIGHTEST) * rank / max(count - 1, 1)) for rank in reversed(range(count))]
+    return [_mix(colour, PAPER, share) for share in _shares(count)]
+
+
+def _shares(count: int) -> list[float]:
+    """How much each of so many nets keeps of a colour, from the shallowest to the deepest, which keeps all."""
+    return [1 - (1 - _LIGHTEST) * rank / max(count - 1, 1) for rank in reversed(range(count))]
 
 
 def _mix(colour: str, ground: str, share: float) -> str:
