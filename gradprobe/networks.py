@@ -170,6 +170,32 @@ def default_layout(depth: int) -> Layout:
     )
 
 
+def initialise(model: nn.Module, init: Init) -> None:
+    """Draws the weights of all convolutions and linear layers anew, from torch's global random stream.
+
+    Args:
+        model: any module, the layer itself included; changed in place.
+        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform), or ``"default"``, which leaves them as PyTorch drew.
+
+    Source:
+        He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS), equation 16.
+
+    Example:
+        >>> layer = nn.Linear(3, 3)
+        >>> initialise(layer, "xavier")
+        >>> bool(layer.weight.abs().max() <= 1)
+        True
+    """
+    if init == "default":
+        return
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if init == "he":
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            else:
+                nn.init.xavier_uniform_(module.weight)
+
+
 def _build(
     residual: bool,
     depth: int,
@@ -200,7 +226,7 @@ def _build(
     else:
         blocks, bottleneck = _IMAGENET_STAGES[depth]
         model = _ImageNetNet(blocks, bottleneck, residual, in_channels, num_classes, width, norm)
-    _initialise(model, init)
+    initialise(model, init)
     return model
 
 
@@ -216,17 +242,6 @@ def _check_sizes(**sizes: int) -> None:
 
 def _listed(names: tuple[object, ...]) -> str:
     return ", ".join(map(str, names))
-
-
-def _initialise(model: nn.Module, init: Init) -> None:
-    if init == "default":
-        return
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if init == "he":
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            else:
-                nn.init.xavier_uniform_(module.weight)
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:

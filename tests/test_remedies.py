@@ -50,6 +50,19 @@ def by_autograd(remedy: str, activation: str, depth: int, seed: int) -> list[flo
     return [float(gradient.square().sum().sqrt()) for gradient in gradients]
 
 
+@pytest.mark.parametrize(
+    ("remedy", "variance", "uniform"), [("he", 2 / 64, False), ("xavier", 1 / 64, True), ("none", 1 / 192, True)]
+)
+def test_weights_start_as_the_paper_of_the_init_says(remedy: str, variance: float, uniform: bool) -> None:
+    torch.manual_seed(0)
+    hidden = network(remedy, "tanh", 12, 64, 10)[2:-1]
+    weights = torch.stack([layer.linear.weight for layer in hidden])
+    biases = torch.stack([layer.linear.bias for layer in hidden])
+    assert weights.var().item() == pytest.approx(variance, rel=0.02)
+    assert (weights.abs().max().item() <= math.sqrt(3 * variance)) == uniform
+    assert bool((biases == 0).all()) == (remedy != "none")
+
+
 @pytest.mark.parametrize("remedy", ["none", "batchnorm", "he+residual"])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
 def test_the_norms_are_those_of_autograd(remedy: str, activation: str) -> None:

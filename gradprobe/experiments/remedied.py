@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gradprobe.errors import ArgumentError
+from gradprobe.networks import Init, initialise
 from gradprobe.nn import ResidualAdd
 
 WIDTH = 64
-INITS = ("xavier", "he")
+INITS: tuple[Init, ...] = ("xavier", "he")
 NORMS = ("batchnorm", "layernorm")
 PARTS = ("none", "clipping", *INITS, *NORMS, "residual")
 
@@ -30,7 +31,7 @@ class Remedy:
         clipped: whether the gradient is clipped.
     """
 
-    init: str
+    init: Init
     norm: str
     residual: bool
     clipped: bool
@@ -63,14 +64,14 @@ def parse_remedy(text: str) -> Remedy:
         Remedy(init='he', norm='none', residual=True, clipped=False)
     """
     parts = text.split("+")
-    inits, norms = [part for part in parts if part in INITS], [part for part in parts if part in NORMS]
+    inits, norms = [init for init in INITS if init in parts], [part for part in parts if part in NORMS]
     clash = len(set(parts)) < len(parts) or len(inits) > 1 or len(norms) > 1 or ("none" in parts and len(parts) > 1)
     if clash or any(part not in PARTS for part in parts):
         raise ArgumentError(
             f"remedies: needed some of {', '.join(PARTS)}, or several with + between, with one of {', '.join(INITS)} "
             f"and one of {', '.join(NORMS)} at most; got {text!r}"
         )
-    init = inits[0] if inits else "default"
+    init: Init = inits[0] if inits else "default"
     norm = norms[0].removesuffix("norm") if norms else "none"
     return Remedy(init, norm, "residual" in parts, "clipping" in parts)
 
@@ -110,10 +111,10 @@ def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: 
     layers: list[nn.Module] = [nn.Flatten()]
     for k in range(depth - 1):
         linear = nn.Linear(WIDTH if k else inputs, WIDTH)
-        _initialise(linear, chosen.init)
+        _start(linear, chosen.init)
         layers.append(_Layer(linear, chosen.norm, _ACTIVATIONS[activation](), chosen.residual and k > 0))
     head = nn.Linear(WIDTH, num_classes)
-    _initialise(head, chosen.init)
+    _start(head, chosen.init)
     return nn.Sequential(*layers, head)
 
 
@@ -134,11 +135,7 @@ class _Layer(nn.Module):
         return plain
 
 
-def _initialise(linear: nn.Linear, init: str) -> None:
-    if init == "default":
-        return
-    if init == "he":
-        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-    else:
-        nn.init.xavier_normal_(linear.weight)
-    nn.init.zeros_(linear.bias)
+def _start(linear: nn.Linear, init: Init) -> None:
+    initialise(linear, init)
+    if init != "default":
+        nn.init.zeros_(linear.bias)
