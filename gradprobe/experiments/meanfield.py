@@ -22,7 +22,8 @@ def _sigmoid(z: FloatArray) -> FloatArray:
     return 0.5 * (1 + np.tanh(z / 2))
 
 
-# Each activation and its derivative; that of ReLU at 0 is the mean of both sides, which the sum over a grid needs.
+# Each activation and its derivative. Only squares of these are summed: the derivative of ReLU at the grid's point 0 has
+# the square 1/2, half way between those of both sides.
 _FUNCTIONS: dict[str, Pair] = {
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
