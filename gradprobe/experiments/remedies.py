@@ -33,8 +33,8 @@ from gradprobe.report.words import number
 from gradprobe.snapshot import Snapshot
 
 BATCH_SIZE = 64
+RECIPE = Recipe(epochs=1, batch_size=BATCH_SIZE, learning_rate=0.01)
 MAX_NORM = 1.0
-LEARNING_RATE = 0.01
 STEPS = 60
 DEPTHS = (20, 50)
 SEEDS = (0, 1)
@@ -110,6 +110,7 @@ class Remedies:
         steps: for which each net was trained.
         learning_rate: of SGD with momentum.
         momentum: of it.
+        weight_decay: of it.
         constant_loss: of the best answer that makes no use of the image.
         cells: for each activation and depth all remedies.
     """
@@ -119,6 +120,7 @@ class Remedies:
     steps: int
     learning_rate: float
     momentum: float
+    weight_decay: float
     constant_loss: float
     cells: tuple[Cell, ...]
 
@@ -207,12 +209,13 @@ class Remedies:
         yield table
         yield Text(
             f"{self.data}; fully connected, width {WIDTH}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} "
-            f"steps of SGD {self.learning_rate:g} with momentum {self.momentum:g}; clipping to {MAX_NORM:g}; without "
-            "xavier or he, weights start as PyTorch starts them. first, first/last: norm of the weight gradient next "
-            "to the input, and over that next to the loss; per layer: its factor towards the input, least squares over "
-            "the hidden layers, ± standard error; theory: the same in a wide plain net; fell: seeds whose loss ended "
-            f"below {FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, that of a constant answer; NaN: steps "
-            "done before the loss became NaN or infinite."
+            f"steps of SGD {self.learning_rate:g} with momentum {self.momentum:g}, weight decay {self.weight_decay:g}; "
+            f"clipping to {MAX_NORM:g}; without xavier or he, weights start as PyTorch starts them. first, first/last: "
+            "norm of the weight gradient next to the input, and over that next to the loss; per layer: its factor "
+            "towards the input, least squares over the hidden layers, ± standard error; theory: the same in a wide "
+            f"plain net; fell: seeds whose loss ended below {FELL_SHARE:g} of its start and of "
+            f"{self.constant_loss:.2f}, that of a constant answer; NaN: steps done before the loss became NaN or "
+            "infinite."
         )
         yield from (Text(sentence) for sentence in self.conclusions)
 
@@ -285,9 +288,15 @@ def remedies(
                 cells.append(_cell(remedy, activation, depth, runs, constant_loss, data))
     finally:
         torch.set_num_threads(threads)
-    recipe = _recipe()
     return Remedies(
-        data.summary, tuple(seeds), steps, recipe.learning_rate, recipe.momentum, constant_loss, tuple(cells)
+        data=data.summary,
+        seeds=tuple(seeds),
+        steps=steps,
+        learning_rate=RECIPE.learning_rate,
+        momentum=RECIPE.momentum,
+        weight_decay=RECIPE.weight_decay,
+        constant_loss=constant_loss,
+        cells=tuple(cells),
     )
 
 
@@ -298,10 +307,6 @@ class _Run:
     start_loss: float
     final_loss: float
     nan_after: int | None
-
-
-def _recipe() -> Recipe:
-    return Recipe(epochs=1, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
 
 
 def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: Dataset) -> _Run:
@@ -316,7 +321,7 @@ def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: 
     norms = tuple(snapshot[name].norm for name in weights)
 
     model.float()
-    optimizer = sgd(model, _recipe())
+    optimizer = sgd(model, RECIPE)
     # Here and at the end normalised by each batch: running averages lag behind in so short a training.
     start_loss, _ = evaluate(model, data.train_x, data.train_y, by_batch=True)
     nan_after = None
