@@ -294,8 +294,9 @@ def test_the_table_says_what_was_measured(few: Remedies) -> None:
     for cell in few.cells:
         assert f"{cell.factor:.3f} ± {cell.std_error:.3f}" in text
         assert f"{cell.theory:.3f}" in text
-    assert "9.5e-07" in words
-    assert "1,048,576" in words
+    assert "0.5^20 = 9.5e-07" in words
+    assert "2^20 = 1,048,576" in words
+    assert "2^20" not in " ".join(few.conclusions)
 
 
 def test_what_is_said_follows_from_the_numbers(few: Remedies) -> None:

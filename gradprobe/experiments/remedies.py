@@ -169,10 +169,6 @@ class Remedies:
                 f"which is for wide nets and large batches ({worst.remedy}, {worst.activation}, {worst.depth} layers: "
                 f"{worst.factor:.2f}, theory {worst.theory:.2f})."
             )
-        sentences.append(
-            f"The lesson's scalar model: a factor of 0.5 per layer leaves 0.5^20 = {0.5**20:.1e} after 20 layers, a "
-            f"factor of 2 makes 2^20 = {2**20:,}."
-        )
         return tuple(sentences)
 
     def _unclipped(self, cell: Cell) -> Cell | None:
@@ -216,6 +212,10 @@ class Remedies:
             f"plain net; fell: seeds whose loss ended below {FELL_SHARE:g} of its start and of "
             f"{self.constant_loss:.2f}, that of a constant answer; NaN: steps done before the loss became NaN or "
             "infinite."
+        )
+        yield Text(
+            f"For scale: a factor of 0.5 per layer leaves 0.5^20 = {0.5**20:.1e} after 20 layers, one of 2 makes "
+            f"2^20 = {2**20:,}."
         )
         yield from (Text(sentence) for sentence in self.conclusions)
 
