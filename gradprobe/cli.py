@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleRenderable, RenderableType
 from rich.table import Table
 
 from gradprobe.errors import ArgumentError, GradprobeError
-from gradprobe.experiments import DEFAULT_EPOCHS
+from gradprobe.experiments import DEFAULT_EPOCHS, REMEDY_STEPS, STACK_STEPS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,18 +121,17 @@ def identity(
     seed: Annotated[int, typer.Option(help="Of weights, inputs and order of the images.")] = 0,
     depths: Annotated[str, typer.Option(help="A shallow and a deeper net, both 6n+2.")] = "20,56",
     epochs: Annotated[int, typer.Option(help="Passes over the digits; a third more afterwards.")] = DEFAULT_EPOCHS,
-    steps: Annotated[int | None, typer.Option(help="Steps in which a stack learns y = x.", show_default="1000")] = None,
+    steps: Annotated[int, typer.Option(help="Steps in which a stack learns y = x.")] = STACK_STEPS,
     as_json: Json = False,
 ) -> None:
     """Build the deep net that is as good as a shallow one, and see whether training finds it."""
     from gradprobe.experiments.identity import identity as run_identity
-    from gradprobe.experiments.stacks import STEPS
 
     result = run_identity(
         seed=seed,
         depths=_listed("--depths", depths, int),
         epochs=epochs,
-        steps=STEPS if steps is None else steps,
+        steps=steps,
         console=Console(stderr=True),
     )
     _show(result, as_json)
@@ -150,12 +149,12 @@ def remedies(
     depths: Annotated[str, typer.Option(help="Weight layers, at least 2.")] = "20,50",
     activations: Annotated[str, typer.Option(help="Some of sigmoid, tanh, relu.")] = "sigmoid,tanh,relu",
     seeds: Annotated[str, typer.Option(help="Whole numbers.")] = "0,1",
-    steps: Annotated[int | None, typer.Option(help="Steps for which each net trains.", show_default="60")] = None,
+    steps: Annotated[int, typer.Option(help="Steps for which each net trains.")] = REMEDY_STEPS,
     chart: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: a .html, .svg or .png.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare remedies for vanishing and exploding gradients, by depth and activation; a minute or two."""
-    from gradprobe.experiments.remedies import REMEDIES, STEPS
+    from gradprobe.experiments.remedies import REMEDIES
     from gradprobe.experiments.remedies import remedies as run_remedies
 
     drawing = None if chart is None else _drawing("--chart", "gradprobe.report.remedies")
@@ -166,7 +165,7 @@ def remedies(
         depths=_listed("--depths", depths, int),
         activations=_listed("--activations", activations, str),
         seeds=_listed("--seeds", seeds, int),
-        steps=STEPS if steps is None else steps,
+        steps=steps,
         console=Console(stderr=True),
     )
     _show(result, as_json)

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from gradprobe import cli
 from gradprobe.cli import app
 from gradprobe.errors import ArgumentError
+from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.data import load
 from gradprobe.experiments.meanfield import factor_per_layer
 from gradprobe.experiments.remedied import network
-from gradprobe.experiments.remedies import BATCH_SIZE, REMEDIES, STEPS, Cell, Remedies, remedies
+from gradprobe.experiments.remedies import BATCH_SIZE, REMEDIES, Cell, Remedies, remedies
 from gradprobe.line import fit_line
 
 
@@ -164,7 +165,10 @@ def test_clipping_saves_what_becomes_nan_without_it() -> None:
 
 
 def test_a_healthy_net_learns_and_a_vanishing_one_only_the_constant_answer() -> None:
-    good, bad = measured("batchnorm", "relu", 10, steps=STEPS), measured("none", "sigmoid", 10, steps=STEPS)
+    good, bad = (
+        measured("batchnorm", "relu", 10, steps=REMEDY_STEPS),
+        measured("none", "sigmoid", 10, steps=REMEDY_STEPS),
+    )
     assert (good.n_fell, bad.n_fell) == (1, 0)
     assert good.final_loss < 1 < bad.final_loss
     assert bad.final_loss == pytest.approx(math.log(10), abs=0.1)

@@ -7,3 +7,7 @@ that a report starts at once. ``identity`` uses ``train`` and ``stacks``; ``reme
 
 # Passes over the training set: enough for the digits to show the degradation in a minute.
 DEFAULT_EPOCHS = 20
+# Steps in which a stack of layers learns y = x.
+STACK_STEPS = 1000
+# Steps for which each net with a remedy trains.
+REMEDY_STEPS = 60

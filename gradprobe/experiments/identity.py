@@ -19,18 +19,18 @@ from torch import nn
 
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
-from gradprobe.experiments import DEFAULT_EPOCHS, engines
+from gradprobe.experiments import DEFAULT_EPOCHS, STACK_STEPS, engines
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.progress import bar
 from gradprobe.experiments.rows import Cell, EpochRow
-from gradprobe.experiments.stacks import DEPTHS, STEPS, Stacks, check_options, train_stacks
+from gradprobe.experiments.stacks import DEPTHS, Stacks, check_options, train_stacks
 from gradprobe.experiments.train import Recipe, build, evaluate, load_state, save_state, sgd
 from gradprobe.nn import ResidualAdd
 
 BATCH_SIZE = 64
 # A difference of training errors, in percentage points, that is not spoken of as one.
 AS_GOOD_PP = 1.0
-# For the progress bar: a layer of a stack takes about as long for all steps as four layers of a net for an epoch.
+# For the progress bar: a layer of a stack takes about as long for all STACK_STEPS as four layers of a net for an epoch.
 _STACK_LAYER_COST = 4.0
 
 
@@ -244,7 +244,7 @@ def identity(
     depths: Sequence[int] = (20, 56),
     epochs: int = DEFAULT_EPOCHS,
     stack_depths: Sequence[int] = DEPTHS,
-    steps: int = STEPS,
+    steps: int = STACK_STEPS,
     console: Console | None = None,
 ) -> Identity:
     """Constructs the better deep net, trains beside it one from scratch and it itself on, and lets stacks learn y = x.
@@ -280,14 +280,15 @@ def identity(
     dataset = load("digits")
     recipe = Recipe(epochs, BATCH_SIZE)
     further = epochs // 3
-    total = epochs * sum(depths) + further * depths[1] + 3 * sum(stack_depths) * _STACK_LAYER_COST * steps / STEPS
+    stack_layer_cost = _STACK_LAYER_COST * steps / STACK_STEPS
+    total = epochs * sum(depths) + further * depths[1] + 3 * sum(stack_depths) * stack_layer_cost
     with _progress(console, total) as advance:
         paradox = _paradox(dataset, seed, depths, recipe, further, advance)
         stacks = train_stacks(
             seed=seed,
             depths=stack_depths,
             steps=steps,
-            advance=lambda depth: advance(depth * _STACK_LAYER_COST * steps / STEPS, f"y = x: {depth} layers"),
+            advance=lambda depth: advance(depth * stack_layer_cost, f"y = x: {depth} layers"),
         )
     return Identity(dataset.summary, seed, recipe.batch_size, recipe.learning_rate, paradox, stacks)
 

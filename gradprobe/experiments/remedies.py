@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gradprobe.diagnose import Verdict, verdict
 from gradprobe.errors import ArgumentError
+from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer
 from gradprobe.experiments.progress import bar
@@ -35,7 +36,6 @@ from gradprobe.snapshot import Snapshot
 BATCH_SIZE = 64
 RECIPE = Recipe(epochs=1, batch_size=BATCH_SIZE, learning_rate=0.01)
 MAX_NORM = 1.0
-STEPS = 60
 DEPTHS = (20, 50)
 SEEDS = (0, 1)
 # A loss counts as fallen when it is below this share of the start and of what a constant answer reaches: a net whose
@@ -240,7 +240,7 @@ def remedies(
     depths: Sequence[int] = DEPTHS,
     activations: Sequence[str] = ACTIVATIONS,
     seeds: Sequence[int] = SEEDS,
-    steps: int = STEPS,
+    steps: int = REMEDY_STEPS,
     console: Console | None = None,
 ) -> Remedies:
     """Measures the gradient of every net with every remedy at initialisation, and trains each for some steps.

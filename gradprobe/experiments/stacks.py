@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
+from gradprobe.experiments import STACK_STEPS
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
-STEPS = 1000
 WIDTH = 16
 BATCH_SIZE = 128
 TEST_INPUTS = 4096
@@ -97,7 +97,7 @@ def train_stacks(
     *,
     seed: int = 0,
     depths: Sequence[int] = DEPTHS,
-    steps: int = STEPS,
+    steps: int = STACK_STEPS,
     advance: Callable[[int], None] = lambda depth: None,
 ) -> Stacks:
     """Trains plain and residual stacks of ReLU layers to give back their own non-negative input.
