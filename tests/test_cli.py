@@ -40,7 +40,7 @@ def run_file(tmp_path):
                 for epoch in (0, 1)
                 for position in (0, 1)
             ]
-            run.save(cell, epochs, layers, b"", "done")
+            run.save(cell, epochs, layers, [], b"", "done")
     return path
 
 

@@ -234,7 +234,7 @@ def test_reads_a_run_from_its_file(tmp_path: Path) -> None:
         for cell in source.cells():
             for row in source.epochs(cell.id):
                 status = "done" if row.epoch == 4 else "pending"
-                writer.save(cell.id, [row], source.layers(cell.id, row.epoch), b"", status)
+                writer.save(cell.id, [row], source.layers(cell.id, row.epoch), [], b"", status)
     with open_run(tmp_path / "run.sqlite") as run:
         assert terminal(run) == terminal(source)
         assert as_dict(run)["nets"] == as_dict(source)["nets"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gradprobe.errors import StoreError
-from gradprobe.experiments.store import EpochRow, LayerRow, open_run, start_run
+from gradprobe.experiments.store import EpochRow, JunctionRow, LayerRow, open_run, start_run
 
 CONFIG = {"data": "digits", "epochs": 3, "learning_rate": 0.1}
 CELLS = [("plain", 8, 0, 75_002), ("resnet", 8, 0, 75_002)]
@@ -27,6 +27,10 @@ def layer_row(epoch, position=0, **changes):
     return replace(LayerRow(epoch, position, f"layer{position}.weight", 0.5, 0.01, 0.2, 0.0, 0, 144), **changes)
 
 
+def junction_row(position=0, epoch=0, **changes):
+    return replace(JunctionRow(epoch, position, f"stages.{position}.join", 0.5, 0.25, -0.1, 2 / 3), **changes)
+
+
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "run.sqlite"
@@ -36,7 +40,8 @@ def write(path, config=CONFIG, cells=CELLS):
     """Makes a run whose first cell has two of its epochs."""
     with start_run(path, config, {"torch_version": "2.13.0"}) as run:
         run.add_cells(cells)
-        run.save(1, [epoch_row(0), epoch_row(1)], [layer_row(0), layer_row(1), layer_row(1, 1)], STATE)
+        layers = [layer_row(0), layer_row(1), layer_row(1, 1)]
+        run.save(1, [epoch_row(0), epoch_row(1)], layers, [junction_row(), junction_row(1)], STATE)
 
 
 def test_what_was_written_is_read(path):
@@ -44,7 +49,7 @@ def test_what_was_written_is_read(path):
     with open_run(path) as run:
         assert run.config == CONFIG
         assert run.meta["torch_version"] == "2.13.0"
-        assert run.meta["schema_version"] == "1"
+        assert run.meta["schema_version"] == "2"
         assert [(c.id, c.name, c.seed, c.parameters, c.status) for c in run.cells()] == [
             (1, "plain-8", 0, 75_002, "pending"),
             (2, "resnet-8", 0, 75_002, "pending"),
@@ -53,6 +58,8 @@ def test_what_was_written_is_read(path):
         assert run.epochs(2) == []
         assert run.layers(1, 1) == [layer_row(1), layer_row(1, 1)]
         assert run.layers(1, 7) == []
+        assert run.junctions(1, 0) == [junction_row(), junction_row(1)]
+        assert run.junctions(1, 1) == run.junctions(2, 0) == []
 
 
 def test_the_file_is_marked_as_ours_and_in_wal_mode(path):
@@ -69,16 +76,18 @@ def test_divergence_survives_the_file(path):
     with start_run(path, CONFIG, {}) as run:
         run.add_cells(CELLS)
         row = epoch_row(1, train_loss=math.nan, test_error_pct=math.inf)
-        run.save(
-            1, [row], [layer_row(1, norm_l2=math.nan, abs_max=math.inf, rms=1e-300, nonfinite=144)], b"", "diverged"
-        )
+        layer = layer_row(1, norm_l2=math.nan, abs_max=math.inf, rms=1e-300, nonfinite=144)
+        junction = junction_row(shortcut_norm_l2=math.inf, branch_norm_l2=math.nan)
+        run.save(1, [row], [layer], [junction], b"", "diverged")
     with open_run(path) as run:
-        (epoch,), (layer,) = run.epochs(1), run.layers(1, 1)
+        (epoch,), (layer,), (junction,) = run.epochs(1), run.layers(1, 1), run.junctions(1, 0)
         assert run.cells()[0].status == "diverged"
     assert math.isnan(epoch.train_loss)
     assert epoch.test_error_pct == math.inf
     assert math.isnan(layer.norm_l2)
     assert (layer.abs_max, layer.rms, layer.nonfinite) == (math.inf, 1e-300, 144)
+    assert junction.shortcut_norm_l2 == math.inf
+    assert math.isnan(junction.branch_norm_l2)
 
 
 def test_a_cell_goes_on_from_its_last_checkpoint_only(path):
@@ -86,7 +95,7 @@ def test_a_cell_goes_on_from_its_last_checkpoint_only(path):
     with start_run(path, CONFIG, {}) as run:
         assert run.checkpoint(1) == STATE
         assert run.checkpoint(2) is None
-        run.save(1, [epoch_row(2)], [layer_row(2)], b"second")
+        run.save(1, [epoch_row(2)], [layer_row(2)], [], b"second")
         assert run.checkpoint(1) == b"second"
 
 
@@ -94,7 +103,7 @@ def test_a_finished_cell_leaves_no_checkpoint_and_gives_its_space_back(path):
     write(path)
     with_checkpoint = path.stat().st_size
     with start_run(path, CONFIG, {}) as run:
-        run.save(1, [epoch_row(2)], [layer_row(2)], b"last", "done")
+        run.save(1, [epoch_row(2)], [layer_row(2)], [], b"last", "done")
         assert run.checkpoint(1) is None
         assert [cell.status for cell in run.cells()] == ["done", "pending"]
     assert path.stat().st_size < with_checkpoint - len(STATE) // 2
@@ -104,9 +113,9 @@ def test_an_epoch_is_recorded_whole_or_not_at_all(path):
     write(path)
     with start_run(path, CONFIG, {}) as run:
         with pytest.raises(StoreError, match="UNIQUE constraint"):
-            run.save(1, [epoch_row(2)], [layer_row(2), layer_row(2)], b"second", "done")
+            run.save(1, [epoch_row(2)], [layer_row(2)], [junction_row(0, 1), junction_row(0, 1)], b"second", "done")
         assert [row.epoch for row in run.epochs(1)] == [0, 1]
-        assert run.layers(1, 2) == []
+        assert run.layers(1, 2) == run.junctions(1, 1) == []
         assert run.checkpoint(1) == STATE
         assert run.cells()[0].status == "pending"
 
@@ -142,7 +151,7 @@ def test_a_run_is_read_while_it_is_written(path):
         writer.add_cells(CELLS)
         with open_run(path) as reader:
             assert reader.epochs(1) == []
-            writer.save(1, [epoch_row(0), epoch_row(1)], [], STATE)
+            writer.save(1, [epoch_row(0), epoch_row(1)], [], [], STATE)
             assert len(reader.epochs(1)) == 2
 
 
@@ -185,6 +194,42 @@ def test_missing_folders_are_made(tmp_path):
     assert (tmp_path / "a" / "b" / "run.sqlite").stat().st_size
 
 
+@pytest.fixture
+def old_path(path):
+    """A run of the version that recorded no junctions, half done."""
+    write(path)
+    with sqlite3.connect(path) as database:
+        database.execute("DROP TABLE junction")
+        database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
+    database.close()
+    return path
+
+
+def test_an_older_file_is_read_as_it_is(old_path):
+    before = old_path.read_bytes()
+    with open_run(old_path) as run:
+        assert run.epochs(1) == [epoch_row(0), epoch_row(1)]
+        assert run.junctions(1, 0) == []
+    assert old_path.read_bytes() == before
+
+
+def test_an_older_file_is_gone_on_with(old_path):
+    with open_run(old_path) as reader:
+        with start_run(old_path, CONFIG, {}) as run:
+            assert run.checkpoint(1) == STATE
+            run.save(1, [epoch_row(2)], [layer_row(2)], [junction_row(0, 1)], b"second")
+        assert reader.junctions(1, 0) == []
+        assert reader.junctions(1, 1) == [junction_row(0, 1)]
+        assert reader.epochs(1) == [epoch_row(0), epoch_row(1), epoch_row(2)]
+
+
+def test_an_older_file_that_is_refused_stays_old(old_path):
+    before = old_path.read_bytes()
+    with pytest.raises(StoreError, match="epochs is 3 in the file and 9 now"):
+        start_run(old_path, {**CONFIG, "epochs": 9}, {})
+    assert old_path.read_bytes() == before
+
+
 def foreign_text(path):
     path.write_text("the notes of somebody else\n" * 200)
 
@@ -208,7 +253,7 @@ def foreign_empty_database(path):
 def newer_schema(path):
     write(path)
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = '2' WHERE key = 'schema_version'")
+        database.execute("UPDATE meta SET value = '3' WHERE key = 'schema_version'")
     database.close()
 
 
@@ -231,7 +276,7 @@ def cut_short(path):
         (foreign_short, "a file that is no SQLite database"),
         (foreign_database, "found another SQLite database"),
         (foreign_empty_database, "found another SQLite database"),
-        (newer_schema, "schema version 2; this gradprobe reads version 1"),
+        (newer_schema, "schema version 3; this gradprobe reads versions 1 to 2"),
         (damaged_pages, "malformed|damaged"),
         (cut_short, "malformed|damaged"),
     ],

@@ -23,7 +23,7 @@ from gradprobe.experiments import engines
 from gradprobe.experiments.store import open_run
 from gradprobe.experiments.sweep import sweep
 
-TABLES = ("meta", "cell", "epoch", "layer", "checkpoint")
+TABLES = ("meta", "cell", "epoch", "layer", "junction", "checkpoint")
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +99,8 @@ def test_every_cell_is_trained_and_recorded(in_process, options):
         assert {cell.parameters for cell in cells} == {75_290}
         assert all([row.epoch for row in run.epochs(cell.id)] == [0, 1, 2] for cell in cells)
         assert all(len(run.layers(cell.id, epoch)) == 8 for cell in cells for epoch in (0, 1, 2))
+        joined = {cell.name: [len(run.junctions(cell.id, epoch)) for epoch in (0, 1, 2)] for cell in cells}
+        assert joined == {"plain-8": [0, 0, 0], "resnet-8": [3, 3, 0]}
         assert (run.config["data"], run.config["epochs"], run.config["train_images"]) == ("cifar10", 2, 64)
         assert run.meta["torch_version"] == torch.__version__
     assert [entry.name for entry in options["out"].parent.iterdir()] == ["run.sqlite"]

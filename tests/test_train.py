@@ -2,7 +2,8 @@
 
 import io
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.experiments import train
 from gradprobe.experiments.data import load
 from gradprobe.experiments.train import Recipe, evaluate, train_cell
+from gradprobe.nn import ResidualAdd
 
 RECIPE = Recipe(epochs=3, batch_size=32)
 
@@ -41,7 +43,10 @@ def data():
 
 
 def without_time(results):
-    return [([replace(row, seconds=0.0) for row in result.epochs], result.layers, result.status) for result in results]
+    return [
+        ([replace(row, seconds=0.0) for row in result.epochs], result.layers, result.junctions, result.status)
+        for result in results
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +106,66 @@ def test_epoch_0_is_the_first_steps_gradient_and_later_ones_the_median(data):
     recorded = {epoch: [row.norm_l2 for row in result.layers if row.epoch == epoch] for epoch in (0, 1)}
     np.testing.assert_allclose(recorded[0], seen[0], rtol=1e-6)
     np.testing.assert_allclose(recorded[1], np.median(seen, axis=0), rtol=1e-6)
+
+
+def test_the_junctions_are_those_of_each_epochs_first_step(data, monkeypatch):
+    """Against the two parts of the gradient, taken apart by autograd."""
+    passed = []
+
+    def keep(join, operands, y):
+        if torch.is_grad_enabled():
+            operands[0].retain_grad()
+            y.retain_grad()
+            passed.append((operands[0], y))
+
+    def build(*arguments):
+        net = networks.resnet(8, in_channels=1)
+        for join in (module for module in net.modules() if isinstance(module, ResidualAdd)):
+            join.register_forward_hook(keep)
+        return net
+
+    monkeypatch.setattr(train, "build", build)
+    results = list(train_cell("resnet", 8, 0, data, RECIPE, None))
+    assert len(passed) == 3 * 3 * 3  # epochs, steps, junctions
+    names = ["stages.0.0.join", "stages.1.0.join", "stages.2.0.join"]
+    for done, result in enumerate(results):
+        assert [(row.epoch, row.position, row.site) for row in result.junctions] == [
+            (done, position, name) for position, name in enumerate(names)
+        ]
+        same_shape, *others = result.junctions
+        x, y = passed[9 * done]
+        shortcut = (y.grad * (y > 0)).double()
+        branch = x.grad.double() - shortcut
+        norms = shortcut.norm().item(), branch.norm().item()
+        cosine = (shortcut * branch).sum().item() / norms[0] / norms[1]
+        assert (same_shape.shortcut_norm_l2, same_shape.branch_norm_l2) == pytest.approx(norms, rel=1e-5)
+        assert same_shape.cosine == pytest.approx(cosine, abs=1e-5)
+        assert same_shape.shortcut_share == pytest.approx(norms[0] / sum(norms), rel=1e-5)
+        for row in others:  # where the shortcut changes the shape there is nothing to compare with
+            assert row.shortcut_norm_l2 > 0
+            assert math.isnan(row.shortcut_share)
+
+
+@pytest.mark.parametrize("augmented", [False, True], ids=["as-they-are", "augmented"])
+def test_observing_junctions_changes_no_bit_of_the_training(data, monkeypatch, augmented):
+    data = replace(data, augmented=augmented)
+    observed = list(train_cell("resnet", 14, 0, data, RECIPE, None))
+    monkeypatch.setattr(train, "attach", partial(train.attach, junctions=False))
+    alone = list(train_cell("resnet", 14, 0, data, RECIPE, None))
+    assert all(result.junctions for result in observed)
+    assert not any(result.junctions for result in alone)
+    assert [result.state for result in observed] == [result.state for result in alone]
+    assert without_time(replace(result, junctions=()) for result in observed) == without_time(alone)
+
+
+def test_junctions_after_a_cut_are_the_same_bit_for_bit(data, undisturbed):
+    rest = train_cell("resnet", 8, 0, data, RECIPE, undisturbed[0].state)
+    for one, other in zip(rest, undisturbed[1:], strict=True):
+        np.testing.assert_array_equal(*[[astuple(row)[3:] for row in result.junctions] for result in (one, other)])
+
+
+def test_a_plain_net_has_no_junctions(data):
+    assert next(train_cell("plain", 8, 0, data, RECIPE, None)).junctions == ()
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,21 @@ class LayerRow:
     zero_fraction: float
     nonfinite: int
     numel: int
+
+
+@dataclass(frozen=True)
+class JunctionRow:
+    """The two parts of the gradient at a residual junction in one step, in depth order by ``position``.
+
+    ``epoch`` counts the epochs done before the step, which is the first of the next epoch: 0 is at initialisation. What
+    the values are: `gradprobe.signals.Junction`. NaN stands where a part is missing, as behind a shortcut that changes
+    the shape.
+    """
+
+    epoch: int
+    position: int
+    site: str
+    shortcut_norm_l2: float
+    branch_norm_l2: float
+    cosine: float
+    shortcut_share: float

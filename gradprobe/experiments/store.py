@@ -19,15 +19,22 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from gradprobe.errors import StoreError
-from gradprobe.experiments.rows import Cell, EpochRow, LayerRow
+from gradprobe.experiments.rows import Cell, EpochRow, JunctionRow, LayerRow
 
 APPLICATION_ID = 0x67725072  # "grPr"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_WITHOUT_JUNCTIONS = 1  # the schema version that is this one but for the table of junctions
 
 _TIMEOUT_S = 60.0
 
 RunT = TypeVar("RunT", bound="Run")
 
+_JUNCTION_TABLE = """
+CREATE TABLE junction(
+    cell INTEGER NOT NULL REFERENCES cell(id), epoch INTEGER NOT NULL, position INTEGER NOT NULL, site TEXT NOT NULL,
+    shortcut_norm_l2 REAL, branch_norm_l2 REAL, cosine REAL, shortcut_share REAL,
+    PRIMARY KEY(cell, epoch, position)) WITHOUT ROWID;
+"""
 _SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -42,6 +49,7 @@ CREATE TABLE layer(
     cell INTEGER NOT NULL REFERENCES cell(id), epoch INTEGER NOT NULL, position INTEGER NOT NULL, site TEXT NOT NULL,
     norm_l2 REAL, rms REAL, abs_max REAL, zero_fraction REAL, nonfinite INTEGER NOT NULL, numel INTEGER NOT NULL,
     PRIMARY KEY(cell, epoch, position)) WITHOUT ROWID;
+{_JUNCTION_TABLE}
 CREATE TABLE checkpoint(cell INTEGER PRIMARY KEY REFERENCES cell(id), epoch INTEGER NOT NULL, state BLOB NOT NULL);
 """
 
@@ -110,9 +118,20 @@ class Run:
         rows = self._rows(query, cell_id, epoch)
         return [LayerRow(*row[:3], *map(_number, row[3:7]), *row[7:]) for row in rows]
 
+    def junctions(self, cell_id: int, epoch: int) -> list[JunctionRow]:
+        """The residual junctions of a cell before its step after so many epochs, in depth order.
+
+        Empty for a plain net, where that step is not recorded, and in a file of a version that recorded no junctions.
+        """
+        if self.meta["schema_version"] == str(_WITHOUT_JUNCTIONS):
+            return []
+        query = f"SELECT {', '.join(_JUNCTION_COLUMNS)} FROM junction WHERE cell = ? AND epoch = ? ORDER BY position"
+        return [JunctionRow(*row[:3], *map(_number, row[3:])) for row in self._rows(query, cell_id, epoch)]
+
 
 _EPOCH_COLUMNS = tuple(field.name for field in fields(EpochRow))
 _LAYER_COLUMNS = tuple(field.name for field in fields(LayerRow))
+_JUNCTION_COLUMNS = tuple(field.name for field in fields(JunctionRow))
 
 
 class RunWriter(Run):
@@ -150,6 +169,7 @@ class RunWriter(Run):
         cell_id: int,
         epochs: Sequence[EpochRow],
         layers: Sequence[LayerRow],
+        junctions: Sequence[JunctionRow],
         state: bytes,
         status: str = "pending",
     ) -> None:
@@ -159,18 +179,20 @@ class RunWriter(Run):
             cell_id: the cell.
             epochs: the epoch's row; for the first epoch also that of epoch 0.
             layers: the gradients of the same epochs.
+            junctions: the residual junctions of the epoch's first step.
             state: what the next epoch starts from; kept only while the status is ``"pending"``.
             status: the cell's status from now on.
         """
-        places = ", ".join("?" * (len(_LAYER_COLUMNS) + 1))
         with _sqlite_errors(self.path), self._db:
-            self._db.executemany(
-                "INSERT INTO epoch VALUES(?, ?, ?, ?, ?, ?)", [(cell_id, *astuple(row)) for row in epochs]
-            )
-            self._db.executemany(
-                f"INSERT INTO layer(cell, {', '.join(_LAYER_COLUMNS)}) VALUES({places})",
-                [(cell_id, *astuple(row)) for row in layers],
-            )
+            for table, columns, rows in (
+                ("epoch", _EPOCH_COLUMNS, epochs),
+                ("layer", _LAYER_COLUMNS, layers),
+                ("junction", _JUNCTION_COLUMNS, junctions),
+            ):
+                self._db.executemany(
+                    f"INSERT INTO {table}(cell, {', '.join(columns)}) VALUES(?{', ?' * len(columns)})",
+                    [(cell_id, *astuple(row)) for row in rows],
+                )
             if status == "pending":
                 last = max(row.epoch for row in epochs)
                 self._db.execute("INSERT OR REPLACE INTO checkpoint VALUES(?, ?, ?)", (cell_id, last, state))
@@ -232,6 +254,8 @@ def open_run(path: str | Path) -> Run:
 def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, str]) -> RunWriter:
     """Opens a sweep's file for writing: makes it, or goes on with it when it was made with the same configuration.
 
+    A file of an older version gets the table that it lacks.
+
     Args:
         path: the file; missing folders are made.
         config: what all cells share, as JSON values. Cells are no part of it: a later sweep may add some.
@@ -266,7 +290,7 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
             if not _is_there(path):
                 _create(path, {**meta, "schema_version": str(SCHEMA_VERSION), "config": _json(config)})
             connection = sqlite3.connect(path, timeout=_TIMEOUT_S)
-            _check_version(path, connection)
+            version = _check_version(path, connection)
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
                 raise StoreError(f"{path}: the file is damaged: {damage}")
@@ -274,7 +298,9 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
             connection.execute("PRAGMA synchronous = NORMAL")
             # Fails here, not an epoch later, where the file cannot be written.
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute("UPDATE meta SET value = value WHERE key = 'config'")
+            if version == _WITHOUT_JUNCTIONS:
+                connection.execute(_JUNCTION_TABLE)
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION),))
             connection.commit()
     except BaseException:
         if connection is not None:
@@ -334,12 +360,14 @@ def _check_ours(path: Path) -> None:
         raise StoreError(f"{path}: needed a run written by gradprobe sweep, found another SQLite database")
 
 
-def _check_version(path: Path, connection: sqlite3.Connection) -> None:
+def _check_version(path: Path, connection: sqlite3.Connection) -> int:
     version = _meta(connection, "schema_version")
-    if version != str(SCHEMA_VERSION):
+    if version not in (str(_WITHOUT_JUNCTIONS), str(SCHEMA_VERSION)):
         raise StoreError(
-            f"{path}: written with schema version {version}; this gradprobe reads version {SCHEMA_VERSION}"
+            f"{path}: written with schema version {version}; this gradprobe reads versions {_WITHOUT_JUNCTIONS} to "
+            f"{SCHEMA_VERSION}"
         )
+    return int(version)
 
 
 def _check_config(path: Path, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ def sweep(
         run_engine: engines.Engine = engines.run_ray if engine == "ray" else engines.run_local
         with _progress(console, run, cells, costs, epochs) as advance:
             for job, result in run_engine(todo, jobs or engines.cpus(), run.checkpoint):
-                run.save(job.cell.id, result.epochs, result.layers, result.state, result.status)
+                run.save(job.cell.id, result.epochs, result.layers, result.junctions, result.state, result.status)
                 advance(job.cell, result)
         return run.path
 

@@ -7,6 +7,7 @@ augmentation each come from a generator keyed by (seed, epoch). A cell needs one
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import Dataset, augment
-from gradprobe.experiments.rows import EpochRow, LayerRow
+from gradprobe.experiments.rows import EpochRow, JunctionRow, LayerRow
 from gradprobe.probe import attach
 from gradprobe.snapshot import Snapshot
 
@@ -85,11 +86,12 @@ class Recipe:
 class EpochResult:
     """What one epoch of a cell leaves: its rows, the checkpoint for the next one, and the cell's status.
 
-    The first epoch brings also the rows of epoch 0.
+    The first epoch brings also the rows of epoch 0. The junctions are those of the epoch's first step.
     """
 
     epochs: tuple[EpochRow, ...]
     layers: tuple[LayerRow, ...]
+    junctions: tuple[JunctionRow, ...]
     state: bytes
     status: str
 
@@ -124,6 +126,9 @@ def train_cell(
     the first step of every epoch, hence also the record of epoch 0, runs with flushing off, and the rest of the epoch
     only turns it on when that step has shown every gradient to be far above the denormals (`FLUSH_ABOVE`). The probe's
     own arithmetic sees denormals in either case.
+
+    That first step of every epoch is also the one whose residual junctions are observed: to observe them in every step
+    would cost time.
 
     A cell whose training loss becomes non-finite stops within that epoch: the epoch's measurements are recorded, and
     its status is ``"diverged"``.
@@ -160,7 +165,7 @@ def train_cell(
         first_epoch, warming = saved["epoch"] + 1, saved["warming"]
 
     weights = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    with attach(model, optimizer=optimizer, junctions=False, capacity=steps) as probe:
+    with attach(model, optimizer=optimizer, activations_every=steps, capacity=steps) as probe:
         for epoch in range(first_epoch, recipe.epochs + 1):
             began = time.perf_counter()
             start = [_measure(model, data, epoch=0, began=began)] if epoch == 1 else []
@@ -194,7 +199,13 @@ def train_cell(
             warming = warming and not row.train_error_pct < recipe.warmup_error_pct
             layers = (_layers(0, weights, snapshots[:1]) if epoch == 1 else ()) + _layers(epoch, weights, snapshots)
             status = "diverged" if not finite else "done" if epoch == recipe.epochs else "pending"
-            yield EpochResult((*start, row), layers, save_state(model, optimizer, epoch, warming), status)
+            yield EpochResult(
+                epochs=(*start, row),
+                layers=layers,
+                junctions=_junctions(epoch - 1, snapshots[0]),
+                state=save_state(model, optimizer, epoch, warming),
+                status=status,
+            )
             if not finite:
                 return
 
@@ -302,3 +313,19 @@ def _layers(epoch: int, weights: Sequence[str], snapshots: Sequence[Snapshot]) -
             )
         )
     return tuple(rows)
+
+
+def _junctions(epoch: int, snapshot: Snapshot) -> tuple[JunctionRow, ...]:
+    """The residual junctions of a step before which so many epochs were done."""
+    return tuple(
+        JunctionRow(
+            epoch=epoch,
+            position=position,
+            site=junction.name,
+            shortcut_norm_l2=math.nan if junction.shortcut is None else junction.shortcut.norm,
+            branch_norm_l2=math.nan if junction.branch is None else junction.branch.norm,
+            cosine=junction.cosine,
+            shortcut_share=junction.shortcut_share,
+        )
+        for position, junction in enumerate(snapshot.junctions.values())
+    )
