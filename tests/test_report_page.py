@@ -24,7 +24,7 @@ from report_cases import (
     page_of,
 )
 
-from gradprobe.report import charts, html
+from gradprobe.report import charts, drawing, html
 from gradprobe.report.summary import summarise
 
 
@@ -158,11 +158,11 @@ def test_each_net_has_its_own_colour() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0, 250), min_size=1, max_size=8), st.lists(st.floats(1, 300), max_size=20))
 def test_labels_keep_apart_and_inside(ends: list[float], line: list[float]) -> None:
-    labels = [charts._Label(str(i), "#000000", 1.0, 0.0, y) for i, y in enumerate(ends)]
-    placed = charts._apart(labels, 250.0, [(x, 60.0) for x in line])
+    labels = [drawing.Label(str(i), "#000000", 1.0, 0.0, y) for i, y in enumerate(ends)]
+    placed = drawing._apart(labels, 250.0, [(x, 60.0) for x in line])
     assert all(0 <= y < 250 for y in placed)
     ordered = sorted(placed)
-    assert all(below - above >= charts._LABEL_PX for above, below in pairwise(ordered))
+    assert all(below - above >= drawing._LABEL_PX for above, below in pairwise(ordered))
 
 
 def test_write_makes_folders_and_replaces_an_older_page(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 
 from gradprobe.errors import StoreError
-from gradprobe.report.charts import NARROW, WIDE, Chart, error_chart, gradient_chart, hidden_layers, svg
+from gradprobe.report.charts import error_chart, gradient_chart, hidden_layers
+from gradprobe.report.drawing import NARROW, WIDE, Chart, svg
 from gradprobe.report.palette import Palette
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.style import document

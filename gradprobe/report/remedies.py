@@ -11,7 +11,7 @@ from typing import Protocol
 import altair as alt
 
 from gradprobe.errors import ArgumentError, StoreError
-from gradprobe.report.charts import Chart, ChartData, Row, Size, concat, png, svg
+from gradprobe.report.drawing import Chart, ChartData, Row, Size, concat, png, svg
 from gradprobe.report.palette import FAINT, INK, shades
 from gradprobe.report.style import document
 from gradprobe.report.words import number

@@ -1,0 +1,246 @@
+"""What the charts share: sizes and the look, lines over depth with labels beside their ends, and SVG and PNG files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import altair as alt
+import vl_convert
+
+from gradprobe.report.palette import FAINT, GRID, INK, PAPER
+from gradprobe.report.summary import NetSummary
+
+FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
+
+PNG_SCALE = 2.0
+_LABEL_PX = 13.0  # Vertical room of one direct label.
+_LABEL_WIDTH_PX = 66.0
+
+Row = dict[str, Any]
+Chart: TypeAlias = alt.HConcatChart | alt.VConcatChart
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of each of a chart's panels in pixels; `stacked` puts them one above the other."""
+
+    width: int
+    height: int
+    stacked: bool
+
+
+WIDE = Size(width=370, height=270, stacked=False)
+NARROW = Size(width=240, height=220, stacked=True)
+
+
+@dataclass(frozen=True)
+class Label:
+    """A direct label, to stand right of its line's end (x_px, y_px); pixels from the panel's upper left corner."""
+
+    text: str
+    colour: str
+    x: float
+    x_px: float
+    y_px: float
+
+
+class ChartData:
+    """The rows of one chart by name: they are in the chart once, and altair does not copy them at each step."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Row]] = {}
+
+    def add(self, rows: Sequence[Row]) -> alt.NamedData:
+        """Keeps rows, and gives what a layer of the chart finds them by."""
+        name = f"rows-{len(self.rows)}"
+        self.rows[name] = list(rows)
+        return alt.NamedData(name=name)
+
+
+def svg(chart: Chart) -> str:
+    """The chart as an SVG document, drawn without network access."""
+    drawn: str = vl_convert.vegalite_to_svg(chart.to_dict())
+    return drawn
+
+
+def png(chart: Chart) -> bytes:
+    """The chart as a picture, drawn without network access."""
+    drawn: bytes = vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE)
+    return drawn
+
+
+def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Chart:
+    """Sets panels beside or above one another, in the look that all charts share.
+
+    Args:
+        panels: The panels.
+        size: Size of each.
+        data: The rows of all of them.
+
+    Returns:
+        The chart.
+    """
+    chart: Chart
+    if size.stacked:
+        chart = alt.vconcat(*panels, spacing=28, datasets=data.rows)
+    else:
+        chart = alt.hconcat(*panels, spacing=44, datasets=data.rows)
+    axis = {"labelColor": FAINT, "titleColor": FAINT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
+    lines = {"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "domain": False, "ticks": False}
+    styled: Chart = (
+        chart.configure(font=FONT, background=PAPER, padding={"left": 4, "top": 4, "right": 8, "bottom": 4})
+        .configure_view(stroke=None)
+        .configure_axis(**axis, **lines, labelPadding=6, titlePadding=8)
+        .configure_axisX(domain=True, ticks=True, tickSize=4, labelPadding=3)
+        .configure_title(anchor="start", frame="group", fontSize=13, fontWeight=600, color=INK, offset=12)
+    )
+    return styled
+
+
+def line(net: NetSummary, colour: str, places: Sequence[Row | None]) -> list[Row]:
+    """Makes the rows of one net's line.
+
+    Args:
+        net: The net.
+        colour: Of the line.
+        places: For each place from the first on, `value`, the `low` and `high` of its band, and `note`, what a pointer
+            gets to know there; None is a gap.
+
+    Returns:
+        Rows for `lines_panel`; `segment` counts up at each gap.
+    """
+    rows: list[Row] = []
+    gaps = 0
+    for position, place in enumerate(places, start=1):
+        if place is None:
+            gaps += 1
+            continue
+        shared = {"net": net.name, "family": net.family, "depth": net.depth, "colour": colour}
+        rows.append({**shared, "position": position, "segment": f"{net.name} {gaps}", **place})
+    return rows
+
+
+def lines_panel(
+    title: str,
+    rows: Sequence[Row],
+    n_places: int,
+    x_title: str,
+    y_axis: alt.Axis,
+    y_domain: tuple[float, float],
+    size: Size,
+    data: ChartData,
+) -> alt.LayerChart:
+    """Draws lines over the places of a net, from input to output, each with its band and its name.
+
+    Args:
+        title: Of the panel.
+        rows: Those of all lines.
+        n_places: Places on the axis.
+        x_title: What a place is.
+        y_axis: Of the values.
+        y_domain: Their range.
+        size: Of the panel.
+        data: Takes the rows.
+
+    Returns:
+        The panel.
+    """
+    low, high = y_domain
+
+    def pixel(row: Row) -> tuple[float, float]:
+        x_px = size.width * (row["position"] - 1) / max(n_places - 1, 1)
+        return x_px, size.height * (high - row["value"]) / (high - low)
+
+    ends_of_lines = {row["net"]: row for row in rows}.values()
+    labels = [Label(row["net"], row["colour"], row["position"], *pixel(row)) for row in ends_of_lines]
+    x_axis = alt.Axis(values=_place_ticks(n_places), format="d", grid=False, title=f"{x_title}, from input to output")
+    x = alt.X("position:Q", scale=alt.Scale(domain=[1, max(n_places, 2)], nice=False), axis=x_axis)
+    y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)
+    y = alt.Y("value:Q", scale=y_scale, axis=y_axis)
+    colour = alt.Color("colour:N", scale=None)
+    base = alt.Chart(data.add(rows)).encode(x=x, color=colour, detail="segment:N")
+    lengths = Counter(row["segment"] for row in rows)
+    alone = [row for row in rows if lengths[row["segment"]] == 1]
+    layers: list[alt.Chart] = []
+    if any(row["low"] < row["high"] for row in rows):
+        band = alt.Chart(base.data).mark_area(opacity=0.16).encode(x=x, fill=alt.Fill("colour:N", scale=None))
+        layers.append(band.encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q", detail="segment:N"))
+    layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
+    # Invisible, but they carry what a pointer or a screen reader gets to know of each place.
+    layers.append(base.mark_point(filled=True, size=40, opacity=0).encode(y=y, description="note:N"))
+    if alone:
+        dots = alt.Chart(data.add(alone)).mark_point(filled=True, size=36, opacity=1)
+        layers.append(dots.encode(x=x, y=y, color=colour))
+    layers.extend(label_layers(labels, x, y, y_domain, 6, size, data, [pixel(row) for row in rows]))
+    return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
+
+
+def _place_ticks(n_places: int) -> list[int]:
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if n_places / step <= 8)
+    return [1, *range(step, n_places + 1, step)] if step > 1 else list(range(1, n_places + 1))
+
+
+def label_layers(
+    labels: Sequence[Label],
+    x: alt.X,
+    y: alt.Y,
+    y_domain: tuple[float, float],
+    gap_px: float,
+    size: Size,
+    data: ChartData,
+    obstacles: Sequence[tuple[float, float]] = (),
+) -> list[alt.Chart]:
+    """Writes a text beside the end of each line, over a halo in the page's colour.
+
+    Args:
+        labels: The texts; they are moved up or down to where they can be read.
+        x: The axis of the lines.
+        y: Theirs too.
+        y_domain: Its range.
+        gap_px: From the end of a line to its label.
+        size: Of the panel.
+        data: Takes the rows.
+        obstacles: Points of the lines, in pixels from the panel's upper left corner, to keep clear of.
+
+    Returns:
+        Layers of the panel.
+    """
+    x_field, y_field = (channel.shorthand.split(":")[0] for channel in (x, y))
+    bottom, top = y_domain
+    rows = [
+        {
+            x_field: label.x,
+            y_field: top - y_px / size.height * (top - bottom),
+            "label": label.text,
+            "colour": label.colour,
+        }
+        for label, y_px in zip(labels, _apart(labels, size.height, obstacles), strict=True)
+    ]
+    base = alt.Chart(data.add(rows)).encode(x=x, y=y, text="label:N")
+    style: dict[str, Any] = {"align": "left", "baseline": "middle", "dx": gap_px, "fontSize": 12, "fontWeight": 600}
+    halo = base.mark_text(**style, stroke=PAPER, strokeWidth=4, color=PAPER, aria=False)
+    return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None))]
+
+
+def _apart(labels: Sequence[Label], height: float, obstacles: Sequence[tuple[float, float]]) -> list[float]:
+    """Vertical pixel of each label: the nearest to its line's end that is clear of lines and of earlier labels.
+
+    Where no place is clear of both, labels keep clear of each other.
+    """
+    taken: list[tuple[float, float]] = []
+    places: dict[int, float] = {}
+    offsets = sorted(range(-round(height), round(height) + 1), key=abs)
+    for index in sorted(range(len(labels)), key=lambda index: (labels[index].y_px, index)):
+        label = labels[index]
+        lines = [y for x, y in obstacles if 0 < x - label.x_px < _LABEL_WIDTH_PX]
+        others = [y for x, y in taken if abs(x - label.x_px) < _LABEL_WIDTH_PX]
+        # Half a label above the axis, so that it does not stand on it.
+        inside = [y for y in (label.y_px + offset for offset in offsets) if 0 <= y <= height - _LABEL_PX / 2]
+        apart = [y for y in inside if all(abs(y - other) >= _LABEL_PX for other in others)]
+        clear = (y for y in apart if all(abs(y - line) >= _LABEL_PX / 2 + 2 for line in lines))
+        places[index] = next(clear, next(iter(apart), label.y_px))
+        taken.append((label.x_px, places[index]))
+    return [places[index] for index in range(len(labels))]
