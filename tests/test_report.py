@@ -30,7 +30,8 @@ from gradprobe.errors import StoreError
 from gradprobe.experiments.store import EpochRow, open_run, start_run
 from gradprobe.report import charts, html
 from gradprobe.report.rows import SweepRun
-from gradprobe.report.summary import clearly_above, summarise
+from gradprobe.report.spread import clearly_above
+from gradprobe.report.summary import summarise
 from gradprobe.report.terminal import as_dict, render, write_csv
 
 

@@ -24,7 +24,8 @@ from gradprobe.report.drawing import (
 )
 from gradprobe.report.palette import Palette
 from gradprobe.report.rows import SweepRun
-from gradprobe.report.summary import Moment, NetSummary, Spread, Summary, median, summarise
+from gradprobe.report.spread import Spread, median
+from gradprobe.report.summary import Moment, NetSummary, Summary, summarise
 from gradprobe.report.words import number
 
 

@@ -12,17 +12,9 @@ from gradprobe.report.charts import error_chart, gradient_chart, hidden_layers
 from gradprobe.report.drawing import NARROW, WIDE, Chart, svg
 from gradprobe.report.palette import Palette
 from gradprobe.report.rows import SweepRun
+from gradprobe.report.spread import MARGIN_PCT, SINGLE_SEED_MARGIN_PCT
 from gradprobe.report.style import document
-from gradprobe.report.summary import (
-    DEGRADED,
-    EARLIEST_COMPARISON,
-    MARGIN_PCT,
-    SINGLE_SEED_MARGIN_PCT,
-    Moment,
-    NetSummary,
-    Summary,
-    summarise,
-)
+from gradprobe.report.summary import DEGRADED, EARLIEST_COMPARISON, Moment, NetSummary, Summary, summarise
 from gradprobe.report.words import duration, explain, headline, number, percent
 
 _CLASSES = {"healthy": "healthy", DEGRADED: "degraded", None: "unknown"}

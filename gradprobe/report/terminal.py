@@ -13,7 +13,8 @@ from rich.text import Text
 
 from gradprobe.errors import StoreError
 from gradprobe.report.rows import SweepRun
-from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Spread, Summary, summarise
+from gradprobe.report.spread import Spread
+from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Summary, summarise
 from gradprobe.report.words import explain, headline, number, percent
 from gradprobe.strict_json import strict
 

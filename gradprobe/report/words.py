@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gradprobe.report.summary import DEGRADED, Comparison, Moment, NetSummary, Spread, Summary
+from gradprobe.report.spread import Spread
+from gradprobe.report.summary import DEGRADED, Comparison, Moment, NetSummary, Summary
 
 _FLOW_WORDS = {
     "healthy": "are sound",
