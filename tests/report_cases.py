@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
 
-from gradprobe.experiments.store import Cell, EpochRow, LayerRow
+from gradprobe.experiments.store import Cell, EpochRow, JunctionRow, LayerRow
 from gradprobe.report import html
 from gradprobe.report.summary import summarise
 
 PARAMETERS = {20: 269_722, 56: 853_018, 110: 1_727_962}
 
 
+# Of the shortcut at three junctions; the second changes the shape.
+FIRST_SHARES, LATER_SHARES = (0.4, math.nan, 0.5), (0.7, math.nan, 0.9)
 SOUND, VANISHING, EXPLODING = (1.2, 0.8, 0.5), (1e-9, 1e-5, 1e-2), (500.0, 20.0, 0.5)
 
 
@@ -28,6 +30,8 @@ class Recorded:
     epoch_rows: dict[int, list[EpochRow]] = field(default_factory=dict)
     layer_rows: dict[tuple[int, int], list[LayerRow]] = field(default_factory=dict)
 
+    junction_rows: dict[tuple[int, int], list[JunctionRow]] = field(default_factory=dict)
+
     def cells(self) -> list[Cell]:
         return self.rows
 
@@ -36,6 +40,9 @@ class Recorded:
 
     def layers(self, cell_id: int, epoch: int) -> list[LayerRow]:
         return self.layer_rows.get((cell_id, epoch), [])
+
+    def junctions(self, cell_id: int, epoch: int) -> list[JunctionRow]:
+        return self.junction_rows.get((cell_id, epoch), [])
 
     def add(
         self,
@@ -50,8 +57,12 @@ class Recorded:
         status: str = "done",
         loss: float = 0.1,
         nonfinite: int = 0,
+        shares: tuple[tuple[float, ...], tuple[float, ...]] = (FIRST_SHARES, LATER_SHARES),
     ) -> Recorded:
-        """Adds a cell that ended with `errors` (train, test) and had norms `first` and `end`."""
+        """Adds a cell that ended with `errors` (train, test) and had norms `first` and `end`.
+
+        A residual one had `shares` of the shortcut in its first step and later.
+        """
         cell = len(self.rows) + 1
         self.rows.append(Cell(cell, family, depth, seed, PARAMETERS.get(depth, 1000), status))
         self.epoch_rows[cell] = [EpochRow(e, loss, *errors, 1.5) for e in range(epochs + 1)]
@@ -61,6 +72,11 @@ class Recorded:
                 LayerRow(epoch, position, f"layers.{position}.weight", norm, norm / 10, norm / 2, 0.0, nonfinite, 144)
                 for position, norm in enumerate(norms)
             ]
+            if family == "resnet" and epoch < epochs:
+                self.junction_rows[cell, epoch] = [
+                    JunctionRow(epoch, position, f"stages.{position}.join", 2 * share, 2 * (1 - share), 0.25, share)
+                    for position, share in enumerate(shares[min(epoch, 1)])
+                ]
         return self
 
 

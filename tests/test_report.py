@@ -209,7 +209,8 @@ def test_csv_holds_every_recorded_row(tmp_path: Path) -> None:
     run = degraded()
     paths = write_csv(run, tmp_path / "new" / "folder")
     tables = {path.stem: list(csv.DictReader(path.open(encoding="utf-8"))) for path in paths}
-    assert {name: len(rows) for name, rows in tables.items()} == {"nets": 4, "epochs": 12 * 5, "layers": 12 * 5 * 3}
+    lengths = {name: len(rows) for name, rows in tables.items()}
+    assert lengths == {"nets": 4, "epochs": 12 * 5, "layers": 12 * 5 * 3, "junctions": 6 * 4 * 3}
     net = tables["nets"][1]
     assert (float(net["train_error_pct_mean"]), float(net["initial_ratio"]), net["verdict"]) == (
         67.0,
@@ -218,6 +219,10 @@ def test_csv_holds_every_recorded_row(tmp_path: Path) -> None:
     )
     layer = next(r for r in tables["layers"] if (r["depth"], r["epoch"], r["position"]) == ("56", "0", "0"))
     assert (float(layer["norm_l2"]), layer["site"]) == (500.0, "layers.0.weight")
+    assert tables["junctions"][0] == {
+        **{"family": "resnet", "depth": "20", "seed": "0", "epoch": "0", "position": "0", "site": "stages.0.join"},
+        **{"shortcut_norm_l2": "0.8", "branch_norm_l2": "1.2", "cosine": "0.25", "shortcut_share": "0.4"},
+    }
 
 
 @pytest.mark.parametrize("write", [html.write, write_csv, charts.write_png], ids=["html", "csv", "png"])
@@ -235,7 +240,9 @@ def test_reads_a_run_from_its_file(tmp_path: Path) -> None:
         for cell in source.cells():
             for row in source.epochs(cell.id):
                 status = "done" if row.epoch == 4 else "pending"
-                writer.save(cell.id, [row], source.layers(cell.id, row.epoch), [], b"", status)
+                writer.save(
+                    cell.id, [row], source.layers(cell.id, row.epoch), source.junctions(cell.id, row.epoch), b"", status
+                )
     with open_run(tmp_path / "run.sqlite") as run:
         assert terminal(run) == terminal(source)
         assert as_dict(run)["nets"] == as_dict(source)["nets"]
@@ -263,4 +270,5 @@ def test_any_run_can_be_reported(cells: list[tuple[str, int, float, list[float],
     json.dumps(as_dict(run), allow_nan=False)
     charts.error_chart(summary)
     charts.gradient_chart(summary)
+    charts.shortcut_chart(summary)
     assert all(net.name in terminal(run) for net in summary.nets)

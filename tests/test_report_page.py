@@ -31,7 +31,7 @@ from gradprobe.report.summary import summarise
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        pytest.param(degraded, ["error.png", "gradient.png"], id="degraded"),
+        pytest.param(degraded, ["error.png", "gradient.png", "shortcut.png"], id="degraded"),
         pytest.param(all_nan, [], id="all-nan"),
         pytest.param(no_layers, ["error.png"], id="no-layers"),
     ],

@@ -1,4 +1,4 @@
-"""The two pictures of a sweep: error against depth, and the gradient's norm layer by layer."""
+"""The pictures of a sweep: error against depth, the gradient's norm by layer, and the shortcut's share by junction."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import altair as alt
 
 from gradprobe.errors import StoreError
 from gradprobe.report.drawing import (
+    THIRDS,
     WIDE,
     Chart,
     ChartData,
@@ -25,7 +26,7 @@ from gradprobe.report.drawing import (
 from gradprobe.report.palette import Palette
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import Spread, median
-from gradprobe.report.summary import Moment, NetSummary, Summary, summarise
+from gradprobe.report.summary import Moment, NetSummary, Sharing, Summary, summarise
 from gradprobe.report.words import number
 
 
@@ -116,8 +117,60 @@ def hidden_layers(summary: Summary) -> list[str]:
     return phrases
 
 
+def shortcut_chart(summary: Summary, size: Size = THIRDS) -> Chart | None:
+    """Draws the share of the gradient that arrives by the shortcut, by junction, a line for each residual net.
+
+    At the first step, in the middle of the training and at its end. The line is the median over seeds and the band
+    their range. A junction where there are no two parts to compare is a gap.
+
+    Args:
+        summary: The sweep.
+        size: Size of each of the three panels.
+
+    Returns:
+        The chart, or None where no share is recorded.
+    """
+    palette = Palette(summary)
+    sides: dict[str, list[tuple[NetSummary, Sharing]]] = {"first": [], "in the middle": [], "at the end": []}
+    for net in summary.nets:
+        for sharing in net.sharings:
+            later = "at the end" if sharing is net.sharings[-1] else "in the middle"
+            sides[later if sharing.epoch else "first"].append((net, sharing))
+    panels: list[tuple[str, list[Row]]] = []
+    for side, nets in sides.items():
+        moments = {sharing.when for _, sharing in nets}
+        rows = [row for net, sharing in nets for row in _shares(net, sharing, palette)]
+        if rows:
+            panels.append((moments.pop() if len(moments) == 1 else side, rows))
+    if not panels:
+        return None
+    n_junctions = max(len(sharing.shares) for nets in sides.values() for _, sharing in nets)
+    axis = alt.Axis(title=None, values=[0, 0.25, 0.5, 0.75, 1], format=".0%")
+    data = ChartData()
+    drawn = [lines_panel(title, rows, n_junctions, "junction", axis, (0.0, 1.0), size, data) for title, rows in panels]
+    titled: Chart = concat(drawn, size, data).properties(title="Share of the gradient that arrives by the shortcut")
+    return titled
+
+
+def hidden_junctions(summary: Summary) -> list[str]:
+    """Names what `shortcut_chart` cannot show, by net, as in "resnet-56: 2 of 27".
+
+    Args:
+        summary: The sweep.
+
+    Returns:
+        The phrases; empty when every junction of every net is drawn.
+    """
+    phrases: list[str] = []
+    for net in summary.nets:
+        hidden = {site for one in net.sharings for site, share in one.shares.items() if not math.isfinite(share)}
+        if hidden:
+            phrases.append(f"{net.name}: {len(hidden)} of {len(net.sharings[0].shares)}")
+    return phrases
+
+
 def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
-    """Draws both charts as pictures, `error.png` and `gradient.png`.
+    """Draws the charts as pictures, `error.png`, `gradient.png` and `shortcut.png`.
 
     Args:
         run: The recorded sweep, finished or not.
@@ -134,10 +187,12 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
     written: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, chart in (("error.png", error_chart(summary)), ("gradient.png", gradient_chart(summary))):
+        for name, draw in (("error", error_chart), ("gradient", gradient_chart), ("shortcut", shortcut_chart)):
+            chart = draw(summary)
             if chart is not None:
-                (folder / name).write_bytes(png(chart))
-                written.append(folder / name)
+                path = folder / f"{name}.png"
+                path.write_bytes(png(chart))
+                written.append(path)
     except OSError as error:
         raise StoreError(f"{folder}: cannot write the charts: {error}") from error
     return written
@@ -205,6 +260,17 @@ def _profile(net: NetSummary, moment: Moment, palette: Palette) -> list[Row]:
         name = f"{net.name}, layer {place} of {len(moment.profiles[0])}, {layers[0].site}"
         note = f"{name}: norm {number(norm)}"
         places.append({"norm": norm, "value": value, "low": low, "high": high, "note": note})
+    return line(net, palette.net(net.family, net.depth), places)
+
+
+def _shares(net: NetSummary, sharing: Sharing, palette: Palette) -> list[Row]:
+    """The drawable junctions of one net at one moment."""
+    places: list[Row | None] = []
+    for place, (site, share) in enumerate(sharing.shares.items(), start=1):
+        seeds = [rows[place - 1].shortcut_share for rows in sharing.profiles]
+        note = f"{net.name}, junction {place} of {len(sharing.shares)}, {site}: {100 * share:.0f} % by the shortcut"
+        drawn = {"value": share, "low": min(seeds), "high": max(seeds), "note": note}
+        places.append(drawn if math.isfinite(share) else None)
     return line(net, palette.net(net.family, net.depth), places)
 
 

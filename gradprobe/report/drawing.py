@@ -33,6 +33,7 @@ class Size:
 
 
 WIDE = Size(width=370, height=270, stacked=False)
+THIRDS = Size(width=205, height=220, stacked=False)
 NARROW = Size(width=240, height=220, stacked=True)
 
 

@@ -8,14 +8,14 @@ from html import escape
 from pathlib import Path
 
 from gradprobe.errors import StoreError
-from gradprobe.report.charts import error_chart, gradient_chart, hidden_layers
-from gradprobe.report.drawing import NARROW, WIDE, Chart, svg
+from gradprobe.report.charts import error_chart, gradient_chart, hidden_junctions, hidden_layers, shortcut_chart
+from gradprobe.report.drawing import NARROW, THIRDS, WIDE, Chart, svg
 from gradprobe.report.palette import Palette
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import MARGIN_PCT, SINGLE_SEED_MARGIN_PCT
 from gradprobe.report.style import document
 from gradprobe.report.summary import DEGRADED, EARLIEST_COMPARISON, Moment, NetSummary, Summary, summarise
-from gradprobe.report.words import duration, explain, headline, number, percent
+from gradprobe.report.words import duration, explain, headline, number, percent, shortcuts
 
 _CLASSES = {"healthy": "healthy", DEGRADED: "degraded", None: "unknown"}
 
@@ -111,14 +111,34 @@ def _figures(summary: Summary) -> Iterable[str]:
     nothing = "Every recorded norm is zero, NaN or infinite." if hidden else "No gradient is recorded yet."
     charts = [gradient_chart(summary, size) for size in (WIDE, NARROW)]
     yield _figure("The gradient on its way to the input", charts, caption, nothing)
+    yield _shortcuts(summary, several)
 
 
-def _figure(title: str, charts: Sequence[Chart | None], caption: str, nothing: str) -> str:
+def _shortcuts(summary: Summary, several: bool) -> str:
+    sentences = shortcuts(summary)
+    if not sentences:
+        return ""
+    caption = (
+        "At every residual junction, the norm of the part of the gradient that arrives by the shortcut, over the sum "
+        "of this norm and that of the part that arrives through the branch."
+    )
+    if several:
+        caption += " Lines are medians over seeds, bands their range."
+    hidden = hidden_junctions(summary)
+    if hidden:
+        caption += " Left out where there are no two parts, as behind a shortcut that changes the shape: "
+        caption += f"{'; '.join(hidden)}."
+    charts = [shortcut_chart(summary, size) for size in (THIRDS, NARROW)]
+    lead = "\n".join(f"<p>{_typeset(sentence)}</p>" for sentence in sentences)
+    return _figure("The gradient that arrives by the shortcut", charts, caption, "Nothing to draw.", lead)
+
+
+def _figure(title: str, charts: Sequence[Chart | None], caption: str, nothing: str, lead: str = "") -> str:
     wide, narrow = charts
     if wide is None or narrow is None:
-        return f'<h2>{escape(title)}</h2>\n<p class="note">{escape(nothing)}</p>'
+        return f'<h2>{escape(title)}</h2>\n{lead}<p class="note">{escape(nothing)}</p>'
     return (
-        f'<h2>{escape(title)}</h2>\n<figure>\n<div class="wide">{_inline(wide)}</div>\n'
+        f'<h2>{escape(title)}</h2>\n{lead}<figure>\n<div class="wide">{_inline(wide)}</div>\n'
         f'<div class="narrow">{_inline(narrow)}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
     )
 
@@ -190,6 +210,9 @@ _METHOD = (
     "the whole range of the data type. The norm is that of the gradient which the optimizer used.",
     "“At the first step” is the gradient of the first training step, at initialisation. At a later epoch it is, layer "
     "by layer, the median over that epoch's steps. Only weights of more than one dimension are shown, in depth order.",
+    "At a residual junction, y = x + F(x), the gradient at x is the sum of what the shortcut brings and of what comes "
+    "back through the branch F (He et al. 2016, arXiv:1603.05027). Junctions are observed in the first step of every "
+    "epoch: “after epoch 10” is the first step of epoch 11.",
     "A gradient is vanishing, exploding or sound by the ratio of its norm in the first weight layer to that in the "
     "last (thresholds of AUTOTRAINER, Zhang et al., ICSE 2021), and non-finite where any element is NaN or infinite. "
     "With several seeds the most frequent verdict counts.",

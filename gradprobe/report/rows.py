@@ -94,6 +94,38 @@ class LayerRow(Protocol):
         """Number of elements."""
 
 
+class JunctionRow(Protocol):
+    """The two parts of the gradient at a residual junction, in one step; NaN where there is nothing to compare."""
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done before the step, which is the first of the next one."""
+
+    @property
+    def position(self) -> int:
+        """Place in depth order, the junction next to the input first."""
+
+    @property
+    def site(self) -> str:
+        """Name of the junction."""
+
+    @property
+    def shortcut_norm_l2(self) -> float:
+        """L2 norm of the part that arrives by the shortcut."""
+
+    @property
+    def branch_norm_l2(self) -> float:
+        """L2 norm of the part that arrives through the branch."""
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between the two parts."""
+
+    @property
+    def shortcut_share(self) -> float:
+        """Norm of the shortcut's part over the sum of both norms."""
+
+
 class SweepRun(Protocol):
     """A recorded sweep. `gradprobe.experiments.store.Run` has this shape; so may any other source of rows."""
 
@@ -113,3 +145,6 @@ class SweepRun(Protocol):
 
     def layers(self, cell_id: int, epoch: int, /) -> Sequence[LayerRow]:
         """The gradients of a cell's weights in one epoch."""
+
+    def junctions(self, cell_id: int, epoch: int, /) -> Sequence[JunctionRow]:
+        """The residual junctions of a cell in its first step after so many epochs."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradprobe.diagnose import flow_verdict
-from gradprobe.report.rows import CellRow, EpochRow, LayerRow, SweepRun
+from gradprobe.report.rows import CellRow, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.spread import Spread, clearly_above, median
 
 DONE = "done"
@@ -70,6 +70,32 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """The gradient's two parts at every residual junction, in the first step after so many epochs.
+
+    Attributes:
+        epoch: The epochs done.
+        profiles: Per seed, the junctions in depth order.
+    """
+
+    epoch: int
+    profiles: tuple[tuple[JunctionRow, ...], ...]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each junction by name, the median over seeds of the shortcut's share.
+
+        NaN where there is nothing to compare: behind a shortcut that changes the shape, and where a part is not finite.
+        """
+        return {rows[0].site: median([row.shortcut_share for row in rows]) for rows in zip(*self.profiles, strict=True)}
+
+    @property
+    def when(self) -> str:
+        """The moment in words."""
+        return "at the first step" if self.epoch == 0 else f"after epoch {self.epoch}"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Training errors of a net and of the best shallower one of its family, both after the same epoch."""
 
@@ -114,6 +140,7 @@ class NetSummary:
         epoch: The newest epoch that all counted cells have; None while none has begun.
         initial: Gradient over depth at the first step, None where not recorded.
         end: The same at `epoch`, None where not recorded or `epoch` is 0.
+        sharings: The residual junctions at the first step, in the middle and at the end, as far as recorded.
         comparison: With the best shallower net of the family, None where there is none or it is too early.
     """
 
@@ -124,6 +151,7 @@ class NetSummary:
     epoch: int | None
     initial: Moment | None
     end: Moment | None
+    sharings: tuple[Sharing, ...]
     comparison: Comparison | None
 
     @property
@@ -256,6 +284,7 @@ def summarise(run: SweepRun) -> Summary:
             epoch=epoch,
             initial=_moment(run, counted, 0),
             end=_moment(run, counted, epoch) if epoch else None,
+            sharings=_sharings(run, counted, epoch or 0),
             comparison=_compare(counted, epoch or 0, [net for net in nets if net.family == family], earliest),
         )
         nets.append(net)
@@ -275,6 +304,17 @@ def _moment(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> Moment 
     if not profiles:
         return None
     return Moment(epoch, profiles, Counter(map(_flow, profiles)))
+
+
+def _sharings(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> tuple[Sharing, ...]:
+    sharings = []
+    # After the last epoch there is no further step.
+    for done in sorted({0, epoch // 2, epoch - 1}) if epoch else ():
+        recorded = (run.junctions(result.cell.id, done) for result in counted)
+        profiles = tuple(tuple(sorted(rows, key=lambda row: row.position)) for rows in recorded if rows)
+        if profiles:
+            sharings.append(Sharing(done, profiles))
+    return tuple(sharings)
 
 
 def _flow(rows: Sequence[LayerRow]) -> str:

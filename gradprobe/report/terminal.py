@@ -14,8 +14,8 @@ from rich.text import Text
 from gradprobe.errors import StoreError
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import Spread
-from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Summary, summarise
-from gradprobe.report.words import explain, headline, number, percent
+from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Sharing, Summary, summarise
+from gradprobe.report.words import explain, headline, number, percent, shortcuts
 from gradprobe.strict_json import strict
 
 _STYLES = {"healthy": "green", DEGRADED: "yellow", "vanishing": "red", "exploding": "red", "non-finite": "bold red"}
@@ -42,6 +42,7 @@ def render(run: SweepRun) -> RenderableType:
             _gradients(summary),
         ],
         [Text(line, style="bold") for line in headline(summary)],
+        [Text(line) for line in shortcuts(summary)],
         [Text.assemble((f"{net.name}  ", "bold"), explain(net)) for net in wanting],
     ]
     return Group(*(part for block in blocks if block for part in (*block, Text())))
@@ -54,10 +55,10 @@ def as_dict(run: SweepRun) -> dict[str, object]:
         run: The recorded sweep, finished or not.
 
     Returns:
-        `config`, `meta`, `headline` and `nets`; each net has its parameters, progress, errors (`mean`, `std`, `values`
-        over seeds), the gradient norms at the first step and at the end, the comparison with a shallower net, the
-        verdict and its explanation. None is what is not recorded (yet), or has no meaning (`std` of one seed); a number
-        that is not finite is one of the strings "nan", "inf" and "-inf".
+        `config`, `meta`, `headline`, `shortcuts` and `nets`; each net has its parameters, progress, errors (`mean`,
+        `std`, `values` over seeds), the gradient norms at the first step and at the end, the residual junctions, the
+        comparison with a shallower net, the verdict and its explanation. None is what is not recorded (yet), or has no
+        meaning (`std` of one seed); a number that is not finite is one of the strings "nan", "inf" and "-inf".
     """
     summary = summarise(run)
     return {
@@ -66,12 +67,15 @@ def as_dict(run: SweepRun) -> dict[str, object]:
         "cells_finished": summary.cells_finished,
         "cells_planned": summary.cells_planned,
         "headline": headline(summary),
+        "shortcuts": shortcuts(summary),
         "nets": [_net_dict(net) for net in summary.nets],
     }
 
 
 def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
-    """Writes the run as tables: `nets.csv` (the report), `epochs.csv` and `layers.csv` (all that was recorded, tidy).
+    """Writes the run as tables: `nets.csv` (the report), and all that was recorded, tidy.
+
+    Which is `epochs.csv`, `layers.csv` and `junctions.csv`.
 
     Args:
         run: The recorded sweep, finished or not.
@@ -87,25 +91,27 @@ def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     cells = run.cells()
     keys = ("family", "depth", "seed")
-    layers = ("epoch", "position", "site", "norm_l2", "rms", "abs_max", "zero_fraction", "nonfinite", "numel")
     epochs = ("epoch", "train_loss", "train_error_pct", "test_error_pct", "seconds")
+    layers = ("position", "site", "norm_l2", "rms", "abs_max", "zero_fraction", "nonfinite", "numel")
+    junctions = ("position", "site", "shortcut_norm_l2", "branch_norm_l2", "cosine", "shortcut_share")
+    recorded = [((cell.family, cell.depth, cell.seed), cell.id, row) for cell in cells for row in run.epochs(cell.id)]
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence[object]]]] = {
         "nets.csv": (_NET_COLUMNS, map(_net_row, summary.nets)),
-        "epochs.csv": (
-            (*keys, *epochs),
+        "epochs.csv": ((*keys, *epochs), ((*cell, *_values(row, epochs)) for cell, _, row in recorded)),
+        "layers.csv": (
+            (*keys, "epoch", *layers),
             (
-                (cell.family, cell.depth, cell.seed, *(getattr(row, column) for column in epochs))
-                for cell in cells
-                for row in run.epochs(cell.id)
+                (*cell, row.epoch, *_values(layer, layers))
+                for cell, id, row in recorded
+                for layer in run.layers(id, row.epoch)
             ),
         ),
-        "layers.csv": (
-            (*keys, *layers),
+        "junctions.csv": (
+            (*keys, "epoch", *junctions),
             (
-                (cell.family, cell.depth, cell.seed, row.epoch, *(getattr(layer, column) for column in layers[1:]))
-                for cell in cells
-                for row in run.epochs(cell.id)
-                for layer in run.layers(cell.id, row.epoch)
+                (*cell, row.epoch, *_values(junction, junctions))
+                for cell, id, row in recorded
+                for junction in run.junctions(id, row.epoch)
             ),
         ),
     }
@@ -119,6 +125,10 @@ def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
     except OSError as error:
         raise StoreError(f"{folder}: cannot write the tables: {error}") from error
     return [folder / name for name in tables]
+
+
+def _values(row: object, columns: Sequence[str]) -> list[object]:
+    return [getattr(row, column) for column in columns]
 
 
 def _title(summary: Summary) -> Text:
@@ -200,6 +210,7 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
         "train_error_pct": _spread_dict(net.train_error_pct),
         "test_error_pct": _spread_dict(net.test_error_pct),
         "gradient": {"first_step": _moment_dict(net.initial), "end": _moment_dict(net.end)},
+        "junctions": [_sharing_dict(sharing) for sharing in net.sharings],
         "compared_with": None
         if compared is None
         else {
@@ -229,3 +240,16 @@ def _moment_dict(moment: Moment | None) -> object:
     ends = {"first_norm_l2": moment.first, "last_norm_l2": moment.last, "ratio": moment.ratio}
     judged = {"verdict": moment.verdict, "seeds_by_verdict": dict(moment.votes)}
     return strict({"epoch": moment.epoch, **ends, **judged, "layers": layers})
+
+
+def _sharing_dict(sharing: Sharing) -> object:
+    columns = ("shortcut_norm_l2", "branch_norm_l2", "cosine", "shortcut_share")
+    junctions = [
+        {
+            "position": rows[0].position,
+            "site": rows[0].site,
+            **{column: [getattr(row, column) for row in rows] for column in columns},
+        }
+        for rows in zip(*sharing.profiles, strict=True)
+    ]
+    return strict({"epoch": sharing.epoch, "junctions": junctions})

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 
 from gradprobe.report.spread import Spread
 from gradprobe.report.summary import DEGRADED, Comparison, Moment, NetSummary, Summary
+
+_RESIDUAL_FAMILIES = ("resnet",)
 
 _FLOW_WORDS = {
     "healthy": "are sound",
@@ -93,6 +98,59 @@ def headline(summary: Summary) -> list[str]:
                 f"for {net.name} and {percent(comparison.other_error)} % for {comparison.other}."
             )
     return sentences
+
+
+def shortcuts(summary: Summary) -> list[str]:
+    """What arrives by the shortcuts, in sentences on each residual net and on its depth, as far as it is recorded."""
+    sentences = [sentence for net in summary.nets if (sentence := _shortcut_sentence(net))]
+    for family in summary.families:
+        nets = [net for net in summary.nets if net.family == family and _middle_shares(net)]
+        middles = [list(_middle_shares(net).values())[-1] for net in nets]
+        if len(nets) > 1:
+            larger = all(deeper > shallower for shallower, deeper in pairwise(middles))
+            told = _listed([f"{100 * middle:.0f} % in {net.name}" for net, middle in zip(nets, middles, strict=True)])
+            start = "The deeper the net, the larger the" if larger else "A deeper net does not always have the larger"
+            sentences.append(f"{start} share that it ends with: {told}.")
+    without = [net.name for net in summary.nets if net.family in _RESIDUAL_FAMILIES and net.epoch and not net.sharings]
+    if without:
+        sentences.append(f"Of {_listed(without)} no junctions are recorded; files of older versions hold none.")
+    return sentences
+
+
+def _drawn_shares(net: NetSummary) -> list[tuple[str, dict[str, float]]]:
+    """The moments at which a net has junctions to compare, each with their shares."""
+    moments = [
+        (sharing.when, {site: share for site, share in sharing.shares.items() if math.isfinite(share)})
+        for sharing in net.sharings
+    ]
+    return [(when, shares) for when, shares in moments if shares]
+
+
+def _middle_shares(net: NetSummary) -> dict[str, float]:
+    """The median share over the junctions, by moment."""
+    return {when: statistics.median(shares.values()) for when, shares in _drawn_shares(net)}
+
+
+def _shortcut_sentence(net: NetSummary) -> str:
+    middles = _middle_shares(net)
+    if not middles:
+        return ""
+    told = _listed([f"{100 * middle:.0f} % {when}" for when, middle in middles.items()])
+    more = [when for when, middle in middles.items() if middle > 0.5]
+    compared = "more than the branch's" if more else "no more than the branch's"
+    if 0 < len(more) < len(middles):
+        compared += f" only {_listed(more)}"
+    drawn = _drawn_shares(net)
+    lowest, site, when = min((share, site, when) for when, shares in drawn for site, share in shares.items())
+    n_junctions = len(drawn[0][1])
+    return (
+        f"In {net.name} the shortcut's share of the gradient is {told}, {compared} (median over {n_junctions} "
+        f"junction{'s' if n_junctions > 1 else ''}; the lowest is {100 * lowest:.0f} %, at {site} {when})."
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _flow_sentences(net: NetSummary) -> list[str]:
