@@ -17,7 +17,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 from _machine import processor
@@ -26,9 +25,10 @@ from torch import nn
 from torch.nn import functional
 
 import gradprobe
-from gradprobe.findings import Rule
+from gradprobe.findings import RULES, title
 
 HELD_OUT = (400, 401, 402, 403)  # seeds that chose no threshold and no run
+Fault = str  # title of a finding: the rule, with where in brackets
 N_STEPS = 40
 BATCH_SIZE = 64
 IMAGES, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
@@ -46,18 +46,22 @@ class Run:
         follows: Faults that may follow from it.
         learning_rate: Of SGD with momentum 0.9.
         disturb: Changes a batch, given its images and the step.
+        alter: Changes the net, before the step given.
+        activations: Observe what passes forward.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    fault: Rule | None = None
-    follows: tuple[Rule, ...] = ()
+    fault: Fault | None = None
+    follows: tuple[Fault, ...] = ()
     learning_rate: float = 0.02
     disturb: Callable[[torch.Tensor, int], torch.Tensor] = field(default=lambda images, step: images)
+    alter: Callable[[nn.Module, int], None] = field(default=lambda model, step: None)
+    activations: bool = True
 
 
 class Recurrent(nn.Module):
-    """Reads an image row by row, or pixel by pixel."""
+    """Reads an image row by row."""
 
     def __init__(self, cell: type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
@@ -92,42 +96,78 @@ class Text(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(500, 16)
         self.cell = nn.GRU(16, 32, batch_first=True)
-        self.head = nn.Linear(32, 10)
+        self.head = nn.Linear(64 * 32, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 1, 8, 8] to [B, 10]."""
         words = ((images.flatten(1) + 0.3) * 16).round().long()  # [B, 64]
         out, _ = self.cell(self.embed(words))
-        return self.head(out.mean(1))
+        return self.head(out.flatten(1))
 
 
-class HalfDetached(nn.Module):
-    """Two branches, one of which is multiplied by zero."""
+class BranchTimesZero(nn.Module):
+    """Two branches, one of which is multiplied by a factor."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = 0.0) -> None:
         super().__init__()
+        self.factor = factor
         self.used, self.unused, self.head = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 1, 8, 8] to [B, 10]."""
         x = images.flatten(1)
-        return self.head(torch.relu(self.used(x) + 0.0 * self.unused(x)))
+        return self.head(torch.relu(self.used(x) + self.factor * self.unused(x)))
 
 
-def mlp(depth: int, activation: type[nn.Module], gain: float = 1.0, norm: bool = False, bias: float = 0.0) -> nn.Module:
-    """A stack of equal layers; weights drawn with standard deviation gain / sqrt(fan_in)."""
+class WayAround(nn.Module):
+    """A stack of sigmoid layers between a first and a last layer that a shortcut joins: both ends get a gradient."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.first, self.stack, self.head = nn.Linear(64, 64), mlp(depth, nn.Sigmoid)[:-1], nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 1, 8, 8] to [B, 10]."""
+        x = self.first(images.flatten(1))
+        return self.head(x + self.stack(x))
+
+
+def mlp(
+    depth: int,
+    activation: type[nn.Module],
+    gain: float | None = 1.0,
+    norm: bool = False,
+    bias: float = 0.0,
+    first_gain: float = 1.0,
+) -> nn.Module:
+    """A stack of equal layers; weights drawn with standard deviation gain / sqrt(fan_in), or torch's own for None.
+
+    The second layer's biases can be shifted, and the first layer's weights multiplied.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     for k in range(depth):
         linear = nn.Linear(64, 64)
-        nn.init.normal_(linear.weight, std=gain / 8)
-        nn.init.constant_(linear.bias, bias if k == 1 else 0.0)
+        if gain is not None:
+            nn.init.normal_(linear.weight, std=gain / 8 * (first_gain if k == 0 else 1.0))
+            nn.init.constant_(linear.bias, bias if k == 1 else 0.0)
         layers += [linear, *([nn.BatchNorm1d(64)] if norm else []), activation()]
     return nn.Sequential(*layers, nn.Linear(64, 10))
 
 
+def cnn(depth: int, gain: float, bias: float = 0.0) -> nn.Module:
+    """A stack of equal convolutions with ReLU; the second layer's biases can be shifted."""
+    layers: list[nn.Module] = []
+    for k in range(depth):
+        conv = nn.Conv2d(16 if k else 1, 16, 3, padding=1)
+        nn.init.normal_(conv.weight, std=gain / math.sqrt(9 * conv.in_channels))
+        nn.init.constant_(conv.bias, bias if k == 1 else 0.0)
+        layers += [conv, nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 10))
+
+
 HE = math.sqrt(2.0)  # gain for ReLU, He et al. 2015
-CUT: tuple[Rule, ...] = ("vanishing", "silent site", "not learning")  # dead units let nothing through
-ANY: tuple[Rule, ...] = get_args(Rule)
+SMALL = ("poor initialisation", "not learning")  # weights that are too small
+CUT = ("vanishing (backward)", "silent site", "not learning")  # dead units let nothing through
 
 
 def nan_at(images: torch.Tensor, step: int) -> torch.Tensor:
@@ -143,29 +183,112 @@ def outlier_at(images: torch.Tensor, step: int) -> torch.Tensor:
     return images * 100 if step == 31 else images
 
 
+def cut_branch(model: nn.Module, step: int) -> None:
+    """One of two branches is multiplied by zero from a step on."""
+    if step == 25:
+        model.factor = 0.0
+
+
+def kill_layer(model: nn.Module, step: int) -> None:
+    """The second layer's units die, as by a step that was too long."""
+    if step == 25:
+        torch.nn.init.constant_(model[3].bias, -30.0)
+
+
 RUNS = (
     Run("MLP, ReLU, He", lambda: mlp(4, nn.ReLU, HE)),
+    Run("MLP of 3, ReLU, torch's weights", lambda: mlp(3, nn.ReLU, None), learning_rate=0.1),
     Run("MLP, tanh", lambda: mlp(4, nn.Tanh)),
+    Run("MLP, sigmoid", lambda: mlp(2, nn.Sigmoid, 4.0), learning_rate=0.1),
     Run("MLP of 10, ReLU, BN", lambda: mlp(10, nn.ReLU, HE, norm=True)),
+    Run("CNN", lambda: cnn(4, HE)),
     Run("ResNet-8", lambda: gradprobe.networks.resnet(8, in_channels=1)),
     Run("plain-8", lambda: gradprobe.networks.plain(8, in_channels=1)),
     Run("RNN", lambda: Recurrent(nn.RNN), learning_rate=0.05),
     Run("LSTM", lambda: Recurrent(nn.LSTM), learning_rate=0.2),
     Run("GRU", lambda: Recurrent(nn.GRU), learning_rate=0.2),
     Run("transformer", Transformer),
-    Run("embedding and GRU", Text, learning_rate=0.2),
-    Run("MLP of 20, sigmoid", lambda: mlp(20, nn.Sigmoid), "vanishing", ("not learning",)),
-    Run("MLP of 20, tanh, small weights", lambda: mlp(20, nn.Tanh, 0.4), "vanishing", ("not learning",)),
-    Run("deep_cnn(24)", lambda: gradprobe.networks.deep_cnn(24, in_channels=1), "vanishing", ("not learning", "dying")),
-    Run("MLP of 50, ReLU, BN", lambda: mlp(50, nn.ReLU, HE, norm=True), "exploding", ANY, 1e-4),
-    Run("MLP of 40, tanh, large weights", lambda: mlp(40, nn.Tanh, 3.0), "exploding", ANY, 1e-6),
-    Run("MLP, rate of 50", lambda: mlp(4, nn.ReLU, HE), "loss blow-up", ANY, 50.0),
-    Run("MLP of 30, ReLU, large weights", lambda: mlp(30, nn.ReLU, 2 * HE), "loss blow-up", ANY, 1e-3),
+    Run("embedding and GRU", Text, learning_rate=0.05),
+    Run("MLP of 20, sigmoid", lambda: mlp(20, nn.Sigmoid), "vanishing (backward)", ("not learning",)),
+    Run("MLP of 20, tanh, small weights", lambda: mlp(20, nn.Tanh, 0.4), "vanishing (backward)", SMALL),
+    Run("20 sigmoid layers and a way around", lambda: WayAround(20), "vanishing (backward)", ("not learning",), 1e-4),
+    Run(
+        "deep_cnn(24)",
+        lambda: gradprobe.networks.deep_cnn(24, in_channels=1, width=16),
+        "vanishing (backward)",
+        ("dying", *SMALL),
+    ),
+    Run(
+        "MLP of 50, ReLU, BN", lambda: mlp(50, nn.ReLU, HE, norm=True), "exploding (backward)", ("not learning",), 1e-4
+    ),
+    Run(
+        "MLP of 50, ReLU, BN, huge first weights",
+        lambda: mlp(50, nn.ReLU, HE, norm=True, first_gain=1e4),
+        "exploding (backward)",
+        ("not learning",),
+        1e-4,
+    ),
+    Run(
+        "MLP of 40, tanh, large weights", lambda: mlp(40, nn.Tanh, 3.0), "exploding (backward)", ("not learning",), 1e-6
+    ),
+    Run(
+        "MLP of 30, ReLU, large weights", lambda: mlp(30, nn.ReLU, 2 * HE), "exploding (forward)", ("non-finite",), 1e-3
+    ),
+    Run(
+        "ResNet-80 without BN",
+        lambda: gradprobe.networks.resnet(80, in_channels=1, width=4, norm="none"),
+        "exploding (forward)",
+        ("not learning",),
+        1e-12,
+    ),
+    Run("MLP, leaky ReLU, rate of 50", lambda: mlp(4, nn.LeakyReLU, HE), "loss blow-up", ("non-finite",), 50.0),
+    Run(
+        "MLP of 30, ReLU, large weights, outputs not observed",
+        lambda: mlp(30, nn.ReLU, 2 * HE),
+        "loss blow-up",
+        ("non-finite",),
+        1e-3,
+        activations=False,
+    ),
     Run("MLP, NaN in a batch", lambda: mlp(4, nn.ReLU, HE), "non-finite", ("loss blow-up",), disturb=nan_at),
     Run("transformer, NaN in a batch", Transformer, "non-finite", ("loss blow-up",), disturb=nan_at),
-    Run("MLP, dead units", lambda: mlp(4, nn.ReLU, HE, bias=-30.0), "dying", CUT),
-    Run("MLP, most units dead", lambda: mlp(4, nn.ReLU, HE, bias=-2.0), "dying", CUT),
-    Run("branch times zero", HalfDetached, "silent site", ("dying",), 0.05),
+    Run(
+        "MLP of 12, ReLU, small weights",
+        lambda: mlp(12, nn.ReLU, 0.3),
+        "poor initialisation",
+        ("not learning", "vanishing (backward)", "dying", "dead ReLU"),
+    ),
+    Run(
+        "CNN of 8, small weights",
+        lambda: cnn(8, 0.2),
+        "poor initialisation",
+        ("not learning", "vanishing (backward)", "dying", "dead ReLU"),
+    ),
+    Run(
+        "MLP of 6, tanh, huge weights",
+        lambda: mlp(6, nn.Tanh, 30.0),
+        "saturation",
+        ("not learning", "exploding (backward)"),
+        1e-3,
+    ),
+    Run(
+        "MLP of 4, sigmoid, huge weights",
+        lambda: mlp(4, nn.Sigmoid, 100.0),
+        "saturation",
+        ("not learning", "exploding (backward)"),
+    ),
+    Run("MLP, dead units", lambda: mlp(4, nn.ReLU, HE, bias=-30.0), "dead ReLU", ("dying", *CUT)),
+    Run("CNN, dead units", lambda: cnn(4, HE, bias=-30.0), "dead ReLU", ("dying", *CUT)),
+    Run("MLP, most units dead", lambda: mlp(4, nn.ReLU, HE, bias=-2.0), "dying", ("dead ReLU", "layer drift", *CUT)),
+    Run("branch times zero", BranchTimesZero, "silent site", ("dying",), 0.05),
+    Run("branch cut at step 25", lambda: BranchTimesZero(0.5), "layer drift", (), 0.05, alter=cut_branch),
+    Run(
+        "MLP, a layer dies at step 25",
+        lambda: mlp(4, nn.ReLU, HE),
+        "layer drift",
+        ("dead ReLU", *CUT),
+        alter=kill_layer,
+    ),
     Run("MLP, no rate", lambda: mlp(4, nn.ReLU, HE), "not learning", learning_rate=0.0),
     Run("ResNet-8, no rate", lambda: gradprobe.networks.resnet(8, in_channels=1), "not learning", learning_rate=0.0),
     Run("MLP, outlier", lambda: mlp(4, nn.ReLU, HE), "spike", ("loss blow-up", "not learning"), disturb=outlier_at),
@@ -173,7 +296,7 @@ RUNS = (
 )
 
 
-def found_in(run: Run, seed: int) -> set[Rule]:
+def found_in(run: Run, seed: int) -> set[Fault]:
     """Trains and diagnoses.
 
     Args:
@@ -181,19 +304,20 @@ def found_in(run: Run, seed: int) -> set[Rule]:
         seed: Of the weights and of the order of the images.
 
     Returns:
-        The rules that fired.
+        Titles of the findings.
     """
     torch.manual_seed(seed)
     model = run.build()
     optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate, momentum=0.9)
-    with gradprobe.attach(model, junctions=False) as probe:
+    with gradprobe.attach(model, activations=run.activations, junctions=run.activations) as probe:
         for step, chosen in enumerate(batches()):
             optimizer.zero_grad()
+            run.alter(model, step)
             loss = functional.cross_entropy(model(run.disturb(IMAGES[chosen], step)), LABELS[chosen])
             loss.backward()
             probe.step(loss=loss)
             optimizer.step()
-        return {finding.rule for finding in probe.findings()}
+        return {finding.title for finding in probe.findings()}
 
 
 def batches() -> Iterator[torch.Tensor]:
@@ -222,7 +346,7 @@ class Score:
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else math.nan
 
 
-def scores(seeds: Sequence[int]) -> dict[Rule, Score]:
+def scores(seeds: Sequence[int]) -> dict[Fault, Score]:
     """Makes all runs and counts.
 
     Args:
@@ -231,7 +355,7 @@ def scores(seeds: Sequence[int]) -> dict[Rule, Score]:
     Returns:
         The counts of each fault.
     """
-    table: dict[Rule, Score] = {rule: Score() for rule in get_args(Rule)}
+    table = {title(*rule): Score() for rule in RULES}
     for run in RUNS:
         for seed in seeds:
             found = found_in(run, seed)
@@ -256,11 +380,11 @@ def main() -> None:
     n_healthy = sum(run.fault is None for run in RUNS) * len(seeds)
     print(f"{processor()}; torch {torch.__version__}, python {platform.python_version()}")
     print(f"{len(RUNS) * len(seeds)} runs of {N_STEPS} steps, {n_healthy} of them healthy; seeds {seeds}")
-    print(f"{'fault':14}{'planted':>9}{'found':>8}{'missed':>8}{'false alarms':>14}{'precision':>11}{'recall':>8}")
+    print(f"{'fault':22}{'planted':>9}{'found':>8}{'missed':>8}{'false alarms':>14}{'precision':>11}{'recall':>8}")
     for rule, score in table.items():
         planted = score.hits + score.misses
         numbers = f"{planted:9}{score.hits:8}{score.misses:8}{score.false_alarms:14}"
-        print(f"{rule:14}{numbers}{score.precision:11.3f}{score.recall:8.3f}")
+        print(f"{rule:22}{numbers}{score.precision:11.3f}{score.recall:8.3f}")
     for rule, score in table.items():
         for line in score.wrong:
             print(f"{rule}: {line}")

@@ -1,4 +1,4 @@
-"""Pure rules over the course of a run: its losses, its total norm, and what stays zero."""
+"""Pure rules over the course of a run: its losses, its total norm, and what stays or becomes zero."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradprobe.findings import Finding, Thresholds, finding
+from gradprobe.measured import FloatArray
 from gradprobe.snapshot import Snapshot
 
 Losses = Sequence[tuple[int, float]]  # (step, loss) of the steps that have one, in order
@@ -46,12 +47,13 @@ def converges(losses: Losses, limits: Thresholds) -> bool:
     return start > 0 and float(values[-limits.window :].mean()) < limits.converging * start
 
 
-def loss_blow_up(losses: Losses, limits: Thresholds) -> list[Finding]:
+def loss_blow_up(losses: Losses, limits: Thresholds, is_observed: bool) -> list[Finding]:
     """Finds a loss that has become huge or is no number; one step is enough.
 
     Args:
         losses: As `losses_of` gives them, of a run that does not converge.
         limits: Limits of the rules.
+        is_observed: Whether activations or junctions were observed, so that their growth would have been seen.
 
     Returns:
         At most one finding.
@@ -70,6 +72,14 @@ def loss_blow_up(losses: Losses, limits: Thresholds) -> list[Finding]:
     step, loss = high[0]
     before = f"after {start:.3g} at step {start_step}" if step != start_step else "in the first step that has one"
     message = f"step {step}: the loss is {loss:.3g}, {before}"
+    if step == start_step and math.isfinite(loss):
+        message += (
+            f"; a uniform guess among a million classes has {math.log(1e6):.3g}. Either the loss is on another scale, "
+            "or the forward pass explodes: "
+        )
+        message += (
+            "what was observed of it does not show that" if is_observed else "attach(activations=True) shows which"
+        )
     return [finding("loss blow-up", (), (step, high[-1][0]), {"loss": loss, "loss_at_start": start}, message)]
 
 
@@ -114,19 +124,16 @@ def spikes(snapshots: Sequence[Snapshot], losses: Losses, limits: Thresholds) ->
     Returns:
         At most one finding, on the first spike.
     """
-    series = {
-        "total norm": [(snapshot.step, snapshot.total_norm) for snapshot in snapshots],
-        "loss": losses,
-    }
+    norms = [(snapshot.step, snapshot.total_norm) for snapshot in snapshots]
     found: list[tuple[int, str, float, float, float]] = []
-    for what, points in series.items():
+    for what, points, jump in (("total norm", norms, limits.spike_norm_jump), ("loss", losses, limits.spike_jump)):
         finite = [(step, value) for step, value in points if math.isfinite(value)]  # others have a rule of their own
         values = np.array([value for _, value in finite], dtype=np.float64)
         for k in range(limits.spike_warm_up, len(values)):
             before = values[max(0, k - limits.spike_window) : k]
             mean, sigma = float(before.mean()), float(before.std())
             nearby = float(before[-limits.window :].max())
-            if nearby > 0 and values[k] > max(mean + limits.spike_sigmas * sigma, limits.spike_jump * nearby):
+            if nearby > 0 and values[k] > max(mean + limits.spike_sigmas * sigma, jump * nearby):
                 found.append((finite[k][0], what, float(values[k]), mean, sigma))
                 break
     if not found:
@@ -192,3 +199,57 @@ def silent_sites(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Find
     others = f", and that of {len(names) - 1} others" if len(names) > 1 else ""
     message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}"
     return [finding("silent site", names, steps, {"silent": float(len(names))}, message)]
+
+
+def layer_drift(snapshots: Sequence[Snapshot], limits: Thresholds, is_converging: bool) -> list[Finding]:
+    """Finds weights whose gradient has left its own running mean for good, other than the gradients of the others.
+
+    Args:
+        snapshots: Steps in order, all with the same sites.
+        limits: Limits of the rules.
+        is_converging: Whether the run converges; a rise is no fault then.
+
+    Returns:
+        At most one finding.
+    """
+    if len(snapshots) < limits.spike_warm_up + limits.window:
+        return []
+    table = snapshots[0].table
+    present = np.stack([snapshot.measured.present for snapshot in snapshots])  # [T, K]
+    weights = np.flatnonzero((np.asarray(table.ndims) > 1) & present.all(axis=0))  # [W]
+    norms = np.stack([snapshot.columns["norm"][weights] for snapshot in snapshots])  # [T, W]
+    is_usable = np.isfinite(norms).all(axis=1) & (norms > 0).any(axis=1)  # [T]
+    steps = np.array([snapshot.step for snapshot in snapshots])[is_usable]
+    n_steps = len(steps)
+    if len(weights) < 3 or n_steps < limits.spike_warm_up + limits.window:
+        return []
+    shares = norms[is_usable] / _median_of_positive(norms[is_usable])  # [T, W]
+    starts = np.arange(limits.spike_warm_up, n_steps - limits.window + 1)  # [S]
+    means = (np.cumsum(shares, axis=0)[starts - 1]) / starts[:, None]  # [S, W], of the steps before each start
+    highest = np.maximum.accumulate(shares[::-1], axis=0)[::-1][starts]  # [S, W], from each start on
+    lowest = np.minimum.accumulate(shares[::-1], axis=0)[::-1][starts]
+    has_left = highest < limits.drift_fall * means
+    if not is_converging:
+        has_left |= (lowest > limits.drift_rise * means) & (means > 0)
+    if not has_left.any():
+        return []
+    first = np.where(has_left.any(axis=0), has_left.argmax(axis=0), len(starts))  # [W]
+    order = [int(w) for w in np.argsort(first, kind="stable") if first[w] < len(starts)]
+    w, start = order[0], int(first[order[0]])
+    factor = float(np.median(shares[starts[start] :, w]) / means[start, w])
+    since = (int(steps[starts[start]]), int(steps[-1]))
+    others = f"; so have {len(order) - 1} others" if len(order) > 1 else ""
+    message = (
+        f"steps {since[0]} to {since[1]}: the gradient of {table.names[weights[w]]}, measured by those of the other "
+        f"weights, has become {factor:.2g} times its mean of the steps before{others}"
+    )
+    evidence = {"factor": factor, "drifted": float(len(order))}
+    return [finding("layer drift", tuple(table.names[weights[w]] for w in order), since, evidence, message)]
+
+
+def _median_of_positive(norms: FloatArray) -> FloatArray:
+    """Median over the weights that have a gradient, in each step. Shapes [T, W] and [T, 1]."""
+    medians = np.median(norms, axis=1)
+    for step in np.flatnonzero((norms == 0).any(axis=1)):
+        medians[step] = np.median(norms[step][norms[step] > 0])
+    return medians[:, None]

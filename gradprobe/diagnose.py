@@ -9,16 +9,17 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe import course
+from gradprobe import course, forward
 from gradprobe.errors import ArgumentError
 from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
+from gradprobe.line import Line, fit_line
 from gradprobe.snapshot import Snapshot
 
 Verdict = Literal["healthy"] | Rule
 
 
 def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> Verdict:
-    """Judges the gradient norms of one backward pass over depth.
+    """Judges the gradient norms of one backward pass over depth: first against last, or else a line through the others.
 
     Args:
         norms: Norms of the weight gradients, from the layer next to the input to the one next to the loss.
@@ -28,7 +29,7 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> V
         The verdict; "healthy" where there is nothing to compare.
 
     Source:
-        AUTOTRAINER (Zhang et al., ICSE 2021), beta1, beta2, beta3.
+        AUTOTRAINER (Zhang et al., ICSE 2021), beta1, beta2, beta3; the line is ours.
 
     Example:
         >>> flow_verdict([1e-9, 1e-5, 1e-2])
@@ -38,7 +39,27 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> V
         return "non-finite"
     if not norms:
         return "healthy"
-    return layer_status(norms[0], norms[-1], thresholds)
+    ends = layer_status(norms[0], norms[-1], thresholds)
+    if ends != "healthy" or len(norms) - 2 < thresholds.slope_sites:
+        return ends
+    line = inner_line(norms)
+    is_slope = math.isfinite(line.factor) and abs(math.log(line.factor)) * line.factor > (
+        thresholds.slope_errors * line.std_error
+    )
+    return layer_status(line.first, line.last, thresholds) if is_slope else ends
+
+
+def inner_line(norms: Sequence[float]) -> Line:
+    """Fits a line to the logarithms of all norms but the first and the last, whose layers have other shapes.
+
+    Args:
+        norms: As for `flow_verdict`.
+
+    Returns:
+        The line.
+    """
+    with np.errstate(divide="ignore"):
+        return fit_line(np.log(norms[1:-1]).tolist())
 
 
 def layer_status(norm: float, last_norm: float, thresholds: Thresholds = DEFAULTS) -> Verdict:
@@ -83,7 +104,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     One non-finite element, one huge loss or one spike is enough; steps that a gradient scaler skipped do not count
     unless they are most of them. Vanishing and exploding must hold in more than half of the steps, and are no fault of
     a run whose loss falls; rules on zeros and on the loss need `Thresholds.window` steps or twice as many. Those on the
-    loss need `Probe.step(loss=...)`.
+    loss need `Probe.step(loss=...)`, those on what passes forward need `attach(activations=True)` or junctions.
 
     Args:
         snapshots: Steps in order.
@@ -112,13 +133,26 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
             hits[status].append(snapshot)
     findings = [_nonfinite(hits["non-finite"])] if hits["non-finite"] else []
     losses = course.losses_of(snapshots)
-    if not course.converges(losses, thresholds):
+    passes = forward.passes_of(snapshots)
+    is_converging = course.converges(losses, thresholds)
+    if not is_converging:
         rules: tuple[Literal["exploding", "vanishing"], ...] = ("exploding", "vanishing")
         findings += [_over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(judged)]
-        findings += course.loss_blow_up(losses, thresholds)
+        blown_up = course.loss_blow_up(losses, thresholds, is_observed=passes is not None)
         findings += course.dying(snapshots, thresholds)
-        findings += course.not_learning(losses, thresholds)
+        stuck = course.not_learning(losses, thresholds)
+        if passes is not None:
+            growing = forward.exploding(passes, losses, thresholds)
+            if growing and blown_up and blown_up[0].steps[0] == losses[0][0]:
+                blown_up = []  # a loss that is huge from the start is what the growth leads to
+            findings += growing
+            findings += forward.saturation(passes, thresholds)
+            findings += forward.dead_relu(passes, thresholds)
+            if not growing and len(losses) >= 2 * thresholds.window:  # else it is too early to tell
+                findings += forward.poor_initialisation(passes, thresholds)
+        findings += [*blown_up, *stuck]
     findings += course.silent_sites(snapshots, thresholds)
+    findings += course.layer_drift(snapshots, thresholds, is_converging)
     findings += course.spikes(snapshots, losses, thresholds)
     order = get_args(Rule)
     return sorted(findings, key=lambda found: order.index(found.rule))
@@ -156,20 +190,31 @@ def _nonfinite(hits: list[Snapshot]) -> Finding:
 
 def _over_depth(rule: Literal["exploding", "vanishing"], hits: list[Snapshot], thresholds: Thresholds) -> Finding:
     newest = hits[-1]
-    names = weight_sites(newest)
-    first, last = newest[names[0]].norm, newest[names[-1]].norm
-    ratio = first / last if last else math.inf
-    concerned = tuple(name for name in names if layer_status(newest[name].norm, last, thresholds) == rule)
+    names, norms = weight_sites(newest), weight_norms(newest)
+    ratio = norms[0] / norms[-1] if norms[-1] else math.inf
+    evidence = {"norm_first": norms[0], "norm_last": norms[-1], "ratio": ratio}
+    line = inner_line(norms)
+    if math.isfinite(line.std_error):
+        evidence |= {"factor_per_layer": line.factor, "std_error": line.std_error}
+    by_ends = layer_status(norms[0], norms[-1], thresholds) == rule
+    first, last = (norms[0], norms[-1]) if by_ends else (line.first, line.last)
+    concerned = tuple(
+        name for name, norm in zip(names, norms, strict=True) if layer_status(norm, last, thresholds) == rule
+    )
     need = (
         f"< {thresholds.vanishing_ratio:g} with the first < {thresholds.vanishing_norm:g}"
         if rule == "vanishing"
         else f"> {thresholds.exploding_ratio:g}"
     )
+    message = f"gradient norm {norms[0]:.2e} at {names[0]} and {norms[-1]:.2e} at {names[-1]}; first/last {ratio:.2e}"
+    if by_ends:
+        message += f" is {need}: {rule} towards the input"
+    else:
+        message += (
+            f"; the line through the {len(norms) - 2} between them goes from {first:.2e} to {last:.2e}, by "
+            f"{line.factor:.3g} ± {line.std_error:.2g} per layer, and {first / last:.2e} is {need}: {rule} towards the "
+            "input"
+        )
     return finding(
-        rule,
-        concerned,
-        (hits[0].step, newest.step),
-        {"norm_first": first, "norm_last": last, "ratio": ratio},
-        f"step {newest.step}: gradient norm {first:.2e} at {names[0]} and {last:.2e} at {names[-1]}; "
-        f"first/last {ratio:.2e} is {need}: {rule} towards the input",
+        rule, concerned, (hits[0].step, newest.step), evidence, f"step {newest.step}: {message}", where="backward"
     )

@@ -8,8 +8,20 @@ from typing import Literal
 from gradprobe.errors import ArgumentError
 
 Rule = Literal[
-    "non-finite", "loss blow-up", "exploding", "vanishing", "dying", "silent site", "not learning", "spike"
+    "non-finite",
+    "loss blow-up",
+    "exploding",
+    "vanishing",
+    "poor initialisation",
+    "saturation",
+    "dead ReLU",
+    "dying",
+    "silent site",
+    "layer drift",
+    "not learning",
+    "spike",
 ]  # the gravest first
+Where = Literal["", "forward", "backward"]
 
 AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
 SAGEMAKER = "SageMaker Debugger"
@@ -22,12 +34,22 @@ class Thresholds:
     Attributes:
         vanishing_ratio: beta1: first over last norm below which a gradient may be vanishing.
         vanishing_norm: beta2: norm of the first layer below which it then is.
-        exploding_ratio: beta3: first over last norm above which a gradient is exploding.
+        exploding_ratio: beta3: first over last norm above which a gradient is exploding; last over first RMS above
+            which what goes forward is.
+        slope_sites: Number of weights between the first and the last from which on a line through their norms counts.
+        slope_errors: Standard errors by which the line must rise or fall.
         loss_limit: Loss from which on training has blown up.
         dying_share: gamma: share of gradient elements that are exactly zero from which on a layer is dying.
         dying_sites: Share of the weights that must be dying, and two at least.
+        drift_fall: Share of its own running mean below which a layer's norm has fallen, others taken into account.
+        drift_rise: Multiple of it above which the norm has risen.
+        variance_ratio: Largest over smallest variance of the layers' outputs from which on an initialisation is poor.
+        dead_activity: Share of the time below which a ReLU that is active no more than that is dead.
+        dead_share: Share of a layer's ReLUs that must be dead.
+        saturated_slope: Mean derivative of a tanh or sigmoid, as a share of its largest, below which it is saturated.
         spike_sigmas: Standard deviations from the mean of the steps before.
-        spike_jump: Multiple of the largest of the last `window` steps that a spike reaches too; a slow rise does not.
+        spike_jump: Multiple of the largest of the last `window` losses that a spike reaches too; a slow rise does not.
+        spike_norm_jump: The same for the total norm, which jumps more; sound recurrent nets reach 2.6.
         spike_window: Number of steps before that are looked at.
         spike_warm_up: Number of steps before that are needed.
         window: Number of losses that are compared at the start and at the end; number of steps in which something must
@@ -43,11 +65,20 @@ class Thresholds:
     vanishing_ratio: float = 1e-3
     vanishing_norm: float = 1e-4
     exploding_ratio: float = 70.0
+    slope_sites: int = 10
+    slope_errors: float = 3.0
     loss_limit: float = 1e3
     dying_share: float = 0.7
     dying_sites: float = 0.25
+    drift_fall: float = 1e-3
+    drift_rise: float = 70.0
+    variance_ratio: float = 1e4
+    dead_activity: float = 0.01
+    dead_share: float = 0.5
+    saturated_slope: float = 0.05
     spike_sigmas: float = 7.0
     spike_jump: float = 2.0
+    spike_norm_jump: float = 3.0
     spike_window: int = 1000
     spike_warm_up: int = 20
     window: int = 10
@@ -55,7 +86,7 @@ class Thresholds:
     drop_errors: float = 3.0
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 2), ("spike_warm_up", 1), ("spike_window", 1)):
+        for name, least in (("window", 2), ("slope_sites", 3), ("spike_warm_up", 1), ("spike_window", 1)):
             if getattr(self, name) < least:
                 raise ArgumentError(f"{name}: needed at least {least}, got {getattr(self, name)}")
 
@@ -80,22 +111,24 @@ class RuleText:
     remedies: tuple[str, ...]
 
 
-RULES: dict[Rule, RuleText] = {
-    "non-finite": RuleText(
+RULES: dict[tuple[Rule, Where], RuleText] = {
+    ("non-finite", ""): RuleText(
         "a NaN or an infinity in any gradient of any step",
         f"{SAGEMAKER}, rule ExplodingTensor",
         "an overflow, a division by zero, a logarithm or root of nothing, or bad values in the data",
         ("look up the first site with probe.first_nonfinite()", "check the data", "a lower learning rate", "clipping"),
     ),
-    "loss blow-up": RuleText(
+    ("loss blow-up", ""): RuleText(
         "loss NaN or infinite, or >= loss_limit and either the first or above spike_jump times that, in a run that "
         "does not converge; the comparison with the first is ours",
         AUTOTRAINER,
         "a learning rate that is too high, or activations that grow from layer to layer",
         ("a lower learning rate or a warm-up", "clipping", "normalisation", "an initialisation to suit the activation"),
     ),
-    "exploding": RuleText(
-        "norm(first) / norm(last) > exploding_ratio in more than half of the steps, in a run that does not converge",
+    ("exploding", "backward"): RuleText(
+        "norm(first) / norm(last) > exploding_ratio in more than half of the steps, in a run that does not converge; "
+        "or so by a line through the log-norms of slope_sites weights at least, the first and the last left out, that "
+        "rises by slope_errors standard errors; the line is ours",
         AUTOTRAINER,
         "each layer multiplies the gradient by more than one on its way to the input",
         (
@@ -105,36 +138,85 @@ RULES: dict[Rule, RuleText] = {
             "clipping, which bounds the step",
         ),
     ),
-    "vanishing": RuleText(
+    ("exploding", "forward"): RuleText(
+        "rms(last) / rms(first) > exploding_ratio in more than half of the steps where both are finite, in a run that "
+        "does not converge, for the junctions' outputs or for the outputs of weight layers, each behind its "
+        "normalisation where it has one and the last layer left out; the comparison is ours",
+        "He et al. 2015, arXiv 1502.01852, section 2.2: the variance of the outputs is a product over the layers",
+        "each layer, or each addition of a branch, multiplies what goes forward by more than one",
+        (
+            "normalisation, also in the branches of residual blocks",
+            "He initialisation for ReLU, Xavier for tanh",
+            "branches that start at zero or are scaled down by depth (Fixup, Zhang et al. 2019)",
+        ),
+    ),
+    ("vanishing", "backward"): RuleText(
         "norm(first) / norm(last) <= vanishing_ratio and norm(first) < vanishing_norm in more than half of the steps, "
-        "in a run that does not converge",
+        "in a run that does not converge; or so by a line through the log-norms, as for exploding; the line is ours",
         AUTOTRAINER,
         "each layer multiplies the gradient by less than one on its way to the input",
         ("residual connections", "normalisation", "ReLU with He initialisation", "a larger initialisation"),
     ),
-    "dying": RuleText(
+    ("poor initialisation", ""): RuleText(
+        "largest / smallest variance of the outputs of weight layers > variance_ratio in the first `window` steps, in "
+        "a run that does not converge and starts without dead ReLUs; outputs as for exploding forward. The source has "
+        "10, which sound transformers and nets with torch's default weights exceed; 1e4 is ours",
+        f"{SAGEMAKER}, rule PoorWeightInitialization",
+        "weights too small or too large for the activation: what goes forward shrinks or grows from layer to layer",
+        ("He initialisation for ReLU, Xavier for tanh", "normalisation", "residual connections"),
+    ),
+    ("saturation", ""): RuleText(
+        "mean derivative of a tanh, 1 - rms^2, or of a sigmoid, (mean - rms^2) / 0.25, < saturated_slope in more than "
+        "half of the observed steps, in a run that does not converge; the module that runs last is left out. By "
+        "Markov's inequality half of the values then let less than twice that through; the threshold is ours",
+        f"{SAGEMAKER}, rule SaturatedActivation, which counts units; Glorot and Bengio 2010",
+        "inputs of the activation that are far from zero: data that is not normalised, or weights that are too large",
+        ("normalise the data", "Xavier initialisation", "normalisation before the activation", "ReLU or GELU"),
+    ),
+    ("dead ReLU", ""): RuleText(
+        "1 - share of outputs above zero / dead_activity > dead_share over the last `window` observed steps, in a run "
+        "that does not converge: by Markov's inequality at least that share of the ReLUs is active less than "
+        "dead_activity of the time",
+        f"{SAGEMAKER}, rule DeadRelu",
+        "units that no input activates: large negative biases, after a step that was too long",
+        ("a lower learning rate", "He initialisation with zero biases", "leaky ReLU or GELU", "normalisation"),
+    ),
+    ("dying", ""): RuleText(
         "share of exact zeros >= dying_share in the gradients of dying_sites of the weights and of two at least, in "
         "more than half of the steps, in a run that does not converge; dying_sites is ours",
         f"{AUTOTRAINER}, gamma",
         "units that no input activates: large negative biases, after a step that was too long",
         ("a lower learning rate", "He initialisation with zero biases", "leaky ReLU or GELU", "normalisation"),
     ),
-    "silent site": RuleText(
+    ("silent site", ""): RuleText(
         "gradient exactly zero in every step, `window` steps at least, where other weights have one",
         "arithmetic: such a parameter never moves",
         "the parameter does not reach the loss: multiplied by zero, detached, or behind dead units",
         ("look at how its output is used", "set requires_grad=False if that is meant"),
     ),
-    "not learning": RuleText(
+    ("layer drift", ""): RuleText(
+        "norm of a weight's gradient, over the median of all weights', in each of the last `window` steps or more "
+        "< drift_fall times its own mean before, of spike_warm_up steps at least; or > drift_rise times that, in a run "
+        "that does not converge; the rule is ours",
+        "a layer against its own running mean: nothing is compared that differs between layers",
+        "the layer was cut off or died on the way: dead units, saturation, a mask or a factor that became zero",
+        (
+            "look at the steps before the first one named",
+            "look at how the layer's output is used",
+            "a lower learning rate",
+            "clipping",
+        ),
+    ),
+    ("not learning", ""): RuleText(
         "mean loss of the last `window` steps not below that of the first by drop_errors standard errors, in a run "
         "that does not converge; the standard error is ours",
         f"{SAGEMAKER}, rule LossNotDecreasing",
         "a learning rate near zero, labels that do not belong to the inputs, or gradients that do not arrive",
         ("a higher learning rate", "overfit one batch to prove that the model can", "check the labels"),
     ),
-    "spike": RuleText(
+    ("spike", ""): RuleText(
         "total norm or loss more than spike_sigmas standard deviations above the mean of the last spike_window steps, "
-        "and more than spike_jump times the largest of the last `window`; spike_jump is ours",
+        "and more than spike_norm_jump or spike_jump times the largest of the last `window`; both are ours",
         "OLMo 2 (OLMo et al. 2024), section 3.2",
         "a bad batch, or a learning rate at the edge of what is stable",
         ("look at the batch of that step", "clipping", "a lower learning rate"),
@@ -148,6 +230,7 @@ class Finding:
 
     Attributes:
         rule: Name of the rule.
+        where: In which pass, where the rule can be about either.
         sites: Sites concerned, the first to fail first; empty where it concerns the whole.
         steps: First and last step concerned.
         evidence: The numbers that the rule saw.
@@ -159,6 +242,7 @@ class Finding:
     """
 
     rule: Rule
+    where: Where
     sites: tuple[str, ...]
     steps: tuple[int, int]
     evidence: dict[str, float]
@@ -168,9 +252,29 @@ class Finding:
     cause: str
     remedies: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """The rule, with where in brackets.
+
+        Example:
+            >>> finding("exploding", (), (0, 0), {}, "step 0: ...", where="forward").title
+            'exploding (forward)'
+        """
+        return title(self.rule, self.where)
+
+
+def title(rule: Rule, where: Where) -> str:
+    """Puts a rule and where it found something into words."""
+    return f"{rule} ({where})" if where else rule
+
 
 def finding(
-    rule: Rule, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str
+    rule: Rule,
+    sites: tuple[str, ...],
+    steps: tuple[int, int],
+    evidence: dict[str, float],
+    message: str,
+    where: Where = "",
 ) -> Finding:
     """Makes a finding of a rule.
 
@@ -180,6 +284,7 @@ def finding(
         steps: First and last step concerned.
         evidence: The numbers that the rule saw.
         message: One sentence for a person.
+        where: In which pass.
 
     Returns:
         The finding, with what `RULES` says of the rule.
@@ -188,5 +293,5 @@ def finding(
         >>> finding("spike", (), (7, 7), {"norm": 90.0}, "step 7: ...").remedies[0]
         'look at the batch of that step'
     """
-    text = RULES[rule]
-    return Finding(rule, sites, steps, evidence, message, text.formula, text.source, text.cause, text.remedies)
+    text = RULES[rule, where]
+    return Finding(rule, where, sites, steps, evidence, message, text.formula, text.source, text.cause, text.remedies)

@@ -131,7 +131,8 @@ class FlowReport:
         model: Class name of the model.
         layers: Parameters in the order of execution.
         findings: What is wrong.
-        verdict: "healthy", "vanishing", "exploding" or "non-finite"; for an untrained model, at initialisation.
+        verdict: The gravest rule that found something, such as "vanishing" or "exploding", or "healthy"; for an
+            untrained model, at initialisation.
         snapshot: The measurement.
     """
 
@@ -221,7 +222,7 @@ def check_gradient_flow(
     tensor = next(iter((*model.parameters(), *model.buffers())), torch.empty(0))
     generator = torch.Generator().manual_seed(SEED)
     inputs = [spec.draw(batch_size, generator, tensor.device) for spec in specs]
-    with _untouched(model), attach(model, junctions=False, when="step") as probe, _execution_order(model) as order:
+    with _untouched(model), attach(model, activations=True, when="step") as probe, _execution_order(model) as order:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore", GradprobeWarning)  # the report itself lists what has no gradient
             torch.autograd.backward(_projection(_forward(model, inputs, batch_size), generator))

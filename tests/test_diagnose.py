@@ -3,33 +3,12 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
+from diagnose_cases import FALLING, FLAT, course, rules_of, snapshot
 
 from gradprobe.diagnose import diagnose, flow_verdict, verdict
 from gradprobe.errors import ArgumentError
 from gradprobe.findings import Thresholds
-from gradprobe.measured import Measured, Provenance
-from gradprobe.snapshot import SiteTable, Snapshot
-
-
-def snapshot(
-    step: int, norms: list[float], nonfinite: int = 0, ndim: int = 2, loss: float | None = None, zeros: float = 0.0
-) -> Snapshot:
-    """A snapshot of weights of one element each, whose norms are as given; `zeros` of each element count as zero."""
-    names = tuple(f"layer{k}.weight" for k in range(len(norms)))
-    rows = np.array([[norm, norm, norm**2, norm, zeros, 0.0] for norm in norms])
-    rows[0, 5] = nonfinite
-    n_sites = len(norms)
-    return Snapshot(
-        step=step,
-        loss=loss,
-        provenance=Provenance("unscaled", "local", "pre-clip"),
-        skipped=False,
-        table=SiteTable(names, ("parameter",) * n_sites, (ndim,) * n_sites, {name: k for k, name in enumerate(names)}),
-        rows=rows,
-        measured=Measured(np.ones(n_sites, dtype=np.bool_), np.ones(n_sites, dtype=np.int64)),
-    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +35,7 @@ def test_verdict_on_norms_over_depth(norms: list[float], expected: str) -> None:
 
 def test_a_finding_names_sites_steps_evidence_and_source() -> None:
     (finding,) = diagnose([snapshot(step, [1e-9, 2e-7, 1e-2]) for step in (3, 4, 5)])
-    assert finding.rule == "vanishing"
+    assert (finding.rule, finding.where, finding.title) == ("vanishing", "backward", "vanishing (backward)")
     assert finding.sites == ("layer0.weight", "layer1.weight")
     assert finding.steps == (3, 5)
     assert finding.evidence == {"norm_first": 1e-9, "norm_last": 1e-2, "ratio": pytest.approx(1e-7)}
@@ -86,19 +65,6 @@ def test_a_model_of_vectors_alone_is_judged_by_them() -> None:
 def test_an_empty_history_is_healthy() -> None:
     assert diagnose([]) == []
     assert verdict([]) == "healthy"
-
-
-def course(losses: list[float], norms: list[float] | None = None, first: int = 0) -> list[Snapshot]:
-    """A history with these losses."""
-    return [snapshot(first + step, norms or [1.0, 1.0], loss=loss) for step, loss in enumerate(losses)]
-
-
-def rules_of(history: list[Snapshot]) -> list[str]:
-    return [finding.rule for finding in diagnose(history)]
-
-
-FALLING = [2.3 * 0.95**step for step in range(40)]
-FLAT = [2.3 + 0.01 * (-1) ** step for step in range(40)]
 
 
 class TestCourse:

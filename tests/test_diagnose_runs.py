@@ -34,24 +34,41 @@ def test_finds_what_was_planted_and_no_more(run: Run) -> None:
 @pytest.mark.parametrize(
     ("family", "depth", "norm", "expected"),
     [
-        ("plain", 20, "batch", "healthy"),
-        ("plain", 56, "batch", "exploding"),  # Yang et al. 2019; never vanishing, He et al. 2015, section 4.1
-        ("plain", 110, "batch", "exploding"),
-        ("plain", 110, "none", "vanishing"),
-        ("resnet", 20, "batch", "healthy"),
-        ("resnet", 56, "batch", "healthy"),
-        ("resnet", 110, "batch", "healthy"),
-        ("resnet", 110, "none", "loss blow-up"),  # each junction doubles what goes forward
+        ("plain", 20, "batch", []),
+        ("plain", 56, "batch", ["exploding (backward)"]),  # Yang et al. 2019; not vanishing, He et al. 2015, sect. 4.1
+        ("plain", 110, "batch", ["exploding (backward)"]),
+        ("plain", 110, "none", ["vanishing (backward)"]),
+        ("resnet", 20, "batch", []),
+        ("resnet", 56, "batch", []),
+        ("resnet", 110, "batch", []),
+        ("resnet", 110, "none", ["exploding (forward)"]),  # each junction doubles the variance
     ],
 )
-def test_verdict_at_initialisation_follows_the_papers(family: str, depth: int, norm: str, expected: str) -> None:
+@pytest.mark.parametrize("activations", [False, True], ids=["", "activations"])
+def test_verdict_at_initialisation_follows_the_papers(
+    family: str, depth: int, norm: str, expected: list[str], activations: bool
+) -> None:
     torch.manual_seed(0)
     model = getattr(gradprobe.networks, family)(depth, in_channels=1, norm=norm)
+    with gradprobe.attach(model, activations=activations) as probe:
+        loss = torch.nn.functional.cross_entropy(model(IMAGES[:128]), LABELS[:128])
+        loss.backward()
+        probe.step(loss=loss)
+        findings = probe.findings()
+    assert [finding.title for finding in findings] == expected
+    assert verdict(probe.history()) == (findings[0].rule if findings else "healthy")
+
+
+def test_without_its_junctions_the_loss_tells_that_something_is_wrong() -> None:
+    torch.manual_seed(0)
+    model = gradprobe.networks.resnet(110, in_channels=1, norm="none")
     with gradprobe.attach(model, junctions=False) as probe:
         loss = torch.nn.functional.cross_entropy(model(IMAGES[:128]), LABELS[:128])
         loss.backward()
         probe.step(loss=loss)
-        assert verdict(probe.history()) == expected
+        (finding,) = probe.findings()
+    assert finding.title == "loss blow-up"
+    assert finding.message.endswith("attach(activations=True) shows which")
 
 
 @pytest.mark.soak

@@ -44,8 +44,9 @@ def test_the_lessons_deep_net_vanishes_and_says_where() -> None:
         (lambda: gradprobe.networks.resnet(56, in_channels=1), "healthy"),
         (lambda: gradprobe.networks.plain(110, in_channels=1), "exploding"),
         (lambda: gradprobe.networks.plain(110, in_channels=1, norm="none"), "vanishing"),
+        (lambda: gradprobe.networks.resnet(110, in_channels=1, norm="none"), "exploding"),
     ],
-    ids=["plain-20", "resnet-56", "plain-110", "plain-110 without normalisation"],
+    ids=["plain-20", "resnet-56", "plain-110", "plain-110 without normalisation", "resnet-110 without"],
 )
 def test_verdicts_at_initialisation(model, expected: str) -> None:  # type: ignore[no-untyped-def]
     # as measured on the digits data; facts of the depth problem that a checker has to reproduce
