@@ -182,5 +182,11 @@ class Page(HTMLParser):
         if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data
 
+    def row_below(self, name: str, head: str) -> list[str]:
+        """The first row of a name below a row of heads with another."""
+        rows = [[cell.replace("\xa0", " ") for cell in row] for row in self.rows]
+        start = next(place for place, row in enumerate(rows) if head in row)
+        return next(row for row in rows[start:] if row and row[0] == name)
+
     def row(self, name: str) -> list[str]:
         return next([cell.replace("\xa0", " ") for cell in row] for row in self.rows if row and row[0] == name)

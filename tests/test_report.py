@@ -205,6 +205,14 @@ def test_json_equals_the_run_and_names_what_json_cannot_hold() -> None:
     assert nan["train_error_pct"]["mean"] == "nan"
 
 
+def test_the_papers_figures_are_told_of_the_nets_that_it_has() -> None:
+    run = Recorded().add("plain", 18).add("resnet", 34).add("resnet", 56)
+    (told,) = as_dict(run)["paper"]  # digits: only ImageNet's, which no sweep can have
+    assert "(Tables 2 and 3): plain-18 27.94 %, resnet-34 24.52 %. There: 1,000 classes" in told
+    assert " ".join(told.split()) in " ".join(terminal(run).split())
+    assert as_dict(degraded())["paper"] == []
+
+
 def test_csv_holds_every_recorded_row(tmp_path: Path) -> None:
     run = degraded()
     paths = write_csv(run, tmp_path / "new" / "folder")

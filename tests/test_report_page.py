@@ -106,11 +106,33 @@ def test_page_stays_small_for_a_large_sweep() -> None:
     assert len(html.page(summarise(run)).encode()) < 2_000_000
 
 
-def test_page_prints_the_papers_figures_only_beside_cifar10() -> None:
-    cifar = html.page(summarise(Recorded({"data": "cifar10", "epochs": 4}).add("resnet", 20)))
-    assert "8.75" in cifar
-    assert "64,000 iterations" in cifar
+def test_page_prints_the_papers_figures_for_cifar10_only_beside_cifar10() -> None:
+    config = {"data": "cifar10", "epochs": 4, "train_images": 50_000, "augmented": True, "batch_size": 128}
+    page = Page(html.page(summarise(Recorded(config).add("plain", 20).add("resnet", 20, (1.0, 9.25)))))
+    assert page.row_below("resnet-20", "He et al., error %") == ["resnet-20", "9.2", "8.75"]
+    assert page.row_below("resnet-110", "He et al., error %") == ["resnet-110", "–", "6.43"]
+    words = " ".join(page.text.split())
+    assert "CIFAR-10 (Table 6). There: 64,000 iterations of batch 128 on augmented images" in words
+    assert (
+        "Here: test error on cifar10, 50,000 training images, epochs 4, batch size 128, a single view at test." in words
+    )
+    assert "ImageNet" not in words
     assert "8.75" not in page_of(degraded)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_page_prints_the_papers_figures_for_imagenet_with_their_conditions(data: str) -> None:
+    run = Recorded({"data": data, "epochs": 4, "train_images": 1347, "augmented": False}).add("plain", 34, (1.0, 30.0))
+    page = Page(html.page(summarise(run.add("resnet", 34, (1.0, 20.0)))))
+    assert page.row_below("plain-34", "He et al., error %") == ["plain-34", "30.0", "28.54"]
+    assert page.row_below("resnet-34", "He et al., error %") == ["resnet-34", "20.0", "24.52"]
+    assert page.row_below("resnet-152", "He et al., error %") == ["resnet-152", "–", "21.43"]
+    words = " ".join(page.text.split())
+    assert "top-1 error on the validation images of ImageNet (Tables 2 and 3). There: 1,000 classes" in words
+    assert "the mean over 10 crops" in words
+    assert "not the numbers" in words
+    assert f"Here: test error on {data}, 1,347 training images, not augmented, epochs 4" in words
+    assert "CIFAR-10" not in words
 
 
 def rows_of(chart: charts.Chart | None) -> list[dict[str, object]]:

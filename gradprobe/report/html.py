@@ -11,6 +11,7 @@ from gradprobe.errors import StoreError
 from gradprobe.report.charts import error_chart, gradient_chart, hidden_junctions, hidden_layers, shortcut_chart
 from gradprobe.report.drawing import NARROW, THIRDS, WIDE, Chart, svg
 from gradprobe.report.palette import Palette
+from gradprobe.report.paper import PAPER, PaperTable, tables_beside
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import MARGIN_PCT, SINGLE_SEED_MARGIN_PCT
 from gradprobe.report.style import document
@@ -18,9 +19,6 @@ from gradprobe.report.summary import DEGRADED, EARLIEST_COMPARISON, Moment, NetS
 from gradprobe.report.words import duration, explain, headline, number, percent, shortcuts
 
 _CLASSES = {"healthy": "healthy", DEGRADED: "degraded", None: "unknown"}
-
-# He et al. 2015 (arXiv:1512.03385), Table 6: depth, test error %.
-_HE_TABLE_6 = ((20, "8.75"), (32, "7.51"), (44, "7.17"), (56, "6.97"), (110, "6.43"), (1202, "7.93"))
 
 
 def write(run: SweepRun, path: str | Path) -> Path:
@@ -63,7 +61,7 @@ def page(summary: Summary) -> str:
         *_figures(summary),
         _table(summary),
         _verdicts(summary),
-        _reference(data),
+        *(_reference(summary, table) for table in tables_beside(summary)),
         _method(),
         _run(summary),
     ]
@@ -192,17 +190,30 @@ def _verdicts(summary: Summary) -> str:
     return f"<h2>Verdicts and their evidence</h2>\n<dl>\n{items}\n</dl>"
 
 
-def _reference(data: str) -> str:
-    if not data.startswith("cifar10"):
-        return ""
-    cells = "".join(f'<tr><th scope="row">ResNet-{depth}</th><td>{error}</td></tr>' for depth, error in _HE_TABLE_6)
+def _reference(summary: Summary, table: PaperTable) -> str:
+    here = {(net.family, net.depth): percent(net.test_error_pct) for net in summary.nets}
+    rows = []
+    for (family, depth), printed in table.error_pct.items():
+        ours = _typeset(here.get((family, depth), "–"))
+        rows.append(f'<tr><th scope="row">{family}-{depth}</th><td>{ours}</td><td>{printed}</td></tr>')
     return (
-        "<h2>For comparison</h2>\n<p>Test error on CIFAR-10 as printed by He et al. 2015 (arXiv:1512.03385, Table 6), "
-        "after 64,000 iterations of batch 128 on augmented images. A shorter run or another recipe does not reach "
-        "them.</p>"
-        f'\n<table style="min-width:0"><thead><tr><th class="text">network</th><th>test error&nbsp;%</th></tr></thead>'
-        f"<tbody>{cells}</tbody></table>"
+        f"<h2>Beside the paper</h2>\n<p>{PAPER} print the {escape(table.what)}. There: {escape(table.conditions)} "
+        f"Here: {escape(_conditions(summary))}.</p>\n"
+        '<table style="min-width:0"><thead><tr><th class="text">network</th><th>here, test error&nbsp;%</th>'
+        "<th>He et al., error&nbsp;%</th></tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
     )
+
+
+def _conditions(summary: Summary) -> str:
+    """How the sweep's test errors were measured, as far as its configuration tells."""
+    config = summary.config
+    parts = [f"test error on {config.get('data', 'unknown data')}"]
+    if "train_images" in config:
+        parts.append(
+            f"{config['train_images']:,} training images{'' if config.get('augmented') else ', not augmented'}"
+        )
+    parts += [f"{name.replace('_', ' ')} {config[name]}" for name in ("epochs", "batch_size") if name in config]
+    return ", ".join([*parts, "a single view at test"])
 
 
 _METHOD = (

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradprobe.errors import StoreError
+from gradprobe.report.paper import beside_the_paper
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import Spread
 from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Sharing, Summary, summarise
@@ -43,6 +44,7 @@ def render(run: SweepRun) -> RenderableType:
         ],
         [Text(line, style="bold") for line in headline(summary)],
         [Text(line) for line in shortcuts(summary)],
+        [Text(line) for line in beside_the_paper(summary)],
         [Text.assemble((f"{net.name}  ", "bold"), explain(net)) for net in wanting],
     ]
     return Group(*(part for block in blocks if block for part in (*block, Text())))
@@ -55,10 +57,11 @@ def as_dict(run: SweepRun) -> dict[str, object]:
         run: The recorded sweep, finished or not.
 
     Returns:
-        `config`, `meta`, `headline`, `shortcuts` and `nets`; each net has its parameters, progress, errors (`mean`,
-        `std`, `values` over seeds), the gradient norms at the first step and at the end, the residual junctions, the
-        comparison with a shallower net, the verdict and its explanation. None is what is not recorded (yet), or has no
-        meaning (`std` of one seed); a number that is not finite is one of the strings "nan", "inf" and "-inf".
+        `config`, `meta`, `headline`, `shortcuts`, `paper` and `nets`; each net has its parameters, progress, errors
+        (`mean`, `std`, `values` over seeds), the gradient norms at the first step and at the end, the residual
+        junctions, the comparison with a shallower net, the verdict and its explanation. None is what is not recorded
+        (yet), or has no meaning (`std` of one seed); a number that is not finite is one of the strings "nan", "inf" and
+        "-inf".
     """
     summary = summarise(run)
     return {
@@ -68,6 +71,7 @@ def as_dict(run: SweepRun) -> dict[str, object]:
         "cells_planned": summary.cells_planned,
         "headline": headline(summary),
         "shortcuts": shortcuts(summary),
+        "paper": beside_the_paper(summary),
         "nets": [_net_dict(net) for net in summary.nets],
     }
 
