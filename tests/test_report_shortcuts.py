@@ -93,13 +93,18 @@ def test_the_sentence_follows_from_the_shares(first: tuple[float, ...], later: t
 @pytest.mark.parametrize(
     ("deep", "said"),
     [
-        (0.9, "The deeper the net, the larger the share that it ends with: 70 % in resnet-20 and 90 % in resnet-56."),
-        (0.6, "A deeper net does not always have the larger share that it ends with: 70 % in resnet-20 and 60 % in"),
+        (0.9, "The deeper the net, the larger the share after epoch 3: 70 % in resnet-20 and 90 % in resnet-56."),
+        (0.6, "A deeper net has not always the larger share after epoch 3: 70 % in resnet-20 and 60 % in resnet-56."),
     ],
 )
 def test_depth_is_compared(deep: float, said: str) -> None:
     run = Recorded().add("resnet", 20, shares=((0.5,), (0.7,))).add("resnet", 56, shares=((0.5,), (deep,)))
-    assert shortcuts(summarise(run))[-1].startswith(said)
+    assert shortcuts(summarise(run))[-1] == said
+
+
+def test_depth_is_not_compared_across_epochs() -> None:
+    run = Recorded().add("resnet", 20).add("resnet", 56, epochs=3, status="pending")
+    assert len(shortcuts(summarise(run))) == 2
 
 
 def test_a_residual_net_of_an_older_file_is_named_and_a_plain_one_is_not() -> None:

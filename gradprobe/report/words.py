@@ -104,13 +104,16 @@ def shortcuts(summary: Summary) -> list[str]:
     """What arrives by the shortcuts, in sentences on each residual net and on its depth, as far as it is recorded."""
     sentences = [sentence for net in summary.nets if (sentence := _shortcut_sentence(net))]
     for family in summary.families:
-        nets = [net for net in summary.nets if net.family == family and _middle_shares(net)]
-        middles = [list(_middle_shares(net).values())[-1] for net in nets]
-        if len(nets) > 1:
-            larger = all(deeper > shallower for shallower, deeper in pairwise(middles))
-            told = _listed([f"{100 * middle:.0f} % in {net.name}" for net, middle in zip(nets, middles, strict=True)])
-            start = "The deeper the net, the larger the" if larger else "A deeper net does not always have the larger"
-            sentences.append(f"{start} share that it ends with: {told}.")
+        members = [net for net in summary.nets if net.family == family]
+        newest = {net.name: list(middles.items())[-1] for net in members if (middles := _middle_shares(net))}
+        moments = {when for when, _ in newest.values()}
+        if len(newest) > 1 and len(moments) == 1:
+            larger = all(deeper > shallower for (_, shallower), (_, deeper) in pairwise(newest.values()))
+            told = _listed([f"{100 * middle:.0f} % in {name}" for name, (_, middle) in newest.items()])
+            start = (
+                "The deeper the net, the larger the share" if larger else "A deeper net has not always the larger share"
+            )
+            sentences.append(f"{start} {moments.pop()}: {told}.")
     without = [net.name for net in summary.nets if net.family in _RESIDUAL_FAMILIES and net.epoch and not net.sharings]
     if without:
         sentences.append(f"Of {_listed(without)} no junctions are recorded; files of older versions hold none.")
