@@ -51,7 +51,6 @@ def with_output(block: re.Match[str]) -> str:
 def main() -> None:
     """Writes the lesson."""
     template = (DOCS / "lesson.template.md").read_text()
-    (DOCS / "img" / "lesson").mkdir(parents=True, exist_ok=True)
     try:
         text = BLOCK.sub(with_output, template)
     finally:
