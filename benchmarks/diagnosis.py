@@ -15,285 +15,23 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from _machine import processor
+from _runs import RUNS, Fault, Run
 from sklearn.datasets import load_digits
-from torch import nn
 from torch.nn import functional
 
 import gradprobe
 from gradprobe.findings import RULES, title
 
 HELD_OUT = (400, 401, 402, 403)  # seeds that chose no threshold and no run
-Fault = str  # title of a finding: the rule, with where in brackets
 N_STEPS = 40
 BATCH_SIZE = 64
 IMAGES, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 IMAGES = (IMAGES.float() / 16 - 0.3).view(-1, 1, 8, 8)  # [N, 1, 8, 8]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A net, how it is trained, and what is wrong with it.
-
-    Attributes:
-        name: What it is.
-        build: Makes the net.
-        fault: What was planted, None for a healthy run.
-        follows: Faults that may follow from it.
-        learning_rate: Of SGD with momentum 0.9.
-        disturb: Changes a batch, given its images and the step.
-        alter: Changes the net, before the step given.
-        activations: Observe what passes forward.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    fault: Fault | None = None
-    follows: tuple[Fault, ...] = ()
-    learning_rate: float = 0.02
-    disturb: Callable[[torch.Tensor, int], torch.Tensor] = field(default=lambda images, step: images)
-    alter: Callable[[nn.Module, int], None] = field(default=lambda model, step: None)
-    activations: bool = True
-
-
-class Recurrent(nn.Module):
-    """Reads an image row by row."""
-
-    def __init__(self, cell: type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]) -> None:
-        super().__init__()
-        self.cell = cell(8, 32, batch_first=True)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 8, 8] to [B, 10]."""
-        out, _ = self.cell(images.squeeze(1))  # [B, 8, 32]
-        return self.head(out[:, -1])
-
-
-class Transformer(nn.Module):
-    """An encoder over the rows of an image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(8, 32)
-        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 8, 8] to [B, 10]."""
-        return self.head(self.encoder(self.embed(images.squeeze(1))).mean(1))
-
-
-class Text(nn.Module):
-    """Reads pixels as words of a large vocabulary, most of which never occur."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(500, 16)
-        self.cell = nn.GRU(16, 32, batch_first=True)
-        self.head = nn.Linear(64 * 32, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 8, 8] to [B, 10]."""
-        words = ((images.flatten(1) + 0.3) * 16).round().long()  # [B, 64]
-        out, _ = self.cell(self.embed(words))
-        return self.head(out.flatten(1))
-
-
-class BranchTimesZero(nn.Module):
-    """Two branches, one of which is multiplied by a factor."""
-
-    def __init__(self, factor: float = 0.0) -> None:
-        super().__init__()
-        self.factor = factor
-        self.used, self.unused, self.head = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(32, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 8, 8] to [B, 10]."""
-        x = images.flatten(1)
-        return self.head(torch.relu(self.used(x) + self.factor * self.unused(x)))
-
-
-class WayAround(nn.Module):
-    """A stack of sigmoid layers between a first and a last layer that a shortcut joins: both ends get a gradient."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.first, self.stack, self.head = nn.Linear(64, 64), mlp(depth, nn.Sigmoid)[:-1], nn.Linear(64, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[B, 1, 8, 8] to [B, 10]."""
-        x = self.first(images.flatten(1))
-        return self.head(x + self.stack(x))
-
-
-def mlp(
-    depth: int,
-    activation: type[nn.Module],
-    gain: float | None = 1.0,
-    norm: bool = False,
-    bias: float = 0.0,
-    first_gain: float = 1.0,
-) -> nn.Module:
-    """A stack of equal layers; weights drawn with standard deviation gain / sqrt(fan_in), or torch's own for None.
-
-    The second layer's biases can be shifted, and the first layer's weights multiplied.
-    """
-    layers: list[nn.Module] = [nn.Flatten()]
-    for k in range(depth):
-        linear = nn.Linear(64, 64)
-        if gain is not None:
-            nn.init.normal_(linear.weight, std=gain / 8 * (first_gain if k == 0 else 1.0))
-            nn.init.constant_(linear.bias, bias if k == 1 else 0.0)
-        layers += [linear, *([nn.BatchNorm1d(64)] if norm else []), activation()]
-    return nn.Sequential(*layers, nn.Linear(64, 10))
-
-
-def cnn(depth: int, gain: float, bias: float = 0.0) -> nn.Module:
-    """A stack of equal convolutions with ReLU; the second layer's biases can be shifted."""
-    layers: list[nn.Module] = []
-    for k in range(depth):
-        conv = nn.Conv2d(16 if k else 1, 16, 3, padding=1)
-        nn.init.normal_(conv.weight, std=gain / math.sqrt(9 * conv.in_channels))
-        nn.init.constant_(conv.bias, bias if k == 1 else 0.0)
-        layers += [conv, nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 10))
-
-
-HE = math.sqrt(2.0)  # gain for ReLU, He et al. 2015
-SMALL = ("poor initialisation", "not learning")  # weights that are too small
-CUT = ("vanishing (backward)", "silent site", "not learning")  # dead units let nothing through
-
-
-def nan_at(images: torch.Tensor, step: int) -> torch.Tensor:
-    """One pixel of one batch is no number."""
-    images = images.clone()
-    if step == 23:
-        images[3, 0, 4, 4] = math.nan
-    return images
-
-
-def outlier_at(images: torch.Tensor, step: int) -> torch.Tensor:
-    """One batch is far brighter than all others."""
-    return images * 100 if step == 31 else images
-
-
-def cut_branch(model: nn.Module, step: int) -> None:
-    """One of two branches is multiplied by zero from a step on."""
-    if step == 25:
-        model.factor = 0.0
-
-
-def kill_layer(model: nn.Module, step: int) -> None:
-    """The second layer's units die, as by a step that was too long."""
-    if step == 25:
-        torch.nn.init.constant_(model[3].bias, -30.0)
-
-
-RUNS = (
-    Run("MLP, ReLU, He", lambda: mlp(4, nn.ReLU, HE)),
-    Run("MLP of 3, ReLU, torch's weights", lambda: mlp(3, nn.ReLU, None), learning_rate=0.1),
-    Run("MLP, tanh", lambda: mlp(4, nn.Tanh)),
-    Run("MLP, sigmoid", lambda: mlp(2, nn.Sigmoid, 4.0), learning_rate=0.1),
-    Run("MLP of 10, ReLU, BN", lambda: mlp(10, nn.ReLU, HE, norm=True)),
-    Run("CNN", lambda: cnn(4, HE)),
-    Run("ResNet-8", lambda: gradprobe.networks.resnet(8, in_channels=1)),
-    Run("plain-8", lambda: gradprobe.networks.plain(8, in_channels=1)),
-    Run("RNN", lambda: Recurrent(nn.RNN), learning_rate=0.05),
-    Run("LSTM", lambda: Recurrent(nn.LSTM), learning_rate=0.2),
-    Run("GRU", lambda: Recurrent(nn.GRU), learning_rate=0.2),
-    Run("transformer", Transformer),
-    Run("embedding and GRU", Text, learning_rate=0.05),
-    Run("MLP of 20, sigmoid", lambda: mlp(20, nn.Sigmoid), "vanishing (backward)", ("not learning",)),
-    Run("MLP of 20, tanh, small weights", lambda: mlp(20, nn.Tanh, 0.4), "vanishing (backward)", SMALL),
-    Run("20 sigmoid layers and a way around", lambda: WayAround(20), "vanishing (backward)", ("not learning",), 1e-4),
-    Run(
-        "deep_cnn(24)",
-        lambda: gradprobe.networks.deep_cnn(24, in_channels=1, width=16),
-        "vanishing (backward)",
-        ("dying", *SMALL),
-    ),
-    Run(
-        "MLP of 50, ReLU, BN", lambda: mlp(50, nn.ReLU, HE, norm=True), "exploding (backward)", ("not learning",), 1e-4
-    ),
-    Run(
-        "MLP of 50, ReLU, BN, huge first weights",
-        lambda: mlp(50, nn.ReLU, HE, norm=True, first_gain=1e4),
-        "exploding (backward)",
-        ("not learning",),
-        1e-4,
-    ),
-    Run(
-        "MLP of 40, tanh, large weights", lambda: mlp(40, nn.Tanh, 3.0), "exploding (backward)", ("not learning",), 1e-6
-    ),
-    Run(
-        "MLP of 30, ReLU, large weights", lambda: mlp(30, nn.ReLU, 2 * HE), "exploding (forward)", ("non-finite",), 1e-3
-    ),
-    Run(
-        "ResNet-80 without BN",
-        lambda: gradprobe.networks.resnet(80, in_channels=1, width=4, norm="none"),
-        "exploding (forward)",
-        ("not learning",),
-        1e-12,
-    ),
-    Run("MLP, leaky ReLU, rate of 50", lambda: mlp(4, nn.LeakyReLU, HE), "loss blow-up", ("non-finite",), 50.0),
-    Run(
-        "MLP of 30, ReLU, large weights, outputs not observed",
-        lambda: mlp(30, nn.ReLU, 2 * HE),
-        "loss blow-up",
-        ("non-finite",),
-        1e-3,
-        activations=False,
-    ),
-    Run("MLP, NaN in a batch", lambda: mlp(4, nn.ReLU, HE), "non-finite", ("loss blow-up",), disturb=nan_at),
-    Run("transformer, NaN in a batch", Transformer, "non-finite", ("loss blow-up",), disturb=nan_at),
-    Run(
-        "MLP of 12, ReLU, small weights",
-        lambda: mlp(12, nn.ReLU, 0.3),
-        "poor initialisation",
-        ("not learning", "vanishing (backward)", "dying", "dead ReLU"),
-    ),
-    Run(
-        "CNN of 8, small weights",
-        lambda: cnn(8, 0.2),
-        "poor initialisation",
-        ("not learning", "vanishing (backward)", "dying", "dead ReLU"),
-    ),
-    Run(
-        "MLP of 6, tanh, huge weights",
-        lambda: mlp(6, nn.Tanh, 30.0),
-        "saturation",
-        ("not learning", "exploding (backward)"),
-        1e-3,
-    ),
-    Run(
-        "MLP of 4, sigmoid, huge weights",
-        lambda: mlp(4, nn.Sigmoid, 100.0),
-        "saturation",
-        ("not learning", "exploding (backward)"),
-    ),
-    Run("MLP, dead units", lambda: mlp(4, nn.ReLU, HE, bias=-30.0), "dead ReLU", ("dying", *CUT)),
-    Run("CNN, dead units", lambda: cnn(4, HE, bias=-30.0), "dead ReLU", ("dying", *CUT)),
-    Run("MLP, most units dead", lambda: mlp(4, nn.ReLU, HE, bias=-2.0), "dying", ("dead ReLU", "layer drift", *CUT)),
-    Run("branch times zero", BranchTimesZero, "silent site", ("dying",), 0.05),
-    Run("branch cut at step 25", lambda: BranchTimesZero(0.5), "layer drift", (), 0.05, alter=cut_branch),
-    Run(
-        "MLP, a layer dies at step 25",
-        lambda: mlp(4, nn.ReLU, HE),
-        "layer drift",
-        ("dead ReLU", *CUT),
-        alter=kill_layer,
-    ),
-    Run("MLP, no rate", lambda: mlp(4, nn.ReLU, HE), "not learning", learning_rate=0.0),
-    Run("ResNet-8, no rate", lambda: gradprobe.networks.resnet(8, in_channels=1), "not learning", learning_rate=0.0),
-    Run("MLP, outlier", lambda: mlp(4, nn.ReLU, HE), "spike", ("loss blow-up", "not learning"), disturb=outlier_at),
-    Run("transformer, outlier", Transformer, "spike", ("loss blow-up", "not learning"), disturb=outlier_at),
-)
 
 
 def found_in(run: Run, seed: int) -> set[Fault]:
@@ -308,13 +46,14 @@ def found_in(run: Run, seed: int) -> set[Fault]:
     """
     torch.manual_seed(seed)
     model = run.build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate / run.loss_factor, momentum=0.9)
     with gradprobe.attach(model, activations=run.activations, junctions=run.activations) as probe:
         for step, chosen in enumerate(batches()):
             optimizer.zero_grad()
             run.alter(model, step)
-            loss = functional.cross_entropy(model(run.disturb(IMAGES[chosen], step)), LABELS[chosen])
-            loss.backward()
+            with torch.autocast("cpu", run.dtype, enabled=run.dtype is not None):
+                loss = functional.cross_entropy(model(run.disturb(IMAGES[chosen], step)), LABELS[chosen])
+            (run.loss_factor * loss).backward()
             probe.step(loss=loss)
             optimizer.step()
         return {finding.title for finding in probe.findings()}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gradprobe import ops
-from gradprobe.measured import Events, Measured
+from gradprobe.measured import Events, FloatArray, Measured
 
 _FIRST_EVENTS = 64
 
@@ -38,6 +38,8 @@ class Board:
         self._lock = threading.Lock()  # each device's part of a backward runs in a thread of its own
         self._sites: list[int] = []  # of the events so far
         self._numels: list[int] = []
+        self._dtypes: dict[int, torch.dtype] = {}  # of the sites so far, since attach
+        self._smallest_normal: FloatArray | None = None  # [S], None where a dtype has changed
         # by identity, since one module's output is another's input: the tensor, its version, its row
         self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         self._blocks: list[torch.Tensor] = []  # [N, 6] each; the very first row stays zero, for padding
@@ -62,7 +64,7 @@ class Board:
         """
         known = self._rows_of.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
-            self._next_row(site, tensor.numel()).copy_(known[2])
+            self._next_row(site, tensor.numel(), tensor.dtype).copy_(known[2])
         else:
             self._remember(tensor, self.write_anew(site, tensor))
 
@@ -78,7 +80,7 @@ class Board:
         """
         with torch.no_grad():
             values = ops.dense_values(tensor)
-            row = self._next_row(site, values.numel())
+            row = self._next_row(site, values.numel(), values.dtype)
             if values.device == self._device:
                 self._backends[self._device].grad_stats_into([values], row)
                 return row
@@ -96,7 +98,7 @@ class Board:
             row: Raw row, float64. [1, 6]
             tensor: What it is of.
         """
-        kept = self._next_row(site, tensor.numel())
+        kept = self._next_row(site, tensor.numel(), tensor.dtype)
         kept.copy_(row, non_blocking=True)
         self._remember(tensor, kept)
 
@@ -108,7 +110,7 @@ class Board:
             row: Raw row, float64. [1, 6]
             numel: Number of elements behind it.
         """
-        self._next_row(site, numel).copy_(row, non_blocking=True)
+        self._next_row(site, numel, None).copy_(row, non_blocking=True)
 
     def close(self, out: torch.Tensor) -> Events:
         """Writes the rows of the sites, and starts over.
@@ -135,7 +137,7 @@ class Board:
             self._grow(len(pool))
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[list(sites)] = True
-        return Events(sites, Measured(present, numels))
+        return Events(sites, Measured(present, numels), self._smallest_normals())
 
     def clear(self) -> None:
         """Forgets the events so far."""
@@ -147,8 +149,17 @@ class Board:
         if tensor.layout is torch.strided and not tensor.is_inference():  # which counts no versions
             self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
 
-    def _next_row(self, site: int, numel: int) -> torch.Tensor:
+    def _smallest_normals(self) -> FloatArray:
+        if self._smallest_normal is None:
+            self._smallest_normal = np.full(self._n_sites, np.nan)
+            for site, dtype in self._dtypes.items():
+                self._smallest_normal[site] = torch.finfo(dtype).smallest_normal
+        return self._smallest_normal
+
+    def _next_row(self, site: int, numel: int, dtype: torch.dtype | None) -> torch.Tensor:
         with self._lock:
+            if dtype is not None and self._dtypes.get(site) is not dtype:
+                self._dtypes[site], self._smallest_normal = dtype, None
             self._sites.append(site)
             self._numels.append(numel)
             if len(self._sites) == len(self._rows):

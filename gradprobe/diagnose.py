@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe import course, forward
+from gradprobe import course, forward, precision
 from gradprobe.errors import ArgumentError
 from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
 from gradprobe.line import Line, fit_line
@@ -150,6 +150,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
             findings += forward.dead_relu(passes, thresholds)
             if not growing and len(losses) >= 2 * thresholds.window:  # else it is too early to tell
                 findings += forward.poor_initialisation(passes, thresholds)
+        findings += precision.precision_loss(snapshots, thresholds)
         findings += [*blown_up, *stuck]
     findings += course.silent_sites(snapshots, thresholds)
     findings += course.layer_drift(snapshots, thresholds, is_converging)

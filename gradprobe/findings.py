@@ -18,6 +18,7 @@ Rule = Literal[
     "dying",
     "silent site",
     "layer drift",
+    "precision loss",
     "not learning",
     "spike",
 ]  # the gravest first
@@ -47,6 +48,8 @@ class Thresholds:
         dead_activity: Share of the time below which a ReLU that is active no more than that is dead.
         dead_share: Share of a layer's ReLUs that must be dead.
         saturated_slope: Mean derivative of a tanh or sigmoid, as a share of its largest, below which it is saturated.
+        subnormal_share: Share of the values of a gradient, zeros left out, that are below the smallest normal number of
+            their dtype, above which precision is lost.
         spike_sigmas: Standard deviations from the mean of the steps before.
         spike_jump: Multiple of the largest of the last `window` losses that a spike reaches too; a slow rise does not.
         spike_norm_jump: The same for the total norm, which jumps more; sound recurrent nets reach 2.6.
@@ -76,6 +79,7 @@ class Thresholds:
     dead_activity: float = 0.01
     dead_share: float = 0.5
     saturated_slope: float = 0.05
+    subnormal_share: float = 0.5
     spike_sigmas: float = 7.0
     spike_jump: float = 2.0
     spike_norm_jump: float = 3.0
@@ -159,8 +163,9 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
     ),
     ("poor initialisation", ""): RuleText(
         "largest / smallest variance of the outputs of weight layers > variance_ratio in the first `window` steps, in "
-        "a run that does not converge and starts without dead ReLUs; outputs as for exploding forward. The source has "
-        "10, which sound transformers and nets with torch's default weights exceed; 1e4 is ours",
+        "a run that does not converge and starts without dead ReLUs; outputs as for exploding forward, constant ones "
+        "left out. The source has 10, which sound transformers and nets with torch's default weights exceed; 1e4 is "
+        "ours",
         f"{SAGEMAKER}, rule PoorWeightInitialization",
         "weights too small or too large for the activation: what goes forward shrinks or grows from layer to layer",
         ("He initialisation for ReLU, Xavier for tanh", "normalisation", "residual connections"),
@@ -206,6 +211,15 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
             "a lower learning rate",
             "clipping",
         ),
+    ),
+    ("precision loss", ""): RuleText(
+        "1 - mean magnitude / smallest normal number of the dtype / share that is not zero > subnormal_share, for the "
+        "gradient at the output of a module or junction, before loss scaling is undone, in more than half of the "
+        "observed steps, in a run that does not converge: by Markov's inequality at least that share of what is not "
+        "zero is below the smallest normal number; the threshold is ours",
+        "Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740, section 3.2",
+        "gradients that are too small for float16, whose smallest normal number is 2^-14 and smallest of all 2^-24",
+        ("scale the loss with torch.amp.GradScaler", "bfloat16", "float32 for the layers named"),
     ),
     ("not learning", ""): RuleText(
         "mean loss of the last `window` steps not below that of the first by drop_errors standard errors, in a run "

@@ -137,12 +137,13 @@ def poor_initialisation(passes: Passes, limits: Thresholds) -> list[Finding]:
     for chain in passes.chains:
         sites = np.array(chain, dtype=np.intp)
         variances = passes.columns["std"][np.ix_(early, sites)] ** 2  # [E, L]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = variances.max(axis=1) / variances.min(axis=1)  # [E]
+        # a constant output is off on purpose, as a branch that starts at zero, or dead: no scale of weights either way
+        lowest = np.where(variances > 0, variances, np.inf)
+        ratios = variances.max(axis=1) / lowest.min(axis=1)  # [E]
         if not (ratios > limits.variance_ratio).all():
             continue
-        largest, smallest = (passes.table.names[sites[k]] for k in (variances[0].argmax(), variances[0].argmin()))
-        high, low = float(variances[0].max()), float(variances[0].min())
+        largest, smallest = (passes.table.names[sites[k]] for k in (variances[0].argmax(), lowest[0].argmin()))
+        high, low = float(variances[0].max()), float(lowest[0].min())
         steps = (passes.steps[early[0]], passes.steps[early[-1]])
         message = (
             f"step {steps[0]}: the outputs have a variance of {high:.2e} at {largest} and {low:.2e} at {smallest}; "

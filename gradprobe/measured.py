@@ -52,7 +52,9 @@ class Events:
     Attributes:
         sites: Site of each event, in the order of execution. Length N.
         measured: Which sites had an event, and the elements of all of their events.
+        smallest_normal: Smallest normal number of the dtype that a site had last; NaN where none is known. [S]
     """
 
     sites: tuple[int, ...]
     measured: Measured
+    smallest_normal: FloatArray

@@ -75,7 +75,8 @@ def with_outputs(one: Snapshot, outputs: Sequence[Out]) -> Snapshot:
         events.append(site)
     present = np.isin(np.arange(table.n_sites), events)
     measured = Measured(present, np.where(present, N_VALUES, 0))
-    return replace(one, signals=Signals(table, rows, Events(tuple(events), measured), 1.0))
+    seen = Events(tuple(events), measured, np.full(table.n_sites, 1.2e-38))
+    return replace(one, signals=Signals(table, rows, seen, 1.0))
 
 
 def layers(rms: Sequence[float], zeros: float = 0.5) -> list[Out]:

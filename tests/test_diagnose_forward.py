@@ -109,6 +109,9 @@ class TestPoorInitialisation:
     def test_layers_of_torch_and_of_transformers_differ_that_much(self) -> None:
         assert titles(passing(FLAT, layers([1.0, 0.4, 0.16, 0.1, 0.1, 1.0]))) == ["not learning"]
 
+    def test_branches_that_start_at_zero_are_meant(self) -> None:
+        assert titles(passing(FLAT, layers([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]))) == ["not learning"]
+
     def test_dead_units_are_another_fault(self) -> None:
         assert titles(passing(FLAT, layers([1.0, 1.0, 1e-9, 1e-9, 1e-9, 1.0], zeros=0.999))) == [
             "dead ReLU",
