@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradprobe.findings import Finding, Thresholds, finding
+from gradprobe.measured import FloatArray
 from gradprobe.signals import Signals
 from gradprobe.snapshot import Snapshot
 from gradprobe.stats import SUM_ABS
@@ -51,11 +52,12 @@ def precision_loss(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Fi
     return [finding("precision loss", tuple(table.names[site] for site in in_order), steps, evidence, message)]
 
 
-def _subnormal_shares(signals: Signals) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _subnormal_shares(signals: Signals) -> FloatArray:
     """Least share of what is not zero that is below the smallest normal number, for each site. Shape [S]."""
-    n_elements = np.maximum(signals.events.measured.numels, 1)
+    measured = signals.events.measured
     # a row of float16, bfloat16 or float32 is never scaled to keep its range, so this is the mean as it came
-    mean = signals.rows[:, SUM_ABS] / n_elements
+    mean = signals.rows[:, SUM_ABS] / np.maximum(measured.numels, 1)
     nonzero = 1.0 - signals.columns["zero_fraction"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(1.0 - mean / signals.events.smallest_normal / nonzero, nan=0.0, neginf=0.0)
+        shares = 1.0 - mean / signals.events.smallest_normal / nonzero
+    return np.where(measured.present & np.isfinite(shares), shares, 0.0)

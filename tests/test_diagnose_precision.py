@@ -52,6 +52,13 @@ def test_counts_what_is_below_the_smallest_normal(
     assert found == (["precision loss"] if is_lost else [])
 
 
+def test_a_gradient_that_did_not_come_is_not_small() -> None:
+    steps = history(FLAT[:10], 0.0)
+    for one in steps:
+        one.signals.events.measured.present[1] = False
+    assert diagnose(steps) == []
+
+
 def test_the_gradient_counts_as_it_came_with_the_loss_scaled() -> None:
     assert diagnose(history(FLAT[:10], 100 * HALF, scale=1e-4)) == []
     (finding,) = diagnose(history(FLAT[:10], 0.1 * HALF, scale=1e4))
