@@ -9,13 +9,18 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradprobe.errors import ArgumentError
+from gradprobe.findings import Rule
 
 _AUTOTRAINER = "Zhang et al. 2021, AUTOTRAINER (ICSE): the rule's thresholds"
 _HE_NETS = "He et al. 2015, Deep Residual Learning for Image Recognition, arXiv 1512.03385"
 _HE_INIT = "He et al. 2015, Delving Deep into Rectifiers, arXiv 1502.01852"
 _HE_IDENTITY = "He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027"
 _YANG = "Yang et al. 2019, A Mean Field Theory of Batch Normalization, arXiv 1902.08129"
+_GLOROT = "Glorot, Bengio 2010, Understanding the Difficulty of Training Deep Feedforward Networks (AISTATS)"
 _PASCANU = "Pascanu, Mikolov, Bengio 2013, On the Difficulty of Training Recurrent Neural Networks (ICML)"
+
+_ATTACH = "probe = gradprobe.attach(model, optimizer=optimizer)"
+_ATTACH_ALL = "probe = gradprobe.attach(model, optimizer=optimizer, activations=True)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Topic:
         commands: Commands that show it.
         code: Lines that show it in a training loop.
         sources: Where this is from.
+        rules: Findings that this explains.
     """
 
     name: str
@@ -39,6 +45,7 @@ class Topic:
     commands: tuple[str, ...]
     code: tuple[str, ...]
     sources: tuple[str, ...]
+    rules: tuple[Rule, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """Gives the topic as plain data."""
@@ -77,21 +84,23 @@ TOPICS: dict[str, Topic] = {
                 "Compare them side by side: gradprobe remedies.",
             ),
             ("gradprobe check 'gradprobe.networks:deep_cnn(50)' --input 3,32,32",),
-            ("probe = gradprobe.attach(model, optimizer=optimizer)", "probe.findings()"),
+            (_ATTACH, "probe.findings()"),
             (
                 "Bengio, Simard, Frasconi 1994, Learning Long-Term Dependencies with Gradient Descent is Difficult",
-                "Glorot, Bengio 2010, Understanding the Difficulty of Training Deep Feedforward Networks (AISTATS)",
+                _GLOROT,
                 _HE_INIT,
                 _AUTOTRAINER,
             ),
+            ("vanishing",),
         ),
         Topic(
             "exploding",
-            "The gradient grows from layer to layer on its way back; steps become too large, and the loss jumps or "
-            "becomes NaN.",
+            "The gradient grows from layer to layer on its way back, or the signal on its way forward; steps become "
+            "too large, and the loss jumps or becomes NaN.",
             "The same product as for vanishing gradients, with factors above 1: 2^20 = 1,048,576 after 20 layers. "
             "Batch normalisation keeps the forward pass in bounds and not the backward one: in a plain ReLU net with "
-            "it the gradient grows about 1.2 times per layer at initialisation.",
+            "it the gradient grows about 1.2 times per layer at initialisation. In a residual net without it the "
+            "signal grows: each junction adds the variance of its branch.",
             (
                 "Clip the gradient: probe.clip_grad_norm_(1.0) before the optimizer's step.",
                 "Lower the learning rate, or warm it up.",
@@ -100,8 +109,9 @@ TOPICS: dict[str, Topic] = {
                 "Compare them side by side: gradprobe remedies.",
             ),
             ("gradprobe check 'gradprobe.networks:plain(110)' --input 3,32,32 --batch 16",),
-            ("probe = gradprobe.attach(model, optimizer=optimizer)", "probe.findings()"),
+            (_ATTACH, "probe.findings()"),
             (_PASCANU, _YANG, _AUTOTRAINER),
+            ("exploding", "loss blow-up"),
         ),
         Topic(
             "degradation",
@@ -136,13 +146,14 @@ TOPICS: dict[str, Topic] = {
             ),
             (),
             (
-                "probe = gradprobe.attach(model, optimizer=optimizer, activations=True)",
+                _ATTACH_ALL,
                 "print(probe.first_nonfinite())",
             ),
             (
                 "Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740",
                 "Amazon SageMaker Debugger, rule ExplodingTensor",
             ),
+            ("non-finite",),
         ),
         Topic(
             "dead-units",
@@ -157,13 +168,107 @@ TOPICS: dict[str, Topic] = {
             ),
             (),
             (
-                "probe = gradprobe.attach(model, optimizer=optimizer, activations=True)",
+                _ATTACH_ALL,
                 "{name: seen.output.zero_fraction for name, seen in probe.latest().activations.items()}",
             ),
             (
                 "Maas, Hannun, Ng 2013, Rectifier Nonlinearities Improve Neural Network Acoustic Models",
                 "Amazon SageMaker Debugger, rule DeadRelu",
             ),
+            ("dead ReLU", "dying", "silent site"),
+        ),
+        Topic(
+            "saturation",
+            "The outputs of a tanh or sigmoid lie at its ends, where its derivative is almost zero.",
+            "Its inputs are far from zero: the data is not normalised, or the weights are too large. The mean "
+            "derivative follows from the outputs: of a tanh 1 - rms^2, of a sigmoid mean - rms^2.",
+            (
+                "Normalise the data.",
+                "Initialise for the activation: Xavier for tanh.",
+                "Normalise before the activation.",
+                "Take ReLU or GELU.",
+            ),
+            (),
+            (_ATTACH_ALL, "probe.findings()"),
+            (_GLOROT, "Amazon SageMaker Debugger, rule SaturatedActivation"),
+            ("saturation",),
+        ),
+        Topic(
+            "initialisation",
+            "The outputs of some layers are many times larger than those of others before a single step was taken.",
+            "A layer multiplies the variance of what passes by fan-in times the variance of its weights, and by what "
+            "its activation leaves of it: a half for ReLU. Where that is not one, the product over the layers is far "
+            "from it.",
+            (
+                "Initialise for the activation: He for ReLU, Xavier for tanh.",
+                "Normalise: batch, layer or group normalisation.",
+                "Add residual connections.",
+                "Compare them side by side: gradprobe remedies.",
+            ),
+            (),
+            (_ATTACH_ALL, "{name: seen.output.std for name, seen in probe.latest().activations.items()}"),
+            (_GLOROT, _HE_INIT, "Amazon SageMaker Debugger, rule PoorWeightInitialization"),
+            ("poor initialisation",),
+        ),
+        Topic(
+            "precision",
+            "Gradients are too small for float16: they lose digits, and then become zero.",
+            "The smallest normal number of float16 is 6.1e-5, the smallest of all 6e-8. A mean over many examples "
+            "makes gradients that small.",
+            (
+                "Scale the loss: torch.amp.GradScaler, given to attach as grad_scaler.",
+                "Take bfloat16, whose range is that of float32.",
+                "Keep the layers named in float32.",
+            ),
+            (),
+            (_ATTACH_ALL, "probe.findings()"),
+            ("Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740",),
+            ("precision loss",),
+        ),
+        Topic(
+            "not-learning",
+            "The loss does not fall, although nothing looks broken.",
+            "The rate is near zero or far too high, labels do not belong to their inputs, or the gradients do not "
+            "arrive.",
+            (
+                "Look at the other findings first: they name causes.",
+                "Overfit one batch, to prove that the model can.",
+                "Try rates ten times higher and lower.",
+                "Check that inputs and labels belong together.",
+            ),
+            (),
+            (_ATTACH, "probe.findings()"),
+            ("Amazon SageMaker Debugger, rule LossNotDecreasing",),
+            ("not learning",),
+        ),
+        Topic(
+            "spike",
+            "One step's gradient or loss stands far out of those before.",
+            "A bad batch, or a rate at the edge of what is stable. A single step of that size can undo many.",
+            (
+                "Look at the batch of that step.",
+                "Clip the gradient: probe.clip_grad_norm_(1.0) before the optimizer's step.",
+                "Lower the learning rate.",
+            ),
+            (),
+            (_ATTACH, "[(one.step, one.total_norm) for one in probe.history()]"),
+            ("OLMo et al. 2024, 2 OLMo 2 Furious, arXiv 2501.00656, section 3.2",),
+            ("spike",),
+        ),
+        Topic(
+            "drift",
+            "One layer's gradient falls far below its own running mean, and stays there, while the others go on.",
+            "The layer was cut off or died on the way: its units are dead or saturated, or a mask or a factor became "
+            "zero.",
+            (
+                "Look at the steps before the one that the finding names.",
+                "Look at how the layer's output is used.",
+                "Lower the learning rate, or clip the gradient.",
+            ),
+            (),
+            (_ATTACH, "probe.findings()"),
+            ("The rule is ours: a layer against itself needs no limit that fits all layers",),
+            ("layer drift",),
         ),
         Topic(
             "shortcut",
@@ -173,7 +278,7 @@ TOPICS: dict[str, Topic] = {
             ("Write the junction as gradprobe.nn.ResidualAdd, and attach.",),
             ("gradprobe check 'gradprobe.networks:resnet(110)' --input 3,32,32 --batch 16",),
             (
-                "probe = gradprobe.attach(model, optimizer=optimizer)",
+                _ATTACH,
                 "{name: seen.shortcut_share for name, seen in probe.latest().junctions.items()}",
             ),
             (_HE_NETS, _HE_IDENTITY + ", eq. 5"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import get_args
 
 import pytest
 from typer.main import get_command
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 import gradprobe
 from gradprobe.cli import app
 from gradprobe.explain import TOPICS, explain
+from gradprobe.findings import RULES, Rule
 
 VERDICTS = {"vanishing": "vanishing", "exploding": "exploding", "shortcut": "healthy"}
 
@@ -35,6 +37,12 @@ def test_a_topic_is_whole(name: str) -> None:
     words = " ".join(text.split())
     for part in (topic.problem, topic.cause, *topic.remedies, *topic.commands, *topic.code, *topic.sources):
         assert " ".join(part.split()) in words
+
+
+def test_every_finding_is_explained_once() -> None:
+    explained = [rule for topic in TOPICS.values() for rule in topic.rules]
+    assert sorted(explained) == sorted(get_args(Rule))
+    assert {rule for rule, _ in RULES} == set(get_args(Rule))
 
 
 @pytest.mark.parametrize("name", VERDICTS)
