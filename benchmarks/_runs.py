@@ -102,6 +102,42 @@ class BranchTimesZero(nn.Module):
         return self.head(torch.relu(self.used(x) + self.factor * self.unused(x)))
 
 
+class Highway(nn.Module):
+    """Layers whose outputs a sigmoid mixes with their inputs; the gates start almost closed."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(depth))
+        self.gates = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(depth))
+        self.head = nn.Linear(64, 10)
+        for gate in self.gates:
+            nn.init.constant_(gate[0].bias, -3.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 1, 8, 8] to [B, 10]."""
+        x = images.flatten(1)
+        for layer, gate in zip(self.layers, self.gates, strict=True):
+            x = torch.lerp(x, layer(x), gate(x))
+        return self.head(x)
+
+
+class ReZero(nn.Module):
+    """Residual branches with a factor that starts at zero."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(depth))
+        self.factors = nn.Parameter(torch.zeros(depth))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 1, 8, 8] to [B, 10]."""
+        x = images.flatten(1)
+        for branch, factor in zip(self.branches, self.factors, strict=True):
+            x = x + factor * branch(x)
+        return self.head(x)
+
+
 class WayAround(nn.Module):
     """A stack of sigmoid layers between a first and a last layer that a shortcut joins: both ends get a gradient."""
 
@@ -186,9 +222,16 @@ RUNS = (
     Run("MLP, tanh", lambda: mlp(4, nn.Tanh)),
     Run("MLP, sigmoid", lambda: mlp(2, nn.Sigmoid, 4.0), learning_rate=0.1),
     Run("MLP of 10, ReLU, BN", lambda: mlp(10, nn.ReLU, HE, norm=True)),
-    Run("CNN", lambda: cnn(4, HE)),
+    Run("CNN", lambda: cnn(4, HE), learning_rate=0.01),
     Run("ResNet-8", lambda: gradprobe.networks.resnet(8, in_channels=1)),
     Run("plain-8", lambda: gradprobe.networks.plain(8, in_channels=1)),
+    Run(
+        "ResNet-20 without BN",
+        lambda: gradprobe.networks.resnet(20, in_channels=1, width=8, norm="none"),
+        learning_rate=1e-3,
+    ),
+    Run("highway net of 6", lambda: Highway(6), learning_rate=0.05),
+    Run("12 branches that start at zero", lambda: ReZero(12)),
     Run("RNN", lambda: Recurrent(nn.RNN), learning_rate=0.05),
     Run("LSTM", lambda: Recurrent(nn.LSTM), learning_rate=0.2),
     Run("GRU", lambda: Recurrent(nn.GRU), learning_rate=0.2),

@@ -164,8 +164,7 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
     ("poor initialisation", ""): RuleText(
         "largest / smallest variance of the outputs of weight layers > variance_ratio in the first `window` steps, in "
         "a run that does not converge and starts without dead ReLUs; outputs as for exploding forward, constant ones "
-        "left out. The source has 10, which sound transformers and nets with torch's default weights exceed; 1e4 is "
-        "ours",
+        "left out. The source has 10, which a sound transformer exceeds; 1e4 is ours",
         f"{SAGEMAKER}, rule PoorWeightInitialization",
         "weights too small or too large for the activation: what goes forward shrinks or grows from layer to layer",
         ("He initialisation for ReLU, Xavier for tanh", "normalisation", "residual connections"),
