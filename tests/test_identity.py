@@ -194,6 +194,16 @@ def test_stacks_learn_and_depth_makes_it_harder() -> None:
     assert train_stacks(seed=1, depths=[1], steps=1).stacks[0] != train_stacks(depths=[1], steps=1).stacks[0]
 
 
+def test_stacks_learn_on_one_thread_and_leave_the_others_to_the_caller() -> None:
+    threads, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        train_stacks(depths=[1], steps=1, advance=lambda depth: seen.append(torch.get_num_threads()))
+        assert (seen, torch.get_num_threads()) == ([1, 1, 1], 3)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -27,6 +27,7 @@ from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer
 from gradprobe.experiments.progress import bar
 from gradprobe.experiments.remedied import WIDTH, network, parse_remedy
+from gradprobe.experiments.threads import one_thread
 from gradprobe.experiments.train import Recipe, evaluate, sgd
 from gradprobe.line import fit_line
 from gradprobe.probe import attach
@@ -273,21 +274,14 @@ def remedies(
     shares = torch.bincount(data.train_y).double() / len(data.train_y)
     constant_loss = float(-(shares * shares.log()).sum())
     cells = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # layers of this size take longer on several
-    try:
-        with bar(console) as progress:
-            task = progress.add_task("", total=len(activations) * sum(depths) * len(remedies) * len(seeds))
-            for activation, depth, remedy in product(activations, depths, remedies):
-                runs = []
-                for seed in seeds:
-                    runs.append(_run(remedy, activation, depth, seed, steps, data))
-                    progress.update(
-                        task, advance=depth, description=f"{remedy}, {activation}, {depth} layers: seed {seed}"
-                    )
-                cells.append(_cell(remedy, activation, depth, runs, constant_loss, data))
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), bar(console) as progress:
+        task = progress.add_task("", total=len(activations) * sum(depths) * len(remedies) * len(seeds))
+        for activation, depth, remedy in product(activations, depths, remedies):
+            runs = []
+            for seed in seeds:
+                runs.append(_run(remedy, activation, depth, seed, steps, data))
+                progress.update(task, advance=depth, description=f"{remedy}, {activation}, {depth} layers: seed {seed}")
+            cells.append(_cell(remedy, activation, depth, runs, constant_loss, data))
     return Remedies(
         data=data.summary,
         seeds=tuple(seeds),

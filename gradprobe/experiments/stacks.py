@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments import STACK_STEPS
+from gradprobe.experiments.threads import one_thread
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
 WIDTH = 16
@@ -127,10 +128,11 @@ def train_stacks(
     test = _inputs(TEST_INPUTS, torch.Generator().manual_seed(seed + 2**32))  # [N, width]
     constant_loss = F.mse_loss(test.mean(dim=0).expand_as(test), test).item()
     stacks = []
-    for depth in depths:
-        for kind, init in (("plain", "he"), ("residual", "he"), ("residual", "zero")):
-            stacks.append(_train(depth, kind, init, seed, steps, test))
-            advance(depth)
+    with one_thread():
+        for depth in depths:
+            for kind, init in (("plain", "he"), ("residual", "he"), ("residual", "zero")):
+                stacks.append(_train(depth, kind, init, seed, steps, test))
+                advance(depth)
     return Stacks(steps, WIDTH, constant_loss, tuple(stacks))
 
 
