@@ -9,13 +9,12 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "arguments.h"
 #include "chunks.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
-#include "cpu/residual_add.h"
+#include "cpu/residual_pass.h"
 #include "residual_layout.h"
 #include "stats.h"
 
@@ -34,74 +33,44 @@ Dtype check_operands(const Tensor& a, const Tensor& b, const char* name_a, const
   return dtype;
 }
 
-template <typename Each>
-void for_each_chunk(int64_t numel, const Each& each) {
-  torch::stable::parallel_for(0, count_chunks(numel, cpu::kChunkNumel), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t number = begin; number < end; ++number) {
-      const Chunk chunk = chunk_range(0, numel, 0, number, cpu::kChunkNumel);
-      each(number, chunk);
-    }
-  });
-}
-
-// Merges the partial statistics of a tensor's chunks, of which there are `n_rows` sets side by side, into raw rows.
-Tensor finish_rows(const Tensor& like, const std::vector<Stats>& partials, int64_t n_rows) {
-  const cpu::FloatEnvironment environment;
+// The rows [n_rows, kStats] of what a pass has seen.
+Tensor finish_rows(const Tensor& like, const cpu::Partials& partials, int64_t n_rows) {
   Tensor rows = torch::stable::new_empty(like, {n_rows, kStats}, ScalarType::Double);
   auto* row = static_cast<double*>(rows.mutable_data_ptr());  // [n_rows, kStats]
-  for (int64_t k = 0; k < n_rows; ++k) {
-    Stats stats = identity();
-    for (size_t at = k; at < partials.size(); at += n_rows) stats = merge(stats, partials[at]);
-    finish(stats, row + k * kStats);
-  }
+  for (int64_t k = 0; k < n_rows; ++k) partials.finish_row(k, row + k * kStats);
   return rows;
 }
 
-// y, and the partial statistics of its chunks where `partials` is not null.
-Tensor join(const Tensor& x, const Tensor& f, bool relu, std::vector<Stats>* partials) {
+// y, and its statistics where `partials` is not null.
+Tensor join(const Tensor& x, const Tensor& f, bool relu, cpu::Partials* partials) {
   const Dtype dtype = check_operands(x, f, "x", "f");
   const int64_t numel = x.numel();
-  const cpu::Isa isa = cpu::best_isa();
-  if (partials != nullptr) partials->resize(count_chunks(numel, cpu::kChunkNumel));
   const std::optional<Tensor> out = empty_sum(x, f);
   if (!out) {
     const Tensor y = sum_by_torch(x, f, relu);
     if (partials != nullptr) {
-      const void* data = y.const_data_ptr();
-      for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
+      const cpu::View view{y.const_data_ptr(), dtype, numel, nullptr};
+      const cpu::Isa isa = cpu::best_isa();
+      cpu::for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
         const cpu::FloatEnvironment environment;
-        (*partials)[number] = cpu::chunk_stats({data, dtype, numel, nullptr}, chunk.begin, chunk.end, isa);
+        *partials->of_chunk(number) = cpu::chunk_stats(view, chunk.begin, chunk.end, isa);
       });
     }
     return y;
   }
-  const void* of_x = x.const_data_ptr();
-  const void* of_f = f.const_data_ptr();
-  void* of_y = out->mutable_data_ptr();
-  for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
-    cpu::add_chunk(dtype, of_x, of_f, of_y, chunk.begin, chunk.end, relu, isa,
-                   partials == nullptr ? nullptr : &(*partials)[number]);
-  });
+  cpu::join(dtype, x.const_data_ptr(), f.const_data_ptr(), out->mutable_data_ptr(), numel, relu, partials);
   return *out;
 }
 
-// grad_x, and the partial statistics of the chunks of grad_y and grad_x, in pairs, where `partials` is not null.
-Tensor mask(const Tensor& grad_y, const std::optional<Tensor>& y, std::vector<Stats>* partials) {
+// grad_x, and the statistics of grad_y and grad_x where `partials` is not null.
+Tensor mask(const Tensor& grad_y, const std::optional<Tensor>& y, cpu::Partials* partials) {
   const Dtype dtype = y ? check_operands(grad_y, *y, "grad_y", "y") : dtype_of(grad_y.get(), "grad_y");
-  const int64_t numel = grad_y.numel();
-  const cpu::Isa isa = cpu::best_isa();
-  if (partials != nullptr) partials->resize(2 * count_chunks(numel, cpu::kChunkNumel));
   Tensor grad_x = torch::stable::empty_like(y ? *y : grad_y);
-  if (numel == 0) return grad_x;
+  if (grad_y.numel() == 0) return grad_x;
   const Tensor incoming = in_order_of(grad_x, grad_y);
   const Tensor masking = y ? in_order_of(grad_x, *y) : incoming;
-  const void* of_grad_y = incoming.const_data_ptr();
-  const void* of_y = y ? masking.const_data_ptr() : nullptr;
-  void* of_grad_x = grad_x.mutable_data_ptr();
-  for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
-    cpu::mask_chunk(dtype, of_grad_y, of_y, of_grad_x, chunk.begin, chunk.end, isa,
-                    partials == nullptr ? nullptr : &(*partials)[2 * number]);
-  });
+  cpu::mask(dtype, incoming.const_data_ptr(), y ? masking.const_data_ptr() : nullptr, grad_x.mutable_data_ptr(),
+            grad_y.numel(), partials);
   return grad_x;
 }
 
@@ -121,10 +90,7 @@ void residual_add_(Tensor x, Tensor f, bool relu) {
   const Tensor in_order = in_order_of(x, added);
   const void* of_f = in_order.const_data_ptr();
   void* of_x = x.mutable_data_ptr();
-  const cpu::Isa isa = cpu::best_isa();
-  for_each_chunk(x.numel(), [&](int64_t, const Chunk& chunk) {
-    cpu::add_chunk(dtype, of_x, of_f, of_x, chunk.begin, chunk.end, relu, isa, nullptr);
-  });
+  cpu::join(dtype, of_x, of_f, of_x, x.numel(), relu, nullptr);
 }
 
 // residual_add_backward(Tensor grad_y, Tensor y) -> Tensor
@@ -132,14 +98,14 @@ Tensor residual_add_backward(Tensor grad_y, Tensor y) { return mask(grad_y, y, n
 
 // residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)
 std::tuple<Tensor, Tensor> residual_add_stats(Tensor x, Tensor f, bool relu) {
-  std::vector<Stats> partials;
+  cpu::Partials partials(x.numel(), 1);
   Tensor y = join(x, f, relu, &partials);
   return {y, finish_rows(y, partials, 1)};
 }
 
 // residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)
 std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optional<Tensor> y) {
-  std::vector<Stats> partials;
+  cpu::Partials partials(grad_y.numel(), 2);
   Tensor grad_x = mask(grad_y, y, &partials);
   return {grad_x, finish_rows(grad_x, partials, 2)};
 }
@@ -148,29 +114,12 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
 Tensor residual_branch_stats(Tensor total, Tensor shortcut) {
   const Dtype dtype = check_operands(total, shortcut, "total", "shortcut");
   const int64_t numel = total.numel();
-  const cpu::Isa isa = cpu::best_isa();
   // One order of memory for both, without gaps; any will do.
   const Tensor dense = numel == 0 || is_dense(total) ? total : torch::stable::contiguous(total);
   const Tensor part = numel == 0 ? shortcut : in_order_of(dense, shortcut);
-  const void* of_total = dense.const_data_ptr();
-  const void* of_part = part.const_data_ptr();
-  std::vector<Stats> partials(count_chunks(numel, cpu::kChunkNumel));
-  std::vector<double> dots(partials.size());
-  for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
-    const cpu::FloatEnvironment environment;
-    partials[number] = cpu::branch_chunk(dtype, of_total, of_part, chunk.begin, chunk.end, isa, &dots[number]);
-  });
-  const cpu::FloatEnvironment environment;
-  Stats stats = identity();
-  Stats products = identity();
-  for (size_t number = 0; number < partials.size(); ++number) {
-    stats = merge(stats, partials[number]);
-    products.sum += dots[number];
-  }
   Tensor rows = torch::stable::new_empty(total, {2, kStats}, ScalarType::Double);
   auto* row = static_cast<double*>(rows.mutable_data_ptr());  // [2, kStats]
-  finish(stats, row);
-  finish(products, row + kStats);
+  cpu::branch(dtype, dense.const_data_ptr(), part.const_data_ptr(), numel, row, row + kStats);
   return rows;
 }
 

@@ -1,5 +1,5 @@
 // The junction of a residual block on the CPU: raw pointers in, a chunk of the result and its statistics out. No torch,
-// no threads: register_residual.cpp brings both.
+// no threads: residual_pass.h brings the latter.
 #pragma once
 
 #include <cstdint>
