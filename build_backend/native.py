@@ -132,7 +132,7 @@ def _hooks(torch: Torch, python_includes: list[Path]) -> Module:
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     flags = [*_CXX_FLAGS, "-DTORCH_EXTENSION_NAME=_hooks", "-Icsrc", *include]
-    sources = ["csrc/hooks.cpp", "csrc/cpu/grad_stats.cpp"]
+    sources = ["csrc/hooks.cpp", "csrc/signals.cpp", "csrc/cpu/grad_stats.cpp", "csrc/cpu/residual_add.cpp"]
     return Module("gradprobe._hooks", _HOOKS_FILE, sources, flags, link)
 
 

@@ -1,11 +1,9 @@
 // Autograd hooks in C++: they note, for every parameter, that its gradient is ready, and call back once per backward.
 // Built against one exact torch: the hook classes are not part of the stable ABI.
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
@@ -22,9 +20,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/kernels.h"
-#include "cpu/layout.h"
 #include "cpu/pass.h"
+#include "plain.h"
+#include "signals.h"
 #include "stats.h"
 
 namespace gradprobe {
@@ -51,37 +49,6 @@ bool is_regular(const at::Tensor& gradient, const at::Tensor& parameter) {
          !gradient.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
-std::optional<cpu::Dtype> dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return cpu::Dtype::kFloat32;
-    case at::kHalf:
-      return cpu::Dtype::kFloat16;
-    case at::kBFloat16:
-      return cpu::Dtype::kBFloat16;
-    case at::kDouble:
-      return cpu::Dtype::kFloat64;
-    default:
-      return std::nullopt;
-  }
-}
-
-// Adds a regular gradient to a pass of the CPU kernels; false where they do not take it, as with values that are not in
-// its memory.
-bool add_to(cpu::Work& work, const at::Tensor& gradient) {
-  const std::optional<cpu::Dtype> dtype = dtype_of(gradient);
-  const bool is_lazy = gradient.is_neg() || gradient._is_zerotensor() || !gradient.has_storage();
-  if (!dtype || is_lazy) return false;
-  const int64_t numel = gradient.numel();
-  if (numel == 0 || gradient.is_contiguous()) {
-    work.add(numel == 0 ? nullptr : gradient.const_data_ptr(), *dtype, numel);
-  } else {
-    const cpu::Dims dims = cpu::reduce_dims(gradient.sizes().data(), gradient.strides().data(), gradient.dim());
-    work.add(gradient.const_data_ptr(), *dtype, numel, &dims);
-  }
-  return true;
-}
-
 // Whether `rows` can take the raw rows of K tensors.
 bool takes_rows(const at::Tensor& rows, int64_t n_tensors) {
   return rows.defined() && rows.layout() == at::kStrided && rows.device().is_cpu() &&
@@ -92,13 +59,7 @@ bool takes_rows(const at::Tensor& rows, int64_t n_tensors) {
 // gradprobe::grad_stats_into for plain tensors on the CPU, called as a function: going through the dispatcher takes
 // longer than the statistics of a small tensor. False, and nothing written, where that operator has to see the call.
 bool grad_stats_into(const std::vector<at::Tensor>& tensors, const at::Tensor& out) {
-  const auto is_plain = [](const at::Tensor& tensor) {
-    return tensor.defined() && tensor.layout() == at::kStrided && tensor.device().is_cpu() && !tensor.is_complex() &&
-           !tensor.unsafeGetTensorImpl()->is_python_dispatch() &&
-           !tensor.key_set().has(c10::DispatchKey::Functionalize);
-  };
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled()) return false;
-  if (!takes_rows(out, static_cast<int64_t>(tensors.size())) || !is_plain(out) || !out.has_storage()) return false;
+  if (is_watched() || !takes_rows(out, static_cast<int64_t>(tensors.size())) || !is_plain(out)) return false;
   cpu::Work work(static_cast<int64_t>(tensors.size()));
   for (const at::Tensor& tensor : tensors) {
     if (!is_plain(tensor) || !add_to(work, tensor)) return false;
@@ -352,6 +313,7 @@ class GradientTaps {
 }  // namespace gradprobe
 
 PYBIND11_MODULE(_hooks, module) {
+  gradprobe::define_signals(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
   py::class_<gradprobe::GradientTaps>(module, "GradientTaps")
       .def(py::init<std::vector<at::Tensor>, py::object>(), py::arg("parameters"), py::arg("on_backward_end"))

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from gradprobe.board import Board
+from gradprobe.board import Board, PythonRows
 from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
+from gradprobe.ops.native import native_hooks
 
 _LAYOUTS = (
     torch.strided,
@@ -103,6 +105,7 @@ class ActivationTaps:
         self._passes = ForwardPasses()
         self._leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
         self.unmeasured: set[int] = set()  # modules with an output that no kernel takes
+        self._native = native_taps("OutputTaps", board, len(modules), partial(_on_gradient, weakref.ref(self)))
         self._handles: list[RemovableHandle] = [
             module.register_forward_hook(_ForwardHook(self, m), with_kwargs=True) for m, module in enumerate(modules)
         ]
@@ -111,6 +114,7 @@ class ActivationTaps:
         """Begins a step."""
         self._passes.clear()
         remove_all(self._leaf_hooks)
+        self._native = next_native_step(self._native, self._board)
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -125,6 +129,8 @@ class ActivationTaps:
 
     def on_output(self, m: int, output: Any) -> None:
         """Observes what module m returned."""
+        if self._native is not None and self._native.observe(m, output):
+            return
         if not self._board.enabled or not torch.is_grad_enabled() or in_transform():
             return
         is_repeat = self._passes.is_repeat(m)
@@ -165,6 +171,12 @@ class _ForwardHook:
         return _ForwardHook, (None, self._m)
 
 
+def _on_gradient(taps: weakref.ref[ActivationTaps], site: int, gradient: torch.Tensor) -> None:
+    alive = taps()
+    if alive is not None:
+        alive.on_gradient(site, gradient)
+
+
 class _GradientHook:
     """A tensor's hook; the graph may outlive the taps."""
 
@@ -203,6 +215,31 @@ class ForwardPasses:
         """Begins a step."""
         self._n_first.clear()
         self._n_in_backward.clear()
+
+
+def native_taps(kind: str, board: Board, *arguments: Any) -> Any | None:
+    """Makes the C++ taps that observe plain tensors in plain autograd, and leave all else to Python.
+
+    Args:
+        kind: Name of their class.
+        board: Takes the statistics.
+        arguments: Of the class, behind the rows.
+
+    Returns:
+        The taps, None where the board's rows are not in C++.
+    """
+    module, _ = native_hooks()
+    if module is None or isinstance(board.rows, PythonRows):
+        return None
+    return getattr(module, kind)(board.rows, *arguments)
+
+
+def next_native_step(native: Any | None, board: Board) -> Any | None:
+    """Begins a step of the C++ taps; gives None in their place where the board's rows have gone to another device."""
+    if native is None or isinstance(board.rows, PythonRows):
+        return None
+    native.start_step()
+    return native
 
 
 def remove_all(handles: list[RemovableHandle]) -> None:

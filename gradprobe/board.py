@@ -2,16 +2,127 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from gradprobe import ops
-from gradprobe.measured import Events, FloatArray, Measured
+from gradprobe.measured import Events, Measured
+from gradprobe.ops.native import native_hooks
 
 _FIRST_EVENTS = 64
+
+
+class RowLog(Protocol):
+    """Rows of events; `SignalRows` of the C++ module, on the CPU, and `PythonRows` both are one."""
+
+    enabled: bool  # the one switch of all that writes here, operators in compiled graphs included
+
+    @property
+    def n_events(self) -> int:
+        """Number of events since the last clearing."""
+
+    def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
+        """Gives the row [1, 6] of a new event, to be written; the last is of the dtype, NaN where there is none."""
+
+    def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Gives the row of a tensor that was remembered, [1, 6]; None where it was written to since."""
+
+    def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
+        """Notes that a row that `next` gave is of this very tensor."""
+
+    def events(self) -> tuple[Sequence[int], Sequence[int], Sequence[float], torch.Tensor]:
+        """Gives what `next` was told of N events, and their rows, a zero row first: N, N, N, at least [1 + N, 6]."""
+
+    def clear(self) -> None:
+        """Forgets all events."""
+
+
+class PythonRows:
+    """The twin of the C++ rows, on any device: without an allocation once there are rows enough.
+
+    Args:
+        device: Where the rows lie.
+        n_rows: Number of rows to begin with.
+    """
+
+    def __init__(self, device: torch.device, n_rows: int = _FIRST_EVENTS) -> None:
+        self.enabled = True
+        self._device = device
+        self._lock = threading.Lock()  # each device's part of a backward runs in a thread of its own
+        self._sites: list[int] = []
+        self._numels: list[int] = []
+        self._smallest_normals: list[float] = []
+        # by identity, since one module's output is another's input: the tensor, its version, its row
+        self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
+        self._blocks: list[torch.Tensor] = []  # [N, 6] each; the very first row stays zero
+        self._rows: list[torch.Tensor] = []  # of all blocks, [1, 6] each: viewed once
+        self._grow(n_rows)
+
+    @property
+    def n_events(self) -> int:
+        """Number of events since the last clearing."""
+        return len(self._sites)
+
+    def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
+        """Gives the row [1, 6] of a new event, to be written; the last is of the dtype, NaN where there is none."""
+        with self._lock:
+            self._sites.append(site)
+            self._numels.append(numel)
+            self._smallest_normals.append(smallest_normal)
+            if len(self._sites) == len(self._rows):
+                self._grow(len(self._rows))
+            return self._rows[len(self._sites)]
+
+    def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Gives the row of a tensor that was remembered, [1, 6]; None where it was written to since."""
+        known = self._rows_of.get(id(tensor))
+        return known[2] if known is not None and known[0]() is tensor and known[1] == tensor._version else None
+
+    def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
+        """Notes that a row that `next` gave is of this very tensor."""
+        if tensor.layout is torch.strided and not tensor.is_inference():  # which counts no versions
+            self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
+
+    def events(self) -> tuple[Sequence[int], Sequence[int], Sequence[float], torch.Tensor]:
+        """Gives what `next` was told of N events, and their rows, a zero row first: N, N, N, at least [1 + N, 6]."""
+        rows = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
+        return tuple(self._sites), tuple(self._numels), tuple(self._smallest_normals), rows
+
+    def clear(self) -> None:
+        """Forgets all events."""
+        self._sites.clear()
+        self._numels.clear()
+        self._smallest_normals.clear()
+        self._rows_of.clear()
+
+    def _grow(self, n_rows: int) -> None:
+        # rows that were handed out stay: another thread may be about to write to one
+        self._blocks.append(torch.zeros(n_rows, len(ops.STATS), dtype=torch.float64, device=self._device))
+        self._rows.extend(self._blocks[-1].unsqueeze(1).unbind())
+
+
+def make_rows(device: torch.device, backend: str) -> RowLog:
+    """Makes the rows of a board: in C++ where that is built, for the native kernels on the CPU.
+
+    Args:
+        device: Where the rows lie.
+        backend: Name of the backend, or "auto".
+
+    Returns:
+        The rows, without an event.
+    """
+    module, _ = native_hooks()
+    if module is None or device.type != "cpu" or ops.resolve(backend, device).name != "native":
+        return PythonRows(device)
+    rows: RowLog = module.SignalRows()
+    return rows
 
 
 class Board:
@@ -30,28 +141,28 @@ class Board:
     """
 
     def __init__(self, n_sites: int, device: torch.device, backend: str) -> None:
-        self.enabled = True  # the one switch of all that writes here, operators in compiled graphs included
         self._n_sites = n_sites
         self._device = device
         self._backend_name = backend
         self._backends = {device: ops.resolve(backend, device)}
-        self._lock = threading.Lock()  # each device's part of a backward runs in a thread of its own
-        self._sites: list[int] = []  # of the events so far
-        self._numels: list[int] = []
-        self._dtypes: dict[int, torch.dtype] = {}  # of the sites so far, since attach
-        self._smallest_normal: FloatArray | None = None  # [S], None where a dtype has changed
-        # by identity, since one module's output is another's input: the tensor, its version, its row
-        self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
-        self._blocks: list[torch.Tensor] = []  # [N, 6] each; the very first row stays zero, for padding
-        self._rows: list[torch.Tensor] = []  # of all blocks, [1, 6] each: viewed once
-        self._grow(_FIRST_EVENTS)
+        self.rows = make_rows(device, backend)
         self._last_sites: tuple[int, ...] | None = None
         self._last_gather = torch.empty(0)
+        self._last_smallest_normal = np.empty(0)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether what passes by is observed."""
+        return self.rows.enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self.rows.enabled = enabled
 
     @property
     def n_events(self) -> int:
         """Number of events since the step began."""
-        return len(self._sites)
+        return self.rows.n_events
 
     def write(self, site: int, tensor: torch.Tensor) -> None:
         """Takes the statistics of a tensor as it is now; from an earlier event where it has not changed since.
@@ -62,11 +173,11 @@ class Board:
             site: Position of the site.
             tensor: Real or complex, of floating point; any layout and device.
         """
-        known = self._rows_of.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
-            self._next_row(site, tensor.numel(), tensor.dtype).copy_(known[2])
+        known = self.rows.known(tensor)
+        if known is not None:
+            self._next(site, tensor).copy_(known)
         else:
-            self._remember(tensor, self.write_anew(site, tensor))
+            self.rows.remember(tensor, self.write_anew(site, tensor))
 
     def write_anew(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
         """Takes the statistics of a tensor that may have changed untold: compiled code counts no versions.
@@ -80,7 +191,7 @@ class Board:
         """
         with torch.no_grad():
             values = ops.dense_values(tensor)
-            row = self._next_row(site, values.numel(), values.dtype)
+            row = self._next(site, values)
             if values.device == self._device:
                 self._backends[self._device].grad_stats_into([values], row)
                 return row
@@ -98,9 +209,9 @@ class Board:
             row: Raw row, float64. [1, 6]
             tensor: What it is of.
         """
-        kept = self._next_row(site, tensor.numel(), tensor.dtype)
+        kept = self._next(site, tensor)
         kept.copy_(row, non_blocking=True)
-        self._remember(tensor, kept)
+        self.rows.remember(tensor, kept)
 
     def put_apart(self, site: int, row: torch.Tensor, numel: int) -> None:
         """Takes a row of what is no tensor of the training.
@@ -110,7 +221,7 @@ class Board:
             row: Raw row, float64. [1, 6]
             numel: Number of elements behind it.
         """
-        self._next_row(site, numel, None).copy_(row, non_blocking=True)
+        self.rows.next(site, numel, math.nan).copy_(row, non_blocking=True)
 
     def close(self, out: torch.Tensor) -> Events:
         """Writes the rows of the sites, and starts over.
@@ -121,55 +232,34 @@ class Board:
         Returns:
             What passed by.
         """
-        sites = tuple(self._sites)
-        numels = np.bincount(sites, weights=self._numels, minlength=self._n_sites).astype(np.int64)  # [S]
+        passed, n_elements, of_dtypes, pool = self.rows.events()
+        sites = tuple(passed)
+        numels = np.bincount(sites, weights=n_elements, minlength=self._n_sites).astype(np.int64)  # [S]
         if sites != self._last_sites:
             self._last_sites, self._last_gather = sites, self._gather_of(sites)
-        pool = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)  # [N, 6]
         rows = pool[self._last_gather]  # [S, M, 6]
         with torch.no_grad():
             out.copy_(rows[:, 0] if rows.shape[1] == 1 else ops.merge_rows(rows))
         self.clear()
         if out.device != self._device:  # the model has moved
-            self._device = out.device
+            self._device, self._last_sites = out.device, None
             self._backends[out.device] = ops.resolve(self._backend_name, out.device)
-            self._blocks, self._rows, self._last_sites = [], [], None
-            self._grow(len(pool))
+            enabled, self.rows = self.rows.enabled, PythonRows(out.device, len(pool))
+            self.rows.enabled = enabled
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[list(sites)] = True
-        return Events(sites, Measured(present, numels), self._smallest_normals())
+        smallest_normal = np.full(self._n_sites, np.nan)  # [S]
+        smallest_normal[list(sites)] = of_dtypes
+        if not np.array_equal(smallest_normal, self._last_smallest_normal, equal_nan=True):  # the history shares one
+            self._last_smallest_normal = smallest_normal
+        return Events(sites, Measured(present, numels), self._last_smallest_normal)
 
     def clear(self) -> None:
         """Forgets the events so far."""
-        self._sites.clear()
-        self._numels.clear()
-        self._rows_of.clear()
+        self.rows.clear()
 
-    def _remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
-        if tensor.layout is torch.strided and not tensor.is_inference():  # which counts no versions
-            self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
-
-    def _smallest_normals(self) -> FloatArray:
-        if self._smallest_normal is None:
-            self._smallest_normal = np.full(self._n_sites, np.nan)
-            for site, dtype in self._dtypes.items():
-                self._smallest_normal[site] = torch.finfo(dtype).smallest_normal
-        return self._smallest_normal
-
-    def _next_row(self, site: int, numel: int, dtype: torch.dtype | None) -> torch.Tensor:
-        with self._lock:
-            if dtype is not None and self._dtypes.get(site) is not dtype:
-                self._dtypes[site], self._smallest_normal = dtype, None
-            self._sites.append(site)
-            self._numels.append(numel)
-            if len(self._sites) == len(self._rows):
-                self._grow(len(self._rows))
-            return self._rows[len(self._sites)]
-
-    def _grow(self, n_rows: int) -> None:
-        # rows that were handed out stay: another thread may be about to write to one
-        self._blocks.append(torch.zeros(n_rows, len(ops.STATS), dtype=torch.float64, device=self._device))
-        self._rows.extend(self._blocks[-1].unsqueeze(1).unbind())
+    def _next(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
+        return self.rows.next(site, tensor.numel(), _smallest_normal(tensor.dtype))
 
     def _gather_of(self, sites: tuple[int, ...]) -> torch.Tensor:
         """Rows of the pool for each site, filled up with the zero row. Shape [S, M]."""
@@ -180,3 +270,8 @@ class Board:
         padded = [rows + [0] * (longest - len(rows)) for rows in rows_of]
         gather = torch.tensor(padded, dtype=torch.int64).reshape(self._n_sites, longest)
         return gather.to(self._device)
+
+
+@cache
+def _smallest_normal(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).smallest_normal)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from gradprobe.activations import ForwardPasses, in_transform, is_measurable, remove_all
+from gradprobe.activations import ForwardPasses, in_transform, is_measurable, native_taps, next_native_step, remove_all
 from gradprobe.board import Board
 from gradprobe.measured import JUNCTION_KINDS
 from gradprobe.nn import ResidualAdd
@@ -65,6 +65,7 @@ class JunctionTaps:
         self._modules = tuple(modules)
         self.passes = ForwardPasses()
         self.leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
+        self.native = native_taps("JunctionTaps", board, len(modules), first_site)
         for j, module in enumerate(modules):
             module.tap = JunctionTap(self, j)
 
@@ -72,6 +73,7 @@ class JunctionTaps:
         """Begins a step."""
         self.passes.clear()
         remove_all(self.leaf_hooks)
+        self.native = next_native_step(self.native, self.board)
 
     def remove(self) -> None:
         """Takes the taps out of the modules, for good."""
@@ -91,6 +93,10 @@ class JunctionTap:
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
         taps = self._taps()
+        if taps is not None and taps.native is not None and not torch.compiler.is_compiling():
+            joined: torch.Tensor | None = taps.native.join(self._j, x, f, relu)
+            if joined is not None:
+                return joined
         if (
             taps is None
             or not taps.board.enabled

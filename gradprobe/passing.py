@@ -58,13 +58,14 @@ class Passing:
         Returns:
             What passed by, None where nobody wanted it or nothing did.
         """
-        self._activations.start_step()
-        self._junctions.start_step()
+        events = None
         if rows is None or self._board.n_events == 0:
             self._board.clear()
-            return None
-        events = self._board.close(rows)
-        self._observed |= events.measured.present
+        else:
+            events = self._board.close(rows)
+            self._observed |= events.measured.present
+        self._activations.start_step()
+        self._junctions.start_step()
         return events
 
     def silent(self) -> tuple[str, ...]:

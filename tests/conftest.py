@@ -8,7 +8,8 @@ import torch
 from hypothesis import settings
 
 import gradprobe
-from gradprobe import hooks
+from gradprobe import activations, board, hooks
+from gradprobe.ops import residual
 
 # A shared runner stalls now and then: time limits belong to benchmarks.
 settings.register_profile("gradprobe", deadline=None, print_blob=True)
@@ -29,7 +30,9 @@ def any_hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "native" and hooks.native_hooks()[0] is None:
         pytest.skip(f"C++ hooks: {hooks.native_hooks()[1]}")
     if request.param == "python":
-        monkeypatch.setattr(hooks, "native_hooks", lambda: (None, "switched off by a test"))
+        for module in (hooks, board, activations):
+            monkeypatch.setattr(module, "native_hooks", lambda: (None, "switched off by a test"))
+        monkeypatch.setattr(residual, "_JOIN", None)
     return str(request.param)
 
 

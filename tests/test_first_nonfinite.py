@@ -11,6 +11,8 @@ from torch import nn
 
 import gradprobe
 
+pytestmark = pytest.mark.usefixtures("any_hooks")
+
 
 class TestFirstNonfinite:
     """The first place and step with NaN or infinity."""

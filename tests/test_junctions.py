@@ -11,6 +11,8 @@ from torch import nn
 import gradprobe
 from gradprobe.nn import ResidualAdd
 
+pytestmark = pytest.mark.usefixtures("any_hooks")
+
 
 class Block(nn.Module):
     """y = max(x + F(x), 0), or without the ReLU."""

@@ -31,6 +31,8 @@ from gradprobe.nn import ResidualAdd
 from gradprobe.ops import native, residual
 from gradprobe.ops.residual import residual_add
 
+with_any_hooks = pytest.mark.usefixtures("any_hooks")  # the public function runs in C++ where it can
+
 
 def test_the_compiled_kernels_are_the_ones_that_run() -> None:
     if native.parts()["cpu"] != "ready":
@@ -60,6 +62,7 @@ def assert_like_torch(x: Tensor, f: Tensor, relu: bool, grad: Tensor | None = No
     assert actual[0].stride() == expected[0].stride()
 
 
+@with_any_hooks
 @pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_same_bits_as_torch(dtype: torch.dtype, relu: bool) -> None:
@@ -84,6 +87,7 @@ def test_every_pair_of_float16_exponents_rounds_as_torch() -> None:
     assert torch.equal(bits(residual_add(x, f, True)), bits(torch.relu(x + f)))
 
 
+@with_any_hooks
 @pytest.mark.parametrize("of_f", LAYOUTS)
 @pytest.mark.parametrize("of_x", LAYOUTS)
 def test_every_pair_of_layouts(of_x: str, of_f: str) -> None:
@@ -107,11 +111,13 @@ def test_gradients_of_every_layout_come_in_the_order_of_y(namespace: str, of_gra
         assert grad_x.stride() == torch.empty_like(y).stride()
 
 
+@with_any_hooks
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3), (5, 7), (2, 3, 4, 5, 6), (1,) * 12])
 def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     assert_like_torch(torch.randn(shape), torch.randn(shape), True)
 
 
+@with_any_hooks
 @pytest.mark.parametrize("wanting", ["x", "f"])
 def test_one_operand_may_do_without_a_gradient(wanting: str) -> None:
     x, f = torch.randn(4, 5), torch.randn(4, 5)
@@ -121,12 +127,14 @@ def test_one_operand_may_do_without_a_gradient(wanting: str) -> None:
     assert {"x": f, "f": x}[wanting].grad is None
 
 
+@with_any_hooks
 def test_an_operand_twice_gets_both_gradients() -> None:
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     residual_add(x, x, relu=True).backward(torch.tensor([3.0, 4.0]))
     assert x.grad.tolist() == [6.0, 0.0]
 
 
+@with_any_hooks
 def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
     x = torch.randn(3, requires_grad=True)
     assert not residual_add(torch.randn(3), torch.randn(3)).requires_grad
@@ -134,6 +142,7 @@ def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
         assert not residual_add(x, x).requires_grad
 
 
+@with_any_hooks
 def test_a_result_changed_in_place_is_noticed() -> None:
     x = torch.randn(3, requires_grad=True)
     y = residual_add(x, torch.randn(3), relu=True)
@@ -142,6 +151,7 @@ def test_a_result_changed_in_place_is_noticed() -> None:
         y.sum().backward()
 
 
+@with_any_hooks
 @pytest.mark.parametrize("dtypes", list(itertools.permutations((*DTYPES, torch.int32, torch.complex64), 2)), ids=name)
 def test_dtypes_promote_as_torch_promotes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, f = (torch.tensor([3.0, -7.0, 0.1]).to(dtype) for dtype in dtypes)
@@ -164,6 +174,7 @@ def test_other_dtypes_go_the_way_of_torch(dtype: torch.dtype) -> None:
         assert torch.equal(residual_add(x, f, relu=True), torch.relu(x + f))
 
 
+@with_any_hooks
 @pytest.mark.parametrize(
     ("x", "f", "message"),
     [
@@ -204,6 +215,7 @@ def test_the_module_and_its_name() -> None:
     assert repr(ResidualAdd(relu=True)) == "ResidualAdd(relu=True)"
 
 
+@with_any_hooks
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name)
 def test_a_network_learns_the_same_to_the_bit(memory_format: torch.memory_format) -> None:
     joins = (lambda x, f: torch.relu(x + f), lambda x, f: residual_add(x, f, relu=True))
@@ -308,6 +320,7 @@ def flush_denormal() -> Iterator[None]:
     torch.set_flush_denormal(False)
 
 
+@with_any_hooks
 @pytest.mark.usefixtures("flush_denormal")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_values_are_flushed_where_torch_flushes_and_statistics_see_what_is_there(dtype: torch.dtype) -> None:
@@ -330,6 +343,7 @@ def test_values_are_flushed_where_torch_flushes_and_statistics_see_what_is_there
 # ---- Autograd and compilers.
 
 
+@with_any_hooks
 @pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
 def test_derivatives_of_first_and_second_order(relu: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -351,6 +365,7 @@ def first_of_stats(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     return y
 
 
+@with_any_hooks
 def test_backward_of_a_backward_reaches_through() -> None:
     x = torch.tensor([2.0, -3.0], requires_grad=True)
     (grad,) = torch.autograd.grad(residual_add(x, torch.ones(2), relu=True).pow(3).sum(), x, create_graph=True)
@@ -387,6 +402,7 @@ def loss_by_torch(x: Tensor, f: Tensor) -> Tensor:
     return torch.relu(x * 2 + f).square().sum()
 
 
+@with_any_hooks
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_into_one_graph(backend: str) -> None:
     torch._dynamo.reset()
@@ -411,6 +427,7 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(actual, torch.autograd.grad(loss_by_torch(x, f), x))
 
 
+@with_any_hooks
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_function_transforms(transform: str) -> None:
     x, f = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
@@ -425,6 +442,7 @@ def test_statistics_refuse_what_has_no_meaning_for_them() -> None:
         torch.func.jvp(lambda a: first_of_stats(a, a, True), (x,), (x,))
 
 
+@with_any_hooks
 def test_checkpointing() -> None:
     x, f = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
     again = torch.utils.checkpoint.checkpoint(loss, x, f, use_reentrant=False)

@@ -14,6 +14,8 @@ from torch import nn
 
 import gradprobe
 
+pytestmark = pytest.mark.usefixtures("any_hooks")
+
 
 @pytest.mark.parametrize("name", NETS)
 def test_weights_are_the_same_bit_for_bit(name: str) -> None:

@@ -16,6 +16,8 @@ import gradprobe
 from gradprobe.board import Board
 from gradprobe.nn import ResidualAdd
 
+pytestmark = pytest.mark.usefixtures("any_hooks")
+
 
 class Block(nn.Module):
     """y = max(x + F(x), 0)."""

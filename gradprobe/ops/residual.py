@@ -204,6 +204,10 @@ RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Ten
 RESIDUAL_BRANCH_STATS: Callable[[Tensor, Tensor], Tensor] = torch.ops.gradprobe.residual_branch_stats.default
 RESIDUAL_ADD_: Callable[[Tensor, Tensor, bool], None] = torch.ops.gradprobe.residual_add_.default
 
+# Past the dispatcher, in C++: None where an operator has to see the call.
+_HOOKS, _ = native.native_hooks()
+_JOIN: Callable[[Tensor, Tensor, bool], Tensor | None] | None = None if _HOOKS is None else _HOOKS.residual_add
+
 
 def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
     """Joins the shortcut and the branch of a residual block in one pass: `x + f`, or `torch.relu(x + f)`.
@@ -233,6 +237,10 @@ def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
         >>> y.tolist(), x.grad.tolist()
         ([2.0, 0.0], [1.0, 0.0])
     """
+    if _JOIN is not None and not torch.compiler.is_compiling():
+        joined: Tensor | None = _JOIN(x, f, relu)
+        if joined is not None:
+            return joined
     _check_arguments(x, f)
     if x.dtype != f.dtype:
         dtype = torch.promote_types(x.dtype, f.dtype)

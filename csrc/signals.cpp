@@ -1,0 +1,324 @@
+// Taps on module outputs and residual junctions in C++: what Python does for a tensor that passes by takes longer than
+// its statistics. They observe plain tensors in plain autograd; anything else they leave to their twins in
+// gradprobe/activations.py and gradprobe/junctions.py.
+#include "signals.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cpu/residual_pass.h"
+#include "plain.h"
+#include "residual_node.h"
+#include "signal_rows.h"
+
+namespace gradprobe {
+namespace {
+
+// Whether operators run at once and for the sake of their results: no tracer, no transform of torch.func, no mode.
+bool is_plain_execution() {
+  return !is_watched() && !torch::jit::tracer::isTracing() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+// The tensor of a Python object that is just a tensor, else null.
+const at::Tensor* exact_tensor(py::handle object) {
+  return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
+}
+
+// Tells what a checkpoint computes again from what runs for the first time, as ForwardPasses in activations.py does.
+class ForwardPasses {
+ public:
+  explicit ForwardPasses(int64_t n_keys) : n_first_(n_keys), n_in_backward_(n_keys) {}
+
+  bool is_repeat(int64_t key) {
+    if (autograd::get_current_graph_task_id() == -1) {
+      ++n_first_[key];
+      return false;
+    }
+    return ++n_in_backward_[key] <= n_first_[key];
+  }
+
+  void clear() {
+    std::fill(n_first_.begin(), n_first_.end(), 0);
+    std::fill(n_in_backward_.begin(), n_in_backward_.end(), 0);
+  }
+
+ private:
+  std::vector<int64_t> n_first_;
+  std::vector<int64_t> n_in_backward_;
+};
+
+// A hook on the gradient of an output of a node. Compiled autograd asks every hook for its arguments and refuses the
+// graph without; ours take no part in it.
+class GradientHook : public autograd::FunctionPreHook {
+ public:
+  explicit GradientHook(const at::Tensor& tensor) : output_nr_(tensor.output_nr()) {}
+
+  autograd::variable_list operator()(const autograd::variable_list& gradients) override {
+    const at::Tensor& gradient = gradients[output_nr_];
+    if (gradient.defined()) look_at(gradient);
+    return gradients;
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*arguments*/) const override {}
+
+ protected:
+  virtual void look_at(const at::Tensor& gradient) = 0;
+
+ private:
+  uint32_t output_nr_;
+};
+
+// Calls the Python twin for a gradient that is not plain.
+class Twin {
+ public:
+  explicit Twin(py::object function) : function_(std::move(function)) {}
+  Twin(const Twin&) = delete;
+  Twin& operator=(const Twin&) = delete;
+  ~Twin() {
+    if (Py_IsInitialized() == 0) {  // a graph has outlived the interpreter
+      function_.release();
+      return;
+    }
+    const py::gil_scoped_acquire gil;
+    function_ = py::object();
+  }
+
+  void operator()(int64_t site, const at::Tensor& gradient) const {
+    const py::gil_scoped_acquire gil;
+    function_(site, gradient);
+  }
+
+ private:
+  py::object function_;
+};
+
+// Observes what M modules return: module m writes its output to site 2m, and the gradient of that to site 2m + 1.
+class OutputTaps {
+ public:
+  OutputTaps(std::shared_ptr<SignalRows> rows, int64_t n_modules, py::object on_gradient)
+      : rows_(std::move(rows)), passes_(n_modules), twin_(std::make_shared<Twin>(std::move(on_gradient))) {}
+
+  // False, and nothing done, where Python has to look at what module m returned.
+  bool observe(int64_t m, py::handle output) {
+    if (!rows_->enabled || !at::GradMode::is_enabled()) return true;
+    const at::Tensor* tensor = exact_tensor(output);
+    if (tensor == nullptr || !is_plain(*tensor) || !dtype_of(*tensor) || !is_plain_execution()) return false;
+    const bool has_gradient = tensor->requires_grad();
+    if (has_gradient && tensor->is_leaf()) return false;  // hooks on a leaf outlive the graph
+    if (!passes_.is_repeat(m)) {
+      const py::gil_scoped_release no_gil;
+      rows_->write(2 * m, *tensor);
+    }
+    if (has_gradient) tensor->grad_fn()->add_tensor_pre_hook(std::make_unique<Hook>(*tensor, rows_, 2 * m + 1, twin_));
+    return true;
+  }
+
+  void start_step() { passes_.clear(); }
+
+ private:
+  class Hook final : public GradientHook {
+   public:
+    Hook(const at::Tensor& tensor, std::shared_ptr<SignalRows> rows, int64_t site, std::shared_ptr<Twin> twin)
+        : GradientHook(tensor), rows_(std::move(rows)), site_(site), twin_(std::move(twin)) {}
+
+   protected:
+    void look_at(const at::Tensor& gradient) override {
+      if (!rows_->enabled) return;
+      if (!is_plain(gradient) || !rows_->write(site_, gradient)) (*twin_)(site_, gradient);
+    }
+
+   private:
+    std::shared_ptr<SignalRows> rows_;
+    int64_t site_;
+    std::shared_ptr<Twin> twin_;
+  };
+
+  std::shared_ptr<SignalRows> rows_;
+  ForwardPasses passes_;
+  std::shared_ptr<Twin> twin_;
+};
+
+// The sites of a junction, in the order of JUNCTION_KINDS.
+enum Site : int64_t { kX, kF, kY, kIncoming, kShortcut, kBranch, kDot, kSites };
+
+inline constexpr double kNoDtype = std::numeric_limits<double>::quiet_NaN();  // of what is no tensor of the training
+
+// One call of a junction: keeps what went by the shortcut until the sum of both parts arrives.
+class Passage final : public Observer {
+ public:
+  Passage(std::shared_ptr<SignalRows> rows, int64_t first) : rows_(std::move(rows)), first_(first) {}
+
+  bool wants_gradient() const override { return rows_->enabled; }
+
+  void on_gradient(const at::Tensor& incoming, const double* incoming_row, const at::Tensor& gradient,
+                   const double* gradient_row, bool has_total) override {
+    put(kIncoming, incoming, incoming_row);
+    put(kShortcut, gradient, gradient_row);
+    shortcut_ = has_total && awaits_total ? gradient : at::Tensor();
+    backward_ = autograd::get_current_graph_task_id();
+  }
+
+  // Takes the gradient at x, the branch's part included.
+  void on_total(const at::Tensor& total) {
+    const at::Tensor shortcut = std::exchange(shortcut_, at::Tensor());
+    if (!shortcut.defined() || backward_ != autograd::get_current_graph_task_id()) return;
+    // where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
+    if (!rows_->enabled || !is_plain(total) || !is_plain(shortcut) ||
+        total.const_data_ptr() == shortcut.const_data_ptr() || total.sizes() != shortcut.sizes()) {
+      return;
+    }
+    const at::Tensor part = shortcut.scalar_type() == total.scalar_type() ? shortcut : shortcut.to(total.scalar_type());
+    double rows[2][kStats];
+    if (is_simple_pair(total, part) && total.strides() == part.strides()) {
+      cpu::branch(*dtype_of(total), total.const_data_ptr(), part.const_data_ptr(), total.numel(), rows[0], rows[1]);
+    } else {
+      static const auto branch_stats = c10::Dispatcher::singleton()
+                                           .findSchemaOrThrow("gradprobe::residual_branch_stats", "")
+                                           .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const at::Tensor both = branch_stats.call(total, part);  // [2, 6]
+      std::copy_n(both.const_data_ptr<double>(), 2 * kStats, rows[0]);
+    }
+    std::copy_n(rows[0], kStats, rows_->next(first_ + kBranch, total.numel(), kNoDtype));
+    std::copy_n(rows[1], kStats, rows_->next(first_ + kDot, total.numel(), kNoDtype));
+  }
+
+  void put(Site site, const at::Tensor& tensor, const double* row) {
+    double* kept = rows_->next(first_ + site, tensor);
+    std::copy_n(row, kStats, kept);
+    rows_->remember(tensor, kept);
+  }
+
+  bool awaits_total = false;
+
+ private:
+  std::shared_ptr<SignalRows> rows_;
+  int64_t first_;
+  at::Tensor shortcut_;
+  int backward_ = -1;  // the one in which the shortcut's part came
+};
+
+class TotalHook final : public GradientHook {
+ public:
+  TotalHook(const at::Tensor& x, std::shared_ptr<Passage> passage) : GradientHook(x), passage_(std::move(passage)) {}
+
+ protected:
+  void look_at(const at::Tensor& total) override { passage_->on_total(total); }
+
+ private:
+  std::shared_ptr<Passage> passage_;
+};
+
+// The operands of a junction, if C++ may take them.
+std::optional<std::pair<at::Tensor, at::Tensor>> operands(py::handle x, py::handle f) {
+  const at::Tensor* of_x = exact_tensor(x);
+  const at::Tensor* of_f = exact_tensor(f);
+  if (of_x == nullptr || of_f == nullptr || !is_simple_pair(*of_x, *of_f) || !is_plain_execution()) return std::nullopt;
+  return std::pair(*of_x, *of_f);
+}
+
+// Lets an exception that Python raised below autograd, as a checkpoint does to stop early, go on as it was.
+template <typename Call>
+auto keeping_python_errors(const Call& call) {
+  try {
+    return call();
+  } catch (python_error& error) {
+    error.restore();
+    throw py::error_already_set();
+  }
+}
+
+// x + f, or max(x + f, 0); None, and nothing done, where the operator has to see the call.
+std::optional<at::Tensor> add_outside_dispatcher(py::handle x, py::handle f, bool relu) {
+  const auto pair = operands(x, f);
+  if (!pair) return std::nullopt;
+  return keeping_python_errors([&] { return residual_add(pair->first, pair->second, relu, nullptr, nullptr); });
+}
+
+// Observes J junctions, with kSites sites each.
+class JunctionTaps {
+ public:
+  JunctionTaps(std::shared_ptr<SignalRows> rows, int64_t n_junctions, int64_t first_site)
+      : rows_(std::move(rows)), passes_(n_junctions), first_site_(first_site) {}
+
+  // Joins the operands of junction j and observes it; None, and nothing done, where Python has to see the call or the
+  // call is not to be observed.
+  std::optional<at::Tensor> join(int64_t j, py::handle x_object, py::handle f_object, bool relu) {
+    if (!rows_->enabled || !at::GradMode::is_enabled()) return std::nullopt;
+    const auto pair = operands(x_object, f_object);
+    if (!pair) return std::nullopt;
+    const auto& [x, f] = *pair;
+    if (x.requires_grad() && x.is_leaf()) return std::nullopt;  // hooks on a leaf outlive the graph
+    const int64_t first = first_site_ + kSites * j;
+    const auto passage = std::make_shared<Passage>(rows_, first);
+    passage->awaits_total = x.requires_grad();
+    double row[kStats];
+    at::Tensor y = keeping_python_errors([&] { return residual_add(x, f, relu, row, passage); });
+    if (!passes_.is_repeat(j)) {
+      const py::gil_scoped_release no_gil;
+      rows_->write(first + kX, x);
+      rows_->write(first + kF, f);
+      passage->put(kY, y, row);
+    }
+    if (x.requires_grad()) x.grad_fn()->add_tensor_pre_hook(std::make_unique<TotalHook>(x, passage));
+    return y;
+  }
+
+  void start_step() { passes_.clear(); }
+
+ private:
+  std::shared_ptr<SignalRows> rows_;
+  ForwardPasses passes_;
+  int64_t first_site_;
+};
+
+}  // namespace
+
+void define_signals(py::module_& module) {
+  module.def("residual_add", &add_outside_dispatcher, py::arg("x"), py::arg("f"), py::arg("relu"));
+  py::class_<SignalRows, std::shared_ptr<SignalRows>>(module, "SignalRows")
+      .def(py::init<>())
+      .def_property(
+          "enabled", [](const SignalRows& rows) { return rows.enabled.load(); },
+          [](SignalRows& rows, bool enabled) { rows.enabled = enabled; })
+      .def_property_readonly("n_events", &SignalRows::n_events)
+      .def("next", &SignalRows::next_row, py::arg("site"), py::arg("numel"), py::arg("smallest_normal"))
+      .def("known", &SignalRows::known_row, py::arg("tensor"))
+      .def(
+          "remember",
+          [](SignalRows& rows, const at::Tensor& tensor, const at::Tensor& row) {
+            rows.remember(tensor, row.const_data_ptr<double>());
+          },
+          py::arg("tensor"), py::arg("row"))
+      .def("events", &SignalRows::events)
+      .def("clear", &SignalRows::clear);
+  py::class_<OutputTaps>(module, "OutputTaps")
+      .def(py::init<std::shared_ptr<SignalRows>, int64_t, py::object>(), py::arg("rows"), py::arg("n_modules"),
+           py::arg("on_gradient"))
+      .def("observe", &OutputTaps::observe, py::arg("m"), py::arg("output"))
+      .def("start_step", &OutputTaps::start_step);
+  py::class_<JunctionTaps>(module, "JunctionTaps")
+      .def(py::init<std::shared_ptr<SignalRows>, int64_t, int64_t>(), py::arg("rows"), py::arg("n_junctions"),
+           py::arg("first_site"))
+      .def("join", &JunctionTaps::join, py::arg("j"), py::arg("x"), py::arg("f"), py::arg("relu"))
+      .def("start_step", &JunctionTaps::start_step);
+}
+
+}  // namespace gradprobe
