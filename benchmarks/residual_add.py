@@ -1,7 +1,8 @@
 """`residual_add` with a ReLU, forward and backward, against `torch.relu(x + f)` with and without statistics beside it.
 
 Statistics are the six of `gradprobe.STATS`: of the result on the way forward, of the gradient that comes in and of the
-one that goes out on the way back. "beside" takes them by `grad_stats_into`, two calls; "fused" in the pass itself.
+one that goes out on the way back. "beside" takes them by `grad_stats_into`, two calls; "fused" are those of a probe's
+junction, in the pass itself. The operands are other modules' outputs, whose statistics a probe has already.
 
 Times are CPU time of one thread, so that a busy machine hardly counts. The ways run in turn within each round; ratios
 are taken round by round, medians with the quartiles.
@@ -25,26 +26,10 @@ from torch import Tensor
 
 import gradprobe
 from gradprobe import ops
-from gradprobe.ops.differentiable import below_autograd
+from gradprobe.ops.native import native_hooks
 
 SHAPES = ((64, 16, 32, 32), (64, 64, 8, 8))
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-
-
-class FusedStatistics(torch.autograd.Function):
-    """The operators with statistics, as a probe of a junction would call them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Tensor) -> Tensor:  # noqa: D102
-        y, ctx.row = below_autograd(torch.ops.gradprobe.residual_add_stats.default, x, f, True)
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        (y,) = ctx.saved_tensors
-        grad_x, ctx.rows = below_autograd(torch.ops.gradprobe.residual_add_backward_stats.default, grad_y, y)
-        return grad_x, grad_x
 
 
 def main() -> None:
@@ -62,26 +47,42 @@ def main() -> None:
 
 def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> None:
     """Times the ways in turn, and prints each against two others."""
-    x, f, grad_y = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(3))
-    x.requires_grad_()
-    f.requires_grad_()
-    rows = torch.empty(3, len(gradprobe.STATS), dtype=torch.float64)
-    backend = ops.resolve("auto", x.device)
+    leaf_x, leaf_f, grad_y = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(3))
+    leaf_x.requires_grad_()
+    leaf_f.requires_grad_()
+    rows = torch.empty(3, len(gradprobe.STATS), dtype=torch.float64)  # [3, 6]
+    backend = ops.resolve("auto", leaf_x.device)
+    module, reason = native_hooks()
+    if module is None:
+        raise SystemExit(f"the C++ hooks are needed: {reason}")
+    log = module.SignalRows()
+    taps = module.JunctionTaps(log, 1, 0)
+
+    def operands() -> tuple[Tensor, Tensor]:
+        return leaf_x.view_as(leaf_x), leaf_f.view_as(leaf_f)
 
     def torch_alone() -> None:
+        x, f = operands()
         torch.autograd.grad(torch.relu(x + f), (x, f), grad_y)
 
     def torch_and_statistics() -> None:
+        x, f = operands()
         y = torch.relu(x + f)
         ops.grad_stats_into([y.detach()], rows[:1], backend)
         grad_x, _ = torch.autograd.grad(y, (x, f), grad_y)
         ops.grad_stats_into([grad_y, grad_x], rows[1:], backend)
 
     def ours_alone() -> None:
+        x, f = operands()
         torch.autograd.grad(gradprobe.residual_add(x, f, relu=True), (x, f), grad_y)
 
     def ours_and_statistics() -> None:
-        torch.autograd.grad(FusedStatistics.apply(x, f), (x, f), grad_y)
+        x, f = operands()
+        taps.start_step()
+        log.clear()
+        log.remember(x, rows[:1])
+        log.remember(f, rows[1:2])
+        torch.autograd.grad(taps.join(0, x, f, True), (x, f), grad_y)
 
     ways: dict[str, Callable[[], None]] = {
         "relu(x + f)": torch_alone,
@@ -89,7 +90,7 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
         "residual_add": ours_alone,
         "residual_add, statistics fused": ours_and_statistics,
     }
-    repeats = max(1, 2**21 // x.numel())
+    repeats = max(1, 2**21 // leaf_x.numel())
     times_us: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, run in ways.items():
