@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 
 from gradprobe.board import Board
+from gradprobe.ops.residual import residual_add
 
 _boards: weakref.WeakValueDictionary[int, Board] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -63,6 +64,31 @@ def observe_output(output: Any, inputs: tuple[Any, ...], board: int, site: int) 
     return output
 
 
+def observe_junction(x: Tensor, f: Tensor, relu: bool, board: int, first: int) -> Tensor:
+    """Joins shortcut and branch and observes it, as a part of the graph.
+
+    The gradient at x holds the branch's part only once everything that takes x has sent its own, which no operator of
+    this graph waits for: the branch's part is not observed.
+
+    Args:
+        x: What passes by the shortcut.
+        f: What comes out of the branch; shape, device and dtype of x.
+        relu: Whether to take the positive part.
+        board: Number of the board.
+        first: Site of x; those of the other `JUNCTION_KINDS` come next.
+
+    Returns:
+        `x + f`, or `torch.relu(x + f)`.
+    """
+    if x.requires_grad or f.requires_grad:
+        result: Tensor = _ObservedJunction.apply(x, f, relu, board, first)
+        return result
+    y = residual_add(x, f, relu)
+    for site, tensor in enumerate((x, f, y), first):
+        _OBSERVE(tensor, board, site)
+    return y
+
+
 def _shares_memory(output: Tensor, inputs: Any) -> bool:
     """Tells whether an output is, or views, what the module took or a leaf such as a parameter of its own."""
     base = output._base
@@ -94,6 +120,25 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         _OBSERVE(gradient, ctx.board, ctx.site + 1)
         return gradient, None, None
+
+
+class _ObservedJunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Tensor, relu: bool, board: int, first: int) -> Tensor:
+        y = residual_add(x, f, relu)
+        for site, tensor in enumerate((x, f, y), first):
+            _OBSERVE(tensor, board, site)
+        ctx.board, ctx.incoming_site, ctx.relu = board, first + 3, relu
+        if relu:
+            ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, incoming: Tensor) -> Any:
+        gradient = torch.ops.gradprobe.residual_add_backward(incoming, *ctx.saved_tensors) if ctx.relu else incoming
+        for site, tensor in enumerate((incoming, gradient), ctx.incoming_site):
+            _OBSERVE(tensor, ctx.board, site)
+        return gradient, gradient, None, None, None
 
 
 _library = torch.library.Library("gradprobe", "FRAGMENT")

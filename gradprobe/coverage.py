@@ -118,8 +118,7 @@ class CoverageLog:
             "passing",
             f"step {step}: {len(silent)} of {self._passing.table.n_modules} observed modules returned nothing: "
             f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They are not called as modules, or were "
-            "compiled before attach, or took or returned nothing that can be measured; junctions are not observed in "
-            "compiled graphs",
+            "compiled before attach, or took or returned nothing that can be measured",
         )
 
     def report(self, found: ParameterSites, model: nn.Module | None) -> Coverage:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradprobe.activations import ForwardPasses, in_transform, is_measurable, native_taps, next_native_step, remove_all
 from gradprobe.board import Board
+from gradprobe.compiled import observe_junction, register_board
 from gradprobe.measured import JUNCTION_KINDS
 from gradprobe.nn import ResidualAdd
 from gradprobe.ops.residual import (
@@ -62,6 +63,7 @@ class JunctionTaps:
     ) -> None:
         self.board = board
         self.first_site = first_site
+        self._board_key = register_board(board)
         self._modules = tuple(modules)
         self.passes = ForwardPasses()
         self.leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
@@ -74,6 +76,13 @@ class JunctionTaps:
         self.passes.clear()
         remove_all(self.leaf_hooks)
         self.native = next_native_step(self.native, self.board)
+
+    def in_graph(self, j: int, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
+        """Joins the operands of junction j in a graph that is being compiled, and observes it there."""
+        is_fit = x.is_floating_point() and x.dtype == f.dtype and x.shape == f.shape and x.device == f.device
+        if not is_fit or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return residual_add(x, f, relu)
+        return observe_junction(x, f, relu, self._board_key, self.first_site + N_SITES * j)
 
     def remove(self) -> None:
         """Takes the taps out of the modules, for good."""
@@ -93,7 +102,9 @@ class JunctionTap:
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
         taps = self._taps()
-        if taps is not None and taps.native is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return residual_add(x, f, relu) if taps is None else taps.in_graph(self._j, x, f, relu)
+        if taps is not None and taps.native is not None:
             joined: torch.Tensor | None = taps.native.join(self._j, x, f, relu)
             if joined is not None:
                 return joined

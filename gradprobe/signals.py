@@ -94,7 +94,7 @@ class Junction:
         gradient: Statistics of the gradient that came in at y, None where none did.
         shortcut: Of the part of the gradient at x that the shortcut brought.
         branch: Of the part that came back on any other way, which is through the branch where nothing else takes x;
-            None where nothing does, as behind a projection.
+            None where nothing does, as behind a projection, and in a compiled graph, where none is observed.
         cosine: Of the angle between the two parts; NaN where one is zero or missing, or where one was there in only
             some of several calls.
     """

@@ -59,6 +59,32 @@ class TestCompiled:
                 if activation.gradient is not None:
                     assert activation.gradient.norm == pytest.approx(other.gradient.norm, rel=1e-5)
 
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+    def test_junctions(self, backend: str) -> None:
+        bare, bare_optimizer = build("resnet")
+        train(torch.compile(bare, backend=backend), bare_optimizer, 4)
+        n_graphs = self.n_graphs()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+        model, optimizer = build("resnet")
+        probe = gradprobe.attach(model, optimizer=optimizer, every=3)
+        train(torch.compile(model, backend=backend), optimizer, 4)
+        assert self.n_graphs() == n_graphs
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), bare.parameters(), strict=True))
+
+        eager, optimizer = build("resnet")
+        expected = gradprobe.attach(eager, optimizer=optimizer, every=3)
+        train(eager, optimizer, 4)
+        assert [snapshot.step for snapshot in probe.history()] == [0, 3]
+        for snapshot, twin in zip(probe.history(), expected.history(), strict=True):
+            assert list(snapshot.junctions) == list(twin.junctions)
+            for name, junction in snapshot.junctions.items():
+                for part in ("x", "f", "y", "gradient", "shortcut"):
+                    ours, other = getattr(junction, part), getattr(twin.junctions[name], part)
+                    assert ours.norm == pytest.approx(other.norm, rel=1e-3), (name, part)
+                assert junction.branch is None  # which no operator in the graph can wait for
+
     def test_inductor(self) -> None:
         model, optimizer = build("in place")
         probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
