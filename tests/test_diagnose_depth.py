@@ -83,7 +83,8 @@ class TestDrift:
 
     def test_most_layers_may_die(self) -> None:
         history = [snapshot(step, [1.0, *[float(step < 30)] * 4, 1.0]) for step in range(45)]
-        assert rules_of(history) == ["layer drift"]
+        (finding,) = diagnose(history)
+        assert finding.sites == tuple(f"layer{k}.weight" for k in range(1, 5))
 
     @pytest.mark.parametrize(
         "norm",

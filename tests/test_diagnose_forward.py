@@ -49,8 +49,25 @@ class TestExploding:
         assert titles(passing(FALLING, GROWING)) == []
 
     def test_a_forward_pass_that_becomes_nan_hides_nothing(self) -> None:
-        broken = layers([math.nan] * 6)
-        history = [with_outputs(one, GROWING if one.step == 0 else broken) for one in passing([5e5] * 4, GROWING)]
+        for broken in (layers([math.nan] * 6), layers([1.0, 1.0, 1.0, 1.0, math.inf, 1.0])):
+            history = [with_outputs(one, GROWING if one.step == 0 else broken) for one in passing([5e5] * 4, GROWING)]
+            (finding,) = diagnose(history)
+            assert (finding.title, finding.steps) == ("exploding (forward)", (0, 0))
+
+    def test_must_last_for_more_than_half_of_the_steps(self) -> None:
+        def history(n_growing: int) -> list[gradprobe.Snapshot]:
+            return [with_outputs(one, GROWING if one.step < n_growing else SOUND) for one in passing([2.3] * 6, SOUND)]
+
+        assert titles(history(3)) == []
+        assert titles(history(4)) == ["exploding (forward)"]
+
+    def test_a_pass_that_leaves_layers_out_does_not_count(self) -> None:
+        history = passing([2.3] * 6, GROWING)
+        for one in history[:4]:
+            table = one.signals.table
+            left_out = [k for k, name in enumerate(table.names) if name == "layer4"]
+            one.signals.events.measured.present[left_out] = False
+            one.signals.rows[left_out] = 0.0
         assert titles(history) == ["exploding (forward)"]
 
     def test_junctions_are_compared_with_junctions(self) -> None:
@@ -109,6 +126,10 @@ class TestPoorInitialisation:
     def test_layers_of_torch_and_of_transformers_differ_that_much(self) -> None:
         assert titles(passing(FLAT, layers([1.0, 0.4, 0.16, 0.1, 0.1, 1.0]))) == ["not learning"]
 
+    def test_must_last_for_the_first_steps(self) -> None:
+        history = [with_outputs(one, SOUND if one.step == 5 else self.SHRINKING) for one in passing(FLAT, SOUND)]
+        assert titles(history) == ["not learning"]
+
     def test_branches_that_start_at_zero_are_meant(self) -> None:
         assert titles(passing(FLAT, layers([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]))) == ["not learning"]
 
@@ -139,6 +160,13 @@ class TestSaturation:
         assert titles(passing(FALLING, [out, head])) == []
         assert titles(passing(FLAT[:10], [head, out])) == []  # an output that is sure of itself
 
+    def test_a_module_that_hardly_ever_runs_is_none(self) -> None:
+        history = passing(FLAT[:10], [Out("act", "Sigmoid", 0.999, mean=0.999), Out("head", "Linear", 1.0)])
+        for one in history[:6]:
+            one.signals.events.measured.present[0] = False
+            one.signals.rows[0] = 0.0
+        assert titles(history) == []
+
     @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
     def test_the_derivative_is_that_of_autograd(self, activation: type[nn.Module]) -> None:
         torch.manual_seed(0)
@@ -164,6 +192,14 @@ class TestDeadReLU:
         assert titles(passing(FLAT[:10], outputs)) == (["dead ReLU"] if is_dead else [])
         assert titles(passing(FLAT[:9], outputs)) == []
         assert titles(passing(FALLING, outputs)) == []
+
+    def test_units_may_die_late(self) -> None:
+        history = [
+            with_outputs(one, layers([1.0, 1.0, 1.0], 0.5 if one.step < 20 else 0.999)) for one in passing(FLAT, SOUND)
+        ]
+        (finding, stuck) = diagnose(history)
+        assert stuck.rule == "not learning"
+        assert (finding.rule, finding.sites, finding.steps) == ("dead ReLU", ("relu0", "relu1"), (30, 39))
 
     def test_the_share_is_a_lower_bound_of_the_true_one(self) -> None:
         torch.manual_seed(0)

@@ -59,6 +59,24 @@ def test_a_gradient_that_did_not_come_is_not_small() -> None:
     assert diagnose(steps) == []
 
 
+def test_must_last_for_more_than_half_of_the_steps() -> None:
+    small, sound = history(FLAT[:10], 0.1 * HALF), history(FLAT[:10], HALF)
+    assert diagnose([*small[:5], *sound[5:]]) == []
+    assert [one.rule for one in diagnose([*small[:6], *sound[6:]])] == ["precision loss"]
+
+
+def test_the_dtype_is_that_of_the_step() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
+    with gradprobe.attach(model, activations=True) as probe:
+        for enabled in (False, True, False):
+            with torch.autocast("cpu", torch.float16, enabled=enabled):
+                loss = model(torch.ones(2, 3)).sum()
+            loss.backward()
+            probe.step()
+        seen = [one.signals.events.smallest_normal for one in probe.history()]
+    assert [list(smallest[[0, 1, 5]]) for smallest in seen] == [[SINGLE] * 3, [HALF] * 3, [SINGLE] * 3]
+
+
 def test_the_gradient_counts_as_it_came_with_the_loss_scaled() -> None:
     assert diagnose(history(FLAT[:10], 100 * HALF, scale=1e-4)) == []
     (finding,) = diagnose(history(FLAT[:10], 0.1 * HALF, scale=1e4))

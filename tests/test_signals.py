@@ -53,6 +53,14 @@ def test_statistics_equal_a_reference_in_float64(name: str) -> None:
             assert activation.gradient.numel == numel
 
 
+def test_an_activation_names_the_class_of_its_module() -> None:
+    model, optimizer = build("in place")
+    with gradprobe.attach(model, optimizer=optimizer, activations=True) as probe:
+        train(model, optimizer, 1)
+        types = {name: seen.module_type for name, seen in probe.latest(wait=True).activations.items()}
+    assert types == {"conv": "Conv2d", "norm": "BatchNorm2d", "relu": "ReLU", "again": "Conv2d", "head": "Linear"}
+
+
 def test_a_gan_step_with_two_backwards() -> None:
     def step(probed: bool) -> tuple[list[torch.Tensor], gradprobe.Snapshot | None]:
         torch.manual_seed(0)
