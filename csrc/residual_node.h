@@ -98,7 +98,7 @@ class ResidualAddBackward final : public autograd::Node {
   std::shared_ptr<Observer> observer;
 
  private:
-  // What compiled autograd traces: y is the argument where there is a ReLU. It observes nothing.
+  // What compiled autograd traces: y is the argument where there is a ReLU. Nothing is observed there.
   static autograd::variable_list apply_functional(const autograd::variable_list& gradients,
                                                   const std::vector<c10::IValue>& arguments) {
     const at::Tensor& incoming = gradients[0];
@@ -144,8 +144,9 @@ class ResidualAddBackward final : public autograd::Node {
   }
 
   static bool take_row(const at::Tensor& tensor, double* row) {
+    const at::Tensor values = tensor.is_neg() ? tensor.resolve_neg() : tensor;
     cpu::Work work(1);
-    if (!is_plain(tensor) || !add_to(work, tensor)) return false;
+    if (!is_plain(values) || !add_to(work, values)) return false;
     cpu::grad_stats(work, row);
     return true;
   }

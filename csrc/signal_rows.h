@@ -2,10 +2,10 @@
 // gradprobe/board.py, for rows on the CPU.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #include <c10/util/intrusive_ptr.h>
 
 #include <algorithm>
@@ -101,8 +101,9 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
   // Sites, numels, smallest normal numbers [N] and rows [1 + N, 6] of the events, a zero row first.
   std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, at::Tensor> events() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    at::Tensor rows = at::zeros({static_cast<int64_t>(sites_.size()) + 1, kStats}, at::kDouble);
-    double* out = rows.mutable_data_ptr<double>();
+    at::Tensor rows = at::detail::empty_cpu({static_cast<int64_t>(sites_.size()) + 1, kStats}, at::kDouble);
+    auto* out = static_cast<double*>(rows.mutable_data_ptr());
+    std::fill_n(out, kStats, 0.0);
     for (size_t k = 0; k < sites_.size(); ++k) std::copy_n(rows_[k].data(), kStats, out += kStats);
     return {sites_, numels_, smallest_normals_, rows};
   }

@@ -14,9 +14,11 @@
 #include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -65,7 +67,7 @@ class ForwardPasses {
 };
 
 // A hook on the gradient of an output of a node. Compiled autograd asks every hook for its arguments and refuses the
-// graph without; ours take no part in it.
+// graph without; ours take no part in it, and observe nothing of such a backward.
 class GradientHook : public autograd::FunctionPreHook {
  public:
   explicit GradientHook(const at::Tensor& tensor) : output_nr_(tensor.output_nr()) {}
@@ -84,6 +86,16 @@ class GradientHook : public autograd::FunctionPreHook {
  private:
   uint32_t output_nr_;
 };
+
+// Whether a hook may be put on a tensor's node in its place among the others: hooks on a leaf outlive the graph, and
+// those of Python, all in one, would run before ours even where they come later.
+bool takes_hook(const at::Tensor& tensor) {
+  if (tensor.is_leaf()) return false;
+  const auto node = tensor.grad_fn();
+  const auto& hooks = node->tensor_pre_hooks();
+  return std::all_of(hooks.begin(), hooks.end(),
+                     [](const auto& hook) { return dynamic_cast<const GradientHook*>(hook.get()) != nullptr; });
+}
 
 // Calls the Python twin for a gradient that is not plain.
 class Twin {
@@ -115,13 +127,13 @@ class OutputTaps {
   OutputTaps(std::shared_ptr<SignalRows> rows, int64_t n_modules, py::object on_gradient)
       : rows_(std::move(rows)), passes_(n_modules), twin_(std::make_shared<Twin>(std::move(on_gradient))) {}
 
-  // False, and nothing done, where Python has to look at what module m returned.
+  // False, and nothing done, where Python has to look at what module m returned; true where that is settled.
   bool observe(int64_t m, py::handle output) {
     if (!rows_->enabled || !at::GradMode::is_enabled()) return true;
     const at::Tensor* tensor = exact_tensor(output);
     if (tensor == nullptr || !is_plain(*tensor) || !dtype_of(*tensor) || !is_plain_execution()) return false;
     const bool has_gradient = tensor->requires_grad();
-    if (has_gradient && tensor->is_leaf()) return false;  // hooks on a leaf outlive the graph
+    if (has_gradient && !takes_hook(*tensor)) return false;
     if (!passes_.is_repeat(m)) {
       const py::gil_scoped_release no_gil;
       rows_->write(2 * m, *tensor);
@@ -129,6 +141,8 @@ class OutputTaps {
     if (has_gradient) tensor->grad_fn()->add_tensor_pre_hook(std::make_unique<Hook>(*tensor, rows_, 2 * m + 1, twin_));
     return true;
   }
+
+  bool is_repeat(int64_t key) { return passes_.is_repeat(key); }
 
   void start_step() { passes_.clear(); }
 
@@ -171,14 +185,15 @@ class Passage final : public Observer {
                    const double* gradient_row, bool has_total) override {
     put(kIncoming, incoming, incoming_row);
     put(kShortcut, gradient, gradient_row);
+    const std::lock_guard<std::mutex> lock(mutex_);
     shortcut_ = has_total && awaits_total ? gradient : at::Tensor();
     backward_ = autograd::get_current_graph_task_id();
   }
 
   // Takes the gradient at x, the branch's part included.
   void on_total(const at::Tensor& total) {
-    const at::Tensor shortcut = std::exchange(shortcut_, at::Tensor());
-    if (!shortcut.defined() || backward_ != autograd::get_current_graph_task_id()) return;
+    const at::Tensor shortcut = take_shortcut();
+    if (!shortcut.defined()) return;
     // where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
     if (!rows_->enabled || !is_plain(total) || !is_plain(shortcut) ||
         total.const_data_ptr() == shortcut.const_data_ptr() || total.sizes() != shortcut.sizes()) {
@@ -209,8 +224,16 @@ class Passage final : public Observer {
   bool awaits_total = false;
 
  private:
+  // What the shortcut brought in this backward; another thread may run another one through the same graph.
+  at::Tensor take_shortcut() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (backward_ != autograd::get_current_graph_task_id()) return at::Tensor();
+    return std::exchange(shortcut_, at::Tensor());
+  }
+
   std::shared_ptr<SignalRows> rows_;
   int64_t first_;
+  std::mutex mutex_;
   at::Tensor shortcut_;
   int backward_ = -1;  // the one in which the shortcut's part came
 };
@@ -265,7 +288,7 @@ class JunctionTaps {
     const auto pair = operands(x_object, f_object);
     if (!pair) return std::nullopt;
     const auto& [x, f] = *pair;
-    if (x.requires_grad() && x.is_leaf()) return std::nullopt;  // hooks on a leaf outlive the graph
+    if (x.requires_grad() && !takes_hook(x)) return std::nullopt;
     const int64_t first = first_site_ + kSites * j;
     const auto passage = std::make_shared<Passage>(rows_, first);
     passage->awaits_total = x.requires_grad();
@@ -280,6 +303,8 @@ class JunctionTaps {
     if (x.requires_grad()) x.grad_fn()->add_tensor_pre_hook(std::make_unique<TotalHook>(x, passage));
     return y;
   }
+
+  bool is_repeat(int64_t key) { return passes_.is_repeat(key); }
 
   void start_step() { passes_.clear(); }
 
@@ -313,11 +338,13 @@ void define_signals(py::module_& module) {
       .def(py::init<std::shared_ptr<SignalRows>, int64_t, py::object>(), py::arg("rows"), py::arg("n_modules"),
            py::arg("on_gradient"))
       .def("observe", &OutputTaps::observe, py::arg("m"), py::arg("output"))
+      .def("is_repeat", &OutputTaps::is_repeat, py::arg("key"))
       .def("start_step", &OutputTaps::start_step);
   py::class_<JunctionTaps>(module, "JunctionTaps")
       .def(py::init<std::shared_ptr<SignalRows>, int64_t, int64_t>(), py::arg("rows"), py::arg("n_junctions"),
            py::arg("first_site"))
       .def("join", &JunctionTaps::join, py::arg("j"), py::arg("x"), py::arg("f"), py::arg("relu"))
+      .def("is_repeat", &JunctionTaps::is_repeat, py::arg("key"))
       .def("start_step", &JunctionTaps::start_step);
 }
 

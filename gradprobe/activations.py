@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
@@ -133,7 +133,7 @@ class ActivationTaps:
             return
         if not self._board.enabled or not torch.is_grad_enabled() or in_transform():
             return
-        is_repeat = self._passes.is_repeat(m)
+        is_repeat = (self._native or self._passes).is_repeat(m)
         for tensor in tensors_in(output):
             if not is_measurable(tensor):
                 self.unmeasured.add(m)
@@ -267,6 +267,7 @@ def is_measurable(tensor: torch.Tensor) -> bool:
         and type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.layout in _LAYOUTS
         and not tensor.is_nested
+        and not is_legacy_batchedtensor(tensor)  # of torch.autograd.grad(is_grads_batched=True)
         and tensor.device.type != "meta"
     )
 

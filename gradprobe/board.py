@@ -244,8 +244,8 @@ class Board:
         if out.device != self._device:  # the model has moved
             self._device, self._last_sites = out.device, None
             self._backends[out.device] = ops.resolve(self._backend_name, out.device)
-            enabled, self.rows = self.rows.enabled, PythonRows(out.device, len(pool))
-            self.rows.enabled = enabled
+            left, self.rows = self.rows, PythonRows(out.device, len(pool))
+            self.rows.enabled, left.enabled = left.enabled, False  # hooks of graphs that live on write there
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[list(sites)] = True
         smallest_normal = np.full(self._n_sites, np.nan)  # [S]

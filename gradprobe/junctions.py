@@ -79,10 +79,11 @@ class JunctionTaps:
 
     def in_graph(self, j: int, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins the operands of junction j in a graph that is being compiled, and observes it there."""
-        is_fit = x.is_floating_point() and x.dtype == f.dtype and x.shape == f.shape and x.device == f.device
+        is_fit = x.is_floating_point() and f.is_floating_point() and x.shape == f.shape and x.device == f.device
         if not is_fit or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return residual_add(x, f, relu)
-        return observe_junction(x, f, relu, self._board_key, self.first_site + N_SITES * j)
+        dtype = torch.promote_types(x.dtype, f.dtype)
+        return observe_junction(x.to(dtype), f.to(dtype), relu, self._board_key, self.first_site + N_SITES * j)
 
     def remove(self) -> None:
         """Takes the taps out of the modules, for good."""
@@ -121,7 +122,7 @@ class JunctionTap:
         passage = _Passage(taps, taps.first_site + N_SITES * self._j)
         dtype = torch.promote_types(x.dtype, f.dtype)
         y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, passage)  # type: ignore[no-untyped-call]
-        if not taps.passes.is_repeat(self._j):
+        if not (taps.native or taps.passes).is_repeat(self._j):
             passage.on_forward(x, f, y)
         if x.requires_grad:
             handle = x.register_hook(passage.on_total)  # type: ignore[no-untyped-call]
@@ -194,6 +195,9 @@ class _ObservedAdd(torch.autograd.Function):
         if incoming is None:
             return None, None, None, None
         saved = ctx.saved_tensors  # once: a checkpoint computes it
+        if not is_measurable(incoming):
+            gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved) if saved else incoming
+            return gradient, gradient, None, None
         if saved:
             gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
         else:

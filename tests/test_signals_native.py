@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from signal_cases import Unchanged
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradprobe
 from gradprobe import hooks
@@ -26,13 +26,6 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.join(x, self.branch(x))
-
-
-class Unchanged(TorchDispatchMode):
-    """A mode that only hands on."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
 
 
 def net() -> nn.Sequential:
