@@ -33,7 +33,12 @@ _LAYOUTS = (
     torch.sparse_bsr,
     torch.sparse_bsc,
 )
-_WITHOUT_OUTPUT = (nn.Identity, nn.modules.linear.NonDynamicallyQuantizableLinear)
+_WITHOUT_OUTPUT = (
+    nn.Identity,
+    nn.ParameterList,
+    nn.ParameterDict,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+)
 _DEEPEST = 16  # containers in containers; one that holds itself has no end
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -44,9 +49,9 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
 
     Args:
         model: Any module.
-        selection: True for every module without children, but for `Identity` and the output layer of torch's attention,
-            which is not called as a module; a list of patterns of names, in which `*` stands for any characters; or a
-            function of name and module.
+        selection: True for every module without children, but for `Identity`, lists and dictionaries of parameters, and
+            the output layer of torch's attention, which are not called as modules; a list of patterns of names, in
+            which `*` stands for any characters; or a function of name and module.
         elsewhere: Names that True leaves out, because they are observed in another way.
 
     Returns:

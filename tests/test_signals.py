@@ -213,3 +213,24 @@ def test_tables_hold_all() -> None:
     }
     row = frame[(frame.step == 1) & (frame.site == "fc") & (frame.kind == "activation")].iloc[0]
     assert row.norm == probe.latest().activations["fc"].output.norm
+
+
+@pytest.mark.usefixtures("probe_warnings_are_errors")
+def test_lists_of_parameters_are_no_modules_that_return_nothing() -> None:
+    class Scaled(nn.Module):
+        """A layer with its parameters in containers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.scales = nn.ParameterList([nn.Parameter(torch.ones(3))])
+            self.shifts = nn.ParameterDict({"one": nn.Parameter(torch.zeros(3))})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) * self.scales[0] + self.shifts["one"]
+
+    model = Scaled()
+    with gradprobe.attach(model, activations=True) as probe:
+        model(torch.ones(2, 3)).sum().backward()
+        probe.step()
+    assert list(probe.latest().activations) == ["linear"]
