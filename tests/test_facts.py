@@ -13,9 +13,9 @@ from gradprobe.experiments.data import load
 
 N_SEEDS = 10
 
-# Norm of the gradient of the first convolution's weight over the last one's, in one batch of 256 of the digits: one seed
-# of an implementation of its own. Left out: plain-56 without normalisation, 3.6e-4 there, 4.7e-5 here (30 seeds, a
-# factor of 2 either way), which is one seed in three hundred, or another net.
+# Norm of the gradient of the first convolution's weight over the last one's, in one batch of 256 of the digits: one
+# seed of an implementation of its own. Left out: plain-56 without normalisation, 3.6e-4 there, 4.7e-5 here (30 seeds,
+# a factor of 2 either way), which is one seed in three hundred, or another net.
 FIRST_OVER_LAST = {
     ("plain", 20, "batch"): 2.2,
     ("plain", 56, "batch"): 4.5e2,
