@@ -70,21 +70,20 @@ class ForwardPasses {
 // graph without; ours take no part in it, and observe nothing of such a backward.
 class GradientHook : public autograd::FunctionPreHook {
  public:
-  explicit GradientHook(const at::Tensor& tensor) : output_nr_(tensor.output_nr()) {}
+  explicit GradientHook(const at::Tensor& tensor) : output_nr(tensor.output_nr()) {}
 
   autograd::variable_list operator()(const autograd::variable_list& gradients) override {
-    const at::Tensor& gradient = gradients[output_nr_];
+    const at::Tensor& gradient = gradients[output_nr];
     if (gradient.defined()) look_at(gradient);
     return gradients;
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*arguments*/) const override {}
 
+  const uint32_t output_nr;
+
  protected:
   virtual void look_at(const at::Tensor& gradient) = 0;
-
- private:
-  uint32_t output_nr_;
 };
 
 // Whether a hook may be put on a tensor's node in its place among the others: hooks on a leaf outlive the graph, and
@@ -138,7 +137,7 @@ class OutputTaps {
       const py::gil_scoped_release no_gil;
       rows_->write(2 * m, *tensor);
     }
-    if (has_gradient) tensor->grad_fn()->add_tensor_pre_hook(std::make_unique<Hook>(*tensor, rows_, 2 * m + 1, twin_));
+    if (has_gradient) observe_gradient(*tensor, 2 * m + 1);
     return true;
   }
 
@@ -152,10 +151,14 @@ class OutputTaps {
     Hook(const at::Tensor& tensor, std::shared_ptr<SignalRows> rows, int64_t site, std::shared_ptr<Twin> twin)
         : GradientHook(tensor), rows_(std::move(rows)), site_(site), twin_(std::move(twin)) {}
 
+    bool is_of(const at::Tensor& tensor, const std::shared_ptr<SignalRows>& rows, int64_t site) const {
+      return output_nr == tensor.output_nr() && rows_ == rows && site_ == site;
+    }
+
    protected:
     void look_at(const at::Tensor& gradient) override {
       if (!rows_->enabled) return;
-      if (!is_plain(gradient) || !rows_->write(site_, gradient)) (*twin_)(site_, gradient);
+      if (!rows_->write(site_, gradient)) (*twin_)(site_, gradient);
     }
 
    private:
@@ -163,6 +166,16 @@ class OutputTaps {
     int64_t site_;
     std::shared_ptr<Twin> twin_;
   };
+
+  // One hook is enough where a module returns a tensor that it has returned before: its input, say.
+  void observe_gradient(const at::Tensor& tensor, int64_t site) {
+    const auto node = tensor.grad_fn();
+    for (const auto& hook : node->tensor_pre_hooks()) {
+      const auto* ours = dynamic_cast<const Hook*>(hook.get());
+      if (ours != nullptr && ours->is_of(tensor, rows_, site)) return;
+    }
+    node->add_tensor_pre_hook(std::make_unique<Hook>(tensor, rows_, site, twin_));
+  }
 
   std::shared_ptr<SignalRows> rows_;
   ForwardPasses passes_;
@@ -186,7 +199,7 @@ class Passage final : public Observer {
     put(kIncoming, incoming, incoming_row);
     put(kShortcut, gradient, gradient_row);
     const std::lock_guard<std::mutex> lock(mutex_);
-    shortcut_ = has_total && awaits_total ? gradient : at::Tensor();
+    shortcut_ = has_total ? gradient : at::Tensor();
     backward_ = autograd::get_current_graph_task_id();
   }
 
@@ -221,8 +234,6 @@ class Passage final : public Observer {
     rows_->remember(tensor, kept);
   }
 
-  bool awaits_total = false;
-
  private:
   // What the shortcut brought in this backward; another thread may run another one through the same graph.
   at::Tensor take_shortcut() {
@@ -240,13 +251,15 @@ class Passage final : public Observer {
 
 class TotalHook final : public GradientHook {
  public:
-  TotalHook(const at::Tensor& x, std::shared_ptr<Passage> passage) : GradientHook(x), passage_(std::move(passage)) {}
+  TotalHook(const at::Tensor& x, const std::shared_ptr<Passage>& passage) : GradientHook(x), passage_(passage) {}
 
  protected:
-  void look_at(const at::Tensor& total) override { passage_->on_total(total); }
+  void look_at(const at::Tensor& total) override {
+    if (const std::shared_ptr<Passage> alive = passage_.lock()) alive->on_total(total);
+  }
 
  private:
-  std::shared_ptr<Passage> passage_;
+  std::weak_ptr<Passage> passage_;  // the junction's node owns it; x's node may outlive that
 };
 
 // The operands of a junction, if C++ may take them.
@@ -291,7 +304,6 @@ class JunctionTaps {
     if (x.requires_grad() && !takes_hook(x)) return std::nullopt;
     const int64_t first = first_site_ + kSites * j;
     const auto passage = std::make_shared<Passage>(rows_, first);
-    passage->awaits_total = x.requires_grad();
     double row[kStats];
     at::Tensor y = keeping_python_errors([&] { return residual_add(x, f, relu, row, passage); });
     if (!passes_.is_repeat(j)) {

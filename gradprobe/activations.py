@@ -146,7 +146,10 @@ class ActivationTaps:
             if not is_repeat:
                 self._board.write(2 * m, tensor)
             if tensor.requires_grad:
-                handle = tensor.register_hook(_GradientHook(self, 2 * m + 1))  # type: ignore[no-untyped-call]
+                hook = _GradientHook(weakref.ref(self), 2 * m + 1)
+                if hook in (tensor._backward_hooks or {}).values():  # returned before: its input, say
+                    continue
+                handle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
                 if tensor.is_leaf:
                     self._leaf_hooks.append(handle)
 
@@ -182,19 +185,15 @@ def _on_gradient(taps: weakref.ref[ActivationTaps], site: int, gradient: torch.T
         alive.on_gradient(site, gradient)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class _GradientHook:
     """A tensor's hook; the graph may outlive the taps."""
 
-    __slots__ = ("_site", "_taps")
-
-    def __init__(self, taps: ActivationTaps, site: int) -> None:
-        self._taps = weakref.ref(taps)
-        self._site = site
+    taps: weakref.ref[ActivationTaps]
+    site: int
 
     def __call__(self, gradient: torch.Tensor) -> None:
-        taps = self._taps()
-        if taps is not None:
-            taps.on_gradient(self._site, gradient)
+        _on_gradient(self.taps, self.site, gradient)
 
 
 class ForwardPasses:

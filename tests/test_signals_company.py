@@ -63,6 +63,42 @@ def test_a_mode_around_the_forward_of_a_checkpoint() -> None:
     assert probe.latest().junctions["1.join"].y.numel == 8
 
 
+class Unaltered(nn.Module):
+    """Returns its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
+def test_a_module_that_returns_its_input_again_has_its_gradient_counted_once(is_checkpointed: bool) -> None:
+    stem, same = nn.Linear(3, 4), Unaltered()
+    with gradprobe.attach(nn.Sequential(stem, same), activations=["1"]) as probe:
+        h = stem(torch.ones(3, 3))
+        for _ in range(3):
+            y = checkpoint(lambda h: same(h) * 1, h, use_reentrant=False) if is_checkpointed else same(h)
+            y.sum().backward(retain_graph=True)
+            probe.step()
+    for snapshot in probe.history():
+        assert snapshot.activations["1"].gradient.numel == 12
+        assert snapshot.activations["1"].gradient.norm == pytest.approx(math.sqrt(12))
+
+
+def test_a_module_that_returns_its_input_altered_has_both_gradients_counted() -> None:
+    class Double(nn.Module):
+        """Writes to its input."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2)
+
+    stem, double = nn.Linear(3, 4), Double()
+    with gradprobe.attach(nn.Sequential(stem, double), activations=["1"]) as probe:
+        double(double(stem(torch.ones(3, 3)))).sum().backward()
+        probe.step()
+    gradient = probe.latest().activations["1"].gradient
+    assert (gradient.numel, gradient.norm) == (24, pytest.approx(math.sqrt(12 + 48)))
+
+
 def test_batched_gradients_go_by_unobserved() -> None:
     model = net()
     with gradprobe.attach(model, activations=True):
