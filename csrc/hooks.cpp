@@ -62,7 +62,7 @@ bool grad_stats_into(const std::vector<at::Tensor>& tensors, const at::Tensor& o
   if (is_watched() || !takes_rows(out, static_cast<int64_t>(tensors.size())) || !is_plain(out)) return false;
   cpu::Work work(static_cast<int64_t>(tensors.size()));
   for (const at::Tensor& tensor : tensors) {
-    if (!is_plain(tensor) || !add_to(work, tensor)) return false;
+    if (!add_to(work, tensor)) return false;
   }
   py::gil_scoped_release no_gil;
   out.unsafeGetTensorImpl()->bump_version();

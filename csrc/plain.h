@@ -45,17 +45,17 @@ inline bool is_plain(const at::Tensor& tensor) {
          (tensor.key_set() - kPlain).highestFunctionalityKey() == DispatchKey::Undefined;
 }
 
-// Adds a gradient to a pass of the CPU kernels; false where they do not take it.
-inline bool add_to(cpu::Work& work, const at::Tensor& gradient) {
-  const std::optional<cpu::Dtype> dtype = dtype_of(gradient);
-  const bool is_lazy = gradient.is_neg() || gradient._is_zerotensor() || !gradient.has_storage();
-  if (!dtype || is_lazy) return false;
-  const int64_t numel = gradient.numel();
-  if (numel == 0 || gradient.is_contiguous()) {
-    work.add(numel == 0 ? nullptr : gradient.const_data_ptr(), *dtype, numel);
+// Adds a tensor to a pass of the CPU kernels; false where they do not take it: it is not plain, or of another dtype.
+inline bool add_to(cpu::Work& work, const at::Tensor& tensor) {
+  if (!is_plain(tensor)) return false;
+  const std::optional<cpu::Dtype> dtype = dtype_of(tensor);
+  if (!dtype) return false;
+  const int64_t numel = tensor.numel();
+  if (numel == 0 || tensor.is_contiguous()) {
+    work.add(numel == 0 ? nullptr : tensor.const_data_ptr(), *dtype, numel);
   } else {
-    const cpu::Dims dims = cpu::reduce_dims(gradient.sizes().data(), gradient.strides().data(), gradient.dim());
-    work.add(gradient.const_data_ptr(), *dtype, numel, &dims);
+    const cpu::Dims dims = cpu::reduce_dims(tensor.sizes().data(), tensor.strides().data(), tensor.dim());
+    work.add(tensor.const_data_ptr(), *dtype, numel, &dims);
   }
   return true;
 }

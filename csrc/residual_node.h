@@ -55,12 +55,16 @@ class ResidualAddBackward final : public autograd::Node {
     const at::Tensor& incoming = gradients[0];
     if (!incoming.defined()) return {at::Tensor(), at::Tensor()};
     const bool is_observed = observer && observer->wants_gradient();
-    double rows[2][kStats];
+    Rows rows;
     bool has_rows = false;
     // One tensor serves both branches: autograd copies before it adds to what it does not own.
-    const at::Tensor gradient = relu ? masked(incoming, y_.unpack(getptr()), is_observed ? rows[0] : nullptr, has_rows)
-                                     : unmasked(incoming, is_observed ? rows[0] : nullptr, has_rows);
-    if (is_observed && has_rows) {
+    at::Tensor gradient = incoming;
+    if (relu) {
+      const at::Tensor y = y_.unpack(getptr());
+      has_rows = is_observed && is_simple(incoming, y);
+      gradient = is_simple(incoming, y) ? masked(incoming, y, has_rows ? &rows : nullptr) : mask(incoming, y);
+    }
+    if (is_observed && (has_rows || take_rows(incoming, gradient, rows))) {
       // detached only where a second derivative is wanted: as the same object, the next hook knows it again
       const at::Tensor kept = gradient.requires_grad() ? gradient.detach() : gradient;
       observer->on_gradient(incoming, rows[0], kept, rows[1], task_should_compute_output(0));
@@ -114,39 +118,40 @@ class ResidualAddBackward final : public autograd::Node {
     return operation.call(incoming, y);
   }
 
-  // The gradient where y lets it through; fills two raw rows unless `rows` is null.
-  static at::Tensor masked(const at::Tensor& incoming, const at::Tensor& y, double* rows, bool& has_rows) {
-    const bool is_simple = !is_watched() && !at::GradMode::is_enabled() && is_plain(incoming) && is_plain(y) &&
-                           incoming.scalar_type() == y.scalar_type() && incoming.sizes() == y.sizes() &&
-                           incoming.strides() == y.strides();
-    if (!is_simple) {
-      const at::Tensor gradient = mask(incoming, y);
-      has_rows = rows != nullptr && take_row(incoming, rows) && take_row(gradient, rows + kStats);
-      return gradient;
-    }
+  using Rows = double[2][kStats];  // of the gradient that comes in and of the one that goes out
+
+  // Whether the fused pass may take the place of the operator.
+  static bool is_simple(const at::Tensor& incoming, const at::Tensor& y) {
+    return !is_watched() && !at::GradMode::is_enabled() && is_plain(incoming) && is_plain(y) &&
+           incoming.scalar_type() == y.scalar_type() && incoming.sizes() == y.sizes() &&
+           incoming.strides() == y.strides();
+  }
+
+  // The gradient where y lets it through, and both rows unless `rows` is null. Only where that is simple.
+  static at::Tensor masked(const at::Tensor& incoming, const at::Tensor& y, Rows* rows) {
     at::Tensor gradient = at::detail::empty_strided_cpu(y.sizes(), y.strides(), y.scalar_type());
     const int64_t numel = y.numel();
     cpu::Partials partials(rows == nullptr ? 0 : numel, 2);
     cpu::mask(*dtype_of(y), incoming.const_data_ptr(), y.const_data_ptr(), gradient.mutable_data_ptr(), numel,
               rows == nullptr ? nullptr : &partials);
     if (rows != nullptr) {
-      partials.finish_row(0, rows);
-      partials.finish_row(1, rows + kStats);
-      has_rows = true;
+      partials.finish_row(0, (*rows)[0]);
+      partials.finish_row(1, (*rows)[1]);
     }
     return gradient;
   }
 
-  static at::Tensor unmasked(const at::Tensor& incoming, double* rows, bool& has_rows) {
-    has_rows = rows != nullptr && take_row(incoming, rows);
-    if (has_rows) std::copy_n(rows, kStats, rows + kStats);
-    return incoming;
+  static bool take_rows(const at::Tensor& incoming, const at::Tensor& gradient, Rows& rows) {
+    if (!take_row(incoming, rows[0])) return false;
+    if (!gradient.is_same(incoming)) return take_row(gradient, rows[1]);
+    std::copy_n(rows[0], kStats, rows[1]);
+    return true;
   }
 
   static bool take_row(const at::Tensor& tensor, double* row) {
     const at::Tensor values = tensor.is_neg() ? tensor.resolve_neg() : tensor;
     cpu::Work work(1);
-    if (!is_plain(values) || !add_to(work, values)) return false;
+    if (!add_to(work, values)) return false;
     cpu::grad_stats(work, row);
     return true;
   }

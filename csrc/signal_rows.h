@@ -53,8 +53,8 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
     return at::from_blob(row, {1, kStats}, [alive = shared_from_this()](void*) {}, at::kDouble);
   }
 
-  // Takes the statistics of a plain tensor as it is now, from an earlier event where it has not changed since; false
-  // where the kernels do not take it.
+  // Takes the statistics of a tensor as it is now, from an earlier event where it has not changed since; false where
+  // the kernels do not take it.
   bool write(int64_t site, const at::Tensor& tensor) {
     if (const double* known = this->known(tensor)) {
       std::copy_n(known, kStats, next(site, tensor));
