@@ -9,10 +9,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe import course, forward, precision
 from gradprobe.errors import ArgumentError
 from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
 from gradprobe.line import Line, fit_line
+from gradprobe.rules import course, forward, precision
 from gradprobe.snapshot import Snapshot
 
 Verdict = Literal["healthy"] | Rule

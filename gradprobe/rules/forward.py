@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe.course import Losses
 from gradprobe.errors import ArgumentError
 from gradprobe.findings import Finding, Thresholds, finding
 from gradprobe.line import fit_line
 from gradprobe.measured import FloatArray
+from gradprobe.rules.course import Losses
 from gradprobe.signals import SignalTable
 from gradprobe.snapshot import SiteTable, Snapshot
 
@@ -84,7 +84,7 @@ def exploding(passes: Passes, losses: Losses, limits: Thresholds) -> list[Findin
 
     Args:
         passes: As `passes_of` gives them, of a run that does not converge.
-        losses: As `gradprobe.course.losses_of` gives them.
+        losses: As `gradprobe.rules.course.losses_of` gives them.
         limits: Limits of the rules.
 
     Returns:

@@ -1,0 +1,1 @@
+"""The rules of the diagnosis, each a pure function from snapshots to findings. None needs torch."""
