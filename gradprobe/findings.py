@@ -97,6 +97,11 @@ class Thresholds:
 
 DEFAULTS = Thresholds()
 
+_DEAD_UNITS = (
+    "units that no input activates: large negative biases, after a step that was too long",
+    ("a lower learning rate", "He initialisation with zero biases", "leaky ReLU or GELU", "normalisation"),
+)  # cause and remedies
+
 
 @dataclass(frozen=True, slots=True)
 class RuleText:
@@ -182,15 +187,13 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
         "that does not converge: by Markov's inequality at least that share of the ReLUs is active less than "
         "dead_activity of the time",
         f"{SAGEMAKER}, rule DeadRelu",
-        "units that no input activates: large negative biases, after a step that was too long",
-        ("a lower learning rate", "He initialisation with zero biases", "leaky ReLU or GELU", "normalisation"),
+        *_DEAD_UNITS,
     ),
     ("dying", ""): RuleText(
         "share of exact zeros >= dying_share in the gradients of dying_sites of the weights and of two at least, in "
         "more than half of the steps, in a run that does not converge; dying_sites is ours",
         f"{AUTOTRAINER}, gamma",
-        "units that no input activates: large negative biases, after a step that was too long",
-        ("a lower learning rate", "He initialisation with zero biases", "leaky ReLU or GELU", "normalisation"),
+        *_DEAD_UNITS,
     ),
     ("silent site", ""): RuleText(
         "gradient exactly zero in every step, `window` steps at least, where other weights have one",
