@@ -19,8 +19,10 @@ def check_attach(
     optimizer: object,
     params: object,
     junctions: object,
+    updates: object,
     every: object,
     activations_every: object,
+    updates_every: object,
     capacity: object,
     when: object,
     grad_scaler: object,
@@ -34,7 +36,17 @@ def check_attach(
         raise ArgumentError(f"params: need True, since steps are told by the gradients of parameters; got {params!r}")
     if not isinstance(junctions, bool):
         raise ArgumentError(f"junctions: need True or False; got {junctions!r}")
-    for name, value in (("every", every), ("activations_every", activations_every), ("capacity", capacity)):
+    if not isinstance(updates, bool):
+        raise ArgumentError(f"updates: need True or False; got {updates!r}")
+    if updates and optimizer is None:
+        raise ArgumentError("updates: need the optimizer that makes them, as optimizer=; got None")
+    counts = {
+        "every": every,
+        "activations_every": activations_every,
+        "updates_every": updates_every,
+        "capacity": capacity,
+    }
+    for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
     if when not in MOMENTS:

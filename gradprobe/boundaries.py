@@ -14,6 +14,7 @@ from gradprobe.amp import ScalerWatch
 from gradprobe.hooks import PythonTaps, Taps
 
 Close = Callable[[torch.Tensor | float | None, torch.Tensor | float], None]
+Around = Callable[[torch.optim.Optimizer, bool, bool], None]
 
 
 class StepBoundaries:
@@ -25,6 +26,8 @@ class StepBoundaries:
         taps: What fired since the last reset.
         close: Called at the end of each step with the loss, if the user gave one, and with the scaler's verdict:
             non-zero if the optimizer's step is skipped.
+        around: Called just before and just after each step of the optimizer, with the optimizer, whether it is after,
+            and whether the step of the probe is still open.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class StepBoundaries:
         grad_scaler: torch.amp.GradScaler | None,
         taps: Taps,
         close: Close,
+        around: Around | None = None,
     ) -> None:
         self._taps: Taps = taps
         self._close: Close = close
+        self._around = around
         self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
         self._optimizer_stepped = False
         self._step_depth = 0
@@ -98,6 +103,7 @@ class StepBoundaries:
             self._scaler.remove()
         self._taps = PythonTaps((), None)
         self._close = _nobody_closes  # else owner and boundaries would keep each other alive
+        self._around = None
 
     def _take_skipped(self) -> torch.Tensor | float:
         skipped, self._skipped = self._skipped, 0.0
@@ -113,6 +119,8 @@ class StepBoundaries:
         if has_closure == after:
             self._optimizer_stepped = True
             self._close_by_optimizer(getattr(optimizer, "found_inf", None))
+        if self._around is not None:
+            self._around(optimizer, after, has_closure and not after)
 
     def _is_outermost(self, after: bool) -> bool:
         # torch runs the hooks again where a subclass's step calls its parent's

@@ -11,6 +11,7 @@ from gradprobe.measured import FloatArray
 from gradprobe.record import Finished, Record
 from gradprobe.signals import Signals, SignalTable
 from gradprobe.snapshot import NonFinite, SiteTable, Snapshot
+from gradprobe.update_log import UpdateLog
 
 InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
@@ -26,6 +27,7 @@ class History:
         table: Site names.
         in_site_order: Puts the rows of all devices into the order of the table.
         signals: The sites of activations and junctions, None where there are none.
+        updates: What the optimizer did in each step, None where that is not observed.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class History:
         table: SiteTable,
         in_site_order: InSiteOrder,
         signals: SignalTable | None,
+        updates: UpdateLog | None,
     ) -> None:
         self._capacity = capacity
         self._table = table
         self._in_site_order = in_site_order
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
         self._signals = signals
+        self._updates = updates
         self._unseen: deque[int] = deque()  # positions not yet searched for non-finite values, oldest first
         self._first_nonfinite: NonFinite | None = None
         self.restart(rows_on)
@@ -117,4 +121,5 @@ class History:
             measured=slot.measured,
             scale=finished.scale,
             signals=signals,
+            changes=None if self._updates is None else self._updates.read(slot.step, wait=True),
         )

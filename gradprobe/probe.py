@@ -32,6 +32,7 @@ from gradprobe.record import Slot
 from gradprobe.signals import SignalTable
 from gradprobe.sites import Site, parameter_sites
 from gradprobe.snapshot import NonFinite, SiteTable, Snapshot, to_pandas
+from gradprobe.update_log import UpdateLog
 
 if TYPE_CHECKING:
     import pandas
@@ -46,8 +47,10 @@ def attach(
     params: bool = True,
     activations: Selection = False,
     junctions: bool = True,
+    updates: bool = False,
     every: int = 1,
     activations_every: int = 1,
+    updates_every: int = 1,
     capacity: int = 1024,
     backend: str = "auto",
     when: When = "auto",
@@ -64,8 +67,11 @@ def attach(
             children that is no junction, a list of patterns of module names such as `["layer1.*", "head"]`, or a
             function of name and module.
         junctions: Observe the residual junctions, which are the `gradprobe.nn.ResidualAdd` modules of the model.
+        updates: Observe how far the optimizer moves each parameter. Takes a copy of the parameters for the time of its
+            step.
         every: Measure each step whose number is a multiple of this.
         activations_every: Of those steps, observe activations and junctions where the number is a multiple of this.
+        updates_every: Of those steps, observe updates where the number is a multiple of this.
         capacity: Number of measured steps kept, newest first to stay.
         backend: "auto", or a name from `gradprobe.backends()`.
         when: When gradients are measured: "step" as the optimizer is about to use them; "backward" at the end of each
@@ -99,8 +105,10 @@ def attach(
         params=params,
         activations=activations,
         junctions=junctions,
+        updates=updates,
         every=every,
         activations_every=activations_every,
+        updates_every=updates_every,
         capacity=capacity,
         backend=backend,
         when=when,
@@ -119,14 +127,28 @@ class Probe:
         params: bool,
         activations: Selection,
         junctions: bool,
+        updates: bool,
         every: int,
         activations_every: int,
+        updates_every: int,
         capacity: int,
         backend: str,
         when: When,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
-        check_attach(model, optimizer, params, junctions, every, activations_every, capacity, when, grad_scaler)
+        check_attach(
+            model,
+            optimizer,
+            params,
+            junctions,
+            updates,
+            every,
+            activations_every,
+            updates_every,
+            capacity,
+            when,
+            grad_scaler,
+        )
         if model in _attached:
             raise ArgumentError("model: has a probe already; call its detach() first")
         self._found = parameter_sites(model)
@@ -142,7 +164,13 @@ class Probe:
         self._table = _site_table(self._found.sites)
         module_types = tuple(type(module).__name__ for module in chosen.values())
         signals = SignalTable(tuple(chosen), tuple(joined), module_types) if chosen or joined else None
-        self._history = History(capacity, self._collector.rows_on, self._table, self._collector.in_site_order, signals)
+        self._updates: UpdateLog | None = None
+        if updates:
+            self._updates = UpdateLog(self._found.parameters, self._table.names, backend, capacity)
+        self._updates_every = updates_every
+        self._history = History(
+            capacity, self._collector.rows_on, self._table, self._collector.in_site_order, signals, self._updates
+        )
         self._passing: Passing | None = None
         if signals is not None:
             self._passing = Passing(signals, chosen, joined, next(iter(self._collector.rows_on)), backend)
@@ -157,7 +185,8 @@ class Probe:
         self._provenance = Provenance("unscaled", "local", "pre-clip")
         self._detached = False
         self._taps = self._install_taps()
-        self._boundaries = StepBoundaries(optimizer, grad_scaler, self._taps, self._close)
+        around = self._around_optimizer if updates else None
+        self._boundaries = StepBoundaries(optimizer, grad_scaler, self._taps, self._close, around)
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -294,6 +323,8 @@ class Probe:
         if model is not None and _attached.get(model) is self:
             del _attached[model]
         self._history.archive()
+        if self._updates is not None:
+            self._updates.release()
         self._collector.release()
         self._found = replace(self._found, parameters=())
         self._taps = hooks.PythonTaps((), None)
@@ -414,6 +445,17 @@ class Probe:
             self._history.archive()
             self._collector.regroup()
             self._history.restart(self._collector.rows_on)
+            if self._updates is not None:
+                self._updates.restart()
+
+    def _around_optimizer(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
+        assert self._updates is not None
+        step = self._step if is_open else self._step - 1
+        is_wanted = (self._wanted() if is_open else self._last_was_measured) and step % self._updates_every == 0
+        if is_after:
+            self._updates.end()
+        else:
+            self._updates.begin(optimizer, step if is_wanted else None)
 
     def _set_enabled(self) -> None:
         if self._detached:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from gradprobe.changes import Changes, Update
 from gradprobe.errors import ArgumentError
 from gradprobe.measured import FloatArray, Measured, Provenance
 from gradprobe.signals import Activation, Junction, Signals
@@ -95,6 +96,7 @@ class Snapshot:
         measured: Which sites had a gradient, and their sizes.
         scale: Factor on the gradients that undoes loss scaling.
         signals: What passed by at activations and junctions, None where they were not observed in this step.
+        changes: What the optimizer did to the parameters, None where that was not observed in this step.
     """
 
     step: int
@@ -106,6 +108,7 @@ class Snapshot:
     measured: Measured
     scale: float = 1.0
     signals: Signals | None = None
+    changes: Changes | None = None
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
@@ -136,6 +139,11 @@ class Snapshot:
         """The residual junctions that were passed, by name, in the order of execution."""
         return {} if self.signals is None else self.signals.junctions
 
+    @property
+    def updates(self) -> dict[str, Update]:
+        """What the optimizer did to the parameters that it steps, by first name, in model order."""
+        return {} if self.changes is None else self.changes.updates
+
     def first_nonfinite(self) -> NonFinite | None:
         """Tells where NaN or infinity came first in the order of execution, None where everything was finite."""
         if self.signals is not None:
@@ -152,13 +160,15 @@ class Snapshot:
         return None
 
     def all_stats(self) -> Iterator[SiteStats]:
-        """Yields the parameters' gradients in model order, then what passed by, in the order of execution."""
+        """Yields the parameters' gradients in model order, what passed by in the order of execution, the updates."""
         yield from self.sites.values()
         if self.signals is not None:
             for site in self.signals.passed:
                 stats = self.signals.stats(site)
                 if stats is not None:
                     yield stats
+        if self.changes is not None:
+            yield from self.changes.all_stats()
 
     def reordered(self, order: Sequence[int]) -> Snapshot:
         """Puts the sites into another order, such as that of execution.
@@ -179,7 +189,8 @@ class Snapshot:
         )
         take = np.asarray(order, dtype=np.int64)
         measured = Measured(self.measured.present[take], self.measured.numels[take])
-        return replace(self, table=table, rows=self.rows[take], measured=measured)
+        changes = None if self.changes is None else self.changes.reordered(order)
+        return replace(self, table=table, rows=self.rows[take], measured=measured, changes=changes)
 
     def __getitem__(self, name: str) -> SiteStats:
         k = self.table.index.get(name)
@@ -216,7 +227,8 @@ def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
 
     Returns:
         One row for each step and site: step, loss, site, kind, then the columns of `COLUMNS`. First the parameters'
-        gradients, then what passed by at activations and junctions, in the order of execution.
+        gradients, then what passed by at activations and junctions, in the order of execution, then the parameters
+        before the optimizer's step, then its updates.
 
     Raises:
         ArgumentError: pandas is not installed.
@@ -232,6 +244,10 @@ def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
         if snapshot.signals is not None:
             table, columns = snapshot.signals.table, snapshot.signals.columns
             frames.append(_frame(pandas, snapshot, table.names, table.kinds, columns, snapshot.signals.passed))
+        if snapshot.changes is not None:
+            changes, present = snapshot.changes, np.flatnonzero(snapshot.changes.measured.present)
+            for kind, columns in (("weight", changes.weight_columns), ("update", changes.update_columns)):
+                frames.append(_frame(pandas, snapshot, changes.names, [kind] * len(changes.names), columns, present))
     if not frames:
         return pandas.DataFrame(columns=["step", "loss", "site", "kind", *COLUMNS])
     return pandas.concat(frames, ignore_index=True)
