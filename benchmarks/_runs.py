@@ -28,6 +28,8 @@ class Run:
         alter: Changes the net, before the step given.
         activations: Observe what passes forward.
         dtype: Of autocast, None without.
+        weights: Dtype of the parameters.
+        n_steps: Number of steps.
         loss_factor: On the loss; the rate makes up for it.
     """
 
@@ -40,7 +42,9 @@ class Run:
     alter: Callable[[nn.Module, int], None] = field(default=lambda model, step: None)
     activations: bool = True
     dtype: torch.dtype | None = None
+    weights: torch.dtype = torch.float32
     loss_factor: float = 1.0
+    n_steps: int = 40
 
 
 class Recurrent(nn.Module):
@@ -185,10 +189,23 @@ def cnn(depth: int, gain: float, bias: float = 0.0) -> nn.Module:
 
 
 HE = math.sqrt(2.0)  # gain for ReLU, He et al. 2015
+STILL = ("updates too small", "not learning")
 # zeros for what is too small, noise for what is not
+THROWN = (  # by steps that are too long
+    "non-finite",
+    "loss blow-up",
+    "updates too large",
+    "unstable loss",
+    "exploding (forward)",
+    "vanishing (backward)",
+    "saturation",
+    "dying",
+    "layer drift",
+    "not learning",
+)
 UNDERFLOW = ("dying", "silent site", "layer drift", "vanishing (backward)", "not learning", "spike")
-SMALL = ("poor initialisation", "not learning")  # weights that are too small
-CUT = ("vanishing (backward)", "silent site", "not learning")  # dead units let nothing through
+SMALL = ("poor initialisation", *STILL)  # weights that are too small
+CUT = ("vanishing (backward)", "silent site", *STILL)  # dead units let nothing through
 
 
 def nan_at(images: torch.Tensor, step: int) -> torch.Tensor:
@@ -239,9 +256,11 @@ RUNS = (
     Run("embedding and GRU", Text, learning_rate=0.05),
     Run("transformer, float16", Transformer, dtype=torch.float16),
     Run("MLP, bfloat16, loss times 1e-5", lambda: mlp(4, nn.ReLU, HE), dtype=torch.bfloat16, loss_factor=1e-5),
-    Run("MLP of 20, sigmoid", lambda: mlp(20, nn.Sigmoid), "vanishing (backward)", ("not learning",)),
+    Run("MLP, tanh, 150 steps", lambda: mlp(4, nn.Tanh), learning_rate=0.2, n_steps=150),
+    Run("LSTM, 150 steps", lambda: Recurrent(nn.LSTM), learning_rate=1.0, n_steps=150),
+    Run("MLP of 20, sigmoid", lambda: mlp(20, nn.Sigmoid), "vanishing (backward)", STILL),
     Run("MLP of 20, tanh, small weights", lambda: mlp(20, nn.Tanh, 0.4), "vanishing (backward)", SMALL),
-    Run("20 sigmoid layers and a way around", lambda: WayAround(20), "vanishing (backward)", ("not learning",), 1e-4),
+    Run("20 sigmoid layers and a way around", lambda: WayAround(20), "vanishing (backward)", STILL, 1e-4),
     Run(
         "deep_cnn(24)",
         lambda: gradprobe.networks.deep_cnn(24, in_channels=1, width=16),
@@ -255,28 +274,24 @@ RUNS = (
         "MLP of 50, ReLU, BN, huge first weights",
         lambda: mlp(50, nn.ReLU, HE, norm=True, first_gain=1e4),
         "exploding (backward)",
-        ("not learning",),
+        STILL,
         1e-4,
     ),
-    Run(
-        "MLP of 40, tanh, large weights", lambda: mlp(40, nn.Tanh, 3.0), "exploding (backward)", ("not learning",), 1e-6
-    ),
-    Run(
-        "MLP of 30, ReLU, large weights", lambda: mlp(30, nn.ReLU, 2 * HE), "exploding (forward)", ("non-finite",), 1e-3
-    ),
+    Run("MLP of 40, tanh, large weights", lambda: mlp(40, nn.Tanh, 3.0), "exploding (backward)", STILL, 1e-6),
+    Run("MLP of 30, ReLU, large weights", lambda: mlp(30, nn.ReLU, 2 * HE), "exploding (forward)", THROWN, 1e-3),
     Run(
         "ResNet-80 without BN",
         lambda: gradprobe.networks.resnet(80, in_channels=1, width=4, norm="none"),
         "exploding (forward)",
-        ("not learning",),
+        STILL,
         1e-12,
     ),
-    Run("MLP, leaky ReLU, rate of 50", lambda: mlp(4, nn.LeakyReLU, HE), "loss blow-up", ("non-finite",), 50.0),
+    Run("MLP, leaky ReLU, rate of 50", lambda: mlp(4, nn.LeakyReLU, HE), "loss blow-up", THROWN, 50.0),
     Run(
         "MLP of 30, ReLU, large weights, outputs not observed",
         lambda: mlp(30, nn.ReLU, 2 * HE),
         "loss blow-up",
-        ("non-finite",),
+        THROWN,
         1e-3,
         activations=False,
     ),
@@ -286,13 +301,13 @@ RUNS = (
         "MLP of 12, ReLU, small weights",
         lambda: mlp(12, nn.ReLU, 0.3),
         "poor initialisation",
-        ("not learning", "vanishing (backward)", "dying", "dead ReLU"),
+        (*STILL, "vanishing (backward)", "dying", "dead ReLU"),
     ),
     Run(
         "CNN of 8, small weights",
         lambda: cnn(8, 0.2),
         "poor initialisation",
-        ("not learning", "vanishing (backward)", "dying", "dead ReLU"),
+        (*STILL, "vanishing (backward)", "dying", "dead ReLU"),
     ),
     Run(
         "MLP of 6, tanh, huge weights",
@@ -335,8 +350,34 @@ RUNS = (
         dtype=torch.float16,
         loss_factor=1e-4,
     ),
-    Run("MLP, no rate", lambda: mlp(4, nn.ReLU, HE), "not learning", learning_rate=0.0),
-    Run("ResNet-8, no rate", lambda: gradprobe.networks.resnet(8, in_channels=1), "not learning", learning_rate=0.0),
+    Run("MLP, tanh, rate of 100", lambda: mlp(4, nn.Tanh), "updates too large", THROWN, 100.0),
+    Run("transformer, rate of 10", Transformer, "updates too large", THROWN, 10.0),
+    Run(
+        "MLP, bfloat16 weights, rate of 1e-4",
+        lambda: mlp(4, nn.ReLU, HE),
+        "updates too small",
+        ("not learning",),
+        1e-4,
+        weights=torch.bfloat16,
+    ),
+    Run("transformer, rate of 1e-9", Transformer, "updates too small", ("not learning",), 1e-9),
+    Run(
+        "RNN, rate of 0.3",
+        lambda: Recurrent(nn.RNN),
+        "unstable loss",
+        ("layer drift", "not learning"),
+        0.3,
+        n_steps=150,
+    ),
+    Run("MLP, tanh, rate of 1", lambda: mlp(4, nn.Tanh), "unstable loss", THROWN, 1.0, n_steps=150),
+    Run("MLP, no rate", lambda: mlp(4, nn.ReLU, HE), "not learning", ("updates too small",), 0.0),
+    Run(
+        "ResNet-8, no rate",
+        lambda: gradprobe.networks.resnet(8, in_channels=1),
+        "not learning",
+        ("updates too small",),
+        0.0,
+    ),
     Run("MLP, outlier", lambda: mlp(4, nn.ReLU, HE), "spike", ("loss blow-up", "not learning"), disturb=outlier_at),
     Run("transformer, outlier", Transformer, "spike", ("loss blow-up", "not learning"), disturb=outlier_at),
 )

@@ -28,7 +28,6 @@ import gradprobe
 from gradprobe.findings import RULES, title
 
 HELD_OUT = (600, 601, 602, 603)  # seeds that chose no threshold and no run
-N_STEPS = 40
 BATCH_SIZE = 64
 IMAGES, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 IMAGES = (IMAGES.float() / 16 - 0.3).view(-1, 1, 8, 8)  # [N, 1, 8, 8]
@@ -45,24 +44,28 @@ def found_in(run: Run, seed: int) -> set[Fault]:
         Titles of the findings.
     """
     torch.manual_seed(seed)
-    model = run.build()
+    model = run.build().to(run.weights)
     optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate / run.loss_factor, momentum=0.9)
-    with gradprobe.attach(model, activations=run.activations, junctions=run.activations) as probe:
-        for step, chosen in enumerate(batches()):
+    with gradprobe.attach(
+        model, optimizer=optimizer, activations=run.activations, junctions=run.activations, updates=True
+    ) as probe:
+        for step, chosen in enumerate(batches(run.n_steps)):
             optimizer.zero_grad()
             run.alter(model, step)
+            images = run.disturb(IMAGES[chosen], step).to(run.weights)
             with torch.autocast("cpu", run.dtype, enabled=run.dtype is not None):
-                loss = functional.cross_entropy(model(run.disturb(IMAGES[chosen], step)), LABELS[chosen])
+                loss = functional.cross_entropy(model(images), LABELS[chosen])
             (run.loss_factor * loss).backward()
             probe.step(loss=loss)
             optimizer.step()
         return {finding.title for finding in probe.findings()}
 
 
-def batches() -> Iterator[torch.Tensor]:
+def batches(n_steps: int) -> Iterator[torch.Tensor]:
     """Yields the positions of the images of each batch."""
-    order = torch.cat([torch.randperm(len(IMAGES)) for _ in range(2)])
-    yield from order[: N_STEPS * BATCH_SIZE].view(N_STEPS, BATCH_SIZE)
+    n_epochs = math.ceil(n_steps * BATCH_SIZE / len(IMAGES))
+    order = torch.cat([torch.randperm(len(IMAGES)) for _ in range(n_epochs)])
+    yield from order[: n_steps * BATCH_SIZE].view(n_steps, BATCH_SIZE)
 
 
 @dataclass
@@ -116,9 +119,10 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     start = time.perf_counter()
     table = scores(seeds)
+    lengths = sorted({run.n_steps for run in RUNS})
     n_healthy = sum(run.fault is None for run in RUNS) * len(seeds)
     print(f"{processor()}; torch {torch.__version__}, python {platform.python_version()}")
-    print(f"{len(RUNS) * len(seeds)} runs of {N_STEPS} steps, {n_healthy} of them healthy; seeds {seeds}")
+    print(f"{len(RUNS) * len(seeds)} runs, {n_healthy} of them healthy; steps {lengths}; seeds {seeds}")
     print(f"{'fault':22}{'planted':>9}{'found':>8}{'missed':>8}{'false alarms':>14}{'precision':>11}{'recall':>8}")
     for rule, score in table.items():
         planted = score.hits + score.misses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,22 +21,17 @@ class Update:
         weight: Statistics of the parameter before the step.
         update: Statistics of what it became minus what it was, so that what rounding lost is not in it. Its
             `zero_fraction` is the share of the elements that did not move.
+        ratio: Norm of the update over the norm of the parameter, healthy near 1e-3; infinite where the parameter was
+            zero and moved, NaN where it stayed so.
+
+    Source:
+        CS231n, "Neural Networks Part 3", ratio of updates to weights.
     """
 
     name: str
     weight: SiteStats
     update: SiteStats
-
-    @property
-    def ratio(self) -> float:
-        """Norm of the update over the norm of the parameter; infinite where the parameter was zero and moved.
-
-        Source:
-            CS231n, "Neural Networks Part 3", ratio of updates to weights: healthy near 1e-3.
-        """
-        if self.weight.norm == 0.0:
-            return math.inf if self.update.norm > 0.0 else math.nan
-        return self.update.norm / self.weight.norm
+    ratio: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +61,12 @@ class Changes:
         return finish_rows(self.update_rows, self.measured.numels, 1.0)
 
     @cached_property
+    def ratios(self) -> FloatArray:
+        """`Update.ratio` of each parameter, absent ones included. Shape [K]."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.update_columns["norm"] / self.weight_columns["norm"]
+
+    @cached_property
     def updates(self) -> dict[str, Update]:
         """The parameters that the optimizer steps, by first name, in model order."""
         return {
@@ -74,6 +74,7 @@ class Changes:
                 self.names[k],
                 site_stats(self.names[k], "weight", self.weight_columns, k),
                 site_stats(self.names[k], "update", self.update_columns, k),
+                float(self.ratios[k]),
             )
             for k in np.flatnonzero(self.measured.present).tolist()
         }

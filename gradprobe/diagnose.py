@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gradprobe.errors import ArgumentError
 from gradprobe.findings import DEFAULTS, Finding, Rule, Thresholds, finding
 from gradprobe.line import Line, fit_line
-from gradprobe.rules import course, forward, precision
+from gradprobe.rules import course, forward, precision, updates
 from gradprobe.snapshot import Snapshot
 
 Verdict = Literal["healthy"] | Rule
@@ -104,7 +104,8 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     One non-finite element, one huge loss or one spike is enough; steps that a gradient scaler skipped do not count
     unless they are most of them. Vanishing and exploding must hold in more than half of the steps, and are no fault of
     a run whose loss falls; rules on zeros and on the loss need `Thresholds.window` steps or twice as many. Those on the
-    loss need `Probe.step(loss=...)`, those on what passes forward need `attach(activations=True)` or junctions.
+    loss need `Probe.step(loss=...)`, those on what passes forward need `attach(activations=True)` or junctions, those
+    on updates `attach(updates=True)`.
 
     Args:
         snapshots: Steps in order.
@@ -140,7 +141,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
         findings += [_over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(judged)]
         blown_up = course.loss_blow_up(losses, thresholds, is_observed=passes is not None)
         findings += course.dying(snapshots, thresholds)
-        stuck = course.not_learning(losses, thresholds)
+        stuck = [*course.unstable_loss(losses, thresholds), *course.not_learning(losses, thresholds)]
         if passes is not None:
             growing = forward.exploding(passes, losses, thresholds)
             if growing and blown_up and blown_up[0].steps[0] == losses[0][0]:
@@ -151,6 +152,10 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
             if not growing and len(losses) >= 2 * thresholds.window:  # else it is too early to tell
                 findings += forward.poor_initialisation(passes, thresholds)
         findings += precision.precision_loss(snapshots, thresholds)
+        moves = updates.moves_of(snapshots)
+        if moves is not None:
+            findings += updates.too_large(moves, thresholds)
+            findings += updates.too_small(moves, thresholds)
         findings += [*blown_up, *stuck]
     findings += course.silent_sites(snapshots, thresholds)
     findings += course.layer_drift(snapshots, thresholds, is_converging)

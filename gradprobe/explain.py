@@ -20,6 +20,7 @@ _GLOROT = "Glorot, Bengio 2010, Understanding the Difficulty of Training Deep Fe
 _PASCANU = "Pascanu, Mikolov, Bengio 2013, On the Difficulty of Training Recurrent Neural Networks (ICML)"
 
 _ATTACH = "probe = gradprobe.attach(model, optimizer=optimizer)"
+_ATTACH_UPDATES = "probe = gradprobe.attach(model, optimizer=optimizer, updates=True)"
 _ATTACH_ALL = "probe = gradprobe.attach(model, optimizer=optimizer, activations=True)"
 
 
@@ -224,6 +225,45 @@ TOPICS: dict[str, Topic] = {
             (_ATTACH_ALL, "probe.findings()"),
             ("Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740",),
             ("precision loss",),
+        ),
+        Topic(
+            "updates",
+            "The optimizer moves the weights too far, or not at all. Usual is about a thousandth of a weight's norm.",
+            "The rate does not suit the weights, or the gradient vanishes on its way to them. Weights in bfloat16 have "
+            "8 significant bits: a step below 2^-9 of an element, two thousandths, is rounded away.",
+            (
+                "Change the learning rate: lower or with a warm-up, or higher.",
+                "Keep the weights in float32, and compute in bfloat16 under torch.autocast.",
+                "Look at the gradients first: do they vanish towards the input?",
+            ),
+            (),
+            (_ATTACH_UPDATES, "{name: seen.ratio for name, seen in probe.latest().updates.items()}"),
+            (
+                "CS231n, Neural Networks Part 3, ratio of weights to updates",
+                "Amazon SageMaker Debugger, rule WeightUpdateRatio",
+                "Zamirai et al. 2020, Revisiting BFloat16 Training, arXiv 2010.06192",
+            ),
+            ("updates too large", "updates too small"),
+        ),
+        Topic(
+            "unstable-loss",
+            "The loss falls and rises again, or swings up and down, by more than the batches explain.",
+            "The learning rate is at the edge of what is stable. Where training has made the loss steeper, a rate that "
+            "was right at the start is too high.",
+            (
+                "Lower the learning rate, or let it decay.",
+                "Clip the gradient: probe.clip_grad_norm_(1.0) before the optimizer's step.",
+                "Take larger batches.",
+                "Look at the order of the data: do all batches hold the same mix?",
+            ),
+            (),
+            (_ATTACH, "[(one.step, one.loss) for one in probe.history()]"),
+            (
+                "AUTOTRAINER (Zhang et al., ICSE 2021), oscillating loss",
+                "Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability, "
+                "arXiv 2103.00065",
+            ),
+            ("unstable loss",),
         ),
         Topic(
             "not-learning",

@@ -19,6 +19,9 @@ Rule = Literal[
     "silent site",
     "layer drift",
     "precision loss",
+    "updates too large",
+    "updates too small",
+    "unstable loss",
     "not learning",
     "spike",
 ]  # the gravest first
@@ -50,6 +53,9 @@ class Thresholds:
         saturated_slope: Mean derivative of a tanh or sigmoid, as a share of its largest, below which it is saturated.
         subnormal_share: Share of the values of a gradient, zeros left out, that are below the smallest normal number of
             their dtype, above which precision is lost.
+        update_ratio_high: Norm of an update over that of its weight above which it is too large.
+        update_ratio_low: The same below which it is too small.
+        lost_share: Share of a weight's elements that have a gradient and do not move, above which updates are lost.
         spike_sigmas: Standard deviations from the mean of the steps before.
         spike_jump: Multiple of the largest of the last `window` losses that a spike reaches too; a slow rise does not.
         spike_norm_jump: The same for the total norm, which jumps more; sound recurrent nets reach 2.6.
@@ -57,7 +63,10 @@ class Thresholds:
         spike_warm_up: Number of steps before that are needed.
         window: Number of losses that are compared at the start and at the end; number of steps in which something must
             persist.
-        converging: Share of the loss at the start below which training converges: the layers' ratios are then no fault.
+        converging: Share of the loss at the start below which training converges: the layers' ratios are then no fault;
+            also share of a high loss that is a low one.
+        swing_errors: Standard errors by which the loss must fall or rise to be unstable; the largest of the
+            differences that noise makes in 1,000 steps stay below in 200 of 200 histories.
         drop_errors: Standard errors by which the loss must have dropped for the model to learn at all; noise alone
             does that in one of 260 runs (Student's t, 18 degrees of freedom).
 
@@ -80,6 +89,9 @@ class Thresholds:
     dead_share: float = 0.5
     saturated_slope: float = 0.05
     subnormal_share: float = 0.5
+    update_ratio_high: float = 10.0
+    update_ratio_low: float = 1e-8
+    lost_share: float = 0.5
     spike_sigmas: float = 7.0
     spike_jump: float = 2.0
     spike_norm_jump: float = 3.0
@@ -87,6 +99,7 @@ class Thresholds:
     spike_warm_up: int = 20
     window: int = 10
     converging: float = 0.8
+    swing_errors: float = 8.0
     drop_errors: float = 3.0
 
     def __post_init__(self) -> None:
@@ -222,6 +235,33 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
         "Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740, section 3.2",
         "gradients that are too small for float16, whose smallest normal number is 2^-14 and smallest of all 2^-24",
         ("scale the loss with torch.amp.GradScaler", "bfloat16", "float32 for the layers named"),
+    ),
+    ("updates too large", ""): RuleText(
+        "norm(update) / norm(weight) > update_ratio_high in one observed step at least, for half of the weights or "
+        "more, in a run that does not converge; the half is ours",
+        f"{SAGEMAKER}, rule WeightUpdateRatio",
+        "a learning rate that is too high for such weights; one such step can leave units dead or saturated for good",
+        ("a lower learning rate or a warm-up", "clipping", "an initialisation to suit the activation"),
+    ),
+    ("updates too small", ""): RuleText(
+        "norm(update) / norm(weight) < update_ratio_low, or share of the weight's elements that have a gradient and do "
+        "not move > lost_share, in more than half of `window` observed steps or more, in a run that does not converge; "
+        "the second threshold is ours",
+        f"{SAGEMAKER}, rule WeightUpdateRatio; Zamirai et al. 2020, Revisiting BFloat16 Training, arXiv 2010.06192, "
+        "on updates that rounding cancels",
+        "a learning rate near zero, a gradient that vanishes, or weights whose dtype is too coarse for such steps",
+        (
+            "a higher learning rate",
+            "weights in float32, the computation in bfloat16 under autocast",
+            "look at the gradients: do they vanish towards the input?",
+        ),
+    ),
+    ("unstable loss", ""): RuleText(
+        "a mean of `window` losses < converging times a later one and swing_errors standard errors below it, in a run "
+        "that does not converge; the rule is ours, the source looks at the accuracy of epochs",
+        f"{AUTOTRAINER}, oscillating loss",
+        "a learning rate at the edge of what is stable, or above it once the loss has become steeper",
+        ("a lower learning rate, or one that decays", "clipping", "larger batches", "look at the order of the data"),
     ),
     ("not learning", ""): RuleText(
         "mean loss of the last `window` steps not below that of the first by drop_errors standard errors, in a run "

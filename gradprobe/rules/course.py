@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -111,6 +112,67 @@ def not_learning(losses: Losses, limits: Thresholds) -> list[Finding]:
     )
     evidence = {"loss_at_start": float(start.mean()), "loss_at_end": float(end.mean()), "std_error": std_error}
     return [finding("not learning", (), steps, evidence, message)]
+
+
+def unstable_loss(losses: Losses, limits: Thresholds) -> list[Finding]:
+    """Finds a loss that rises, or falls and rises again, by more than the batches explain.
+
+    Args:
+        losses: As `losses_of` gives them, of a run that does not converge.
+        limits: Limits of the rules.
+
+    Returns:
+        At most one finding.
+    """
+    n = limits.window
+    values = np.array([loss for _, loss in losses], dtype=np.float64)
+    n_blocks = len(values) // n
+    if n_blocks < 3 or not np.isfinite(values).all() or values.min() <= 0.0:  # shares of what is below zero say nothing
+        return []
+    blocks = values[-n_blocks * n :].reshape(n_blocks, n)
+    with np.errstate(over="ignore"):
+        means, std_errors = blocks.mean(axis=1), np.sqrt(blocks.var(axis=1, ddof=1) / n)  # [B] each
+    turns = _turns(means, std_errors, limits)
+    rises = [(start, end) for start, end in turns if means[start] < means[end]]
+    if not rises:
+        return []
+    low, high = max(rises, key=lambda rise: float(means[rise[1]] - means[rise[0]]))
+    first = len(losses) - n_blocks * n
+    steps = (losses[first + low * n][0], losses[first + high * n + n - 1][0])
+    error = math.hypot(std_errors[low], std_errors[high])
+    message = (
+        f"steps {steps[0]} to {steps[1]}: the mean of {n} losses rises from {means[low]:.4g} to {means[high]:.4g}, "
+        f"with a standard error of {error:.2g}"
+    )
+    if len(turns) > 1:
+        message += f"; in all it falls and rises {len(turns)} times"
+    evidence = {"loss_low": float(means[low]), "loss_high": float(means[high]), "turns": float(len(turns))}
+    return [finding("unstable loss", (), steps, evidence, message)]
+
+
+def _turns(means: FloatArray, std_errors: FloatArray, limits: Thresholds) -> list[tuple[int, int]]:
+    """Clear falls and rises of block means [B], in turn: the blocks where each starts and where it ends."""
+
+    def is_clear(high: int, low: int) -> bool:
+        drop = float(means[high] - means[low])
+        error = math.hypot(std_errors[high], std_errors[low])
+        return means[low] < limits.converging * means[high] and drop > limits.swing_errors * error
+
+    starts: list[int] = []
+    highest = lowest = 0  # of the turn that goes on
+    rising: bool | None = None
+    for block in range(1, len(means)):
+        if means[block] > means[highest]:
+            highest = block
+        if means[block] < means[lowest]:
+            lowest = block
+        if rising is not False and is_clear(highest, block):
+            starts.append(highest)
+            rising, lowest = False, block
+        elif rising is not True and is_clear(block, lowest):
+            starts.append(lowest)
+            rising, highest = True, block
+    return list(pairwise([*starts, highest if rising else lowest])) if starts else []
 
 
 def spikes(snapshots: Sequence[Snapshot], losses: Losses, limits: Thresholds) -> list[Finding]:
