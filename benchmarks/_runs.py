@@ -201,6 +201,7 @@ THROWN = (  # by steps that are too long
     "saturation",
     "dying",
     "layer drift",
+    "spike",
     "not learning",
 )
 UNDERFLOW = ("dying", "silent site", "layer drift", "vanishing (backward)", "not learning", "spike")
@@ -257,7 +258,7 @@ RUNS = (
     Run("transformer, float16", Transformer, dtype=torch.float16),
     Run("MLP, bfloat16, loss times 1e-5", lambda: mlp(4, nn.ReLU, HE), dtype=torch.bfloat16, loss_factor=1e-5),
     Run("MLP, tanh, 150 steps", lambda: mlp(4, nn.Tanh), learning_rate=0.2, n_steps=150),
-    Run("LSTM, 150 steps", lambda: Recurrent(nn.LSTM), learning_rate=1.0, n_steps=150),
+    Run("LSTM, 150 steps", lambda: Recurrent(nn.LSTM), learning_rate=0.2, n_steps=150),
     Run("MLP of 20, sigmoid", lambda: mlp(20, nn.Sigmoid), "vanishing (backward)", STILL),
     Run("MLP of 20, tanh, small weights", lambda: mlp(20, nn.Tanh, 0.4), "vanishing (backward)", SMALL),
     Run("20 sigmoid layers and a way around", lambda: WayAround(20), "vanishing (backward)", STILL, 1e-4),
@@ -301,13 +302,13 @@ RUNS = (
         "MLP of 12, ReLU, small weights",
         lambda: mlp(12, nn.ReLU, 0.3),
         "poor initialisation",
-        (*STILL, "vanishing (backward)", "dying", "dead ReLU"),
+        (*STILL, "vanishing (backward)", "dying", "dead ReLU", "layer drift"),
     ),
     Run(
         "CNN of 8, small weights",
         lambda: cnn(8, 0.2),
         "poor initialisation",
-        (*STILL, "vanishing (backward)", "dying", "dead ReLU"),
+        (*STILL, "vanishing (backward)", "dying", "dead ReLU", "layer drift"),
     ),
     Run(
         "MLP of 6, tanh, huge weights",
@@ -365,7 +366,7 @@ RUNS = (
         "RNN, rate of 0.3",
         lambda: Recurrent(nn.RNN),
         "unstable loss",
-        ("layer drift", "not learning"),
+        ("layer drift", "spike", "not learning"),
         0.3,
         n_steps=150,
     ),

@@ -56,6 +56,9 @@ def compare(title: str, model: nn.Module, x: torch.Tensor, rounds: int) -> None:
         "bare step": lambda: lambda: None,
         "Python hook, grad.norm()": lambda: python_hooks(model),
         "attach": lambda: gradprobe.attach(model, optimizer=optimizer, junctions=False).detach,
+        "attach, updates too": lambda: (
+            gradprobe.attach(model, optimizer=optimizer, junctions=False, updates=True).detach
+        ),
         "attach, skipped": lambda: gradprobe.attach(model, optimizer=optimizer, every=WARM_UP + TIMED).detach,
     }
     if any(isinstance(module, gradprobe.nn.ResidualAdd) for module in model.modules()):
