@@ -142,7 +142,8 @@ def remedies(
     remedies: Annotated[
         str | None,
         typer.Option(
-            help="Some of none, clipping, xavier, he, batchnorm, layernorm, residual; together as in he+residual.",
+            help="Some of none, clipping, xavier, he, batchnorm, layernorm, groupnorm, residual; together as in "
+            "he+residual.",
             show_default="each, and some together",
         ),
     ] = None,

@@ -64,7 +64,21 @@ def test_weights_start_as_the_paper_of_the_init_says(remedy: str, variance: floa
     assert bool((biases == 0).all()) == (remedy != "none")
 
 
-@pytest.mark.parametrize("remedy", ["none", "batchnorm", "he+residual"])
+@pytest.mark.parametrize(
+    ("remedy", "groups", "over"), [("batchnorm", 1, (0,)), ("layernorm", 1, (1, 2)), ("groupnorm", 4, (2,))]
+)
+def test_a_normalisation_is_over_what_its_name_says(remedy: str, groups: int, over: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = network(remedy, "relu", 3, 64, 10)[2]
+    seen = []
+    layer.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    layer(torch.randn(32, 64) + torch.arange(64.0))  # features of different means
+    normal = seen[0].unflatten(1, (groups, 64 // groups))  # [N, G, D/G]
+    assert normal.mean(dim=over).abs().max().item() < 1e-5
+    assert normal.var(dim=over, correction=0).sub(1).abs().max().item() < 1e-3
+
+
+@pytest.mark.parametrize("remedy", ["none", "batchnorm", "groupnorm", "he+residual"])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
 def test_the_norms_are_those_of_autograd(remedy: str, activation: str) -> None:
     cell = measured(remedy, activation, 12, seeds=(3,))
@@ -108,6 +122,7 @@ def test_a_sigmoid_net_by_hand_vanishes_as_measured() -> None:
         ("he", "relu", 1.0, 0.05),  # He et al. 2015
         ("batchnorm", "relu", math.sqrt(math.pi / (math.pi - 1)), 0.03),  # Yang et al. 2019
         ("he+batchnorm", "relu", math.sqrt(math.pi / (math.pi - 1)), 0.03),
+        ("groupnorm", "relu", 1.0, 0.05),  # as layer normalisation; for wide groups
         ("none", "relu", math.sqrt(1 / 6), 0.02),
         ("none", "tanh", math.sqrt(1 / 3), 0.02),
         ("xavier", "tanh", 1.0, 0.05),
@@ -218,7 +233,15 @@ def test_the_error_of_the_line_is_that_of_least_squares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("activation", "norm"), [("tanh", "batch"), ("sigmoid", "layer"), ("tanh", "layer"), ("sigmoid", "none")]
+    ("activation", "norm"),
+    [
+        ("tanh", "batch"),
+        ("sigmoid", "layer"),
+        ("tanh", "layer"),
+        ("sigmoid", "group"),
+        ("tanh", "group"),
+        ("sigmoid", "none"),
+    ],
 )
 def test_theory_agrees_with_a_wide_net(activation: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     depth, width = 12, 512

@@ -41,11 +41,12 @@ def factor_per_layer(
     squared gradient comes back with g E[f'(sqrt(q) z)^2], for weights of variance g / fan-in and biases of variance b;
     the gradient of a weight is the product of both ways. A normalisation keeps the pre-activations standard normal and
     divides the gradient by the deviation that it took away: that over the batch, g Var[f(z)], or over the layer,
-    g E[f(z)^2] + b.
+    g E[f(z)^2] + b. A wide layer's pre-activations of one example are independent draws of one normal variable, so that
+    each of a few wide groups has the mean and the variance of the layer: group normalisation is in the limit the same.
 
     Args:
         activation: One of `ACTIVATIONS`.
-        norm: ``"batch"``, ``"layer"`` or ``"none"``.
+        norm: ``"batch"``, ``"layer"``, ``"group"`` or ``"none"``.
         weight_gain: g.
         bias_variance: b.
         input_mean_square: Of the elements of the net's input.
@@ -76,11 +77,11 @@ def factor_per_layer(
     if norm == "batch":
         mean = float(_P @ function(_Z))
         return math.sqrt(square(derivative, 1.0) / (square(function, 1.0) - mean**2))
-    if norm == "layer":
+    if norm in ("layer", "group"):
         taken = weight_gain * square(function, 1.0) + bias_variance
         return math.sqrt(weight_gain * square(derivative, 1.0) / taken)
     if norm != "none":
-        raise ArgumentError(f"norm: needed one of batch, layer, none, got {norm!r}")
+        raise ArgumentError(f"norm: needed one of batch, layer, group, none, got {norm!r}")
     forward, backward = [], []  # mean square of a layer's input; its factor on the squared gradient
     q = weight_gain * input_mean_square + bias_variance
     for _ in range(n_layers):

@@ -11,8 +11,10 @@ from gradprobe.networks import Init, initialise
 from gradprobe.nn import ResidualAdd
 
 WIDTH = 64
+# Of group normalisation. A group has to have many features: of two, normalisation leaves nothing but the signs.
+GROUPS = 4
 INITS: tuple[Init, ...] = ("xavier", "he")
-NORMS = ("batchnorm", "layernorm")
+NORMS = ("batchnorm", "layernorm", "groupnorm")
 PARTS = ("none", "clipping", *INITS, *NORMS, "residual")
 
 _ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
@@ -26,7 +28,7 @@ class Remedy:
 
     Attributes:
         init: ``"he"``, ``"xavier"`` or ``"default"``, PyTorch's own.
-        norm: ``"batch"``, ``"layer"`` or ``"none"``.
+        norm: ``"batch"``, ``"layer"``, ``"group"`` or ``"none"``.
         residual: whether hidden layers have shortcuts.
         clipped: whether the gradient is clipped.
     """
@@ -97,6 +99,8 @@ def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: 
 
     Source:
         He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027, for the order in residual nets.
+        Ioffe and Szegedy 2015, arXiv 1502.03167; Ba et al. 2016, arXiv 1607.06450; Wu and He 2018, arXiv 1803.08494,
+        for the normalisations.
 
     Example:
         >>> import torch
@@ -122,8 +126,7 @@ class _Layer(nn.Module):
     def __init__(self, linear: nn.Linear, norm: str, activation: nn.Module, residual: bool) -> None:
         super().__init__()
         self.linear = linear
-        norms = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
-        self.norm = norms[norm](WIDTH) if norm in norms else nn.Identity()
+        self.norm = _normalisation(norm)
         self.activation = activation
         self.join = ResidualAdd() if residual else None
 
@@ -133,6 +136,14 @@ class _Layer(nn.Module):
             return joined
         plain: Tensor = self.activation(self.norm(self.linear(x)))
         return plain
+
+
+def _normalisation(norm: str) -> nn.Module:
+    if norm == "group":
+        return nn.GroupNorm(GROUPS, WIDTH)
+    if norm == "layer":
+        return nn.LayerNorm(WIDTH)
+    return nn.BatchNorm1d(WIDTH) if norm == "batch" else nn.Identity()
 
 
 def _start(linear: nn.Linear, init: Init) -> None:

@@ -26,7 +26,7 @@ from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer
 from gradprobe.experiments.progress import bar
-from gradprobe.experiments.remedied import WIDTH, network, parse_remedy
+from gradprobe.experiments.remedied import GROUPS, WIDTH, network, parse_remedy
 from gradprobe.experiments.threads import one_thread
 from gradprobe.experiments.train import Recipe, evaluate, sgd
 from gradprobe.line import fit_line
@@ -50,12 +50,14 @@ REMEDIES = (
     "he",
     "batchnorm",
     "layernorm",
+    "groupnorm",
     "residual",
     "he+batchnorm",
     "he+residual",
     "he+residual+clipping",
     "batchnorm+residual",
     "layernorm+residual",
+    "groupnorm+residual",
 )
 
 
@@ -73,7 +75,7 @@ class Cell:
         factor: of the norm per hidden layer towards the input, of a line through the log-norms; NaN where there is
             none.
         std_error: of the factor.
-        theory: the factor for wide nets; None where there is no prediction.
+        theory: the factor for wide layers and groups; None where there is no prediction.
         verdict: of the gradient at initialisation, the most frequent one of the seeds.
         start_loss: over the training set, the mean over the seeds; normalised by each batch.
         final_loss: the same after training.
@@ -167,8 +169,8 @@ class Remedies:
             worst = max(told, key=lambda cell: abs(cell.factor - (cell.theory or 0.0)))
             sentences.append(
                 f"The factor per layer is at most {abs(worst.factor - (worst.theory or 0.0)):.2f} from that of theory, "
-                f"which is for wide nets and large batches ({worst.remedy}, {worst.activation}, {worst.depth} layers: "
-                f"{worst.factor:.2f}, theory {worst.theory:.2f})."
+                f"which is for wide layers and groups and for large batches ({worst.remedy}, {worst.activation}, "
+                f"{worst.depth} layers: {worst.factor:.2f}, theory {worst.theory:.2f})."
             )
         return tuple(sentences)
 
@@ -207,12 +209,12 @@ class Remedies:
         yield Text(
             f"{self.data}; fully connected, width {WIDTH}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} "
             f"steps of SGD {self.learning_rate:g} with momentum {self.momentum:g}, weight decay {self.weight_decay:g}; "
-            f"clipping to {MAX_NORM:g}; without xavier or he, weights start as PyTorch starts them. first, first/last: "
-            "norm of the weight gradient next to the input, and over that next to the loss; per layer: its factor "
-            "towards the input, least squares over the hidden layers, ± standard error; theory: the same in a wide "
-            f"plain net; fell: seeds whose loss ended below {FELL_SHARE:g} of its start and of "
-            f"{self.constant_loss:.2f}, that of a constant answer; NaN: steps done before the loss became NaN or "
-            "infinite."
+            f"clipping to {MAX_NORM:g}; groupnorm over {GROUPS} groups; without xavier or he, weights start as PyTorch "
+            "starts them. first, first/last: norm of the weight gradient next to the input, and over that next to the "
+            "loss; per layer: its factor towards the input, least squares over the hidden layers, ± standard error; "
+            "theory: the same in a plain net of wide layers and groups; fell: seeds whose loss ended below "
+            f"{FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, that of a constant answer; NaN: steps done "
+            "before the loss became NaN or infinite."
         )
         yield Text(
             f"For scale: a factor of 0.5 per layer leaves 0.5^20 = {0.5**20:.1e} after 20 layers, one of 2 makes "
@@ -263,7 +265,7 @@ def remedies(
     Source:
         He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS); Pascanu et al. 2013 (ICML); He et al. 2016,
         arXiv 1603.05027; Yang et al. 2019, arXiv 1902.08129; without normalisation Schoenholz et al. 2017, arXiv
-        1611.01232.
+        1611.01232. The normalisations: `gradprobe.experiments.remedied.network`.
     """
     _check(remedies, activations, depths)
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:

@@ -22,8 +22,8 @@ _ROW_PX = 22
 _TITLE = "Gradient norm's factor per layer towards the input, at initialisation"
 _CAPTION = (
     "One point for each depth; full where the loss fell in a short training with every seed, open where not. Below 1 "
-    "the gradient shrinks towards the input, above 1 it grows. The short line is the theory of wide plain nets. A net "
-    "without a point has a zero or non-finite norm, or too few layers for a line."
+    "the gradient shrinks towards the input, above 1 it grows. The short line is the theory of plain nets of wide "
+    "layers and groups. A net without a point has a zero or non-finite norm, or too few layers for a line."
 )
 
 
