@@ -23,9 +23,10 @@ from gradprobe.cli import app
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.data import load
+from gradprobe.experiments.matrix import BATCH_SIZE, Cell, Remedies
 from gradprobe.experiments.meanfield import factor_per_layer
 from gradprobe.experiments.remedied import network
-from gradprobe.experiments.remedies import BATCH_SIZE, REMEDIES, Cell, Remedies, remedies
+from gradprobe.experiments.remedies import REMEDIES, remedies
 from gradprobe.line import fit_line
 
 

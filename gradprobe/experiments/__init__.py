@@ -2,7 +2,7 @@
 
 Imports flow one way: ``cli`` uses ``sweep``, which uses ``train``, ``data`` and ``store``. ``store`` needs no torch, so
 that a report starts at once. ``identity`` uses ``train`` and ``stacks``; ``remedies`` uses ``train``, the nets of
-``remedied`` and the theory of ``meanfield``.
+``remedied`` and the theory of ``meanfield``, and gives a ``matrix``.
 """
 
 # Passes over the training set: enough for the digits to show the degradation in a minute.
