@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -94,8 +94,23 @@ def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
     Returns:
         The verdict.
     """
-    rules = {found.rule for found in diagnose(snapshots)}
-    return next((rule for rule in get_args(Rule) if rule in rules), "healthy")
+    return gravest({found.rule for found in diagnose(snapshots)})
+
+
+def gravest(verdicts: Collection[Verdict]) -> Verdict:
+    """Picks the gravest verdict.
+
+    Args:
+        verdicts: In any order; none is "healthy".
+
+    Returns:
+        The one that `gradprobe.findings.Rule` names first.
+
+    Example:
+        >>> gravest(["healthy", "spike", "exploding"])
+        'exploding'
+    """
+    return next((rule for rule in get_args(Rule) if rule in verdicts), "healthy")
 
 
 def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -> list[Finding]:

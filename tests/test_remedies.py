@@ -147,6 +147,20 @@ def test_a_deep_plain_net_with_batch_normalisation_explodes_and_with_shortcuts_d
     assert residual.ratio < 10
 
 
+def test_a_residual_net_whose_forward_pass_explodes_is_not_healthy_for_its_sound_gradients() -> None:
+    cell = measured("he+residual", "relu", 50)
+    assert 0.1 < cell.factor < 70 ** (1 / 48)
+    assert cell.start_loss > 1e5
+    assert cell.verdict == "exploding"
+    assert measured("groupnorm+residual", "relu", 50).verdict == "healthy"
+
+
+def test_the_verdict_is_the_gravest_of_the_seeds() -> None:
+    each = [measured("he+batchnorm", "tanh", 42, seeds=(seed,)).verdict for seed in (0, 2)]
+    both = [measured("he+batchnorm", "tanh", 42, seeds=seeds).verdict for seeds in ((0, 2), (2, 0))]
+    assert (each, both) == (["healthy", "exploding"], ["exploding", "exploding"])
+
+
 def test_gradients_far_below_the_smallest_float32_still_have_a_slope() -> None:
     cell = measured("none", "sigmoid", 60)
     assert 0 < cell.norms[0] < 1e-46

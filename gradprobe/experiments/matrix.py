@@ -35,7 +35,7 @@ class Cell:
             none.
         std_error: of the factor.
         theory: the factor for wide layers and groups; None where there is no prediction.
-        verdict: of the gradient at initialisation, the most frequent one of the seeds.
+        verdict: of the gradient, the junctions and the loss at initialisation; the gravest of the seeds.
         start_loss: over the training set, the mean over the seeds; normalised by each batch.
         final_loss: the same after training.
         n_fell: seeds whose loss fell.

@@ -8,7 +8,6 @@ what float32 would round to zero still has a norm; training is in float32.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -18,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprobe.diagnose import verdict
+from gradprobe.diagnose import gravest, verdict
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.data import Dataset, load
@@ -178,12 +177,16 @@ def _run(remedy: str, activation: str, depth: int, seed: int, steps: int, data: 
 
 
 def _measure(model: nn.Module, images: Tensor, labels: Tensor, clipped: bool) -> Snapshot:
-    """The gradients of one batch as the optimizer would get them: measured at the step, hence after clipping."""
-    with attach(model, junctions=False, when="step") as probe:
-        torch.autograd.backward(F.cross_entropy(model(images), labels))
+    """The gradients of one batch as the optimizer would get them: measured at the step, hence after clipping.
+
+    Junctions and loss are for the verdict: with sound gradients, a residual net's forward pass can explode.
+    """
+    with attach(model, when="step") as probe:
+        loss = F.cross_entropy(model(images), labels)
+        torch.autograd.backward(loss)
         if clipped:
             nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        probe.step()
+        probe.step(loss=loss)
         return probe.history()[-1]
 
 
@@ -198,7 +201,6 @@ def _cell(remedy: str, activation: str, depth: int, runs: Sequence[_Run], consta
         theory = factor_per_layer(
             activation, parts.norm, parts.weight_gain, parts.bias_variance, mean_square, depth - 2
         )
-    verdicts = Counter(verdict([run.snapshot]) for run in runs)
     return Cell(
         remedy=remedy,
         activation=activation,
@@ -208,7 +210,7 @@ def _cell(remedy: str, activation: str, depth: int, runs: Sequence[_Run], consta
         factor=line.factor,
         std_error=line.std_error,
         theory=theory,
-        verdict=verdicts.most_common(1)[0][0],
+        verdict=gravest([verdict([run.snapshot]) for run in runs]),
         start_loss=sum(run.start_loss for run in runs) / len(runs),
         final_loss=sum(run.final_loss for run in runs) / len(runs),
         n_fell=sum(run.final_loss < FELL_SHARE * min(run.start_loss, constant_loss) for run in runs),
