@@ -139,6 +139,7 @@ def identity(
 
 @app.command()
 def remedies(
+    layers: Annotated[str, typer.Option(help="What the nets are made of: linear or conv.")] = "linear",
     remedies: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +163,7 @@ def remedies(
     if drawing is not None:
         drawing.check_suffix(chart)
     result = run_remedies(
+        layers=layers,
         remedies=REMEDIES if remedies is None else _listed("--remedies", remedies, str),
         depths=_listed("--depths", depths, int),
         activations=_listed("--activations", activations, str),

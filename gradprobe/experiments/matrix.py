@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradprobe.diagnose import Verdict
-from gradprobe.experiments.remedied import GROUPS, WIDTH
+from gradprobe.experiments.remedied import CHANNELS, GROUPS, WIDTH
 from gradprobe.report.words import number
 
 BATCH_SIZE = 64
@@ -68,6 +68,7 @@ class Remedies:
 
     Attributes:
         data: what the nets were trained on, in a line.
+        layers: ``"linear"`` or ``"conv"``.
         seeds: of weights and order of the images.
         steps: for which each net was trained.
         learning_rate: of SGD with momentum.
@@ -78,6 +79,7 @@ class Remedies:
     """
 
     data: str
+    layers: str
     seeds: tuple[int, ...]
     steps: int
     learning_rate: float
@@ -165,13 +167,14 @@ class Remedies:
                 ", ".join(map(str, cell.nan_after)) or "–",
             )
         yield table
+        nets = f"3x3 convolutions, {CHANNELS} channels" if self.layers == "conv" else f"fully connected, width {WIDTH}"
         yield Text(
-            f"{self.data}; fully connected, width {WIDTH}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} "
-            f"steps of SGD {self.learning_rate:g} with momentum {self.momentum:g}, weight decay {self.weight_decay:g}; "
-            f"clipping to {MAX_NORM:g}; groupnorm over {GROUPS} groups; without xavier or he, weights start as PyTorch "
-            "starts them. first, first/last: norm of the weight gradient next to the input, and over that next to the "
-            "loss; per layer: its factor towards the input, least squares over the hidden layers, ± standard error; "
-            "theory: the same in a plain net of wide layers and groups; fell: seeds whose loss ended below "
+            f"{self.data}; {nets}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} steps of SGD "
+            f"{self.learning_rate:g} with momentum {self.momentum:g}, weight decay {self.weight_decay:g}; clipping to "
+            f"{MAX_NORM:g}; groupnorm over {GROUPS} groups; without xavier or he, weights start as PyTorch starts "
+            "them. first, first/last: norm of the weight gradient next to the input, and over that next to the loss; "
+            "per layer: its factor towards the input, least squares over the hidden layers, ± standard error; theory: "
+            "the same in a plain fully connected net of wide layers and groups; fell: seeds whose loss ended below "
             f"{FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, that of a constant answer; NaN: steps done "
             "before the loss became NaN or infinite."
         )

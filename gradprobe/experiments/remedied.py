@@ -1,7 +1,9 @@
-"""The nets that `remedies` compares: linear layers of one width, with some remedies built in."""
+"""The nets that `remedies` compares: linear or convolutional layers of one width, with some remedies built in."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from gradprobe.errors import ArgumentError
 from gradprobe.networks import Init, initialise
 from gradprobe.nn import ResidualAdd
 
+LAYERS = ("linear", "conv")
 WIDTH = 64
+CHANNELS = 32
 # Of group normalisation. A group has to have many features: of two, normalisation leaves nothing but the signs.
 GROUPS = 4
 INITS: tuple[Init, ...] = ("xavier", "he")
@@ -78,21 +82,25 @@ def parse_remedy(text: str) -> Remedy:
     return Remedy(init, norm, "residual" in parts, "clipping" in parts)
 
 
-def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: int) -> nn.Module:
-    """Builds the net of a cell: linear layers, normalised or not, each hidden one with its activation.
+def network(
+    remedy: str, activation: str, depth: int, shape: Sequence[int], num_classes: int, layers: str = "linear"
+) -> nn.Module:
+    """Builds the net of a cell: layers of one width, normalised or not, each hidden one with its activation.
 
     A plain hidden layer is f(norm(Wx + b)). A residual one, from the second on, is x + W f(norm(x)) + b, with nothing
-    on the shortcut.
+    on the shortcut. Convolutions are 3x3 with zero padding, the first with stride 2, the others on its map; a global
+    average pool and a linear layer follow.
 
     Args:
         remedy: parts of `PARTS` with + between.
         activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
         depth: weight layers, at least 2.
-        inputs: elements of one example.
+        shape: of one example, without the batch; channels, height and width for convolutions.
         num_classes: outputs.
+        layers: ``"linear"`` or ``"conv"``.
 
     Returns:
-        A module that maps [N, ...] to logits [N, num_classes]. Its weights come from torch's global random stream.
+        A module that maps [N, *shape] to logits [N, num_classes]. Its weights come from torch's global random stream.
 
     Raises:
         ArgumentError: an option is not one of those above; the message lists what there is.
@@ -100,53 +108,60 @@ def network(remedy: str, activation: str, depth: int, inputs: int, num_classes: 
     Source:
         He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027, for the order in residual nets.
         Ioffe and Szegedy 2015, arXiv 1502.03167; Ba et al. 2016, arXiv 1607.06450; Wu and He 2018, arXiv 1803.08494,
-        for the normalisations.
+        for the normalisations; over a map, the layer is all channels and places of an example, a group some channels.
 
     Example:
         >>> import torch
-        >>> network("he+residual", "relu", 5, 64, 10)(torch.zeros(2, 1, 8, 8)).shape
+        >>> network("he+residual", "relu", 5, (1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
     chosen = parse_remedy(remedy)
-    if activation not in _ACTIVATIONS:
-        raise ArgumentError(f"activation: needed one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    for name, value, there_is in (("activation", activation, tuple(_ACTIVATIONS)), ("layers", layers, LAYERS)):
+        if value not in there_is:
+            raise ArgumentError(f"{name}: needed one of {', '.join(there_is)}, got {value!r}")
     if depth < 2:
         raise ArgumentError(f"depth: needed a whole number of at least 2, got {depth}")
-    layers: list[nn.Module] = [nn.Flatten()]
+    is_conv = layers == "conv"
+    width = CHANNELS if is_conv else WIDTH
+    modules: list[nn.Module] = [] if is_conv else [nn.Flatten()]
     for k in range(depth - 1):
-        linear = nn.Linear(WIDTH if k else inputs, WIDTH)
-        _start(linear, chosen.init)
-        layers.append(_Layer(linear, chosen.norm, _ACTIVATIONS[activation](), chosen.residual and k > 0))
-    head = nn.Linear(WIDTH, num_classes)
-    _start(head, chosen.init)
-    return nn.Sequential(*layers, head)
+        if is_conv:
+            # Half the map makes the other layers four times as fast.
+            weighted: nn.Module = nn.Conv2d(width if k else shape[0], width, 3, stride=1 if k else 2, padding=1)
+        else:
+            weighted = nn.Linear(width if k else math.prod(shape), width)
+        norm = _normalisation(chosen.norm, is_conv, width)
+        modules.append(_Layer(weighted, norm, _ACTIVATIONS[activation](), chosen.residual and k > 0))
+    if is_conv:
+        modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*modules, nn.Linear(width, num_classes))
+    if chosen.init != "default":
+        initialise(model, chosen.init)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+    return model
 
 
 class _Layer(nn.Module):
-    def __init__(self, linear: nn.Linear, norm: str, activation: nn.Module, residual: bool) -> None:
+    def __init__(self, weighted: nn.Module, norm: nn.Module, activation: nn.Module, residual: bool) -> None:
         super().__init__()
-        self.linear = linear
-        self.norm = _normalisation(norm)
+        self.weighted = weighted
+        self.norm = norm
         self.activation = activation
         self.join = ResidualAdd() if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.join is not None:
-            joined: Tensor = self.join(x, self.linear(self.activation(self.norm(x))))
+            joined: Tensor = self.join(x, self.weighted(self.activation(self.norm(x))))
             return joined
-        plain: Tensor = self.activation(self.norm(self.linear(x)))
+        plain: Tensor = self.activation(self.norm(self.weighted(x)))
         return plain
 
 
-def _normalisation(norm: str) -> nn.Module:
-    if norm == "group":
-        return nn.GroupNorm(GROUPS, WIDTH)
-    if norm == "layer":
-        return nn.LayerNorm(WIDTH)
-    return nn.BatchNorm1d(WIDTH) if norm == "batch" else nn.Identity()
-
-
-def _start(linear: nn.Linear, init: Init) -> None:
-    initialise(linear, init)
-    if init != "default":
-        nn.init.zeros_(linear.bias)
+def _normalisation(norm: str, is_conv: bool, width: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm2d(width) if is_conv else nn.BatchNorm1d(width)
+    if norm in ("layer", "group"):
+        return nn.GroupNorm(1 if norm == "layer" else GROUPS, width)
+    return nn.Identity()
