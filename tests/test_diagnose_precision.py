@@ -52,6 +52,11 @@ def test_counts_what_is_below_the_smallest_normal(
     assert found == (["precision loss"] if is_lost else [])
 
 
+def test_float64_is_judged_without_a_warning_on_the_screen(recwarn: pytest.WarningsRecorder) -> None:
+    assert diagnose(history(FLAT[:10], 10.0, smallest_normal=2.0**-1022)) == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_a_gradient_that_did_not_come_is_not_small() -> None:
     steps = history(FLAT[:10], 0.0)
     for one in steps:

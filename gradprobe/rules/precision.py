@@ -58,6 +58,6 @@ def _subnormal_shares(signals: Signals) -> FloatArray:
     # a row of float16, bfloat16 or float32 is never scaled to keep its range, so this is the mean as it came
     mean = signals.rows[:, SUM_ABS] / np.maximum(measured.numels, 1)
     nonzero = 1.0 - signals.columns["zero_fraction"]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # float64's smallest number divides to inf
         shares = 1.0 - mean / signals.events.smallest_normal / nonzero
     return np.where(measured.present & np.isfinite(shares), shares, 0.0)
