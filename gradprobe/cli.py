@@ -139,7 +139,7 @@ def identity(
 
 @app.command()
 def remedies(
-    layers: Annotated[str, typer.Option(help="What the nets are made of: linear or conv.")] = "linear",
+    layers: Annotated[str, typer.Option(help="linear, or conv, which takes several times as long.")] = "linear",
     remedies: Annotated[
         str | None,
         typer.Option(

@@ -80,7 +80,7 @@ TOPICS: dict[str, Topic] = {
             (
                 "Initialise for the activation: He for ReLU, Xavier for tanh.",
                 "Take ReLU or a relative of it instead of a saturating activation.",
-                "Normalise: batch, layer or group normalisation.",
+                "Normalise: batch, layer or group normalisation; with sigmoids only batch normalisation helps.",
                 "Add residual connections.",
                 "Compare them side by side: gradprobe remedies.",
             ),
@@ -90,6 +90,7 @@ TOPICS: dict[str, Topic] = {
                 "Bengio, Simard, Frasconi 1994, Learning Long-Term Dependencies with Gradient Descent is Difficult",
                 _GLOROT,
                 _HE_INIT,
+                "Wu, He 2018, Group Normalization, arXiv 1803.08494",
                 _AUTOTRAINER,
             ),
             ("vanishing",),

@@ -438,6 +438,14 @@ def test_the_chart(tmp_path: Path, suffix: str) -> None:
     assert ("<figcaption>" in text) == (suffix == ".html")
 
 
+@pytest.mark.parametrize("layers", ["linear", "conv"])
+def test_the_chart_speaks_of_theory_only_where_there_is_one(layers: str, tmp_path: Path) -> None:
+    charts = pytest.importorskip("gradprobe.report.remedies", exc_type=ImportError)
+    cells = [measured("groupnorm", "tanh", 5, layers=layers)]
+    text = charts.write_remedies(cells, 1, [], tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert ("tick: theory" in text) == (layers == "linear")
+
+
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     charts = pytest.importorskip("gradprobe.report.remedies", exc_type=ImportError)
     with pytest.raises(ArgumentError, match=r"^--chart: needed at least one net"):

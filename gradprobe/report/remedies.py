@@ -22,8 +22,8 @@ _ROW_PX = 22
 _TITLE = "Gradient norm's factor per layer towards the input, at initialisation"
 _CAPTION = (
     "One point for each depth; full where the loss fell in a short training with every seed, open where not. Below 1 "
-    "the gradient shrinks towards the input, above 1 it grows. The short line is the theory of plain nets of wide "
-    "layers and groups. A net without a point has a zero or non-finite norm, or too few layers for a line."
+    "the gradient shrinks towards the input, above 1 it grows. A short line is the theory of plain fully connected "
+    "nets of wide layers and groups. A net without a point has a zero or non-finite norm, or too few layers for a line."
 )
 
 
@@ -116,7 +116,10 @@ def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
         )
         layers = [one, tick.encode(x=alt.X("theory:Q", scale=x_scale, axis=x_axis), y=y), points]
         panels.append(alt.LayerChart(layer=layers, width=size.width, height=size.height, title=activation))
-    title = alt.TitleParams(_TITLE, subtitle="full: the loss fell with every seed; tick: theory", subtitleColor=FAINT)
+    meaning = "full: the loss fell with every seed"
+    if any(cell.theory is not None for cell in drawn):
+        meaning += "; tick: theory"
+    title = alt.TitleParams(_TITLE, subtitle=meaning, subtitleColor=FAINT)
     titled: Chart = concat(panels, size, data).properties(title=title)
     return titled
 
