@@ -317,8 +317,11 @@ def test_theory_agrees_with_a_wide_net(activation: str, norm: str, monkeypatch: 
         ({"activations": ["gelu"]}, "activations: needed some of sigmoid, tanh, relu, got 'gelu'"),
         ({"depths": [20, 1]}, "depths: needed whole numbers of at least 2, got 1"),
         ({"depths": [20, 20]}, "depths: needed at least one, and none twice"),
-        ({"seeds": [-1]}, "seeds: needed whole numbers from 0"),
-        ({"seeds": []}, "seeds: needed whole numbers from 0"),
+        ({"seeds": [-1]}, "seeds: needed a whole number from 0"),
+        ({"seeds": [2**32]}, "seeds: needed a whole number from 0"),
+        ({"seeds": [0.5]}, "seeds: needed a whole number from 0"),
+        ({"seeds": []}, "seeds: needed at least one, and none twice, got "),
+        ({"seeds": [1, 1]}, "seeds: needed at least one, and none twice, got 1, 1"),
         ({"steps": 0}, "steps: needed at least 1, got 0"),
     ],
 )

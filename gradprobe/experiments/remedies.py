@@ -25,6 +25,7 @@ from gradprobe.experiments.matrix import BATCH_SIZE, FELL_SHARE, MAX_NORM, Cell,
 from gradprobe.experiments.meanfield import ACTIVATIONS, factor_per_layer
 from gradprobe.experiments.progress import bar
 from gradprobe.experiments.remedied import LAYERS, network, parse_remedy
+from gradprobe.experiments.seeds import check_seeds
 from gradprobe.experiments.threads import one_thread
 from gradprobe.experiments.train import Recipe, evaluate, sgd
 from gradprobe.line import fit_line
@@ -53,7 +54,9 @@ REMEDIES = (
 )
 
 
-def _check(layers: str, remedies: Sequence[str], activations: Sequence[str], depths: Sequence[int]) -> None:
+def _check(
+    layers: str, remedies: Sequence[str], activations: Sequence[str], depths: Sequence[int], seeds: Sequence[int]
+) -> None:
     if layers not in LAYERS:
         raise ArgumentError(f"layers: needed one of {', '.join(LAYERS)}, got {layers!r}")
     for remedy in remedies:
@@ -64,7 +67,9 @@ def _check(layers: str, remedies: Sequence[str], activations: Sequence[str], dep
     for depth in depths:
         if depth < 2:
             raise ArgumentError(f"depths: needed whole numbers of at least 2, got {depth}")
-    for name, values in (("remedies", remedies), ("activations", activations), ("depths", depths)):
+    check_seeds("seeds", seeds)
+    options = (("remedies", remedies), ("activations", activations), ("depths", depths), ("seeds", seeds))
+    for name, values in options:
         if not values or len(set(values)) < len(values):
             raise ArgumentError(f"{name}: needed at least one, and none twice, got {', '.join(map(str, values))}")
 
@@ -86,7 +91,7 @@ def remedies(
         remedies: parts of `PARTS`, with + between where several are to be taken together.
         depths: weight layers, at least 2.
         activations: some of ``"sigmoid"``, ``"tanh"``, ``"relu"``.
-        seeds: whole numbers of at least 0.
+        seeds: whole numbers from 0 to 2^32 - 1.
         steps: of the optimizer, at least 1.
         console: where to draw the progress bar; None draws none. A console that is no terminal stays quiet.
 
@@ -101,9 +106,7 @@ def remedies(
         arXiv 1603.05027; Yang et al. 2019, arXiv 1902.08129; without normalisation Schoenholz et al. 2017, arXiv
         1611.01232. The normalisations: `gradprobe.experiments.remedied.network`.
     """
-    _check(layers, remedies, activations, depths)
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
-        raise ArgumentError(f"seeds: needed whole numbers from 0 to 2^32 - 1, none twice, got {list(seeds)}")
+    _check(layers, remedies, activations, depths, seeds)
     if steps < 1:
         raise ArgumentError(f"steps: needed at least 1, got {steps}")
     data = load("digits")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments import STACK_STEPS
+from gradprobe.experiments.seeds import check_seeds
 from gradprobe.experiments.threads import one_thread
 
 DEPTHS = (1, 2, 4, 8, 16, 32)
@@ -148,8 +149,7 @@ def check_options(seed: int, depths: Sequence[int], steps: int) -> None:
         )
     if steps < 1:
         raise ArgumentError(f"steps: needed at least 1, got {steps}")
-    if not 0 <= seed < 2**32:
-        raise ArgumentError(f"seed: needed a whole number from 0 to 2^32 - 1, got {seed}")
+    check_seeds("seed", [seed])
 
 
 def _inputs(count: int, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ from gradprobe.experiments import DEFAULT_EPOCHS, engines
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.progress import bar
 from gradprobe.experiments.rows import Cell
+from gradprobe.experiments.seeds import check_seeds
 from gradprobe.experiments.store import RunWriter, start_run
 from gradprobe.experiments.train import EpochResult, Recipe, build
 
@@ -51,7 +52,7 @@ def sweep(
         data: see `gradprobe.experiments.data.load`.
         families: some of ``"plain"`` and ``"resnet"``.
         depths: depths of `gradprobe.networks`.
-        seeds: whole numbers of at least 0.
+        seeds: whole numbers from 0 to 2^32 - 1.
         epochs: passes over the training set; He et al. train for about 164.
         batch_size: images per step; by default 64 for digits, else 128 as in the paper.
         jobs: cells that train at the same time; by default one per CPU.
@@ -71,9 +72,7 @@ def sweep(
         He et al. 2015, section 4.2.
     """
     families, depths, seeds = _checked("families", families), _checked("depths", depths), _checked("seeds", seeds)
-    for seed in seeds:
-        if seed < 0:
-            raise ArgumentError(f"seeds: needed whole numbers of at least 0, got {seed}")
+    check_seeds("seeds", seeds)
     if jobs is not None and jobs < 1:
         raise ArgumentError(f"jobs: needed at least 1, got {jobs}")
     if engine not in engines.ENGINES:
