@@ -106,6 +106,13 @@ def test_every_cell_is_trained_and_recorded(in_process, options):
     assert [entry.name for entry in options["out"].parent.iterdir()] == ["run.sqlite"]
 
 
+@pytest.mark.parametrize("batch_size", [None, 1000])
+def test_a_batch_of_more_images_than_there_are_is_recorded_as_it_was(in_process, options, batch_size):
+    sweep(**{**options, "batch_size": batch_size, "epochs": 1}, families=["plain"])
+    with open_run(options["out"]) as run:
+        assert run.config["batch_size"] == run.config["train_images"] == 64
+
+
 def test_the_same_sweep_again_trains_nothing(in_process, options):
     sweep(**options)
     before = contents(options["out"])

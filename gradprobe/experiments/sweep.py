@@ -54,7 +54,8 @@ def sweep(
         depths: depths of `gradprobe.networks`.
         seeds: whole numbers from 0 to 2^32 - 1.
         epochs: passes over the training set; He et al. train for about 164.
-        batch_size: images per step; by default 64 for digits, else 128 as in the paper.
+        batch_size: images per step; by default 64 for digits, else 128 as in the paper; all of them where there are
+            fewer.
         jobs: cells that train at the same time; by default one per CPU.
         engine: ``"local"`` (processes of this machine) or ``"ray"``.
         console: where to draw the progress bar; None draws none. A console that is no terminal stays quiet.
@@ -78,7 +79,8 @@ def sweep(
     if engine not in engines.ENGINES:
         raise ArgumentError(f"engine: needed one of {', '.join(engines.ENGINES)}, got {engine!r}")
     dataset = load(data)
-    recipe = Recipe(epochs, batch_size if batch_size is not None else _default_batch_size(dataset))
+    asked_size = batch_size if batch_size is not None else _default_batch_size(dataset)
+    recipe = Recipe(epochs, min(asked_size, len(dataset.train_x)))
     sizes = {net: _size(*net, dataset) for net in product(families, depths)}
     costs = {net: multiply_adds for net, (_, multiply_adds) in sizes.items()}
     asked = list(product(families, depths, seeds))
