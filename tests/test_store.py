@@ -293,6 +293,24 @@ def test_a_file_that_is_not_a_sound_run_of_ours_is_refused_and_left_as_it_is(pat
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("use", [open_run, lambda path: start_run(path, CONFIG, {})], ids=["open", "start"])
+def test_too_long_a_name_is_refused(tmp_path, use):
+    with pytest.raises(StoreError, match=r"^.*a{300}: cannot be used: File name too long$"):
+        use(tmp_path / ("a" * 300))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:x?mode=ro", "ä b#%?.sqlite", "-", "x\n"])
+def test_any_name_is_the_name_of_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(Path(name))
+    with start_run(name, CONFIG, {}) as run:
+        assert run.checkpoint(1) == STATE
+    with open_run(name) as run:
+        assert len(run.cells()) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
 def test_a_folder_is_refused(tmp_path):
     for use in (lambda: start_run(tmp_path, CONFIG, {}), lambda: open_run(tmp_path)):
         with pytest.raises(StoreError, match="needed a file, found a folder"):

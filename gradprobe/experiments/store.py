@@ -226,7 +226,7 @@ def open_run(path: str | Path) -> Run:
         (2, [])
     """
     path = Path(path)
-    if not path.exists():
+    if not _exists(path):
         raise StoreError(f"{path}: there is no such file; gradprobe sweep --out {path} makes it")
     _check_ours(path)
     uri = path.resolve().as_uri()
@@ -289,7 +289,7 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
         with _sqlite_errors(path):
             if not _is_there(path):
                 _create(path, {**meta, "schema_version": str(SCHEMA_VERSION), "config": _json(config)})
-            connection = sqlite3.connect(path, timeout=_TIMEOUT_S)
+            connection = _connect(path, _TIMEOUT_S)
             version = _check_version(path, connection)
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
@@ -318,7 +318,7 @@ def _create(path: Path, meta: Mapping[str, str]) -> None:
     """Makes the file under another name first: whatever kills us, ``path`` is a whole run or is not there."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.unlink(missing_ok=True)
-    connection = sqlite3.connect(unfinished)
+    connection = _connect(unfinished, _TIMEOUT_S)
     try:
         connection.execute("PRAGMA journal_mode = MEMORY")
         # Lets the pages of finished checkpoints be given back; works only before the first table.
@@ -340,9 +340,21 @@ def _meta(connection: sqlite3.Connection, key: str) -> str:
     return value
 
 
+def _connect(path: Path, timeout_s: float) -> sqlite3.Connection:
+    # By the whole path: SQLite takes ":memory:" for no file, and "file:…" for an address.
+    return sqlite3.connect(path.absolute(), timeout=timeout_s)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # too long a name
+        raise StoreError(f"{path}: cannot be used: {error.strerror}") from error
+
+
 def _is_there(path: Path) -> bool:
     """Whether there is more than an empty file, which may be overwritten."""
-    return path.exists() and not (path.is_file() and path.stat().st_size == 0)
+    return _exists(path) and not (path.is_file() and path.stat().st_size == 0)
 
 
 def _check_ours(path: Path) -> None:
@@ -388,7 +400,7 @@ def _take_lock(path: Path) -> sqlite3.Connection:
     """Holds ``path`` for this process. SQLite's own locks work on every system and end with their process."""
     lock: sqlite3.Connection | None = None
     try:
-        lock = sqlite3.connect(_lock_path(path), timeout=0.0)
+        lock = _connect(_lock_path(path), 0.0)
         lock.execute("BEGIN EXCLUSIVE")
     except sqlite3.Error as error:
         if lock is not None:
