@@ -12,6 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradprobe
+from gradprobe.nn import ResidualAdd
+
+
+class Block(nn.Module):
+    """y = max(x + F(x), 0), or without the ReLU."""
+
+    def __init__(self, width: int = 4, relu: bool = True, branch: nn.Module | None = None) -> None:
+        super().__init__()
+        self.branch = branch or nn.Linear(width, width)
+        self.join = ResidualAdd(relu)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.join(x, self.branch(x))
+
+
+def net(*more: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), Block(), *more)
 
 
 class Unchanged(TorchDispatchMode):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from signal_cases import Block
 from torch import nn
 
 import gradprobe
@@ -14,16 +15,9 @@ from gradprobe.nn import ResidualAdd
 pytestmark = pytest.mark.usefixtures("any_hooks")
 
 
-class Block(nn.Module):
-    """y = max(x + F(x), 0), or without the ReLU."""
-
-    def __init__(self, width: int, relu: bool, branch: nn.Module | None = None) -> None:
-        super().__init__()
-        self.branch = branch or nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
-        self.join = ResidualAdd(relu)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(x, self.branch(x))
+def curved(width: int, relu: bool) -> Block:
+    """A block whose branch has a second derivative."""
+    return Block(width, relu, nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width)))
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -34,7 +28,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_both_parts_equal_those_of_autograd(relu: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), *(Block(8, relu) for _ in range(4)), nn.Linear(8, 1)).double()
+    net = nn.Sequential(nn.Linear(6, 8), *(curved(8, relu) for _ in range(4)), nn.Linear(8, 1)).double()
     batch = torch.randn(5, 6, dtype=torch.float64)
 
     # what the chain rule says, step by step, in float64
@@ -115,7 +109,7 @@ def test_behind_a_projection_no_branch_is_claimed() -> None:
 def test_training_is_the_same_bit_for_bit(relu: bool, inplace: bool) -> None:
     def weights(probed: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 8), *(Block(8, relu) for _ in range(3)), nn.Linear(8, 2))
+        net = nn.Sequential(nn.Linear(4, 8), *(curved(8, relu) for _ in range(3)), nn.Linear(8, 2))
         for module in net.modules():
             if isinstance(module, ResidualAdd):
                 module.inplace = inplace
@@ -135,7 +129,7 @@ def test_training_is_the_same_bit_for_bit(relu: bool, inplace: bool) -> None:
 
 def test_second_derivatives_pass_an_observed_junction() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 3), Block(3, relu=True), nn.Linear(3, 1)).double()
+    net = nn.Sequential(nn.Linear(3, 3), curved(3, relu=True), nn.Linear(3, 1)).double()
 
     def penalty(x: torch.Tensor) -> torch.Tensor:
         (gradient,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
@@ -150,7 +144,7 @@ def test_second_derivatives_pass_an_observed_junction() -> None:
 
 def test_loss_scaling_is_undone_for_gradients_alone() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 4), Block(4, relu=True), nn.Linear(4, 1))
+    net = nn.Sequential(nn.Linear(3, 4), curved(4, relu=True), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     batch = torch.randn(5, 3)
     snapshots = []

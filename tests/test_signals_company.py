@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from signal_cases import Unchanged
+from signal_cases import Unchanged, net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,23 +15,6 @@ import gradprobe
 from gradprobe.nn import ResidualAdd
 
 pytestmark = pytest.mark.usefixtures("any_hooks")
-
-
-class Block(nn.Module):
-    """y = max(x + F(x), 0)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Linear(4, 4)
-        self.join = ResidualAdd(relu=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(x, self.branch(x))
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), Block())
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["", "after another"])

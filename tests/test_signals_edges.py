@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from signal_cases import Block, net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,23 +18,6 @@ from gradprobe.board import Board
 from gradprobe.nn import ResidualAdd
 
 pytestmark = pytest.mark.usefixtures("any_hooks")
-
-
-class Block(nn.Module):
-    """y = max(x + F(x), 0)."""
-
-    def __init__(self, width: int = 4, relu: bool = True) -> None:
-        super().__init__()
-        self.branch = nn.Linear(width, width)
-        self.join = ResidualAdd(relu)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(x, self.branch(x))
-
-
-def net(*more: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 4), Block(), *more)
 
 
 @contextmanager

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from signal_cases import Unchanged
+from signal_cases import Block, Unchanged
 from torch import nn
 
 import gradprobe
 from gradprobe import hooks
 from gradprobe.board import Board
-from gradprobe.nn import ResidualAdd
 from gradprobe.signals import Activation, Junction
 
 pytestmark = pytest.mark.skipif(hooks.native_hooks()[0] is None, reason=f"C++ hooks: {hooks.native_hooks()[1]}")
 
 
-class Block(nn.Module):
-    """y = max(x + F(x), 0)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Linear(4, 4)
-        self.join = ResidualAdd(relu=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.join(x, self.branch(x))
-
-
-def net() -> nn.Sequential:
+def two_blocks() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 4), Block(), Block())
 
@@ -50,7 +37,7 @@ def numbers(probe: gradprobe.Probe) -> tuple[list[Activation], list[Junction]]:
 
 
 def test_nothing_of_plain_training_passes_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = net()
+    model = two_blocks()
     with gradprobe.attach(model, activations=True) as probe:
         for name in ("write", "write_anew", "put", "put_apart"):
             monkeypatch.setattr(Board, name, lambda *arguments: pytest.fail("Python took a tensor that passed by"))
@@ -63,7 +50,7 @@ def test_nothing_of_plain_training_passes_through_python(monkeypatch: pytest.Mon
 def test_the_same_numbers_where_a_mode_watches_the_backward() -> None:
     seen = []
     for outside in (True, False):
-        model = net()
+        model = two_blocks()
         with gradprobe.attach(model, activations=True) as probe:
             backward(model, outside)
             seen.append(numbers(probe))
@@ -73,7 +60,7 @@ def test_the_same_numbers_where_a_mode_watches_the_backward() -> None:
 
 @pytest.mark.parametrize("observed", [False, True], ids=["bare", "observed"])
 def test_compiled_autograd_goes_through_junctions(observed: bool) -> None:
-    expected, model = net(), net()
+    expected, model = two_blocks(), two_blocks()
     backward(expected)
     if observed:
         gradprobe.attach(model, activations=True)
@@ -85,7 +72,7 @@ def test_compiled_autograd_goes_through_junctions(observed: bool) -> None:
 
 
 def test_a_second_backward_through_a_junction_needs_the_graph() -> None:
-    loss = net()(torch.ones(3, 4)).sum()
+    loss = two_blocks()(torch.ones(3, 4)).sum()
     loss.backward(retain_graph=True)
     loss.backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
@@ -93,13 +80,13 @@ def test_a_second_backward_through_a_junction_needs_the_graph() -> None:
 
 
 def test_a_graph_may_outlive_the_probe() -> None:
-    model = net()
+    model = two_blocks()
     probe = gradprobe.attach(model, activations=True)
     loss = model(torch.ones(3, 4)).sum()
     probe.detach()
     del probe
     loss.backward()
-    expected = net()
+    expected = two_blocks()
     expected(torch.ones(3, 4)).sum().backward()
     for parameter, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
@@ -107,7 +94,7 @@ def test_a_graph_may_outlive_the_probe() -> None:
 
 def test_profiled_by_name() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        backward(net())
+        backward(two_blocks())
     names = [event.key for event in profile.key_averages()]
     assert "gradprobe::residual_add" in names
     assert any("ResidualAddBackward" in name for name in names)
