@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from signal_cases import build, train
+from signal_cases import build, net, train
 from torch import nn
 
 import gradprobe
@@ -151,3 +151,83 @@ class TestCompiled:
         first = probe.first_nonfinite()
         assert (first.step, first.module, first.site, first.phase) == (3, "2", "1", "backward")
         assert self.n_graphs() == 1
+
+
+@pytest.mark.usefixtures("any_hooks")
+class TestCompiledModels:
+    """Observing changes no result."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> Iterator[None]:
+        """Forgets what was compiled."""
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+    def test_a_mapping_of_its_own_kind(self) -> None:
+        class Output(dict):  # type: ignore[type-arg]
+            """As transformers returns it."""
+
+            def __getattr__(self, name: str) -> torch.Tensor:
+                return self[name]
+
+        class Head(nn.Module):
+            """Returns a mapping."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(3, 2)
+
+            def forward(self, x: torch.Tensor) -> Output:
+                return Output(logits=self.layer(x))
+
+        class Model(nn.Module):
+            """Takes an attribute of it."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.head = Head()
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.head(x).logits
+
+        model = Model()
+        probe = gradprobe.attach(model, activations=["head", "head.layer"])
+        x = torch.randn(4, 3)
+        expected = model.head.layer(x)
+        assert torch.allclose(torch.compile(model, backend="aot_eager")(x), expected)
+        probe.detach()
+
+    def test_what_is_written_to_in_place_through_an_alias(self) -> None:
+        class Same(nn.Module):
+            """Returns what it takes."""
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x
+
+        class Model(nn.Module):
+            """Writes to the output, reads the input."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.same, self.flat = nn.Linear(3, 3), Same(), nn.Flatten(0)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                hidden = self.layer(x)
+                again = self.same(hidden)
+                again += 1
+                flat = self.flat(hidden)
+                flat *= 2
+                return hidden
+
+        model = Model()
+        x = torch.randn(4, 3)
+        expected = model(x)
+        gradprobe.attach(model, activations=True)
+        assert torch.allclose(torch.compile(model, backend="aot_eager")(x), expected)
+
+    def test_an_exported_program_is_the_models_own(self) -> None:
+        model = net()
+        gradprobe.attach(model, activations=True)
+        program = torch.export.export(model, (torch.randn(2, 3),))
+        assert "observe" not in str(program.graph)
