@@ -4,12 +4,17 @@ import itertools
 from collections.abc import Callable
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
 from gradprobe.ops import residual
+from gradprobe.ops.residual import residual_add_
 
 NAMESPACES = ["gradprobe", "gradprobe_residual_twin"]
+RELU = pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
+
+Join = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 def name(value: object) -> str:
@@ -62,6 +67,16 @@ def bits(tensor: Tensor) -> Tensor:
 
 def by_torch(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     return torch.relu(x + f) if relu else x + f
+
+
+def in_place_by_torch(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
+    return x.add_(f).relu_() if relu else x.add_(f)
+
+
+def assert_like_torch_in_place(of: Callable[[Join], tuple[Tensor, ...]]) -> None:
+    """The same values, gradients among them, whichever of the two joins."""
+    for ours, theirs in zip(of(residual_add_), of(in_place_by_torch), strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

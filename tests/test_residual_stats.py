@@ -1,0 +1,125 @@
+"""The statistics beside the residual junction: exact over the full range, and the same for any number of threads."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from ops_truth import DTYPES, truth
+from residual_cases import LAYOUTS, NAMESPACES, bits, every_kind, name, operators
+from torch import Tensor
+
+from gradprobe import ops
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-30, 1.0, 1e30], ids=lambda m: f"{m:g}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_statistics_over_the_full_range(namespace: str, magnitude: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for n in (0, 1, 15, 4097, 33_001) if namespace == "gradprobe" else (0, 1, 1000):
+        x, f, grad = ((torch.randn(n, generator=generator, dtype=torch.float64) * magnitude).to(dtype) for _ in "xfg")
+        y, rows = operators(namespace).residual_add_stats(x, f, True)
+        assert_rows([y], rows)
+        assert torch.equal(bits(y), bits(torch.relu(x + f)))
+        grad_x, rows = operators(namespace).residual_add_backward_stats(grad, y)
+        assert_rows([grad, grad_x], rows)
+        assert torch.equal(bits(grad_x), bits(torch.where(y <= 0, torch.zeros_like(grad), grad)))
+        copy, rows = operators(namespace).residual_add_backward_stats(grad, None)
+        assert_rows([grad, grad], rows)
+        assert torch.equal(bits(copy), bits(grad))
+        assert n == 0 or copy.data_ptr() != grad.data_ptr()
+
+
+def assert_rows(tensors: list[Tensor], rows: Tensor) -> None:
+    """Raw rows against exact sums: 1e-6 of the sum of magnitudes and of the norm, maximum and counts exact."""
+    true, norms = ops.true_rows(rows), ops.norms(rows)
+    for k, tensor in enumerate(tensors):
+        want = truth(tensor)
+        total, sum_abs, _, abs_max, n_zero, n_nonfinite = true[k].tolist()
+        assert total == pytest.approx(want.sum, rel=0, abs=1e-6 * want.sum_abs, nan_ok=True)
+        assert sum_abs == pytest.approx(want.sum_abs, rel=1e-6, abs=0, nan_ok=True)
+        assert norms[k].item() == pytest.approx(want.norm, rel=1e-6, abs=0, nan_ok=True)
+        assert abs_max == pytest.approx(want.abs_max, rel=0, abs=0, nan_ok=True)
+        assert (n_zero, n_nonfinite) == (want.n_zero, want.n_nonfinite)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_the_branch_is_what_the_shortcut_leaves(namespace: str, layout: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    for shape in ((2, 3, 4, 5), (3, 33, 32, 31)):
+        shortcut = LAYOUTS[layout](torch.randn(shape).to(dtype))
+        total = LAYOUTS["channels-last"]((shortcut + torch.randn(shape)).to(dtype))
+        wide = torch.promote_types(dtype, torch.float32)
+        branch = total.to(wide) - shortcut.to(wide)
+        rows = operators(namespace).residual_branch_stats(total, shortcut)
+        assert_rows([branch], rows[:1])
+        dot = (branch.double() * shortcut.double()).sum().item()
+        assert rows[1].tolist() == pytest.approx([dot, 0, 0, 0, 0, 0], rel=1e-12, abs=1e-12 * shortcut.numel())
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 31, 33, 2047, 2048, 2049, 65_537])
+def test_the_branch_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) -> None:
+    total, shortcut = (torch.randn(n, generator=torch.Generator().manual_seed(k)) * 1e-30 for k in (1, 2))
+    total[::3] = shortcut[::3]
+    rows = operators(namespace).residual_branch_stats(total, shortcut)
+    assert_rows([total - shortcut], rows[:1])
+    dot = ((total - shortcut).double() * shortcut.double()).sum().item()
+    assert rows[1, 0].item() == pytest.approx(dot, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_statistics_count_what_is_no_number(namespace: str) -> None:
+    x = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, -2.0])
+    y, rows = operators(namespace).residual_add_stats(x, torch.ones(5), True)
+    assert rows[0, 4:].tolist() == [2.0, 2.0]
+    assert rows[0, 3].isnan()
+    grad_x, rows = operators(namespace).residual_add_backward_stats(torch.full((5,), torch.inf), y)
+    assert grad_x.tolist() == [torch.inf, torch.inf, torch.inf, 0.0, 0.0]
+    assert rows[:, 4:].tolist() == [[0.0, 5.0], [2.0, 3.0]]
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    x, f, grad = (every_kind(torch.float32, 300_001, seed).nan_to_num(0.0, 0.0, 0.0) for seed in (1, 2, 3))
+    threads = torch.get_num_threads()
+    seen = []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            y, row = torch.ops.gradprobe.residual_add_stats(x, f, True)
+            grad_x, rows = torch.ops.gradprobe.residual_add_backward_stats(grad, y)
+            seen.append([bits(t) for t in (y, row, grad_x, rows)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.fixture
+def flush_denormal() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("any_hooks")
+@pytest.mark.usefixtures("flush_denormal")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_values_are_flushed_where_torch_flushes_and_statistics_see_what_is_there(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    subnormal = torch.arange(1, 5001, dtype=torch.int64).remainder(int(1 / info.eps)).to(integer).view(dtype)
+    normal = torch.full_like(subnormal, info.tiny * 4)
+    for x, f in ((subnormal, subnormal), (normal, -normal + normal / 2), (subnormal, normal)):
+        y, rows = torch.ops.gradprobe.residual_add_stats(x, f, True)
+        assert torch.equal(bits(y), bits(torch.relu(x + f)))
+        assert torch.equal(ops.true_rows(rows)[0, 3:], ops.grad_stats([y])[0, 3:])
+        grad_x = torch.ops.gradprobe.residual_add_backward(normal, subnormal)
+        assert torch.equal(bits(grad_x), bits(torch.ops.aten.threshold_backward(normal, subnormal, 0)))
+    # Not one element of the gradient that comes in is normal, yet each is counted.
+    _, rows = torch.ops.gradprobe.residual_add_backward_stats(subnormal, normal)
+    torch.set_flush_denormal(False)
+    assert_rows([subnormal], rows[:1])
