@@ -12,21 +12,32 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import ArgumentError
-from gradprobe.inline.flow import Arguments, Findings, NewMemory, find_additions
+from gradprobe.inline.flow import Arguments, Findings, find_additions
 from gradprobe.inline.source import Exchange, Span, Unreadable, read, rewritten
 from gradprobe.inline.values import attribute, is_chain, is_container, is_torchs_layer
 from gradprobe.nn import ResidualAdd
 
 _OVER_CHILDREN = frozenset({"children", "named_children", "_modules"})
+
+# How a model may write an addition, and what runs where no probe observes it. Not each operand need be a tensor.
+_WRITTEN: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "+=": operator.iadd,
+    "add": lambda left, right: left.add(right),
+    "add_": lambda left, right: left.add_(right),
+    "torch.add": torch.add,
+}
 
 
 class InlineAdd(ResidualAdd):
@@ -34,17 +45,17 @@ class InlineAdd(ResidualAdd):
 
     Args:
         shortcut_first: Whether the shortcut is the left operand.
-        inplace_operator: Whether the model writes `+=` or `add_`.
+        written: How the model writes it: "+", "+=", "add", "add_" or "torch.add".
 
     Example:
-        >>> InlineAdd(shortcut_first=True, inplace_operator=False)(torch.ones(2), torch.ones(1))
+        >>> InlineAdd(shortcut_first=True, written="+")(torch.ones(2), torch.ones(1))
         tensor([2., 2.])
     """
 
-    def __init__(self, shortcut_first: bool, inplace_operator: bool) -> None:
+    def __init__(self, shortcut_first: bool, written: str) -> None:
         super().__init__()
         self.shortcut_first = shortcut_first
-        self.inplace_operator = inplace_operator
+        self.written = written
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Adds as the model did: by torch itself, unless a probe taps the junction.
@@ -54,28 +65,21 @@ class InlineAdd(ResidualAdd):
             f: What comes out of the branch.
 
         Returns:
-            The sum, with the strides that torch gives it. A probe sees it where both are plain tensors of one shape,
-            with at least one dimension.
+            The sum, with the strides that torch gives it; the left operand itself where that is written to. A probe
+            sees it where both are plain tensors of one shape, with at least one dimension.
 
         Example:
-            >>> InlineAdd(shortcut_first=True, inplace_operator=False)(torch.ones(2), torch.ones(2))
+            >>> InlineAdd(shortcut_first=True, written="+")(torch.ones(2), torch.ones(2))
             tensor([2., 2.])
         """
         left, right = (x, f) if self.shortcut_first else (f, x)
         if self.tap is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
-            return self._as_written(left, right)
-        if not self.inplace_operator:
-            y = self.tap(x, f, self.relu)
-            return y if self.shortcut_first or x.stride() == f.stride() else _restrided(y, _strides_of_sum(left, right))
-        if x.dtype != f.dtype:
-            return self._as_written(left, right)
-        return _restrided(self.tap(x, f, self.relu), left.stride())
-
-    def _as_written(self, left: Tensor, right: Tensor) -> Tensor:
-        if not self.inplace_operator:
-            return left + right
-        left += right
-        return left
+            added: Tensor = _WRITTEN[self.written](left, right)
+            return added
+        if self.written in ("+=", "add_"):
+            return self.tap.in_place(x, f, into_x=self.shortcut_first)
+        y = self.tap(x, f, self.relu)
+        return y if self.shortcut_first or x.stride() == f.stride() else _restrided(y, _strides_of_sum(left, right))
 
 
 def _strides_of_sum(left: Tensor, right: Tensor) -> tuple[int, ...]:
@@ -165,7 +169,6 @@ def instrument(model: nn.Module) -> Instrumented:
     _remove_leftovers(model)
     report = Instrumented((), (), {})
     handed: defaultdict[int, list[Arguments]] = defaultdict(list)
-    known: NewMemory = {}
     closed: tuple[str, ...] = ()  # how names begin within modules that do not run as Python
     junctions: list[str] = []
     for name, module in list(model.named_modules()):
@@ -179,7 +182,7 @@ def instrument(model: nn.Module) -> Instrumented:
         if isinstance(module, ResidualAdd) or is_chain(module) or is_torchs_layer(module) or _is_list(module):
             continue
         try:
-            findings = find_additions(module, handed[id(module)], known)
+            findings = find_additions(module, handed[id(module)])
         except Unreadable as error:
             report.unseen[name] = str(error)
             continue
@@ -271,7 +274,7 @@ def _exchange(module: nn.Module, findings: Findings, report: Instrumented) -> li
     for (method, span), addition in findings.additions.items():
         child = next(name for name in _child_names() if not hasattr(module, name))
         exchanges[method][span] = Exchange(child, addition.shortcut_first)
-        module.add_module(child, InlineAdd(addition.shortcut_first, addition.target is not None).train(module.training))
+        module.add_module(child, InlineAdd(addition.shortcut_first, addition.written).train(module.training))
         children.append(child)
     methods: dict[str, MethodType] = {}
     for method, places in exchanges.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +86,25 @@ class JunctionTaps:
         dtype = torch.promote_types(x.dtype, f.dtype)
         return observe_junction(x.to(dtype), f.to(dtype), relu, self._board_key, self.first_site + N_SITES * j)
 
+    def observes(self, x: torch.Tensor, f: torch.Tensor) -> bool:
+        """Tells whether Python observes this junction now, with these operands."""
+        return (
+            self.board.enabled
+            and torch.is_grad_enabled()
+            and not in_transform()
+            and is_measurable(x)
+            and is_measurable(f)
+            and x.shape == f.shape
+            and not x.is_complex()
+            and not f.is_complex()
+        )
+
+    def hook(self, tensor: torch.Tensor, on_gradient: Callable[[torch.Tensor], None]) -> None:
+        """Calls back with the gradient at a tensor, within this step."""
+        handle = tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        if tensor.is_leaf:
+            self.leaf_hooks.append(handle)
+
     def remove(self) -> None:
         """Takes the taps out of the modules, for good."""
         for module in self._modules:
@@ -109,15 +129,7 @@ class JunctionTap:
             joined: torch.Tensor | None = taps.native.join(self._j, x, f, relu)
             if joined is not None:
                 return joined
-        if (
-            taps is None
-            or not taps.board.enabled
-            or not torch.is_grad_enabled()
-            or in_transform()
-            or not (is_measurable(x) and is_measurable(f) and x.shape == f.shape)
-            or x.is_complex()
-            or f.is_complex()
-        ):
+        if taps is None or not taps.observes(x, f):
             return residual_add(x, f, relu)
         passage = _Passage(taps, taps.first_site + N_SITES * self._j)
         dtype = torch.promote_types(x.dtype, f.dtype)
@@ -125,10 +137,34 @@ class JunctionTap:
         if not (taps.native or taps.passes).is_repeat(self._j):
             passage.on_forward(x, f, y)
         if x.requires_grad:
-            handle = x.register_hook(passage.on_total)  # type: ignore[no-untyped-call]
-            if x.is_leaf:
-                taps.leaf_hooks.append(handle)
+            taps.hook(x, passage.on_total)
         return y
+
+    def in_place(self, x: torch.Tensor, f: torch.Tensor, into_x: bool) -> torch.Tensor:
+        """Adds one operand to the other by torch's own `add_`, and observes it in a forward pass with gradients."""
+        taps = self._taps()
+        target, addend = (x, f) if into_x else (f, x)
+        if torch.compiler.is_compiling() and taps is not None:
+            return target.copy_(taps.in_graph(self._j, x, f, relu=False))
+        if taps is None or not taps.observes(x, f):
+            return target.add_(addend)
+        passage = _Passage(taps, taps.first_site + N_SITES * self._j)
+        is_repeat = (taps.native or taps.passes).is_repeat(self._j)
+        # a view that is written to sends the shortcut's part past what it was, an addend of another dtype rounds it
+        has_total = x.requires_grad and (not x._is_view() if into_x else x.dtype == f.dtype)
+        if has_total:  # before x is written to: at what it was
+            taps.hook(x, passage.on_total)
+        if not is_repeat:
+            taps.board.write(passage.first + X, x)
+            taps.board.write(passage.first + F, f)
+        # the gradient of the sum is met on its way to the addend: to a view that is written to again it does not come
+        met = addend.view_as(addend) if addend.requires_grad and addend.dtype == target.dtype else target
+        target.add_(addend if met is target else met)
+        if not is_repeat:
+            taps.board.write(passage.first + Y, target)
+        if met.requires_grad:
+            taps.hook(met, partial(passage.on_sum, has_total=has_total))
+        return target
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _no_tap, ()  # a copy or a pickle of the module is plain
@@ -137,11 +173,11 @@ class JunctionTap:
 class _Passage:
     """One call of a junction: keeps what went by the shortcut until the sum of both parts arrives."""
 
-    __slots__ = ("_backward", "_first", "_shortcut", "_taps", "y_row")
+    __slots__ = ("_backward", "_shortcut", "_taps", "first", "y_row")
 
     def __init__(self, taps: JunctionTaps, first: int) -> None:
         self._taps = weakref.ref(taps)
-        self._first = first
+        self.first = first
         self._shortcut: torch.Tensor | None = None
         self._backward = -1  # the one in which the shortcut's part came
         self.y_row: torch.Tensor | None = None  # [1, 6]
@@ -150,18 +186,24 @@ class _Passage:
         """Takes the operands and their sum, whose row is there already."""
         taps, y_row = self._taps(), self.y_row
         if taps is not None and y_row is not None:
-            taps.board.write(self._first + X, x)
-            taps.board.write(self._first + F, f)
-            taps.board.put(self._first + Y, y_row, y)
+            taps.board.write(self.first + X, x)
+            taps.board.write(self.first + F, f)
+            taps.board.put(self.first + Y, y_row, y)
 
     def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor, has_total: bool) -> None:
         """Takes the gradient at y, the gradient at both operands, and their raw rows [2, 6]."""
         taps = self._taps()
         if taps is not None and taps.board.enabled:
-            taps.board.put(self._first + INCOMING, rows[:1], incoming)
-            taps.board.put(self._first + SHORTCUT, rows[1:], shortcut)
+            taps.board.put(self.first + INCOMING, rows[:1], incoming)
+            taps.board.put(self.first + SHORTCUT, rows[1:], shortcut)
             self._shortcut = shortcut if has_total else None
             self._backward = torch._C._current_graph_task_id()
+
+    def on_sum(self, incoming: torch.Tensor, has_total: bool) -> None:
+        """Takes the gradient at the result of a bare addition, which goes on to both operands as it is."""
+        if is_measurable(incoming):
+            rows = raw_rows([incoming.detach()]).expand(2, -1)
+            self.on_incoming(incoming, rows, _kept(incoming), has_total)
 
     def on_total(self, total: torch.Tensor) -> None:
         """Takes the gradient at x, the branch's part included."""
@@ -173,8 +215,8 @@ class _Passage:
             return
         with torch.no_grad():
             rows = RESIDUAL_BRANCH_STATS(total, shortcut.to(total.dtype))
-        taps.board.put_apart(self._first + BRANCH, rows[:1], total.numel())
-        taps.board.put_apart(self._first + DOT, rows[1:], total.numel())
+        taps.board.put_apart(self.first + BRANCH, rows[:1], total.numel())
+        taps.board.put_apart(self.first + DOT, rows[1:], total.numel())
 
 
 class _ObservedAdd(torch.autograd.Function):
@@ -198,14 +240,17 @@ class _ObservedAdd(torch.autograd.Function):
         if not is_measurable(incoming):
             gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved) if saved else incoming
             return gradient, gradient, None, None
-        if saved:
-            gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
-        else:
-            gradient, rows = incoming, raw_rows([incoming.detach()]).expand(2, -1)
-        # detached only where a second derivative is wanted: as the same object, the next hook knows it again
-        kept = gradient.detach() if gradient.requires_grad else gradient
-        ctx.passage.on_incoming(incoming, rows, kept, has_total=ctx.needs_input_grad[0])
+        if not saved:
+            ctx.passage.on_sum(incoming, has_total=ctx.needs_input_grad[0])
+            return incoming, incoming, None, None
+        gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
+        ctx.passage.on_incoming(incoming, rows, _kept(gradient), has_total=ctx.needs_input_grad[0])
         return gradient, gradient, None, None
+
+
+def _kept(gradient: torch.Tensor) -> torch.Tensor:
+    # detached only where a second derivative is wanted: as the same object, the next hook knows it again
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 def _no_tap() -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from gradprobe.ops.residual import residual_add, residual_add_
 
 __all__ = ["ResidualAdd"]
+
+
+class Tap(Protocol):
+    """What a probe puts into a junction to observe it."""
+
+    def __call__(self, x: Tensor, f: Tensor, relu: bool) -> Tensor:
+        """Joins x and f as `residual_add` does."""
+
+    def in_place(self, x: Tensor, f: Tensor, into_x: bool) -> Tensor:
+        """Adds one operand to the other, and gives that."""
 
 
 class ResidualAdd(nn.Module):
@@ -33,7 +43,7 @@ class ResidualAdd(nn.Module):
         super().__init__()
         self.relu = relu
         self.inplace = inplace
-        self.tap: Callable[[Tensor, Tensor, bool], Tensor] | None = None  # a probe's, while one is attached
+        self.tap: Tap | None = None  # a probe's, while one is attached
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Joins shortcut and branch.

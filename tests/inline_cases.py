@@ -351,64 +351,6 @@ class OneLayer(nn.Module):
         self.keeps = True
 
 
-class InPlaceInput(OneLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        x += torch.tanh(self.layer(x * 1.0))
-        return x
-
-
-class InPlaceRead(OneLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer(x)
-        before = out.view(-1, out.shape[-1])
-        out += x
-        return out * before.view_as(out)
-
-
-class InPlaceListed(OneLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        seen: list[Tensor] = []
-        out = self.layer(x)
-        seen.append(out)
-        out += x
-        return out * seen[0]
-
-
-class InPlaceKept(OneLayer):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer(x)
-        self.last = out
-        out += x
-        return out * self.last
-
-
-class InPlaceKeptByMethod(OneLayer):
-    def _note(self, out: Tensor) -> None:
-        self.last = out
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer(x)
-        self._note(out)
-        out += x
-        return out * self.last
-
-
-class InPlaceFlag(OneLayer):
-    """Reads what was overwritten only where an attribute, which may change, says so."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.reads = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.layer(x)
-        before = out
-        out += x
-        if self.reads:
-            out = out * before
-        return out
-
-
 class Chain(nn.Sequential):
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width, width), nn.Tanh())

@@ -19,28 +19,27 @@ class Addition:
     Attributes:
         shortcut_first: Whether the left operand is the shortcut.
         is_projected: Whether the shortcut passes layers too.
-        target: Name of what is written to in place; None where a new tensor is made.
+        written: How the model writes it: "+", "+=", "add", "add_" or "torch.add".
     """
 
     shortcut_first: bool
     is_projected: bool
-    target: str | None = None
+    written: str = "+"
 
 
-def judge(left: Value, right: Value, target: str | None = None) -> Addition | str | None:
+def judge(left: Value, right: Value) -> Addition | str | None:
     """Tells whether `left + right` is residual.
 
     Args:
         left: The left operand.
         right: The right operand.
-        target: Name that is written to in place, if any.
 
     Returns:
         The addition; the reason why it cannot be told; or None where it is of another kind.
 
     Example:
         >>> judge(Value({"x": 0}), Value({"x": 3}))
-        Addition(shortcut_first=True, is_projected=False, target=None)
+        Addition(shortcut_first=True, is_projected=False, written='+')
         >>> judge(Value({"x": 0}), Value({"position": 0})) is None
         True
     """
@@ -51,7 +50,7 @@ def judge(left: Value, right: Value, target: str | None = None) -> Addition | st
         return _of_two_inputs(left, right)
     left_is_bare, right_is_bare = (any(a == 0 < b for a, b in pairs), any(b == 0 < a for a, b in pairs))
     if left_is_bare != right_is_bare:
-        return Addition(left_is_bare, False, target)
+        return Addition(left_is_bare, False)
     if left_is_bare:
         return "either operand may be the shortcut"
     nearest = min(pairs, key=sum)
@@ -60,7 +59,7 @@ def judge(left: Value, right: Value, target: str | None = None) -> Addition | st
         return None
     if 2 * few > many:
         return f"its operands pass {nearest[0]} and {nearest[1]} layers: neither is clearly the shortcut"
-    return Addition(nearest[0] < nearest[1], True, target)
+    return Addition(nearest[0] < nearest[1], True)
 
 
 def _of_two_inputs(left: Value, right: Value) -> str | None:

@@ -12,15 +12,14 @@ from torch import nn
 
 from gradprobe.inline import values
 from gradprobe.inline.additions import judge
-from gradprobe.inline.known import MUTATORS, NEW_MEMORY, NO_STREAM, UNRELATED
+from gradprobe.inline.known import MUTATORS, NO_STREAM, UNRELATED
 from gradprobe.inline.source import Source, span_of
 from gradprobe.inline.values import NOTHING, Value, joined, made_from
 
 if TYPE_CHECKING:
     from gradprobe.inline.flow import Reader
 
-_NOT_THERE = Value(memory=frozenset(["not there"]))  # an attribute that is missing or None, which nothing can call
-_SCOPES = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+_NOT_THERE = Value()  # an attribute that is missing or None, which nothing can call
 SEQUENCES = (ast.Tuple, ast.List)
 _COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
     ast.Is: lambda a, b: a is b,
@@ -46,14 +45,6 @@ class Expressions:
         self.source = source
         self.method = method
         self.names = dict(names)
-        self.kept_elsewhere: set[object] = set()  # memory that attributes of the module refer to
-        self.captured = {
-            name.id
-            for inner in ast.walk(source.definition)
-            if isinstance(inner, _SCOPES) and inner is not source.definition
-            for name in ast.walk(inner)
-            if isinstance(name, ast.Name)
-        }
 
     def value(self, node: ast.expr | None) -> Value:
         """Describes the value of an expression, and notes the additions in it."""
@@ -79,20 +70,13 @@ class Expressions:
                 base = base.value
             if isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], value])
-            else:
-                self._keep(value)
 
-    def _keep(self, value: Value) -> None:
-        """Notes that something which outlives the method refers to a value."""
-        self.kept_elsewhere |= value.memory
-        self.reader.keeps_arguments |= any(isinstance(place, tuple) and place[0] == "input" for place in value.memory)
-
-    def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, target: str | None = None) -> Value:
+    def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, written: str) -> Value:
         """Describes a sum, and notes it where it is residual."""
         place = (self.method, span_of(at))
         findings = self.reader.findings
-        verdict = judge(left, right, target)
-        total = made_from([left, right], (id(self.module), *place), is_new=True)
+        verdict = judge(left, right)
+        total = made_from([left, right], (id(self.module), *place))
         if isinstance(verdict, str):
             findings.refused[place] = verdict
             total = replace(total, sums=total.sums | {place})
@@ -100,7 +84,8 @@ class Expressions:
             before = findings.additions.get(place, verdict)
             if before.shortcut_first != verdict.shortcut_first:
                 findings.refused[place] = "either operand may be the shortcut"
-            findings.additions[place] = replace(verdict, is_projected=before.is_projected and verdict.is_projected)
+            is_projected = before.is_projected and verdict.is_projected
+            findings.additions[place] = replace(verdict, is_projected=is_projected, written=written)
             branch = right if verdict.shortcut_first else left
             for inner in branch.sums:  # of branches, joined before they meet the shortcut
                 assert isinstance(inner, tuple)
@@ -108,27 +93,10 @@ class Expressions:
                     findings.additions.pop(inner, None)
                     findings.refused.pop(inner, None)
             total = replace(total, sums=total.sums | {place})
-            if target is not None:
-                self._overwrite(place, left, target)
         return total
-
-    def _overwrite(self, place: tuple[str, tuple[int, int, int, int]], old: Value, target: str) -> None:
-        """Notes that an addition in place changes whatever shares memory with its target."""
-        refused = self.reader.findings.refused
-        inputs = [origin[1] for origin in old.memory if isinstance(origin, tuple) and origin[0] == "input"]
-        if inputs:
-            refused[place] = f"adds in place to its input {inputs[0]}, which a caller may use again"
-        elif target in self.captured or old.memory & self.kept_elsewhere or ("attribute",) in old.memory:
-            refused[place] = f"adds in place to {target}, which is kept elsewhere too"
-        for name, value in self.names.items():
-            if value.memory & old.memory:
-                self.names[name] = replace(value, overwritten=value.overwritten | {place})
 
     def _name(self, node: ast.Name) -> Value:
         found = self.names.get(node.id, NOTHING)
-        for place in found.overwritten:
-            assert isinstance(place, tuple)
-            self.reader.findings.refused[place] = f"adds in place to what {node.id} refers to and uses again"
         return replace(found, layers_from={}) if NO_STREAM.search(node.id) else found
 
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
@@ -146,11 +114,11 @@ class Expressions:
         if isinstance(node.left, SEQUENCES) or isinstance(node.right, SEQUENCES):
             return joined([left, right])
         if isinstance(node.op, ast.Add):
-            return self.add(node, left, right)
-        return made_from([left, right], self._at(node), is_new=True)
+            return self.add(node, left, right, "+")
+        return made_from([left, right], self._at(node))
 
     def _unaryop(self, node: ast.UnaryOp) -> Value:
-        return made_from([self.value(node.operand)], self._at(node), is_new=True)
+        return made_from([self.value(node.operand)], self._at(node))
 
     def _ifexp(self, node: ast.IfExp) -> Value:
         outcome = self.outcome(node.test)
@@ -196,9 +164,9 @@ class Expressions:
             elif values.is_tensor(held):
                 origin = (id(module), node.attr)
                 is_parameter = isinstance(held, nn.Parameter)
-                found.append(Value({origin: 0}, frozenset([("attribute",)]), is_parameter=is_parameter))
+                found.append(Value({origin: 0}, is_parameter=is_parameter))
             else:
-                found.append(Value(memory=frozenset([("attribute",)])))
+                found.append(Value())
         return joined(found) if found else _NOT_THERE
 
     def _held(self, module: nn.Module, name: str) -> object:
@@ -243,20 +211,16 @@ class Expressions:
         if isinstance(node.func, ast.Attribute) and self._adds(node, name):
             is_method = len(node.args) == 1
             left, right = (callee, given[0]) if is_method else given
-            written = node.func.value if name == "add_" else None
-            target = written.id if isinstance(written, ast.Name) else None
-            total = self.add(node, left, right, target)
-            if target is not None:
-                self.names[target] = total
+            total = self.add(node, left, right, name if is_method else f"torch.{name}")
+            if name == "add_":
+                self.bind(node.func.value, total)
             return total
         if name in UNRELATED:
-            return Value(memory=joined([callee, *operands]).memory)
+            return NOTHING
         if isinstance(node.func, ast.Attribute):
             base = node.func.value
             if name in MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], *operands])
-            elif name in MUTATORS:
-                self._keep(joined(operands))
             if callee.layers_from:
                 operands.append(callee)
         if _is_builtin(name):
@@ -265,42 +229,30 @@ class Expressions:
         if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
             result = self.reader.call_function(function, given, by_name)
             if result is not None:
-                return _returned(result, operands)
-        return made_from(operands, self._at(node), is_new=name in NEW_MEMORY)
+                return result
+        return made_from(operands, self._at(node))
 
     def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
         """Describes what a module, or a method of this one, gives back."""
         operands = [*given, *by_name.values()]
         if callee.method is not None:
-            self.reader.keeps_arguments = False
             found = self.reader.call_method(callee.method, given, by_name)
-            if self.reader.keeps_arguments:
-                self._keep(joined(operands))
-            return made_from(operands, self._at(node), layers=1) if found is None else _returned(found, operands)
+            return made_from(operands, self._at(node), layers=1) if found is None else found
         for module in callee.modules:
             self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
         if all(map(values.is_lookup, callee.modules)):
             return NOTHING
-        return made_from(
-            operands,
-            self._at(node),
-            min(map(values.n_layers, callee.modules)),
-            all(map(self.reader.gives_new_memory, callee.modules)),
-        )
+        return made_from(operands, self._at(node), min(map(values.n_layers, callee.modules)))
 
     def _adds(self, node: ast.Call, name: str) -> bool:
         """Tells whether a call is `torch.add(a, b)`, `a.add(b)` or `a.add_(b)`."""
         if node.keywords or name not in ("add", "add_") or not isinstance(node.func, ast.Attribute):
             return False
         is_torchs = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch" and name == "add"
-        if name == "add_" and not isinstance(node.func.value, ast.Name):
-            return False
         return len(node.args) == (2 if is_torchs else 1) and not any(isinstance(a, ast.Starred) for a in node.args)
 
     def outcome(self, test: ast.expr) -> bool | None:
         """Tells how a test comes out, as far as attributes of the module decide; None where they do not."""
-        if not self.reader.prune:
-            return None
         try:
             return bool(self._fixed(test))
         except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):
@@ -354,13 +306,6 @@ def elements(value: Value) -> Value:
         child for module in value.modules for child in (module.children() if values.is_container(module) else [module])
     ]
     return replace(value, modules=tuple(inner))
-
-
-def _returned(result: Value, operands: Sequence[Value]) -> Value:
-    """Describes to a caller what a method or function gives back: it may share memory with any argument."""
-    shared = joined(operands)
-    own = frozenset(place for place in result.memory if not (isinstance(place, tuple) and place[0] == "input"))
-    return replace(result, memory=own | shared.memory, overwritten=shared.overwritten)
 
 
 class _Tensor:

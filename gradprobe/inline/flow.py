@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import FunctionType
 
@@ -19,10 +18,9 @@ from torch import nn
 from gradprobe.inline.additions import Addition, Place
 from gradprobe.inline.expressions import SEQUENCES, Expressions, elements
 from gradprobe.inline.source import Source, Unreadable, read
-from gradprobe.inline.values import NOTHING, Value, attribute, is_chain, is_torchs_layer, joined, made_from, n_layers
+from gradprobe.inline.values import NOTHING, Value, attribute, joined, made_from
 
 Arguments = tuple[tuple[Value, ...], dict[str, Value]]  # by position, by name
-NewMemory = dict[nn.Module, bool]
 
 _MAX_DEPTH = 8  # of methods that call each other
 
@@ -44,13 +42,12 @@ class Findings:
     methods: tuple[str, ...] = ()
 
 
-def find_additions(module: nn.Module, handed: Sequence[Arguments] = (), known: NewMemory | None = None) -> Findings:
+def find_additions(module: nn.Module, handed: Sequence[Arguments] = ()) -> Findings:
     """Finds the residual additions in the methods that a module's forward runs through.
 
     Args:
         module: Any module.
         handed: The arguments of the calls of it that are known.
-        known: What `Reader.gives_new_memory` found out before about modules of the same model.
 
     Returns:
         The additions, those refused, and what goes to other modules.
@@ -63,16 +60,10 @@ def find_additions(module: nn.Module, handed: Sequence[Arguments] = (), known: N
         >>> [addition.shortcut_first for addition in found.additions.values()]
         [True, True]
     """
-    known = {} if known is None else known
-    reader, unpruned = Reader(module, True, known), Reader(module, False, known)
+    reader = Reader(module)
     reader.run(handed)
-    unpruned.run(handed)
     found = reader.findings
-    found.methods = tuple(sorted(reader.methods | unpruned.methods))
-    # the attributes that decide today may change: what is overwritten may be read on no side
-    for place, reason in unpruned.findings.refused.items():
-        if place in found.additions and found.additions[place].target is not None:
-            found.refused[place] = reason
+    found.methods = tuple(sorted(reader.methods))
     for place in found.refused:
         found.additions.pop(place, None)
     found.additions = dict(sorted(found.additions.items(), key=lambda item: item[0][1]))
@@ -84,17 +75,12 @@ class Reader:
 
     Args:
         module: Any module.
-        prune: Whether attributes decide which side of an `if` is followed.
-        known: Of modules, whether their results are new memory; is added to.
     """
 
-    def __init__(self, module: nn.Module, prune: bool, known: NewMemory) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.findings = Findings()
         self.module = module
-        self.prune = prune
         self.methods: set[str] = set()
-        self.keeps_arguments = False  # whether the method called last keeps a reference to an argument
-        self._known = known
         self._stack: list[str] = []
 
     def run(self, handed: Sequence[Arguments]) -> Value:
@@ -115,28 +101,6 @@ class Reader:
             for name, value in (*zip(names, values, strict=False), *by_name.items()):
                 given[name] = joined([given.get(name, NOTHING), value])
         return self._follow("forward", given)
-
-    def gives_new_memory(self, module: nn.Module) -> bool:
-        """Tells whether a module's result surely shares no memory with its arguments, nor with what it keeps.
-
-        Args:
-            module: Any module of the same model.
-
-        Returns:
-            False where it is not known.
-        """
-        if module not in self._known:
-            self._known[module] = False  # while it is being found out
-            if is_chain(module):
-                self._known[module] = any(map(self.gives_new_memory, module.children()))
-            elif is_torchs_layer(module):
-                self._known[module] = n_layers(module) > 0
-            else:
-                reader = Reader(module, False, self._known)
-                with suppress(Unreadable):
-                    memory = reader.run(()).memory
-                    self._known[module] = bool(memory) and all(isinstance(at, tuple) and len(at) == 3 for at in memory)
-        return self._known[module]
 
     def source(self, method: str) -> Source:
         """Reads a method of the module's class.
@@ -227,8 +191,7 @@ class Reader:
             if argument is not None:
                 known = given.get(argument.arg, NOTHING)
                 layers_from = {**known.layers_from, (id(self.module), method, argument.arg): 0}
-                memory = frozenset([("input", argument.arg)])
-                names[argument.arg] = Value(layers_from, memory, known.modules, sums=known.sums)
+                names[argument.arg] = Value(layers_from, known.modules, sums=known.sums)
         return names
 
 
@@ -305,7 +268,7 @@ class Statements(Expressions):
         if isinstance(node.op, ast.Add) and isinstance(node.value, SEQUENCES):
             total = joined([old, operand])
         elif isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
-            total = self.add(node, old, operand, node.target.id)
+            total = self.add(node, old, operand, "+=")
         else:
             total = made_from([old, operand], (id(self.module), self.method, node.lineno, node.col_offset))
         self.bind(node.target, total)

@@ -13,13 +13,6 @@ UNRELATED = frozenset(
         randn new_zeros new_ones new_empty new_full new_tensor len range isinstance hasattr int bool""",
     )
 )
-NEW_MEMORY = frozenset(
-    re.findall(
-        r"\w+",
-        """cat concat stack matmul bmm linear conv1d conv2d conv3d layer_norm batch_norm group_norm mul mean sum softmax
-        scaled_dot_product_attention einsum clone""",
-    )
-)
 # Names of what is added to scores, broadcast, and of sizes, which come along with tensors.
 NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len)(es|s)?$")
 # Methods by which something else comes to refer to their argument.

@@ -195,11 +195,7 @@ class _Exchanger(ast.NodeTransformer):
         if exchange is None or not isinstance(node.func, ast.Attribute):
             return node
         left, right = (node.func.value, node.args[0]) if is_method else node.args
-        call = self._call(exchange, node, left, right)
-        if node.func.attr == "add_" and isinstance(left, ast.Name):
-            target = ast.copy_location(ast.Name(left.id, ast.Store()), left)
-            return ast.copy_location(ast.NamedExpr(target, call), node)
-        return call
+        return self._call(exchange, node, left, right)
 
     def _call(self, exchange: Exchange, at: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.Call:
         module = ast.Attribute(ast.Name(self._self_name, ast.Load()), exchange.child, ast.Load())

@@ -1,4 +1,4 @@
-"""What is known of a value without running anything: the tensors it was made from, the memory it may share."""
+"""What is known of a value without running anything: the tensors it was made from, the modules it may be."""
 
 from __future__ import annotations
 
@@ -16,21 +16,17 @@ class Value:
 
     Attributes:
         layers_from: Tensors that it was made from, itself included, and the least number of layers in between.
-        memory: Where it may be stored; what shares none of it is not changed with it.
         modules: Modules that it may be.
         method: Method of the module itself that it is.
         is_parameter: Whether it is a parameter.
         sums: Additions that it is the result of, through no layer.
-        overwritten: Additions in place that have changed it since.
     """
 
     layers_from: Mapping[Hashable, int] = field(default_factory=dict)
-    memory: frozenset[Hashable] = frozenset()
     modules: tuple[nn.Module, ...] = ()
     method: str | None = None
     is_parameter: bool = False
     sums: frozenset[Hashable] = frozenset()
-    overwritten: frozenset[Hashable] = frozenset()
 
 
 NOTHING = Value()
@@ -58,23 +54,20 @@ def joined(values: Iterable[Value]) -> Value:
             layers_from[origin] = min(layers, layers_from.get(origin, layers))
     return Value(
         layers_from,
-        frozenset().union(*(value.memory for value in several)),
         tuple({id(module): module for value in several for module in value.modules}.values()),
         next((value.method for value in several if value.method), None),
         any(value.is_parameter for value in several),
         frozenset().union(*(value.sums for value in several)),
-        frozenset().union(*(value.overwritten for value in several)),
     )
 
 
-def made_from(values: Iterable[Value], at: Hashable, layers: int = 0, is_new: bool = False) -> Value:
+def made_from(values: Iterable[Value], at: Hashable, layers: int = 0) -> Value:
     """Describes the result of an operation.
 
     Args:
         values: Its operands.
         at: Names the operation.
         layers: Number of layers that it passes; an operand that is a parameter counts as one.
-        is_new: Whether the result shares memory with no operand.
 
     Returns:
         The result.
@@ -86,17 +79,12 @@ def made_from(values: Iterable[Value], at: Hashable, layers: int = 0, is_new: bo
     several = list(values)
     operands = joined(replace(value, modules=(), method=None) for value in several)
     if not operands.layers_from:
-        return Value(memory=operands.memory)
+        return NOTHING
     layers += any(value.is_parameter for value in several)
     layers_from = {origin: passed + layers for origin, passed in operands.layers_from.items()}
     if layers:
         layers_from[at] = 0
-    return Value(
-        layers_from,
-        frozenset([at]) if is_new or not operands.memory else operands.memory,
-        sums=frozenset() if layers else operands.sums,
-        overwritten=frozenset() if is_new else operands.overwritten,
-    )
+    return Value(layers_from, sums=frozenset() if layers else operands.sums)
 
 
 def attribute(module: nn.Module, name: str) -> object:
