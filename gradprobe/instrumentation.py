@@ -5,14 +5,15 @@ block, which adds as before: same modules, classes, parameters, hooks, control f
 method that adds, is overridden on the instances. What was found depends on the modules that the model has then: replace
 modules first, instrument afterwards, compile last. Where one place adds several times in a step, as in a loop, its
 junction has the sum of them. A deep copy is instrumented too; a pickle of the model is plain, since it holds the
-class's own methods. The replicas of `nn.DataParallel` would all run the original: wrap in `DistributedDataParallel`.
+class's own methods, and so is what `torch.jit.script` makes of it. Shallow copies by `copy.copy` and the replicas of
+`nn.DataParallel` would run the original: make deep copies, and wrap in `DistributedDataParallel`.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, GradprobeWarning
 from gradprobe.inline.flow import Arguments, Findings, find_additions
 from gradprobe.inline.source import Exchange, Span, Unreadable, read, rewritten
 from gradprobe.inline.values import attribute, is_chain, is_container, is_torchs_layer
@@ -57,6 +58,7 @@ class InlineAdd(ResidualAdd):
         self.shortcut_first = shortcut_first
         self.written = written
 
+    @torch.jit.unused  # a model that is scripted takes its methods from the class, without junctions
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """Adds as the model did: by torch itself, unless a probe taps the junction.
 
@@ -112,15 +114,30 @@ class Instrumented:
     _undo: list[tuple[nn.Module, list[str], dict[str, MethodType]]] = field(default_factory=list, repr=False)
 
     def undo(self) -> None:
-        """Takes the new modules out of the model and gives it its own methods back. Calling it again does nothing."""
+        """Takes the new modules out of the model and gives it its own methods back. Calling it again does nothing.
+
+        Where a method has been wrapped by something else since, which calls it still, its module stays as it is, with
+        a `GradprobeWarning`; undo it again afterwards.
+        """
+        left = []
         for module, children, methods in self._undo:
+            wrapped = [name for name in methods if vars(module).get(name, methods[name]) is not methods[name]]
+            if wrapped:
+                left.append((module, children, methods))
+                warnings.warn(
+                    f"gradprobe: {', '.join(wrapped)} of {type(module).__name__} has been replaced since it was "
+                    f"instrumented: {', '.join(children)} stay until that is undone, and this again",
+                    GradprobeWarning,
+                    stacklevel=2,
+                )
+                continue
             for name in children:
                 if isinstance(getattr(module, name, None), InlineAdd):
                     delattr(module, name)
-            for name, method in methods.items():
-                if vars(module).get(name) is method:
+            for name in methods:
+                if name in vars(module):
                     delattr(module, name)
-        self._undo.clear()
+        self._undo[:] = left
 
     def __enter__(self) -> Instrumented:
         return self
@@ -168,6 +185,15 @@ def instrument(model: nn.Module) -> Instrumented:
     _check(model)
     _remove_leftovers(model)
     report = Instrumented((), (), {})
+    try:
+        _instrument(model, report)
+    except BaseException:
+        report.undo()
+        raise
+    return report
+
+
+def _instrument(model: nn.Module, report: Instrumented) -> None:
     handed: defaultdict[int, list[Arguments]] = defaultdict(list)
     closed: tuple[str, ...] = ()  # how names begin within modules that do not run as Python
     junctions: list[str] = []
@@ -201,7 +227,6 @@ def instrument(model: nn.Module) -> Instrumented:
     report.blocks = tuple(
         name for name in report.unseen if name and not isinstance(modules[name], torch.jit.ScriptModule)
     )
-    return report
 
 
 def _check(model: object) -> None:
@@ -212,7 +237,8 @@ def _check(model: object) -> None:
             "model: need one that runs as Python, to be compiled afterwards; got a compiled or scripted one"
         )
     for name, module in model.named_modules():
-        if any(_is_rewritten(module, method) for method in vars(module)):
+        has_junctions = any(isinstance(child, InlineAdd) for child in module.children())
+        if has_junctions and any(_is_replaced(module, method) for method in vars(module)):
             where = f"{name} has them" if name else "it has them"
             raise ArgumentError(f"model: need one that is not instrumented yet; got one where {where}: undo it first")
 
@@ -223,13 +249,10 @@ def _is_translated(module: nn.Module) -> bool:
     return isinstance(module, translated) or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def _is_rewritten(module: nn.Module, name: str) -> bool:
-    """Tells whether an attribute of a module is a method that calls inline junctions."""
-    method = vars(module)[name]
-    if not isinstance(method, MethodType) or getattr(type(module), name, None) is method.__func__:
-        return False
-    code, children = inspect.unwrap(method.__func__).__code__, dict(module.named_children())
-    return any(isinstance(children.get(called), InlineAdd) for called in code.co_names)
+def _is_replaced(module: nn.Module, name: str) -> bool:
+    """Tells whether an attribute of a module takes the place of a method of its class."""
+    of_class, own = getattr(type(module), name, None), vars(module)[name]
+    return callable(of_class) and not (isinstance(own, MethodType) and own.__func__ is of_class)
 
 
 def _remove_leftovers(model: nn.Module) -> None:
@@ -250,6 +273,8 @@ def _obstacle(module: nn.Module, findings: Findings) -> str | None:
     """Gives the reason why a module may have no further child."""
     if is_container(module):
         return "is a container, where one more child would be run with the others"
+    if hasattr(module, "a name that nothing has"):
+        return "has an attribute of any name, so that none is free"
     for method in findings.methods:
         if _OVER_CHILDREN.intersection(read(attribute(module, method)).function.__code__.co_names):
             return f"goes over its children in {method}, where one more would be met too"
@@ -270,18 +295,20 @@ def _is_plain(tensor: object) -> bool:
 def _exchange(module: nn.Module, findings: Findings, report: Instrumented) -> list[str]:
     """Puts children into a module that do its additions, and notes the way back; returns their names."""
     exchanges: defaultdict[str, dict[Span, Exchange]] = defaultdict(dict)
-    children: list[str] = []
-    for (method, span), addition in findings.additions.items():
-        child = next(name for name in _child_names() if not hasattr(module, name))
-        exchanges[method][span] = Exchange(child, addition.shortcut_first)
+    names = (name for name in _child_names() if not hasattr(module, name))
+    children = dict(zip(names, findings.additions.values(), strict=False))
+    for (method, span), child in zip(findings.additions, children, strict=True):
+        exchanges[method][span] = Exchange(child, children[child].shortcut_first)
+    methods = {
+        method: MethodType(rewritten(read(attribute(module, method)), places), module)
+        for method, places in exchanges.items()
+    }
+    report._undo.append((module, list(children), methods))
+    for child, addition in children.items():
         module.add_module(child, InlineAdd(addition.shortcut_first, addition.written).train(module.training))
-        children.append(child)
-    methods: dict[str, MethodType] = {}
-    for method, places in exchanges.items():
-        methods[method] = MethodType(rewritten(read(attribute(module, method)), places), module)
+    for method in methods:
         object.__setattr__(module, method, methods[method])
-    report._undo.append((module, children, methods))
-    return children
+    return list(children)
 
 
 def _child_names() -> Iterator[str]:
