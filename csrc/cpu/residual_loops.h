@@ -169,16 +169,103 @@ static Stats joined_stats(const float* x, const float* f, float* y, int64_t n) {
   return finished(totals);
 }
 
+#if GRADPROBE_VECTOR_BYTES == 64
+
+// Sums of one row of two, in two registers each; half of what there is.
+struct RowSums {
+  Floats sum[2] = {};
+  Floats sum_abs[2] = {};
+  Floats sum_sq[2] = {};
+
+  __attribute__((always_inline)) void flush(Doubles (&totals)[3]) const {
+    const Floats sums[3] = {sum[0] + sum[1], sum_abs[0] + sum_abs[1], sum_sq[0] + sum_sq[1]};
+    for (int k = 0; k < 3; ++k) totals[k] += low(sums[k]) + high(sums[k]);
+  }
+};
+
+// A group of the incoming gradient and of what passes, in one go: y gives a mask, under which the second row is added.
+// `is_added` tells of which of the two rows; the other's magnitudes need more.
+GRADPROBE_INLINE void add_both(Masked data, int64_t n, Totals (&totals)[2], bool (&is_added)[2]) {
+  constexpr int64_t kPair = 2 * kFloats;
+  Doubles sums[2][3] = {};
+  Ints abs_max[2][2] = {};
+  int64_t nonzero[2] = {};
+  const auto add_pair = [&](Masked at, RowSums& incoming, RowSums& outgoing) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) {
+      const __m512 x = (__m512)load<Floats>(at.grad_y + u * kFloats);
+      const __m512 y = (__m512)load<Floats>(at.y + u * kFloats);
+      const __mmask16 passes = _mm512_cmp_ps_mask(y, _mm512_setzero_ps(), _CMP_NLE_UQ);  // NaN passes
+      _mm512_storeu_ps(at.grad_x + u * kFloats, _mm512_maskz_mov_ps(passes, x));
+      const __m512i magnitude = _mm512_and_epi32((__m512i)x, _mm512_set1_epi32(0x7fffffff));
+      const __mmask16 is_nonzero = _mm512_test_epi32_mask(magnitude, magnitude);
+      nonzero[0] += __builtin_popcount(is_nonzero);
+      nonzero[1] += __builtin_popcount(is_nonzero & passes);
+      incoming.sum[u] += (Floats)x;
+      incoming.sum_abs[u] += (Floats)magnitude;
+      incoming.sum_sq[u] += (Floats)x * (Floats)x;
+      abs_max[0][u] = larger(abs_max[0][u], (Ints)magnitude);
+      const auto add_passing = [passes](Floats& sum, __m512 value) __attribute__((always_inline)) {
+        sum = (Floats)_mm512_mask_add_ps((__m512)sum, passes, (__m512)sum, value);
+      };
+      add_passing(outgoing.sum[u], x);
+      add_passing(outgoing.sum_abs[u], (__m512)magnitude);
+      outgoing.sum_sq[u] = (Floats)_mm512_mask3_fmadd_ps(x, x, (__m512)outgoing.sum_sq[u], passes);
+      const __m512i largest = (__m512i)abs_max[1][u];
+      abs_max[1][u] = (Ints)_mm512_mask_max_epi32(largest, passes, largest, magnitude);
+    }
+  };
+  int64_t pairs = n / kPair;
+  const int64_t n_tail = n % kPair;
+  while (true) {
+    RowSums incoming, outgoing;
+    const int64_t burst = pairs < kFlush ? pairs : kFlush;
+    pairs -= burst;
+    for (const Masked end = data + burst * kPair; data != end; data = data + kPair) add_pair(data, incoming, outgoing);
+    if (pairs == 0 && n_tail != 0) {
+      float grad_y[kPair] = {}, y[kPair] = {}, grad_x[kPair];
+      __builtin_memcpy(grad_y, data.grad_y, n_tail * sizeof(float));
+      __builtin_memcpy(y, data.y, n_tail * sizeof(float));
+      add_pair({grad_y, y, grad_x}, incoming, outgoing);
+      __builtin_memcpy(data.grad_x, grad_x, n_tail * sizeof(float));
+    }
+    incoming.flush(sums[0]);
+    outgoing.flush(sums[1]);
+    if (pairs == 0) break;
+  }
+  for (int row = 0; row < 2; ++row) {
+    const int32_t largest = largest_lane(larger(abs_max[row][0], abs_max[row][1]));
+    is_added[row] = fast_is_exact(largest);
+    if (!is_added[row]) continue;
+    Totals& total = totals[row];
+    total.sum += sums[row][0];
+    total.sum_abs += sums[row][1];
+    total.sum_sq += sums[row][2];
+    total.abs_max_bits = largest > total.abs_max_bits ? largest : total.abs_max_bits;
+    total.n_zero += n - nonzero[row];
+  }
+}
+
+#else
+
+// With fewer registers, or no masks, one row after the other: the second read is from L1.
+GRADPROBE_INLINE void add_both(Masked data, int64_t n, Totals (&totals)[2], bool (&is_added)[2]) {
+  is_added[1] = add_fast<float>(data, n, totals[1]);
+  is_added[0] = add_fast<float>(data.grad_y, n, totals[0]);
+}
+
+#endif
+
 static void masked_stats(const float* grad_y, const float* y, float* grad_x, int64_t n, Stats* of_both) {
-  Totals incoming, outgoing;
+  Totals totals[2];
   for (int64_t begin = 0; begin < n; begin += kGroup) {
     const int64_t count = n - begin < kGroup ? n - begin : kGroup;
-    const Masked source{grad_y + begin, y + begin, grad_x + begin};
-    if (!add_fast<float>(source, count, outgoing)) add_exact(grad_x + begin, count, outgoing);
-    if (!add_fast<float>(grad_y + begin, count, incoming)) add_exact(grad_y + begin, count, incoming);
+    bool is_added[2];
+    add_both({grad_y + begin, y + begin, grad_x + begin}, count, totals, is_added);
+    if (!is_added[0]) add_exact(grad_y + begin, count, totals[0]);
+    if (!is_added[1]) add_exact(grad_x + begin, count, totals[1]);
   }
-  of_both[0] = finished(incoming);
-  of_both[1] = finished(outgoing);
+  for (int row = 0; row < 2; ++row) of_both[row] = finished(totals[row]);
 }
 
 // ---- The parts of a gradient.
