@@ -13,6 +13,8 @@ PYTEST ?=
 
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What the compilers warn of stops a build here.
+export GRADPROBE_WERROR := 1
 
 ENV_STAMP := .venv/.environment
 BUILD_STAMP := .venv/.built
