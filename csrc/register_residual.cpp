@@ -110,16 +110,16 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
   return {grad_x, finish_rows(grad_x, partials, 2)};
 }
 
-// residual_branch_stats(Tensor total, Tensor shortcut) -> Tensor rows
-Tensor residual_branch_stats(Tensor total, Tensor shortcut) {
-  const Dtype dtype = check_operands(total, shortcut, "total", "shortcut");
-  const int64_t numel = total.numel();
+// residual_branch_stats(Tensor branch, Tensor shortcut) -> Tensor rows
+Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
+  const Dtype dtype = check_operands(branch, shortcut, "branch", "shortcut");
+  const int64_t numel = branch.numel();
   // One order of memory for both, without gaps; any will do.
-  const Tensor dense = numel == 0 || is_dense(total) ? total : torch::stable::contiguous(total);
-  const Tensor part = numel == 0 ? shortcut : in_order_of(dense, shortcut);
-  Tensor rows = torch::stable::new_empty(total, {2, kStats}, ScalarType::Double);
+  const Tensor dense = numel == 0 || is_dense(branch) ? branch : torch::stable::contiguous(branch);
+  const Tensor beside = numel == 0 ? shortcut : in_order_of(dense, shortcut);
+  Tensor rows = torch::stable::new_empty(branch, {2, kStats}, ScalarType::Double);
   auto* row = static_cast<double*>(rows.mutable_data_ptr());  // [2, kStats]
-  cpu::branch(dtype, dense.const_data_ptr(), part.const_data_ptr(), numel, row, row + kStats);
+  cpu::branch(dtype, dense.const_data_ptr(), beside.const_data_ptr(), numel, row, row + kStats);
   return rows;
 }
 

@@ -31,13 +31,13 @@ namespace gradprobe {
 namespace autograd = torch::autograd;
 
 // What a junction tells the one who observes it, backward: the gradient that came in, the one that goes to both
-// operands, and their raw rows.
+// operands, their raw rows, and whether this backward goes on to x.
 class Observer {
  public:
   virtual ~Observer() = default;
   virtual bool wants_gradient() const = 0;
   virtual void on_gradient(const at::Tensor& incoming, const double* incoming_row, const at::Tensor& gradient,
-                           const double* gradient_row, bool has_total) = 0;
+                           const double* gradient_row, bool reaches_x) = 0;
 };
 
 // x, f -> x + f, or max(x + f, 0).

@@ -1,6 +1,10 @@
 // Taps on module outputs and residual junctions in C++: what Python does for a tensor that passes by takes longer than
 // its statistics. They observe plain tensors in plain autograd; anything else they leave to their twins in
 // gradprobe/activations.py and gradprobe/junctions.py.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wstringop-overflow"  // GCC 12 sees one in torch's reference counts
+#endif
+
 #include "signals.h"
 
 #include <ATen/core/Tensor.h>
@@ -16,7 +20,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -24,6 +27,7 @@
 #include <vector>
 
 #include "cpu/residual_pass.h"
+#include "passage.h"
 #include "plain.h"
 #include "residual_node.h"
 #include "signal_rows.h"
@@ -182,86 +186,6 @@ class OutputTaps {
   std::shared_ptr<Twin> twin_;
 };
 
-// The sites of a junction, in the order of JUNCTION_KINDS.
-enum Site : int64_t { kX, kF, kY, kIncoming, kShortcut, kBranch, kDot, kSites };
-
-inline constexpr double kNoDtype = std::numeric_limits<double>::quiet_NaN();  // of what is no tensor of the training
-
-// One call of a junction: keeps what went by the shortcut until the sum of both parts arrives.
-class Passage final : public Observer {
- public:
-  Passage(std::shared_ptr<SignalRows> rows, int64_t first) : rows_(std::move(rows)), first_(first) {}
-
-  bool wants_gradient() const override { return rows_->enabled; }
-
-  void on_gradient(const at::Tensor& incoming, const double* incoming_row, const at::Tensor& gradient,
-                   const double* gradient_row, bool has_total) override {
-    put(kIncoming, incoming, incoming_row);
-    put(kShortcut, gradient, gradient_row);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    shortcut_ = has_total ? gradient : at::Tensor();
-    backward_ = autograd::get_current_graph_task_id();
-  }
-
-  // Takes the gradient at x, the branch's part included.
-  void on_total(const at::Tensor& total) {
-    const at::Tensor shortcut = take_shortcut();
-    if (!shortcut.defined()) return;
-    // where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
-    if (!rows_->enabled || !is_plain(total) || !is_plain(shortcut) ||
-        total.const_data_ptr() == shortcut.const_data_ptr() || total.sizes() != shortcut.sizes()) {
-      return;
-    }
-    const at::Tensor part = shortcut.scalar_type() == total.scalar_type() ? shortcut : shortcut.to(total.scalar_type());
-    double rows[2][kStats];
-    if (is_simple_pair(total, part) && total.strides() == part.strides()) {
-      cpu::branch(*dtype_of(total), total.const_data_ptr(), part.const_data_ptr(), total.numel(), rows[0], rows[1]);
-    } else {
-      static const auto branch_stats = c10::Dispatcher::singleton()
-                                           .findSchemaOrThrow("gradprobe::residual_branch_stats", "")
-                                           .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
-      const at::AutoDispatchBelowADInplaceOrView below;
-      const at::Tensor both = branch_stats.call(total, part);  // [2, 6]
-      std::copy_n(both.const_data_ptr<double>(), 2 * kStats, rows[0]);
-    }
-    std::copy_n(rows[0], kStats, rows_->next(first_ + kBranch, total.numel(), kNoDtype));
-    std::copy_n(rows[1], kStats, rows_->next(first_ + kDot, total.numel(), kNoDtype));
-  }
-
-  void put(Site site, const at::Tensor& tensor, const double* row) {
-    double* kept = rows_->next(first_ + site, tensor);
-    std::copy_n(row, kStats, kept);
-    rows_->remember(tensor, kept);
-  }
-
- private:
-  // What the shortcut brought in this backward; another thread may run another one through the same graph.
-  at::Tensor take_shortcut() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (backward_ != autograd::get_current_graph_task_id()) return at::Tensor();
-    return std::exchange(shortcut_, at::Tensor());
-  }
-
-  std::shared_ptr<SignalRows> rows_;
-  int64_t first_;
-  std::mutex mutex_;
-  at::Tensor shortcut_;
-  int backward_ = -1;  // the one in which the shortcut's part came
-};
-
-class TotalHook final : public GradientHook {
- public:
-  TotalHook(const at::Tensor& x, const std::shared_ptr<Passage>& passage) : GradientHook(x), passage_(passage) {}
-
- protected:
-  void look_at(const at::Tensor& total) override {
-    if (const std::shared_ptr<Passage> alive = passage_.lock()) alive->on_total(total);
-  }
-
- private:
-  std::weak_ptr<Passage> passage_;  // the junction's node owns it; x's node may outlive that
-};
-
 // The operands of a junction, if C++ may take them.
 std::optional<std::pair<at::Tensor, at::Tensor>> operands(py::handle x, py::handle f) {
   const at::Tensor* of_x = exact_tensor(x);
@@ -301,7 +225,6 @@ class JunctionTaps {
     const auto pair = operands(x_object, f_object);
     if (!pair) return std::nullopt;
     const auto& [x, f] = *pair;
-    if (x.requires_grad() && !takes_hook(x)) return std::nullopt;
     const int64_t first = first_site_ + kSites * j;
     const auto passage = std::make_shared<Passage>(rows_, first);
     double row[kStats];
@@ -312,7 +235,7 @@ class JunctionTaps {
       rows_->write(first + kF, f);
       passage->put(kY, y, row);
     }
-    if (x.requires_grad()) x.grad_fn()->add_tensor_pre_hook(std::make_unique<TotalHook>(x, passage));
+    if (x.requires_grad() && f.requires_grad()) follow_branch(passage, x, y);
     return y;
   }
 

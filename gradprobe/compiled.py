@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.autograd.graph import Node
 
 from gradprobe.board import Board
-from gradprobe.ops.residual import residual_add
+from gradprobe.branch import edges_into
+from gradprobe.measured import JUNCTION_KINDS
+from gradprobe.ops.residual import RESIDUAL_BRANCH_STATS, residual_add
 
 _boards: weakref.WeakValueDictionary[int, Board] = weakref.WeakValueDictionary()
 _keys = itertools.count()
@@ -64,15 +69,16 @@ def observe_output(output: Any, inputs: tuple[Any, ...], board: int, site: int) 
     return output
 
 
+# Dynamo looks no further: which nodes hand on the branch's part is found in autograd's own graph.
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def observe_junction(x: Tensor, f: Tensor, relu: bool, board: int, first: int) -> Tensor:
     """Joins shortcut and branch and observes it, as a part of the graph.
 
-    The gradient at x holds the branch's part only once everything that takes x has sent its own, which no operator of
-    this graph waits for: the branch's part is not observed.
+    Of the branch is observed what this graph holds: where it begins behind x, the branch's part is not.
 
     Args:
         x: What passes by the shortcut.
-        f: What comes out of the branch; shape, device and dtype of x.
+        f: What comes out of the branch; shape and device of x.
         relu: Whether to take the positive part.
         board: Number of the board.
         first: Site of x; those of the other `JUNCTION_KINDS` come next.
@@ -80,12 +86,10 @@ def observe_junction(x: Tensor, f: Tensor, relu: bool, board: int, first: int) -
     Returns:
         `x + f`, or `torch.relu(x + f)`.
     """
-    if x.requires_grad or f.requires_grad:
-        result: Tensor = _ObservedJunction.apply(x, f, relu, board, first)
-        return result
-    y = residual_add(x, f, relu)
-    for site, tensor in enumerate((x, f, y), first):
-        _OBSERVE(tensor, board, site)
+    dtype = torch.promote_types(x.dtype, f.dtype)
+    passage = _GraphPassage(board, first)
+    y: Tensor = _ObservedJunction.apply(x.to(dtype), f.to(dtype), relu, passage)
+    passage.hook_branch(edges_into(x, y.grad_fn, [1]))
     return y
 
 
@@ -122,13 +126,35 @@ class _Observed(torch.autograd.Function):
         return gradient, None, None
 
 
+class _GraphPassage:
+    """One call of a junction in a graph: brings the two parts of the gradient at x together."""
+
+    def __init__(self, board: int, first: int) -> None:
+        self.board, self.first = board, first
+        self.shortcut: Tensor | None = None
+        self._n_arrivals = 0
+        self._arrived: list[Tensor | None] = []
+
+    def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
+        """Hooks the nodes by which the branch's part of the gradient comes to x."""
+        self._n_arrivals = len(edges)
+        for node, output in edges:
+            node.register_hook(partial(self._on_arrival, output))
+
+    def _on_arrival(self, output: int, grad_inputs: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        self._arrived.append(grad_inputs[output])
+        parts = [part for part in self._arrived if part is not None]
+        if len(self._arrived) == self._n_arrivals and parts and self.shortcut is not None:
+            _OBSERVE_BRANCH(sum(parts[1:], parts[0]), self.shortcut, self.board, self.first)
+
+
 class _ObservedJunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Tensor, relu: bool, board: int, first: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Tensor, relu: bool, passage: _GraphPassage) -> Tensor:
         y = residual_add(x, f, relu)
-        for site, tensor in enumerate((x, f, y), first):
-            _OBSERVE(tensor, board, site)
-        ctx.board, ctx.incoming_site, ctx.relu = board, first + 3, relu
+        for site, tensor in enumerate((x, f, y), passage.first):
+            _OBSERVE(tensor, passage.board, site)
+        ctx.passage, ctx.relu = passage, relu
         if relu:
             ctx.save_for_backward(y)
         return y
@@ -136,15 +162,40 @@ class _ObservedJunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Any:
         gradient = torch.ops.gradprobe.residual_add_backward(incoming, *ctx.saved_tensors) if ctx.relu else incoming
-        for site, tensor in enumerate((incoming, gradient), ctx.incoming_site):
-            _OBSERVE(tensor, ctx.board, site)
-        return gradient, gradient, None, None, None
+        for site, tensor in enumerate((incoming, gradient), ctx.passage.first + 3):
+            _OBSERVE(tensor, ctx.passage.board, site)
+        ctx.passage.shortcut = gradient
+        return gradient, gradient, None, None
+
+
+def _observe_branch(branch: Tensor, shortcut: Tensor, board: int, first: int) -> None:
+    known = _boards.get(board)
+    if known is not None and known.enabled:
+        rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
+        known.put_apart(first + JUNCTION_KINDS.index("branch_grad"), rows[:1], branch.numel())
+        known.put_apart(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())
+
+
+def _fake_observe_branch(branch: Tensor, shortcut: Tensor, board: int, first: int) -> None:
+    return None
 
 
 _library = torch.library.Library("gradprobe", "FRAGMENT")
-_library.define("observe(Tensor x, int board, int site) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("observe", _observe, "CompositeExplicitAutograd")
-_library.impl("observe", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("gradprobe::observe", _fake_observe, lib=_library)
-_OBSERVE = torch.ops.gradprobe.observe.default
-_register_effectful_op(_OBSERVE, _EffectType.ORDERED)
+
+
+def _define(schema: str, kernel: Callable[..., None], fake: Callable[..., None]) -> Any:
+    """Defines an operator whose only effect is on a board, in its place among the others of a graph."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"gradprobe::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.gradprobe, name).default
+    _register_effectful_op(operator, _EffectType.ORDERED)
+    return operator
+
+
+_OBSERVE = _define("observe(Tensor x, int board, int site) -> ()", _observe, _fake_observe)
+_OBSERVE_BRANCH = _define(
+    "observe_branch(Tensor branch, Tensor shortcut, int board, int first) -> ()", _observe_branch, _fake_observe_branch
+)

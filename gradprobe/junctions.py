@@ -1,7 +1,8 @@
 """Taps on residual junctions: what passes by the shortcut, what comes back through the branch.
 
 At y = x + F(x) the gradient splits: dL/dx = dL/dy + J_F(x)^T dL/dy (He et al. 2016, "Identity Mappings in Deep Residual
-Networks", arXiv 1603.05027, eq. 5). The junction hands the first part to x; a hook on x meets the sum of both.
+Networks", arXiv 1603.05027, eq. 5). The junction hands the first part to x; the second is met where the graph of F
+hands it to x, before autograd adds the two up.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from gradprobe.activations import ForwardPasses, in_transform, is_measurable, native_taps, next_native_step, remove_all
 from gradprobe.board import Board
+from gradprobe.branch import edges_into
 from gradprobe.compiled import observe_junction, register_board
 from gradprobe.measured import JUNCTION_KINDS
 from gradprobe.nn import ResidualAdd
@@ -83,8 +86,8 @@ class JunctionTaps:
         is_fit = x.is_floating_point() and f.is_floating_point() and x.shape == f.shape and x.device == f.device
         if not is_fit or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return residual_add(x, f, relu)
-        dtype = torch.promote_types(x.dtype, f.dtype)
-        return observe_junction(x.to(dtype), f.to(dtype), relu, self._board_key, self.first_site + N_SITES * j)
+        y: torch.Tensor = observe_junction(x, f, relu, self._board_key, self.first_site + N_SITES * j)
+        return y
 
     def observes(self, x: torch.Tensor, f: torch.Tensor) -> bool:
         """Tells whether Python observes this junction now, with these operands."""
@@ -136,8 +139,7 @@ class JunctionTap:
         y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, passage)  # type: ignore[no-untyped-call]
         if not (taps.native or taps.passes).is_repeat(self._j):
             passage.on_forward(x, f, y)
-        if x.requires_grad:
-            taps.hook(x, passage.on_total)
+        passage.hook_branch(edges_into(x, y.grad_fn, [1]))
         return y
 
     def in_place(self, x: torch.Tensor, f: torch.Tensor, into_x: bool) -> torch.Tensor:
@@ -150,10 +152,7 @@ class JunctionTap:
             return target.add_(addend)
         passage = _Passage(taps, taps.first_site + N_SITES * self._j)
         is_repeat = (taps.native or taps.passes).is_repeat(self._j)
-        # a view that is written to sends the shortcut's part past what it was, an addend of another dtype rounds it
-        has_total = x.requires_grad and (not x._is_view() if into_x else x.dtype == f.dtype)
-        if has_total:  # before x is written to: at what it was
-            taps.hook(x, passage.on_total)
+        passage.hook_branch(edges_into(x, f.grad_fn))  # before either is written to
         if not is_repeat:
             taps.board.write(passage.first + X, x)
             taps.board.write(passage.first + F, f)
@@ -163,7 +162,7 @@ class JunctionTap:
         if not is_repeat:
             taps.board.write(passage.first + Y, target)
         if met.requires_grad:
-            taps.hook(met, partial(passage.on_sum, has_total=has_total))
+            taps.hook(met, passage.on_sum)
         return target
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -171,16 +170,24 @@ class JunctionTap:
 
 
 class _Passage:
-    """One call of a junction: keeps what went by the shortcut until the sum of both parts arrives."""
+    """One call of a junction: keeps what goes by the shortcut until what comes through the branch has arrived."""
 
-    __slots__ = ("_backward", "_shortcut", "_taps", "first", "y_row")
+    __slots__ = ("_arrived", "_backward", "_n_arrivals", "_shortcut", "_taps", "first", "y_row")
 
     def __init__(self, taps: JunctionTaps, first: int) -> None:
         self._taps = weakref.ref(taps)
         self.first = first
         self._shortcut: torch.Tensor | None = None
         self._backward = -1  # the one in which the shortcut's part came
+        self._n_arrivals = 0  # of parts of the branch, in one backward
+        self._arrived: list[torch.Tensor | None] = []
         self.y_row: torch.Tensor | None = None  # [1, 6]
+
+    def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
+        """Hooks the nodes by which the branch's part of the gradient comes to x."""
+        self._n_arrivals = len(edges)
+        for node, output in edges:
+            node.register_hook(partial(self._on_arrival, output))
 
     def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
         """Takes the operands and their sum, whose row is there already."""
@@ -190,33 +197,43 @@ class _Passage:
             taps.board.write(self.first + F, f)
             taps.board.put(self.first + Y, y_row, y)
 
-    def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor, has_total: bool) -> None:
+    def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor) -> None:
         """Takes the gradient at y, the gradient at both operands, and their raw rows [2, 6]."""
         taps = self._taps()
         if taps is not None and taps.board.enabled:
             taps.board.put(self.first + INCOMING, rows[:1], incoming)
             taps.board.put(self.first + SHORTCUT, rows[1:], shortcut)
-            self._shortcut = shortcut if has_total else None
+            self._shortcut = shortcut if self._n_arrivals > 0 else None
+            self._arrived = []
             self._backward = torch._C._current_graph_task_id()
 
-    def on_sum(self, incoming: torch.Tensor, has_total: bool) -> None:
+    def on_sum(self, incoming: torch.Tensor) -> None:
         """Takes the gradient at the result of a bare addition, which goes on to both operands as it is."""
         if is_measurable(incoming):
             rows = raw_rows([incoming.detach()]).expand(2, -1)
-            self.on_incoming(incoming, rows, _kept(incoming), has_total)
+            self.on_incoming(incoming, rows, _kept(incoming))
 
-    def on_total(self, total: torch.Tensor) -> None:
-        """Takes the gradient at x, the branch's part included."""
-        taps, shortcut, self._shortcut = self._taps(), self._shortcut, None
-        if taps is None or shortcut is None or self._backward != torch._C._current_graph_task_id():
+    def _on_arrival(
+        self, output: int, grad_inputs: Sequence[torch.Tensor | None], _: Sequence[torch.Tensor | None]
+    ) -> None:
+        taps = self._taps()
+        if taps is None or self._shortcut is None or self._backward != torch._C._current_graph_task_id():
             return
-        # where x goes nowhere else (a projection's output), the engine hands over the very tensor: no branch to see
-        if total.data_ptr() == shortcut.data_ptr() or not is_measurable(total) or total.shape != shortcut.shape:
+        self._arrived.append(grad_inputs[output])
+        if len(self._arrived) < self._n_arrivals:
+            return
+        # Let go before the engine adds the parts up: what nobody else holds it adds to in place.
+        shortcut, self._shortcut = self._shortcut, None
+        parts = [part for part in self._arrived if part is not None]
+        self._arrived = []
+        if not parts or not taps.board.enabled or not all(is_measurable(part) for part in parts):
             return
         with torch.no_grad():
-            rows = RESIDUAL_BRANCH_STATS(total, shortcut.to(total.dtype))
-        taps.board.put_apart(self.first + BRANCH, rows[:1], total.numel())
-        taps.board.put_apart(self.first + DOT, rows[1:], total.numel())
+            branch = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+            if branch.shape == shortcut.shape:
+                rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
+                taps.board.put_apart(self.first + BRANCH, rows[:1], branch.numel())
+                taps.board.put_apart(self.first + DOT, rows[1:], branch.numel())
 
 
 class _ObservedAdd(torch.autograd.Function):
@@ -241,10 +258,10 @@ class _ObservedAdd(torch.autograd.Function):
             gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved) if saved else incoming
             return gradient, gradient, None, None
         if not saved:
-            ctx.passage.on_sum(incoming, has_total=ctx.needs_input_grad[0])
+            ctx.passage.on_sum(incoming)
             return incoming, incoming, None, None
         gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
-        ctx.passage.on_incoming(incoming, rows, _kept(gradient), has_total=ctx.needs_input_grad[0])
+        ctx.passage.on_incoming(incoming, rows, _kept(gradient))
         return gradient, gradient, None, None
 
 

@@ -93,8 +93,8 @@ class Junction:
         y: Statistics of the junction's output.
         gradient: Statistics of the gradient that came in at y, None where none did.
         shortcut: Of the part of the gradient at x that the shortcut brought.
-        branch: Of the part that came back on any other way, which is through the branch where nothing else takes x;
-            None where nothing does, as behind a projection, and in a compiled graph, where none is observed.
+        branch: Of the part that came back through the branch, whatever else takes x; None where the branch does not
+            begin at x, as beside a projection, or where a compiled graph holds only one of the two.
         cosine: Of the angle between the two parts; NaN where one is zero or missing, or where one was there in only
             some of several calls.
     """
@@ -197,8 +197,11 @@ class Signals:
         measured = self.events.measured
         if not measured.present[dot] or measured.numels[shortcut] != measured.numels[branch]:
             return math.nan
-        abs_max, norms = self.rows[[shortcut, branch], 3], np.sqrt(self.rows[[shortcut, branch], 2])
-        product = float(np.prod(np.ldexp(norms, range_exponent(abs_max).astype(np.int64))))
-        with np.errstate(invalid="ignore"):
-            cosine = self.rows[dot, 0] / product if product > 0 else math.nan
+        sums, abs_max = self.rows[[shortcut, branch, dot], 2], self.rows[[shortcut, branch, dot], 3]
+        norms = np.sqrt(sums[:2])
+        exponents = range_exponent(abs_max).astype(np.int64)
+        if not norms.all():
+            return math.nan
+        with np.errstate(invalid="ignore", over="ignore"):
+            cosine = np.ldexp(sums[2] / norms[0] / norms[1], 2 * exponents[2] - exponents[0] - exponents[1])
         return float(np.clip(cosine, -1.0, 1.0))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from signal_cases import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradprobe
 from gradprobe.nn import ResidualAdd
@@ -102,6 +103,119 @@ def test_behind_a_projection_no_branch_is_claimed() -> None:
     assert junction.shortcut.norm == pytest.approx(math.sqrt(12))
     assert junction.branch is None
     assert math.isnan(junction.shortcut_share)
+
+
+class Attention(nn.Module):
+    """Three projections take x, as in the attention of a transformer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
+class TwoStreams(nn.Module):
+    """x goes on in other ways than the shortcut and the branch: a skip across, a second head."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.block, self.head = nn.Linear(6, 8), Block(8, relu=True, branch=branch), nn.Linear(16, 1)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        x = self.stem(batch)
+        return self.above(x, self.block(x))
+
+    def above(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat((x.sigmoid(), y), dim=-1)) + x.square().mean(-1, keepdim=True)
+
+
+BRANCHES = {
+    "one way": lambda: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)),
+    "three ways": lambda: Attention(8),
+    "none": lambda: nn.Identity(),
+    "nested": lambda: nn.Sequential(curved(8, relu=False), nn.Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("how", ["eager", "checkpointed", "reentrant", "compiled"])
+def test_only_what_comes_through_the_branch_is_of_the_branch(how: str, branch: str) -> None:
+    torch.manual_seed(0)
+    net, batch = TwoStreams(BRANCHES[branch]()), torch.randn(5, 6)
+    block, x = net.block, net.stem(batch)
+    y = block(x)
+    (incoming,) = torch.autograd.grad(net.above(x, y).square().sum(), y)
+    shortcut = incoming * (y > 0)
+    x = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(block.branch(x), x, shortcut)
+
+    probe = gradprobe.attach(net)
+    if how == "compiled":
+        torch._dynamo.reset()
+        block.compile(backend="aot_eager", fullgraph=True)
+    elif how != "eager":
+        forward = block.forward
+        block.forward = lambda x: checkpoint(forward, x, use_reentrant=how == "reentrant")
+    net(batch).square().sum().backward()
+    probe.step()
+    junction = probe.latest().junctions["block.join"]
+    assert junction.shortcut.norm == pytest.approx(shortcut.norm().item(), rel=1e-5)
+    assert junction.branch.norm == pytest.approx(expected.norm().item(), rel=1e-5)
+    assert junction.cosine == pytest.approx(cosine(shortcut, expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_branch_far_smaller_than_the_shortcut_keeps_its_digits(dtype: torch.dtype) -> None:
+    """Of the sum of both parts it would be less than a rounding."""
+    torch.manual_seed(0)
+    block = Block(8, relu=False, branch=nn.Linear(8, 8, bias=False).to(dtype))
+    norms = []
+    for scale in (1.0, 2.0**-30):
+        nn.init.constant_(block.branch.weight, scale / 8)
+        net = nn.Sequential(nn.Linear(8, 8).to(dtype), block)
+        with gradprobe.attach(net) as probe:
+            net(torch.randn(4, 8, dtype=dtype)).sum().backward()
+            probe.step()
+        norms.append(probe.latest().junctions["1.join"].branch.norm)
+    assert norms == pytest.approx([math.sqrt(32), math.sqrt(32) * 2.0**-30], rel=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-170, 1e170])
+def test_the_angle_between_parts_whose_product_no_double_holds(magnitude: float) -> None:
+    torch.manual_seed(0)
+    block = curved(8, relu=False)
+    net = nn.Sequential(nn.Linear(8, 8), block, nn.Linear(8, 1)).double()
+    seen = []
+    for factor in (1.0, magnitude):
+        with gradprobe.attach(net) as probe:
+            (net(torch.ones(2, 8, dtype=torch.float64)).sum() * factor).backward()
+            probe.step()
+        seen.append(probe.latest().junctions["1.join"])
+    plain, extreme = seen
+    assert extreme.cosine == pytest.approx(plain.cosine, rel=1e-9)
+    assert extreme.branch.norm == pytest.approx(plain.branch.norm * magnitude, rel=1e-9)
+
+
+def test_autograd_adds_up_in_place_as_without_a_probe() -> None:
+    """A probe that held the shortcut's part until the sum is there would cost a tensor more in each junction."""
+
+    def is_one_memory(net: nn.Sequential) -> bool:
+        addresses = []
+        x = net[0](torch.randn(4, 8))
+        x.register_hook(lambda total: addresses.append(total.data_ptr()))
+        f = net[1].branch(x)
+        f.register_hook(lambda shortcut: addresses.append(shortcut.data_ptr()))
+        net[1].join(x, f).square().sum().backward()
+        return len(addresses) == 2 and addresses[0] == addresses[1]
+
+    net = nn.Sequential(nn.Linear(8, 8), curved(8, relu=True))
+    assert is_one_memory(net)
+    with gradprobe.attach(net) as probe:
+        assert is_one_memory(net)
+        probe.step()
+        assert probe.latest().junctions["1.join"].branch.numel == 32
 
 
 @pytest.mark.parametrize("inplace", [False, True])

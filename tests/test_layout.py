@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gradprobe"
 STAGES = (
     {"errors", "measured", "strict_json"},
     {"ops"},
-    {"sites", "hooks", "amp", "boundaries", "arguments", "nn", "networks", "inline"},
+    {"sites", "hooks", "amp", "boundaries", "arguments", "branch", "nn", "networks", "inline"},
     {"instrumentation"},
     {"collector", "board", "compiled"},
     {"activations", "junctions"},

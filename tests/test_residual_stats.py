@@ -1,5 +1,6 @@
 """The statistics beside the residual junction: exact over the full range, and the same for any number of threads."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ from residual_cases import LAYOUTS, NAMESPACES, bits, every_kind, name, operator
 from torch import Tensor
 
 from gradprobe import ops
+from gradprobe.ops import reference
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
@@ -43,31 +45,46 @@ def assert_rows(tensors: list[Tensor], rows: Tensor) -> None:
         assert (n_zero, n_nonfinite) == (want.n_zero, want.n_nonfinite)
 
 
+def sum_of_products(row: Tensor) -> float:
+    """What the second row of `residual_branch_stats` stands for, where a double can hold it."""
+    assert row[:2].tolist() == row[4:].tolist() == [0.0, 0.0]
+    return ops.true_rows(row)[2].item()
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_the_branch_is_what_the_shortcut_leaves(namespace: str, layout: str, dtype: torch.dtype) -> None:
+def test_the_two_parts_of_a_gradient(namespace: str, layout: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     for shape in ((2, 3, 4, 5), (3, 33, 32, 31)):
         shortcut = LAYOUTS[layout](torch.randn(shape).to(dtype))
-        total = LAYOUTS["channels-last"]((shortcut + torch.randn(shape)).to(dtype))
-        wide = torch.promote_types(dtype, torch.float32)
-        branch = total.to(wide) - shortcut.to(wide)
-        rows = operators(namespace).residual_branch_stats(total, shortcut)
+        branch = LAYOUTS["channels-last"](torch.randn(shape).to(dtype))
+        rows = operators(namespace).residual_branch_stats(branch, shortcut)
         assert_rows([branch], rows[:1])
         dot = (branch.double() * shortcut.double()).sum().item()
-        assert rows[1].tolist() == pytest.approx([dot, 0, 0, 0, 0, 0], rel=1e-12, abs=1e-12 * shortcut.numel())
+        assert sum_of_products(rows[1]) == pytest.approx(dot, rel=1e-12, abs=1e-12 * shortcut.numel())
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 31, 33, 2047, 2048, 2049, 65_537])
-def test_the_branch_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) -> None:
-    total, shortcut = (torch.randn(n, generator=torch.Generator().manual_seed(k)) * 1e-30 for k in (1, 2))
-    total[::3] = shortcut[::3]
-    rows = operators(namespace).residual_branch_stats(total, shortcut)
-    assert_rows([total - shortcut], rows[:1])
-    dot = ((total - shortcut).double() * shortcut.double()).sum().item()
-    assert rows[1, 0].item() == pytest.approx(dot, rel=1e-9, abs=0)
+def test_the_two_parts_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) -> None:
+    branch, shortcut = (torch.randn(n, generator=torch.Generator().manual_seed(k)) * 1e-30 for k in (1, 2))
+    branch[::3] = 0.0
+    rows = operators(namespace).residual_branch_stats(branch, shortcut)
+    assert_rows([branch], rows[:1])
+    dot = (branch.double() * shortcut.double()).sum().item()
+    assert sum_of_products(rows[1]) == pytest.approx(dot, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("exponents", [(-900, -900), (900, 900), (-900, 100), (-900, 900), (-490, -490)], ids=str)
+def test_products_beyond_the_range_of_doubles(namespace: str, exponents: tuple[int, int]) -> None:
+    branch, shortcut = (torch.rand(70_001, dtype=torch.float64) for _ in range(2))
+    (unscaled,) = operators(namespace).residual_branch_stats(branch, shortcut)[1:]
+    scaled = (torch.ldexp(tensor, torch.tensor(e)) for tensor, e in zip((branch, shortcut), exponents, strict=True))
+    (row,) = operators(namespace).residual_branch_stats(*scaled)[1:]
+    seen = math.log2(row[2]) + 2 * reference.range_exponent(row[3]).item()
+    assert seen == pytest.approx(math.log2(unscaled[2]) + sum(exponents), abs=1e-9)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

@@ -80,10 +80,13 @@ class TestCompiled:
         for snapshot, twin in zip(probe.history(), expected.history(), strict=True):
             assert list(snapshot.junctions) == list(twin.junctions)
             for name, junction in snapshot.junctions.items():
-                for part in ("x", "f", "y", "gradient", "shortcut"):
-                    ours, other = getattr(junction, part), getattr(twin.junctions[name], part)
+                of_eager = twin.junctions[name]
+                assert (junction.branch is None) == (of_eager.branch is None)
+                for part in ("x", "f", "y", "gradient", "shortcut", *(["branch"] if of_eager.branch else [])):
+                    ours, other = getattr(junction, part), getattr(of_eager, part)
                     assert ours.norm == pytest.approx(other.norm, rel=1e-3), (name, part)
-                assert junction.branch is None  # which no operator in the graph can wait for
+                assert junction.cosine == pytest.approx(of_eager.cosine, abs=1e-3, nan_ok=True)
+            assert sum(junction.branch is not None for junction in snapshot.junctions.values()) == 1
 
     def test_inductor(self) -> None:
         model, optimizer = build("in place")

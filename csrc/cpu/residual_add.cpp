@@ -38,10 +38,11 @@ void mask_chunk(Dtype dtype, const void* grad_y, const void* y, void* grad_x, in
   mask(dtype, at(grad_y, offset), at(y, offset), at(grad_x, offset), end - begin, of_both);
 }
 
-Stats branch_chunk(Dtype dtype, const void* total, const void* part, int64_t begin, int64_t end, Isa isa, double* dot) {
+Stats branch_chunk(Dtype dtype, const void* branch, const void* shortcut, int64_t begin, int64_t end, Isa isa,
+                   double* dot) {
   const int64_t offset = begin * item_bytes(dtype);
-  const auto branch = GRADPROBE_CHOOSE(isa, branch_chunk);
-  return branch(dtype, at(total, offset), at(part, offset), end - begin, dot);
+  const auto of_branch = GRADPROBE_CHOOSE(isa, branch_chunk);
+  return of_branch(dtype, at(branch, offset), at(shortcut, offset), end - begin, dot);
 }
 
 }  // namespace gradprobe::cpu

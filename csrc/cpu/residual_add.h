@@ -19,8 +19,9 @@ void add_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t begin
 void mask_chunk(Dtype dtype, const void* grad_y, const void* y, void* grad_x, int64_t begin, int64_t end, Isa isa,
                 Stats* of_both);
 
-// Statistics of elements [begin, end) of total - part, in float for 16-bit types; adds the sum of part * (total - part)
-// to `dot`. Needs a FloatEnvironment in force.
-Stats branch_chunk(Dtype dtype, const void* total, const void* part, int64_t begin, int64_t end, Isa isa, double* dot);
+// Statistics of elements [begin, end) of branch; `dot` gets the sum of branch * shortcut. Needs a FloatEnvironment in
+// force.
+Stats branch_chunk(Dtype dtype, const void* branch, const void* shortcut, int64_t begin, int64_t end, Isa isa,
+                   double* dot);
 
 }  // namespace gradprobe::cpu

@@ -278,70 +278,56 @@ GRADPROBE_INLINE void load_pair(const double* from, Doubles& a, Doubles& b) {
   b = load<Doubles>(from + kDoubles);
 }
 
-// Writes total - part to `rest`, pairs of registers in the order of load_pair, and returns the sum of part * rest:
-// products of floats are exact in double. Zeros after the end are padding; `rest` has room for them.
-template <typename Register, typename T, typename Wide>
-static double split(const T* total, const T* part, int64_t n, Wide* rest) {
-  constexpr int64_t kPair = 2 * sizeof(Register) / sizeof(Wide);
+// The sum of a * b, in double: there products of floats are exact.
+template <typename Register, typename T>
+static double dot(const T* a, const T* b, int64_t n) {
+  constexpr int64_t kPair = 2 * sizeof(Register) / sizeof(Register{}[0]);
   Doubles sums[2] = {};
-  const auto add_pair = [&](const T* of_total, const T* of_part, Wide* to) __attribute__((always_inline)) {
-    Register t[2], p[2];
-    load_pair(of_total, t[0], t[1]);
-    load_pair(of_part, p[0], p[1]);
-    for (int u = 0; u < 2; ++u) {
-      const Register difference = t[u] - p[u];
-      __builtin_memcpy(to + u * kPair / 2, &difference, sizeof difference);
-      sums[u] += product(p[u], difference);
-    }
+  const auto add_pair = [&](const T* of_a, const T* of_b) __attribute__((always_inline)) {
+    Register x[2], y[2];
+    load_pair(of_a, x[0], x[1]);
+    load_pair(of_b, y[0], y[1]);
+    for (int u = 0; u < 2; ++u) sums[u] += product(x[u], y[u]);
   };
   int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) add_pair(total + i, part + i, rest + i);
+  for (; i + kPair <= n; i += kPair) add_pair(a + i, b + i);
   if (i < n) {
     T tails[2][kPair] = {};
-    __builtin_memcpy(tails[0], total + i, (n - i) * sizeof(T));
-    __builtin_memcpy(tails[1], part + i, (n - i) * sizeof(T));
-    add_pair(tails[0], tails[1], rest + i);
+    __builtin_memcpy(tails[0], a + i, (n - i) * sizeof(T));
+    __builtin_memcpy(tails[1], b + i, (n - i) * sizeof(T));
+    add_pair(tails[0], tails[1]);
   }
   return sum_of_lanes(sums[0] + sums[1]);
 }
 
-template <typename Register, typename Wide, Dtype kWide, typename T>
-static Stats branch_stats(const T* total, const T* part, int64_t n, double* dot) {
-  constexpr int64_t kPiece = 2048;  // the rest stays in L1
-  constexpr int64_t kPair = 2 * sizeof(Register) / sizeof(Wide);
-  alignas(64) Wide rest[kPiece + kPair];
-  Stats stats = identity();
-  for (int64_t begin = 0; begin < n; begin += kPiece) {
-    const int64_t count = n - begin < kPiece ? n - begin : kPiece;
-    *dot += split<Register>(total + begin, part + begin, count, rest);
-    // A pair is not in the order of its elements: a last one counts with its padding, whose zeros are taken off.
-    const int64_t padded = (count + kPair - 1) / kPair * kPair;
-    Stats of_piece = elements_stats(kWide, rest, padded);
-    of_piece.n_zero -= padded - count;
-    stats = merge(stats, of_piece);
+static double elements_dot(Dtype dtype, const void* a, const void* b, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return dot<Floats>(static_cast<const Float16*>(a), static_cast<const Float16*>(b), n);
+    case Dtype::kBFloat16:
+      return dot<Floats>(static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), n);
+    case Dtype::kFloat32:
+      return dot<Floats>(static_cast<const float*>(a), static_cast<const float*>(b), n);
+    case Dtype::kFloat64:
+      break;
   }
-  return stats;
+  return dot<Doubles>(static_cast<const double*>(a), static_cast<const double*>(b), n);
 }
 
 // ---- A chunk.
 
-static Stats branch_chunk(Dtype dtype, const void* total, const void* part, int64_t n, double* dot) {
-  constexpr Dtype kFloat = Dtype::kFloat32;
-  switch (dtype) {
-    case Dtype::kFloat16:
-      return branch_stats<Floats, float, kFloat>(static_cast<const Float16*>(total), static_cast<const Float16*>(part),
-                                                 n, dot);
-    case Dtype::kBFloat16:
-      return branch_stats<Floats, float, kFloat>(static_cast<const BFloat16*>(total),
-                                                 static_cast<const BFloat16*>(part), n, dot);
-    case Dtype::kFloat32:
-      return branch_stats<Floats, float, kFloat>(static_cast<const float*>(total), static_cast<const float*>(part), n,
-                                                 dot);
-    case Dtype::kFloat64:
-      break;
+static Stats branch_chunk(Dtype dtype, const void* branch, const void* shortcut, int64_t n, double* dot) {
+  constexpr int64_t kPiece = 2048;  // the second read is from L1
+  Stats stats = identity();
+  *dot = 0.0;
+  for (int64_t begin = 0; begin < n; begin += kPiece) {
+    const int64_t count = n - begin < kPiece ? n - begin : kPiece;
+    const int64_t offset = begin * item_bytes(dtype);
+    const void* piece = static_cast<const char*>(branch) + offset;
+    *dot += elements_dot(dtype, piece, static_cast<const char*>(shortcut) + offset, count);
+    stats = merge(stats, elements_stats(dtype, piece, count));
   }
-  return branch_stats<Doubles, double, Dtype::kFloat64>(static_cast<const double*>(total),
-                                                        static_cast<const double*>(part), n, dot);
+  return stats;
 }
 
 static void join_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t n, bool relu, Stats* of_y) {

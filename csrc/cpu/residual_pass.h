@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -61,19 +62,39 @@ inline void mask(Dtype dtype, const void* grad_y, const void* y, void* grad_x, i
   });
 }
 
-// The raw row of total - part; and one with the sum of part * (total - part) in the column of sums, else zero.
-inline void branch(Dtype dtype, const void* total, const void* part, int64_t numel, double* row, double* dot_row) {
+// The raw row of the branch's part; and one with the sum of branch * shortcut in the column of squares, and a magnitude
+// beside it whose range that sum has: with float64 alone it may leave the range that doubles have.
+inline void branch(Dtype dtype, const void* branch, const void* shortcut, int64_t numel, double* row, double* dot_row) {
   const Isa isa = best_isa();
-  Partials partials(numel, 1);
+  const bool is_wide = dtype == Dtype::kFloat64;
+  Partials partials(numel, is_wide ? 2 : 1);
   std::vector<double> dots(count_chunks(numel, kChunkNumel));
   for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
     const FloatEnvironment environment;
-    *partials.of_chunk(number) = branch_chunk(dtype, total, part, chunk.begin, chunk.end, isa, &dots[number]);
+    Stats* stats = partials.of_chunk(number);
+    stats[0] = branch_chunk(dtype, branch, shortcut, chunk.begin, chunk.end, isa, &dots[number]);
+    if (is_wide) stats[1] = chunk_stats({shortcut, dtype, numel, nullptr}, chunk.begin, chunk.end, isa);
   });
   partials.finish_row(0, row);
   const FloatEnvironment environment;
+  int exponent = 0;
+  if (is_wide) {
+    double shortcut_row[kStats];
+    partials.finish_row(1, shortcut_row);
+    exponent = range_exponent(std::sqrt(row[3]) * std::sqrt(shortcut_row[3]));
+  }
+  if (exponent != 0) {
+    const double factor = std::ldexp(1.0, -exponent);
+    const auto *a = static_cast<const double*>(branch), *b = static_cast<const double*>(shortcut);
+    for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
+      const FloatEnvironment environment;
+      dots[number] = 0.0;
+      for (int64_t i = chunk.begin; i < chunk.end; ++i) dots[number] += (a[i] * factor) * (b[i] * factor);
+    });
+  }
   Stats products = identity();
-  for (const double dot : dots) products.sum += dot;
+  for (const double dot : dots) products.sum_sq += dot;
+  products.abs_max = std::ldexp(1.0, exponent);
   finish(products, dot_row);
 }
 

@@ -11,14 +11,13 @@ float32 or float64; `residual_add` and `residual_add_` are the public functions,
     residual_add_backward(grad_y, y) -> grad_x                   grad_y where y > 0 or y is NaN, else 0
     residual_add_stats(x, f, relu) -> y, rows [1, 6]             raw row of y
     residual_add_backward_stats(grad_y, y) -> grad_x, rows [2, 6]     raw rows of grad_y and of grad_x
-    residual_branch_stats(total, shortcut) -> rows [2, 6]        raw row of total - shortcut; sum of shortcut * that
+    residual_branch_stats(branch, shortcut) -> rows [2, 6]       raw row of the branch's part; sum of branch * shortcut
 
 Without a ReLU there is nothing to mask: `residual_add_backward_stats(grad_y, None)` gives a copy of `grad_y`, since an
 operator may not return its own argument. Where only the numbers are wanted, `grad_stats` of `grad_y` saves the copy.
 
-`residual_branch_stats` splits the gradient at x: what came through the branch is the total less what came by the
-shortcut, which is rounding where it is less than a rounding of the total. Its second row holds the sum of products in
-the column of sums, zeros elsewhere.
+`residual_branch_stats` takes the two parts of the gradient at x. Its second row is of no tensor: the sum of products
+stands in the column of squares, scaled by the range of the magnitude beside it as a sum of squares is.
 
 `residual_add_` reads `f` as it was before the call, whatever memory it shares with `x`: where that is not element for
 element, `f` is copied first. There is no such operator for the way back: autograd forbids a node to write to the
@@ -56,7 +55,7 @@ SCHEMAS = (
     "residual_add_backward(Tensor grad_y, Tensor y) -> Tensor",
     "residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)",
     "residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)",
-    "residual_branch_stats(Tensor total, Tensor shortcut) -> Tensor",
+    "residual_branch_stats(Tensor branch, Tensor shortcut) -> Tensor",
 )
 
 

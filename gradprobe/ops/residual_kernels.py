@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops import triton_kernels
-from gradprobe.ops.reference import FLOAT_DTYPES, STATS, check_no_overlap
+from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap, range_exponent
 from gradprobe.ops.rows import empty_rows, raw_rows
 
 
@@ -142,15 +142,17 @@ def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     return grad_x, raw_rows([grad_y, grad_x])
 
 
-def branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
-    """Computes the raw row of total - shortcut, and the sum of shortcut * (total - shortcut)."""
-    _check_operands(total, shortcut, "total", "shortcut")
-    wide = torch.promote_types(total.dtype, torch.float32)
-    shortcut = shortcut.detach()
-    branch = total.detach().to(wide) - shortcut.to(wide)
-    products = torch.zeros(1, len(STATS), dtype=torch.float64, device=total.device)
-    products[0, 0] = (branch.double() * shortcut.double()).sum()
-    return torch.cat((raw_rows([branch]), products))
+def branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """Computes the raw row of the branch's part, and the row of the sum of products."""
+    _check_operands(branch, shortcut, "branch", "shortcut")
+    rows = raw_rows([branch.detach(), shortcut.detach()])
+    # with float64 the sum may leave the range that doubles have
+    exponent = range_exponent(rows[:, 3].sqrt().prod())
+    factor = torch.exp2(-exponent)
+    products = (branch.detach().double() * factor) * (shortcut.detach().double() * factor)
+    zero = torch.zeros_like(factor)
+    rows[1] = torch.stack((zero, zero, products.sum(), torch.exp2(exponent), zero, zero))
+    return rows
 
 
 def fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
@@ -184,7 +186,7 @@ def fake_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tenso
     return fake_backward(grad_y, y), empty_rows(2, y)
 
 
-def fake_branch_stats(total: Tensor, shortcut: Tensor) -> Tensor:
+def fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
     """Shape of the rows."""
-    _check_operands(total, shortcut, "total", "shortcut")
-    return empty_rows(2, total)
+    _check_operands(branch, shortcut, "branch", "shortcut")
+    return empty_rows(2, branch)
