@@ -259,6 +259,24 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
   return {grad_x, rows};
 }
 
+// residual_branch_stats(Tensor branch, Tensor shortcut) -> Tensor rows
+Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
+  const Element element = check_operands(branch, shortcut, "branch", "shortcut");
+  const int32_t device_index = branch.device().index();
+  const cuda::DeviceScope scope(device_index);
+  const int64_t numel = branch.numel();
+  // One order of memory for both, without gaps; any will do.
+  const Tensor dense = numel == 0 || is_dense(branch) ? branch : torch::stable::contiguous(branch);
+  const Tensor beside = numel == 0 ? shortcut : in_order_of(dense, shortcut);
+  Tensor rows = torch::stable::new_empty(branch, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
+  Tensor partials = empty_partials(branch, 2 * cuda::count_partials(numel, element));
+  check_launch(cuda::branch_stats(dense.const_data_ptr(), beside.const_data_ptr(), numel, element,
+                                  static_cast<Stats*>(partials.mutable_data_ptr()),
+                                  static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
+               "residual_branch_stats", device_index);
+  return rows;
+}
+
 // residual_add(Tensor x, Tensor f, bool relu) -> Tensor
 Tensor residual_add(Tensor x, Tensor f, bool relu) {
   const Element element = check_operands(x, f, "x", "f");
@@ -318,4 +336,5 @@ STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
   m.impl("residual_add_stats", TORCH_BOX(&gradprobe::residual_add_stats));
   m.impl("residual_add_backward_stats", TORCH_BOX(&gradprobe::residual_add_backward_stats));
+  m.impl("residual_branch_stats", TORCH_BOX(&gradprobe::residual_branch_stats));
 }

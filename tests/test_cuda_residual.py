@@ -158,6 +158,19 @@ def test_derivatives_of_first_and_second_order(target: Target, relu: bool) -> No
         torch.autograd.gradgradcheck(each, (x, f))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_two_parts_of_a_gradient(target: Target, dtype: torch.dtype, layout: str) -> None:
+    branch, shortcut = LAYOUTS[layout](*operands((3, 4, 67, 90), dtype, target.device))
+    rows = target.operators.residual_branch_stats(branch, shortcut)
+    a, b = branch.double(), shortcut.double()
+    torch.testing.assert_close(rows[0, 2], a.square().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows[0, 0], a.sum(), rtol=0, atol=1e-6 * a.abs().sum().item())
+    torch.testing.assert_close(rows[1, 2], (a * b).sum(), rtol=0, atol=1e-12 * a.numel())
+    assert rows[1, [0, 1, 4, 5]].tolist() == [0.0] * 4
+    torch.library.opcheck(target.operators.residual_branch_stats.default, (branch, shortcut))
+
+
 @pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
 def test_opcheck_passes(target: Target, relu: bool) -> None:
     x, f = operands((2, 3, 4, 4), torch.float32, target.device)
@@ -185,5 +198,7 @@ def test_the_registration_names_bad_arguments(emulated: Target) -> None:
         emulated.operators.residual_add(torch.ones(2), torch.ones(2).double(), False)
     with pytest.raises(RuntimeError, match="x: needed a dtype of float16"):
         emulated.operators.residual_add(torch.ones(2, dtype=torch.int32), torch.ones(2), False)
+    with pytest.raises(RuntimeError, match="shortcut: needed the shape of branch"):
+        emulated.operators.residual_branch_stats(torch.ones(2), torch.ones(3))
     with pytest.raises(RuntimeError, match="f: needed the shape of x"):
         emulated.operators.residual_add_(torch.ones(2), torch.ones(3), False)

@@ -89,10 +89,10 @@ def kernels(source: str, architecture: int, name: str) -> list[Kernel]:
 @pytest.mark.parametrize("architecture", EVERY_ARCHITECTURE)
 @pytest.mark.parametrize("source", KERNELS)
 def test_registers_leave_room_for_the_claimed_occupancy(source: str, architecture: int) -> None:
-    """Four blocks on a multiprocessor (half of an H100's threads, all of a T4's); two where docs/kernels.md says so."""
+    """Four blocks on a multiprocessor (half of an H100, all of a T4); fewer where docs/kernels.md says so."""
     for kernel in compiled(source, architecture):
         two_sums = "MaskGradient" in kernel.name and "(Counted)0" not in kernel.name
-        blocks = 2 if two_sums or "merge_partials" in kernel.name else 4
+        blocks = 2 if two_sums or "merge_partials" in kernel.name else 3 if "part_chunks" in kernel.name else 4
         assert kernel.registers <= REGISTERS // THREADS // blocks, kernel.name
 
 
@@ -116,6 +116,7 @@ class TestMachineCode:
             ("grad_stats.cu", "sum_chunks", 4, 0),
             ("scale.cu", "scale_chunks", 4, 4),
             ("residual_add.cu", "join_chunks", 4, 2),
+            ("branch_stats.cu", "part_chunks", 4, 0),
         ],
     )
     def test_main_loop_moves_16_bytes_with_all_loads_in_flight(

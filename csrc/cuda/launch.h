@@ -43,4 +43,9 @@ cudaError_t residual_add(const void* x, const void* f, void* y, int64_t numel, E
 cudaError_t residual_add_backward(const void* grad_y, const void* y, void* grad_x, int64_t numel, Element element,
                                   Stats* partials, double* rows, cudaStream_t stream);
 
+// Rows [2, kStats]: the statistics of the branch's part of a gradient; and one with the sum of branch * shortcut in the
+// place of the squares, beside a magnitude of which it has the range. Scratch space as for the gradient above.
+cudaError_t branch_stats(const void* branch, const void* shortcut, int64_t numel, Element element, Stats* partials,
+                         double* rows, cudaStream_t stream);
+
 }  // namespace gradprobe::cuda

@@ -79,4 +79,12 @@ int emulated_residual_add_backward(const void* grad_y, const void* y, void* grad
   });
 }
 
+int emulated_branch_stats(const void* branch, const void* shortcut, int64_t numel, int element, double* rows) {
+  return guarded([&] {
+    const auto type = static_cast<Element>(element);
+    auto partials = scratch(2 * gradprobe::cuda::count_partials(numel, type));
+    return gradprobe::cuda::branch_stats(branch, shortcut, numel, type, partials.data(), rows, nullptr);
+  });
+}
+
 }  // extern "C"

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-KERNELS = ("grad_stats.cu", "scale.cu", "residual_add.cu")
+KERNELS = ("grad_stats.cu", "scale.cu", "residual_add.cu", "branch_stats.cu")
 HARNESS = ("scheduler.cpp", "exports.cpp")
 
 ELEMENTS = ("f16", "bf16", "f32", "f64")
@@ -321,6 +321,22 @@ class Kernels:
         wanted = rows if counts else None
         grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, wanted)
         return grad_x, rows
+
+    def branch_stats(self, branch: Block, shortcut: Block) -> NDArray[np.float64]:
+        """The raw rows [2, 6] of the branch's part, and of the products of both parts."""
+        rows = np.full((2, 6), np.nan)
+        with _Memory(self._library, self._guard_bytes) as memory:
+            addresses = [memory.place(branch), memory.place(shortcut)]
+            self._check(
+                self._library.emulated_branch_stats(
+                    *(ctypes.c_void_p(address) for address in addresses),
+                    ctypes.c_int64(branch.storage.size),
+                    ELEMENTS.index(branch.element),
+                    ctypes.c_void_p(rows.ctypes.data),
+                )
+            )
+            memory.check_untouched()
+        return rows
 
     def _join(
         self, a: Block, b: Block, offset: int, in_place: bool, function: Callable[..., int], *rest: object

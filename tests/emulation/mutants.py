@@ -237,6 +237,41 @@ MUTANTS = (
         "add_vectors<T, n>(sums.outgoing, of_b)",
         "residual_add/forward/f16",
     ),
+    Mutant(
+        "products_in_float",
+        "cuda/branch_stats.cu",
+        "sum += static_cast<double>(a) * static_cast<double>(b)",
+        "sum += a * b",
+        "branch_stats/parts/f32",
+    ),
+    Mutant(
+        "products_of_an_idle_thread_have_a_range",
+        "cuda/branch_stats.cu",
+        "geometric_mean == 0.0 ? 0.0 : 1.0",
+        "1.0",
+        "branch_stats/ranges",
+    ),
+    Mutant(
+        "no_barrier_between_the_two_parts",
+        "cuda/branch_stats.cu",
+        "  __syncthreads();  // merge_block",
+        "  // merge_block",
+        "branch_stats/parts/f64",
+    ),
+    Mutant(
+        "alignment_of_the_shortcut_ignored",
+        "cuda/branch_stats.cu",
+        "apart % kVectorBytes == 0 ? ",
+        "true ? ",
+        "branch_stats/parts/bf16",
+    ),
+    Mutant(
+        "tail_of_the_shortcut_is_the_head",
+        "cuda/branch_stats.cu",
+        "parts.add(branch[at], shortcut[at])",
+        "parts.add(branch[at], shortcut[thread])",
+        "branch_stats/parts/f16",
+    ),
 )
 
 

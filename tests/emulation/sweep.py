@@ -26,7 +26,7 @@ from emulation.harness import (
     decode,
     encode,
 )
-from emulation.twin import check_row
+from emulation.twin import check_products, check_row
 
 THREADS = 256
 LOADS = 4
@@ -301,6 +301,41 @@ def residual_backward(element: str, short: bool) -> Check:
     return check
 
 
+def both_parts(element: str, short: bool) -> Check:
+    """The branch's part of a gradient, and its products with the shortcut's."""
+
+    def check(kernels: Kernels) -> None:
+        for k, (branch, shortcut, _) in enumerate(_joined_inputs(element, short)):
+            kernels.seed(k)
+            rows = kernels.branch_stats(branch, shortcut)
+            what = f"{element} branch_stats number {k} [{branch.storage.size}] + {branch.offset}, {shortcut.offset}"
+            a, b = decode(branch.storage, element), decode(shortcut.storage, element)
+            check_row(rows[0], a, element, what)
+            check_products(rows[1], a, b, what)
+            kernels.seed(k + 1)
+            if kernels.branch_stats(branch, shortcut).tobytes() != rows.tobytes():
+                raise AssertionError(f"{what}: another order of threads gives other bits")
+
+    return check
+
+
+def products_of_any_range(kernels: Kernels) -> None:
+    """Products of float64 beyond its range, all in one tensor and in some of its chunks only."""
+    rng = np.random.default_rng(10)
+    numel = CHUNK_BYTES // 8 + 100  # of the last chunk most threads have nothing
+    a, b = rng.standard_normal(numel), rng.standard_normal(numel)
+    for exponents in ((-900, -900), (900, 900), (-900, 900), (-490, -490), (500, 20)):
+        for part in (slice(None), slice(0, 300), slice(numel - 300, None)):
+            pair = []
+            for values, exponent in zip((a, b), exponents, strict=True):
+                scaled = values.copy()
+                scaled[part] = np.ldexp(values[part], exponent)
+                pair.append(scaled)
+            rows = kernels.branch_stats(*(Block(encode(values, "f64"), "f64") for values in pair))
+            check_row(rows[0], pair[0], "f64", f"products of 2**{exponents}")
+            check_products(rows[1], *pair, f"products of 2**{exponents} in {part}")
+
+
 def beyond_int32(kernels: Kernels) -> None:
     """Elements after number 2**31 of one tensor. Memory is reserved, not used: untouched pages read as zeros."""
     numel = 2**31 + 70_001
@@ -332,6 +367,8 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"scale/boundaries/{element}"] = scaled(element, short)
         checks[f"residual_add/forward/{element}"] = residual_forward(element, short)
         checks[f"residual_add/backward/{element}"] = residual_backward(element, short)
+        checks[f"branch_stats/parts/{element}"] = both_parts(element, short)
+    checks["branch_stats/ranges"] = products_of_any_range
     checks["grad_stats/scattered_rows"] = scattered_rows
     checks["grad_stats/mixed_chunk_counts"] = mixed_chunk_counts
     if not short:

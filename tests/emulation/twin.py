@@ -45,3 +45,18 @@ def check_row(got: NDArray[np.float64], values: NDArray[np.float64], element: st
                 )
         elif not (got[column] == needed[column] or (np.isnan(got[column]) and np.isnan(needed[column]))):
             raise AssertionError(f"{what}: {name} is {got[column]!r}, needed {needed[column]!r}")
+
+
+def check_products(got: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64], what: str) -> None:
+    """Raises AssertionError unless `got` [6] stands for the sum of a * b, as a sum of squares does in a raw row."""
+    if got[[0, 1, 4, 5]].any():
+        raise AssertionError(f"{what}: columns beside the sum of products are {got!r}, needed zeros")
+    products = a.astype(np.longdouble) * b.astype(np.longdouble)
+    with np.errstate(invalid="ignore"):
+        needed, bound = products.sum(), TOLERANCE["f64"] * np.abs(products).sum()
+    seen = np.ldexp(np.longdouble(got[2]), 2 * range_exponent(float(got[3])))
+    if np.isfinite(needed):
+        if not abs(seen - needed) <= bound:
+            raise AssertionError(f"{what}: the sum of products is {seen!r}, needed {needed!r}, give or take {bound!r}")
+    elif not (seen == needed or (np.isnan(seen) and np.isnan(needed))):
+        raise AssertionError(f"{what}: the sum of products is {seen!r}, needed {needed!r}")
