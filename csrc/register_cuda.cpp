@@ -126,6 +126,17 @@ Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
   return groups;
 }
 
+// What this thread's launches ask before they take statistics; null for nothing.
+thread_local const int32_t* enabled = nullptr;
+
+// count_if(Tensor flag, bool on) -> ()
+void count_if(Tensor flag, bool on) {
+  STD_TORCH_CHECK(flag.numel() == 1, "flag: needed one element, got ", flag.numel());
+  STD_TORCH_CHECK(flag.scalar_type() == torch::headeronly::ScalarType::Int, "flag: needed dtype int32, got ",
+                  torch::headeronly::toString(flag.scalar_type()));
+  enabled = on ? static_cast<const int32_t*>(flag.const_data_ptr()) : nullptr;
+}
+
 // grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()
 void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
@@ -155,7 +166,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   for (int e = 0; e < kElements; ++e) {
     const auto& spans = groups.spans[e];
     check_launch(cuda::grad_stats(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e), partials,
-                                  rows, stream),
+                                  rows, enabled, stream),
                  "grad_stats_into", device_index);
   }
 }
@@ -208,9 +219,10 @@ Tensor rows_of(const std::array<TensorSpan, n>& spans, Element element, const Te
   const int32_t device_index = like.device().index();
   Tensor rows = torch::stable::new_empty(like, {int64_t{n}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(like, cuda::count_partials(spans.data(), n, element));
-  check_launch(cuda::grad_stats(spans.data(), n, element, static_cast<Stats*>(partials.mutable_data_ptr()),
-                                static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
-               name, device_index);
+  check_launch(
+      cuda::grad_stats(spans.data(), n, element, static_cast<Stats*>(partials.mutable_data_ptr()),
+                       static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
+      name, device_index);
   return rows;
 }
 
@@ -226,10 +238,11 @@ std::tuple<Tensor, Tensor> residual_add_stats(Tensor x, Tensor f, bool relu) {
   }
   Tensor rows = torch::stable::new_empty(x, {int64_t{1}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(x, cuda::count_partials(x.numel(), element));
-  check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element,
-                                  relu, static_cast<Stats*>(partials.mutable_data_ptr()),
-                                  static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
-               "residual_add_stats", device_index);
+  check_launch(
+      cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element, relu,
+                         static_cast<Stats*>(partials.mutable_data_ptr()),
+                         static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
+      "residual_add_stats", device_index);
   return {*y, rows};
 }
 
@@ -251,11 +264,11 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
   const Tensor masking = in_order_of(grad_x, *y);
   Tensor rows = torch::stable::new_empty(grad_x, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(grad_x, 2 * cuda::count_partials(grad_x.numel(), element));
-  check_launch(
-      cuda::residual_add_backward(incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(),
-                                  grad_x.numel(), element, static_cast<Stats*>(partials.mutable_data_ptr()),
-                                  static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
-      "residual_add_backward_stats", device_index);
+  check_launch(cuda::residual_add_backward(
+                   incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(), grad_x.numel(),
+                   element, static_cast<Stats*>(partials.mutable_data_ptr()),
+                   static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
+               "residual_add_backward_stats", device_index);
   return {grad_x, rows};
 }
 
@@ -270,10 +283,11 @@ Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
   const Tensor beside = numel == 0 ? shortcut : in_order_of(dense, shortcut);
   Tensor rows = torch::stable::new_empty(branch, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(branch, 2 * cuda::count_partials(numel, element));
-  check_launch(cuda::branch_stats(dense.const_data_ptr(), beside.const_data_ptr(), numel, element,
-                                  static_cast<Stats*>(partials.mutable_data_ptr()),
-                                  static_cast<double*>(rows.mutable_data_ptr()), cuda::current_stream(device_index)),
-               "residual_branch_stats", device_index);
+  check_launch(
+      cuda::branch_stats(dense.const_data_ptr(), beside.const_data_ptr(), numel, element,
+                         static_cast<Stats*>(partials.mutable_data_ptr()),
+                         static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
+      "residual_branch_stats", device_index);
   return rows;
 }
 
@@ -285,7 +299,7 @@ Tensor residual_add(Tensor x, Tensor f, bool relu) {
   std::optional<Tensor> y = empty_sum(x, f);
   if (!y) return sum_by_torch(x, f, relu);
   check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element,
-                                  relu, nullptr, nullptr, cuda::current_stream(device_index)),
+                                  relu, nullptr, nullptr, nullptr, cuda::current_stream(device_index)),
                "residual_add", device_index);
   return *y;
 }
@@ -305,7 +319,7 @@ void residual_add_(Tensor x, Tensor f, bool relu) {
   const Tensor in_order = in_order_of(x, added);
   void* of_x = x.mutable_data_ptr();
   check_launch(cuda::residual_add(of_x, in_order.const_data_ptr(), of_x, x.numel(), element, relu, nullptr, nullptr,
-                                  cuda::current_stream(device_index)),
+                                  nullptr, cuda::current_stream(device_index)),
                "residual_add_", device_index);
 }
 
@@ -318,10 +332,10 @@ Tensor residual_add_backward(Tensor grad_y, Tensor y) {
   if (grad_x.numel() == 0) return grad_x;
   const Tensor incoming = in_order_of(grad_x, grad_y);
   const Tensor masking = in_order_of(grad_x, y);
-  check_launch(
-      cuda::residual_add_backward(incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(),
-                                  grad_x.numel(), element, nullptr, nullptr, cuda::current_stream(device_index)),
-      "residual_add_backward", device_index);
+  check_launch(cuda::residual_add_backward(incoming.const_data_ptr(), masking.const_data_ptr(),
+                                           grad_x.mutable_data_ptr(), grad_x.numel(), element, nullptr, nullptr,
+                                           nullptr, cuda::current_stream(device_index)),
+               "residual_add_backward", device_index);
   return grad_x;
 }
 
@@ -331,6 +345,7 @@ Tensor residual_add_backward(Tensor grad_y, Tensor y) {
 STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
   m.impl("scale_", &gradprobe::scale_);
+  m.impl("count_if", TORCH_BOX(&gradprobe::count_if));
   m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
   m.impl("residual_add_", TORCH_BOX(&gradprobe::residual_add_));
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));

@@ -20,10 +20,11 @@ from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from gradprobe.board import Board, PythonRows
+from gradprobe.board import Board
 from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.native import native_hooks
+from gradprobe.row_log import PythonRows
 
 _LAYOUTS = (
     torch.strided,

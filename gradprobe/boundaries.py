@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from gradprobe.amp import ScalerWatch
 from gradprobe.hooks import PythonTaps, Taps
 
-Close = Callable[[torch.Tensor | float | None, torch.Tensor | float], None]
+Close = Callable[[torch.Tensor | float | None, torch.Tensor | float], bool]
 Around = Callable[[torch.optim.Optimizer, bool, bool], None]
 
 
@@ -25,7 +25,7 @@ class StepBoundaries:
         grad_scaler: The gradient scaler in use, or None.
         taps: What fired since the last reset.
         close: Called at the end of each step with the loss, if the user gave one, and with the scaler's verdict:
-            non-zero if the optimizer's step is skipped.
+            non-zero if the optimizer's step is skipped. Returns whether the step is closed.
         around: Called just before and just after each step of the optimizer, with the optimizer, whether it is after,
             and whether the step of the probe is still open.
     """
@@ -71,8 +71,8 @@ class StepBoundaries:
         Args:
             loss: The loss of the step.
         """
-        self._close(loss, self._take_skipped())
-        self._closed_by = "user"
+        if self._close(loss, self._take_skipped()):
+            self._closed_by = "user"
 
     def inverse_scale(self) -> torch.Tensor | None:
         """Gives the factor that undoes the scale of the gradients as they are now, on the device.
@@ -148,9 +148,9 @@ class StepBoundaries:
             self._closed_by = "nobody"  # the user closed it just before
             return
         skipped = self._take_skipped()
-        self._close(None, skipped if found_inf is None else found_inf)
-        self._closed_by = "optimizer"
+        if self._close(None, skipped if found_inf is None else found_inf):
+            self._closed_by = "optimizer"
 
 
-def _nobody_closes(loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
-    return None
+def _nobody_closes(loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> bool:
+    return False

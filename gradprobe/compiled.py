@@ -171,7 +171,8 @@ class _ObservedJunction(torch.autograd.Function):
 def _observe_branch(branch: Tensor, shortcut: Tensor, board: int, first: int) -> None:
     known = _boards.get(board)
     if known is not None and known.enabled:
-        rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
+        with known.counting():
+            rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
         known.put_apart(first + JUNCTION_KINDS.index("branch_grad"), rows[:1], branch.numel())
         known.put_apart(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())
 

@@ -84,11 +84,12 @@ class CoverageLog:
         """
         if unhooked.any():
             self._unhooked |= unhooked
-            self._warn(
-                "unhooked",
-                f"step {step}: no hook fired for {self._listed(unhooked)}. Their gradients are from an earlier "
-                "backward, torch.autograd.grad or a replayed CUDA graph; they are measured as they are now",
-            )
+            if "capture" not in self._told:
+                self._warn(
+                    "unhooked",
+                    f"step {step}: no hook fired for {self._listed(unhooked)}. Their gradients are from an earlier "
+                    "backward, torch.autograd.grad or a replayed CUDA graph; they are measured as they are now",
+                )
 
     def note_no_gradient(self, step: int) -> None:
         """Warns of a step that was closed without a gradient.
@@ -100,6 +101,18 @@ class CoverageLog:
             "no gradient",
             f"step {step}: no parameter has a gradient. Call step() after backward and before zero_grad, "
             "or attach with when='hook' if the optimizer steps inside backward; nothing was recorded",
+        )
+
+    def note_capture(self, step: int) -> None:
+        """Warns of a step that ends while a CUDA graph is captured: replaying the graph ends none.
+
+        Args:
+            step: Its number.
+        """
+        self._warn(
+            "capture",
+            f"step {step}: its end is captured in a CUDA graph, and no replay closes a step. Call step() after each "
+            "replay; gradients are then measured as they are, what passes between the parameters by the graph itself",
         )
 
     def note_passing(self, step: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from gradprobe.board import n_rows, unpack
 from gradprobe.measured import FloatArray
 from gradprobe.record import Finished, Record
 from gradprobe.signals import Signals, SignalTable
@@ -63,7 +64,8 @@ class History:
         Args:
             rows_on: Number of site rows for each device.
         """
-        self.record = Record(self._capacity, rows_on, 0 if self._signals is None else self._signals.n_sites)
+        n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
+        self.record = Record(self._capacity, rows_on, n_signals)
 
     def latest(self, wait: bool) -> Snapshot | None:
         """Gives the newest finished step that has arrived, None where there is none.
@@ -110,7 +112,10 @@ class History:
         slot = finished.slot
         signals = None
         if self._signals is not None and slot.events is not None:
-            signals = Signals(self._signals, finished.signals, slot.events, finished.signal_scale)
+            n_sites, events = self._signals.n_sites, slot.events
+            if events.is_conditional:
+                events = events.seen(unpack(finished.signals, n_sites))
+            signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
         return Snapshot(
             step=slot.step,
             loss=finished.loss,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -189,6 +190,11 @@ class _Passage:
         for node, output in edges:
             node.register_hook(partial(self._on_arrival, output))
 
+    def counting(self) -> AbstractContextManager[None]:
+        """Surrounds operators that give statistics, as `Board.counting` does."""
+        taps = self._taps()
+        return nullcontext() if taps is None else taps.board.counting()
+
     def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
         """Takes the operands and their sum, whose row is there already."""
         taps, y_row = self._taps(), self.y_row
@@ -210,7 +216,8 @@ class _Passage:
     def on_sum(self, incoming: torch.Tensor) -> None:
         """Takes the gradient at the result of a bare addition, which goes on to both operands as it is."""
         if is_measurable(incoming):
-            rows = raw_rows([incoming.detach()]).expand(2, -1)
+            with self.counting():
+                rows = raw_rows([incoming.detach()]).expand(2, -1)
             self.on_incoming(incoming, rows, _kept(incoming))
 
     def _on_arrival(
@@ -228,7 +235,7 @@ class _Passage:
         self._arrived = []
         if not parts or not taps.board.enabled or not all(is_measurable(part) for part in parts):
             return
-        with torch.no_grad():
+        with torch.no_grad(), self.counting():
             branch = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
             if branch.shape == shortcut.shape:
                 rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
@@ -241,7 +248,8 @@ class _ObservedAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, passage: _Passage) -> torch.Tensor:
-        y, rows = RESIDUAL_ADD_STATS(x, f, relu)
+        with passage.counting():
+            y, rows = RESIDUAL_ADD_STATS(x, f, relu)
         passage.y_row = rows
         ctx.passage = passage
         ctx.set_materialize_grads(False)
@@ -260,7 +268,8 @@ class _ObservedAdd(torch.autograd.Function):
         if not saved:
             ctx.passage.on_sum(incoming)
             return incoming, incoming, None, None
-        gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
+        with ctx.passage.counting():
+            gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
         ctx.passage.on_incoming(incoming, rows, _kept(gradient))
         return gradient, gradient, None, None
 

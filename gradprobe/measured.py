@@ -53,8 +53,22 @@ class Events:
         sites: Site of each event, in the order of execution. Length N.
         measured: Which sites had an event, and the elements of all of their events.
         smallest_normal: Smallest normal number of the dtype that a site had last; NaN where none is known. [S]
+        is_conditional: Some events are those of CUDA graphs that may not have run; the record tells.
     """
 
     sites: tuple[int, ...]
     measured: Measured
     smallest_normal: FloatArray
+    is_conditional: bool = False
+
+    def seen(self, numels: npt.NDArray[np.int64]) -> Events:
+        """Gives the events of the graphs that ran.
+
+        Args:
+            numels: Elements observed at each site. [S]
+
+        Returns:
+            The events at sites where there were any.
+        """
+        sites = tuple(site for site in self.sites if numels[site] > 0)
+        return Events(sites, Measured(numels > 0, numels), self.smallest_normal)

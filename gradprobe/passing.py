@@ -79,6 +79,6 @@ class Passing:
 
     def remove(self) -> None:
         """Removes every hook, for good. Compiled graphs keep theirs, which do nothing from now on."""
-        self._board.enabled = False
+        self._board.retire()
         self._activations.remove()
         self._junctions.remove()

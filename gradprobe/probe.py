@@ -24,6 +24,7 @@ from gradprobe.coverage import Coverage, CoverageLog
 from gradprobe.diagnose import diagnose
 from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.findings import Finding
+from gradprobe.graph_rows import is_capturing
 from gradprobe.history import History
 from gradprobe.junctions import junction_modules
 from gradprobe.measured import Measured, Provenance
@@ -180,6 +181,7 @@ class Probe:
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured
         self._clipped = False
+        self._is_clipped_in_graph = False
         self._last_was_measured = False
         self._scale: torch.Tensor | float = 1.0
         self._provenance = Provenance("unscaled", "local", "pre-clip")
@@ -288,9 +290,14 @@ class Probe:
         """
         self._check_attached()
         check_max_norm(max_norm)
-        if self._measured is None or self._when == "hook" or self._taps.modified():
+        rows = self._history.record.rows()
+        if self._is_capturing():  # each replay would write to the rows of a step that is over
+            rows = {device: torch.empty_like(part) for device, part in rows.items()}
+            self._collector.measure(*self._taps.gradients(), rows)
+            self._is_clipped_in_graph = True
+        elif self._measured is None or self._when == "hook" or self._taps.modified():
             self._measure()
-        total = self._collector.total_norm(self._history.record.rows())
+        total = self._collector.total_norm(rows)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(f"clip_grad_norm_: need a finite total norm; got {total.item()}")
         gradients, regular = self._taps.gradients()
@@ -361,6 +368,9 @@ class Probe:
             on_gradient if self._when == "hook" else None,
         )
 
+    def _is_capturing(self) -> bool:
+        return any(is_capturing(device) for device in self._collector.rows_on)
+
     def _wanted(self) -> bool:
         return self._pause_depth == 0 and self._step % self._every == 0
 
@@ -368,6 +378,8 @@ class Probe:
         return self._wanted() and self._step % self._activations_every == 0
 
     def _on_backward_end(self) -> None:
+        if self._is_capturing():
+            return
         if self._averages:  # DDP finishes its buckets after this; called again from there, the gradients are averaged
             Variable._execution_engine.queue_callback(self._taps.sight)
         else:
@@ -375,7 +387,7 @@ class Probe:
 
     def _on_gradient(self, k: int) -> None:
         gradient = self._found.parameters[k].grad
-        if gradient is None:
+        if gradient is None or self._is_capturing():
             return
         if self._measured is None:
             self._regroup_if_moved()
@@ -389,7 +401,8 @@ class Probe:
         if self._taps.converted():
             self._regroup_if_moved()
         done, modified, n_fired = self._taps.measure(self._collector.native_rows(self._history.record.rows()))
-        self._describe("post-clip" if modified else "pre-clip")
+        is_clipped = modified or (n_fired == 0 and self._is_clipped_in_graph)
+        self._describe("post-clip" if is_clipped else "pre-clip")
         if done:
             self._measured = self._collector.all_present
         else:
@@ -404,7 +417,10 @@ class Probe:
         self._scale = 1.0 if scale is None else scale
         self._provenance = Provenance("unscaled", "averaged" if self._averages else "local", clipping)
 
-    def _close(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> None:
+    def _close(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> bool:
+        if self._is_capturing():
+            self._coverage.note_capture(self._step)
+            return False
         wanted = self._wanted()
         inverse = None if self._passing is None else self._boundaries.take_inverse_of_backward()
         if wanted:
@@ -420,6 +436,7 @@ class Probe:
         self._step += 1
         self._taps.reset()
         self._set_enabled()
+        return True
 
     def _finish(
         self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float, signal_scale: torch.Tensor | float
@@ -450,6 +467,8 @@ class Probe:
 
     def _around_optimizer(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
         assert self._updates is not None
+        if self._is_capturing():
+            return
         step = self._step if is_open else self._step - 1
         is_wanted = (self._wanted() if is_open else self._last_was_measured) and step % self._updates_every == 0
         if is_after:

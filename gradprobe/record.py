@@ -84,7 +84,7 @@ class Record:
                 # Written now, not at first use: memory that the system lacks is missed here, and no step waits for it.
                 ring = mirror = torch.zeros(capacity, *step_shape, dtype=torch.float64, device="cpu")
             else:
-                ring = torch.empty(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
+                ring = torch.zeros(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
                 mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu", pin_memory=True)
             self._rings[device] = ring
             self._mirrors[device] = mirror

@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 import gradprobe
-from gradprobe import activations, board, hooks
+from gradprobe import activations, hooks, row_log
 from gradprobe.ops import residual
 
 # A shared runner stalls now and then: time limits belong to benchmarks.
@@ -25,15 +25,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(params=["native", "python"])
-def any_hooks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def any_hooks(request: pytest.FixtureRequest) -> str:
     """Runs a test with the C++ hooks and with their Python twin."""
     if request.param == "native" and hooks.native_hooks()[0] is None:
         pytest.skip(f"C++ hooks: {hooks.native_hooks()[1]}")
     if request.param == "python":
-        for module in (hooks, board, activations):
-            monkeypatch.setattr(module, "native_hooks", lambda: (None, "switched off by a test"))
-        monkeypatch.setattr(residual, "_JOIN", None)
+        request.getfixturevalue("python_hooks")
     return str(request.param)
+
+
+@pytest.fixture
+def python_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switches the C++ hooks off."""
+    for module in (hooks, row_log, activations):
+        monkeypatch.setattr(module, "native_hooks", lambda: (None, "switched off by a test"))
+    monkeypatch.setattr(residual, "_JOIN", None)
 
 
 @pytest.fixture

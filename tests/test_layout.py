@@ -15,7 +15,7 @@ STAGES = (
     {"ops"},
     {"sites", "hooks", "amp", "boundaries", "arguments", "branch", "nn", "networks", "inline"},
     {"instrumentation"},
-    {"collector", "board", "compiled"},
+    {"collector", "row_log", "graph_rows", "board", "compiled"},
     {"activations", "junctions"},
     {"record"},
     {"stats", "line"},

@@ -88,3 +88,73 @@ def test_a_model_on_two_devices() -> None:
         snapshot = probe.latest(wait=True)
         assert snapshot is not None
         assert total.item() == pytest.approx(snapshot.total_norm, rel=1e-6)
+
+
+def captured(model: nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.zero_grad(set_to_none=False)
+        model(batch).square().mean().backward()
+        optimizer.step()
+    return graph
+
+
+@pytest.mark.filterwarnings("ignore:gradprobe")
+def test_a_captured_step_is_measured_by_each_replay() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), gradprobe.nn.ResidualAdd(), nn.Linear(32, 1)).cuda()
+    join, layers = model[1], (model[0], nn.Linear(32, 32).cuda(), model[2])
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = layers[0](x)
+        return layers[2](join(x, layers[1](x)))
+
+    model.forward = forward  # type: ignore[method-assign]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(1024, 64, device="cuda")
+    probe = gradprobe.attach(model, optimizer=optimizer, activations=True, activations_every=2)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # steps 0 to 2
+            optimizer.zero_grad(set_to_none=False)
+            model(batch).square().mean().backward()
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = captured(model, optimizer, batch)
+    truth = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):  # steps 3 to 6
+            batch.normal_()
+            truth.append(layers[0](batch).detach().norm())
+            graph.replay()
+            probe.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_measured(probe, model)
+    steps = {snapshot.step: snapshot for snapshot in probe.history()}
+    assert [step for step, snapshot in steps.items() if snapshot.activations] == [0, 2, 4, 6]
+    for step in (4, 6):
+        assert steps[step].activations["0"].output.norm == pytest.approx(truth[step - 3].item(), rel=1e-5)
+        assert steps[step].junctions["1"].branch is not None
+        assert steps[step].junctions["1"].y.numel == 1024 * 32
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore:gradprobe")
+def test_compiled_models_with_and_without_graphs(mode: str) -> None:
+    torch._dynamo.reset()
+    model = mlp().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
+    compiled = torch.compile(model, mode=mode)
+    batch = torch.randn(16, 64, device="cuda")
+    for _ in range(6):
+        optimizer.zero_grad()
+        compiled(batch).square().mean().backward()
+        optimizer.step()
+    assert_measured(probe, model)
+    snapshot = probe.latest(wait=True)
+    assert snapshot is not None
+    assert snapshot.activations["0"].output.norm == pytest.approx(model[0](batch).norm().item(), rel=1e-4)

@@ -95,7 +95,9 @@ __device__ __forceinline__ void add_vectors(Parts<T>& parts, const T* branch, co
 // than kBlocksPerMultiprocessor leaves.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
-    part_chunks(const T* branch, const T* shortcut, int64_t numel, Stats* partials, double* rows) {
+    part_chunks(const T* branch, const T* shortcut, int64_t numel, Stats* partials, double* rows,
+                const int32_t* enabled) {
+  if (!is_on(enabled)) return;
   constexpr int kNumel = kVectorNumel<T>;
   const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
   branch += chunk.begin;
@@ -138,18 +140,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
 }  // namespace
 
 cudaError_t branch_stats(const void* branch, const void* shortcut, int64_t numel, Element element, Stats* partials,
-                         double* rows, cudaStream_t stream) {
+                         double* rows, const int32_t* enabled, cudaStream_t stream) {
   const int64_t n_chunks = count_partials(numel, element);
   if (n_chunks > 0) {
     const cudaError_t error = with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       return launch(part_chunks<T>, n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
-                    numel, partials, rows);
+                    numel, partials, rows, enabled);
     });
     if (error) return error;
   }
   if (n_chunks == 1) return cudaSuccess;
-  Finisher finisher(partials, rows, stream);
+  Finisher finisher(partials, rows, enabled, stream);
   for (int row = 0; row < 2; ++row) finisher.add(row * n_chunks, n_chunks, row);
   return finisher.flush();
 }

@@ -200,6 +200,10 @@ __device__ __forceinline__ Stats shuffle_down(const Stats& stats, int delta) {
   return all;
 }
 
+// ---- Whether statistics are taken
+
+__device__ __forceinline__ bool is_on(const int32_t* enabled) { return enabled == nullptr || *enabled != 0; }
+
 // ---- Launching
 
 template <typename... Parameters>

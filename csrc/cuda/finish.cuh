@@ -22,7 +22,9 @@ constexpr int kPartialLoads = 4;  // in flight for each thread
 // them.
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
-    merge_partials(const FinishTable<kCapacity> __grid_constant__ table, const Stats* partials, double* rows) {
+    merge_partials(const FinishTable<kCapacity> __grid_constant__ table, const Stats* partials, double* rows,
+                   const int32_t* enabled) {
+  if (!is_on(enabled)) return;
   const Stats* first = partials + table.first_partial[blockIdx.x];
   const int64_t n = table.n_partials[blockIdx.x];
   Stats mine = identity();
@@ -43,8 +45,8 @@ __global__ void __launch_bounds__(kThreads)
 // enqueued.
 class Finisher {
  public:
-  Finisher(const Stats* partials, double* rows, cudaStream_t stream)
-      : partials_(partials), rows_(rows), stream_(stream) {}
+  Finisher(const Stats* partials, double* rows, const int32_t* enabled, cudaStream_t stream)
+      : partials_(partials), rows_(rows), enabled_(enabled), stream_(stream) {}
 
   bool full() const { return n_rows_ == kFinishRows; }
 
@@ -60,14 +62,14 @@ class Finisher {
     const int n_rows = n_rows_;
     n_rows_ = 0;
     if (n_rows > kFinishRowsSmall)
-      return launch(merge_partials<kFinishRows>, n_rows, stream_, table_, partials_, rows_);
+      return launch(merge_partials<kFinishRows>, n_rows, stream_, table_, partials_, rows_, enabled_);
     FinishTable<kFinishRowsSmall> small;
     for (int i = 0; i < n_rows; ++i) {
       small.first_partial[i] = table_.first_partial[i];
       small.n_partials[i] = table_.n_partials[i];
       small.row[i] = table_.row[i];
     }
-    return launch(merge_partials<kFinishRowsSmall>, n_rows, stream_, small, partials_, rows_);
+    return launch(merge_partials<kFinishRowsSmall>, n_rows, stream_, small, partials_, rows_, enabled_);
   }
 
  private:
@@ -75,6 +77,7 @@ class Finisher {
   int n_rows_ = 0;
   const Stats* partials_;
   double* rows_;
+  const int32_t* enabled_;
   cudaStream_t stream_;
 };
 

@@ -52,7 +52,9 @@ __device__ __forceinline__ void add_range(ThreadSums<Wide<T>>& sums, const T* be
 
 template <typename T, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    sum_chunks(const TensorTable<kCapacity> __grid_constant__ table, Stats* partials, double* rows) {
+    sum_chunks(const TensorTable<kCapacity> __grid_constant__ table, Stats* partials, double* rows,
+               const int32_t* enabled) {
+  if (!is_on(enabled)) return;
   const Piece<T> piece = find_piece<T>(table, blockIdx.x);
   ThreadSums<Wide<T>> sums;
   add_range(sums, piece.begin, piece.numel);
@@ -67,15 +69,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 template <typename T, int kCapacity>
 cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* partials, double* rows,
-                        cudaStream_t stream) {
-  Finisher finisher(partials, rows, stream);
+                        const int32_t* enabled, cudaStream_t stream) {
+  Finisher finisher(partials, rows, enabled, stream);
   Packer<T, kCapacity> packer;
   int64_t chunks_done = 0;  // of the launches before
 
   const auto flush = [&]() -> cudaError_t {
     if (packer.n_chunks() == 0) return cudaSuccess;
     const cudaError_t error = launch(sum_chunks<T, kCapacity>, packer.n_chunks(), stream, packer.table(),
-                                     partials + chunks_done, rows + kStats * packer.first_row());
+                                     partials + chunks_done, rows + kStats * packer.first_row(), enabled);
     chunks_done += packer.n_chunks();
     packer.clear();
     return error;
@@ -120,11 +122,12 @@ int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element ele
 }
 
 cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element element, Stats* partials, double* rows,
-                       cudaStream_t stream) {
+                       const int32_t* enabled, cudaStream_t stream) {
   return with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return n_tensors > kTensorsSmall ? sum_tensors<T, kTensors>(tensors, n_tensors, partials, rows, stream)
-                                     : sum_tensors<T, kTensorsSmall>(tensors, n_tensors, partials, rows, stream);
+    return n_tensors > kTensorsSmall
+               ? sum_tensors<T, kTensors>(tensors, n_tensors, partials, rows, enabled, stream)
+               : sum_tensors<T, kTensorsSmall>(tensors, n_tensors, partials, rows, enabled, stream);
   });
 }
 

@@ -107,26 +107,16 @@ __device__ __forceinline__ void put(const Stats& stats, bool is_whole, Stats* pa
   }
 }
 
-// rows: none, [1, kStats] of the outgoing, or [2, kStats] of the incoming and the outgoing. partials alike,
-// [*, n_chunks].
+// What a thread does of a chunk of n elements.
 template <typename T, typename Operation, Counted counted>
-// Two sets of sums need more registers than kBlocksPerMultiprocessor leaves.
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted == Counted::kBoth ? 2 : 0))
-    join_chunks(const T* a, const T* b, T* out, int64_t numel, [[maybe_unused]] Stats* partials,
-                [[maybe_unused]] double* rows) {
+__device__ __forceinline__ void apply_chunk(const T* a, const T* b, T* out, int n, Sums<T, counted>& sums) {
   constexpr int kNumel = kVectorNumel<T>;
-  const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
-  a += chunk.begin;
-  b += chunk.begin;
-  out += chunk.begin;
-  const int n = static_cast<int>(chunk.end - chunk.begin);
   const uintptr_t apart = (reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) |
                           (reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(out));
   // Operands that are never aligned at the same element go one by one.
   const Split split = apart % kVectorBytes == 0 ? split_range(a, n) : Split{n, 0, 0};
   const int thread = static_cast<int>(threadIdx.x);
 
-  Sums<T, counted> sums;
   int v = thread;
   for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads) {
     const int at = split.head + v * kNumel;
@@ -141,6 +131,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted 
     const int at = split.head + split.n_vectors * kNumel + thread;
     apply_element<T, Operation, counted>(a + at, b + at, out + at, sums);
   }
+}
+
+// rows: none, [1, kStats] of the outgoing, or [2, kStats] of the incoming and the outgoing. partials alike,
+// [*, n_chunks].
+template <typename T, typename Operation, Counted counted>
+// Two sets of sums need more registers than kBlocksPerMultiprocessor leaves.
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted == Counted::kBoth ? 2 : 0))
+    join_chunks(const T* a, const T* b, T* out, int64_t numel, [[maybe_unused]] Stats* partials,
+                [[maybe_unused]] double* rows, [[maybe_unused]] const int32_t* enabled) {
+  const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
+  a += chunk.begin;
+  b += chunk.begin;
+  out += chunk.begin;
+  const int n = static_cast<int>(chunk.end - chunk.begin);
+  if constexpr (counted != Counted::kNone) {
+    if (!is_on(enabled)) {
+      Sums<T, Counted::kNone> none;
+      return apply_chunk<T, Operation, Counted::kNone>(a, b, out, n, none);
+    }
+  }
+  Sums<T, counted> sums;
+  apply_chunk<T, Operation, counted>(a, b, out, n, sums);
 
   [[maybe_unused]] const bool is_whole = gridDim.x == 1;
   if constexpr (counted == Counted::kBoth) {
@@ -156,40 +168,41 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted 
 
 template <typename Operation, Counted counted>
 cudaError_t join(const void* a, const void* b, void* out, int64_t numel, Element element, Stats* partials, double* rows,
-                 cudaStream_t stream) {
+                 const int32_t* enabled, cudaStream_t stream) {
   const int64_t n_chunks = count_partials(numel, element);
   if (n_chunks > 0) {
     const cudaError_t error = with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       return launch(join_chunks<T, Operation, counted>, n_chunks, stream, static_cast<const T*>(a),
-                    static_cast<const T*>(b), static_cast<T*>(out), numel, partials, rows);
+                    static_cast<const T*>(b), static_cast<T*>(out), numel, partials, rows, enabled);
     });
     if (error) return error;
   }
   if (counted == Counted::kNone || n_chunks == 1) return cudaSuccess;
-  Finisher finisher(partials, rows, stream);
+  Finisher finisher(partials, rows, enabled, stream);
   for (int row = 0; row < (counted == Counted::kBoth ? 2 : 1); ++row) finisher.add(row * n_chunks, n_chunks, row);
   return finisher.flush();
 }
 
 template <typename Operation, Counted counted>
 cudaError_t join_counting_if(const void* a, const void* b, void* out, int64_t numel, Element element, Stats* partials,
-                             double* rows, cudaStream_t stream) {
-  return rows == nullptr ? join<Operation, Counted::kNone>(a, b, out, numel, element, partials, rows, stream)
-                         : join<Operation, counted>(a, b, out, numel, element, partials, rows, stream);
+                             double* rows, const int32_t* enabled, cudaStream_t stream) {
+  return rows == nullptr ? join<Operation, Counted::kNone>(a, b, out, numel, element, partials, rows, enabled, stream)
+                         : join<Operation, counted>(a, b, out, numel, element, partials, rows, enabled, stream);
 }
 
 }  // namespace
 
 cudaError_t residual_add(const void* x, const void* f, void* y, int64_t numel, Element element, bool relu,
-                         Stats* partials, double* row, cudaStream_t stream) {
+                         Stats* partials, double* row, const int32_t* enabled, cudaStream_t stream) {
   const auto join = relu ? join_counting_if<AddRelu, Counted::kOutgoing> : join_counting_if<Add, Counted::kOutgoing>;
-  return join(x, f, y, numel, element, partials, row, stream);
+  return join(x, f, y, numel, element, partials, row, enabled, stream);
 }
 
 cudaError_t residual_add_backward(const void* grad_y, const void* y, void* grad_x, int64_t numel, Element element,
-                                  Stats* partials, double* rows, cudaStream_t stream) {
-  return join_counting_if<MaskGradient, Counted::kBoth>(grad_y, y, grad_x, numel, element, partials, rows, stream);
+                                  Stats* partials, double* rows, const int32_t* enabled, cudaStream_t stream) {
+  return join_counting_if<MaskGradient, Counted::kBoth>(grad_y, y, grad_x, numel, element, partials, rows, enabled,
+                                                        stream);
 }
 
 }  // namespace gradprobe::cuda

@@ -8,7 +8,8 @@ overflowing a square. `true_rows` and `norms` undo it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,12 +19,13 @@ from gradprobe.errors import ArgumentError, BackendError
 from gradprobe.ops import native, reference, triton_kernels
 from gradprobe.ops.reference import FLOAT_DTYPES, STATS
 from gradprobe.ops.rows import merge_rows, norms, true_rows
-from gradprobe.ops.schemas import GRAD_STATS_INTO, SCALE
+from gradprobe.ops.schemas import COUNT_IF, GRAD_STATS_INTO, SCALE
 
 __all__ = [
     "STATS",
     "Backend",
     "backends",
+    "counting_if",
     "dense_values",
     "grad_stats",
     "grad_stats_into",
@@ -252,6 +254,20 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor, backend: Backend) ->
         [5.0]
     """
     backend.grad_stats_into(tensors, out)
+
+
+@contextmanager
+def counting_if(flag: Tensor) -> Iterator[None]:
+    """Has the kernels that are launched inside the block ask a flag each time they run, before they take statistics.
+
+    Args:
+        flag: One int32 on their device, which must outlive the CUDA graphs that hold the launches.
+    """
+    COUNT_IF(flag, True)
+    try:
+        yield
+    finally:
+        COUNT_IF(flag, False)
 
 
 def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "auto") -> None:

@@ -3,7 +3,9 @@
 """The operators as torch knows them: schema, fake, autograd and the reference kernel, each defined once for all.
 
 `torch.ops.gradprobe.grad_stats_into` and `torch.ops.gradprobe.scale_` work under `torch.compile` and on every device:
-where no compiled or Triton kernel is registered for a device, dispatch ends at the reference.
+where no compiled or Triton kernel is registered for a device, dispatch ends at the reference. `count_if` has the CUDA
+kernels that this thread launches ask a flag, int32 on their device, when they run: where it is 0 they take no
+statistics, also in a graph that is replayed.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from gradprobe.ops.reference import STATS
 SCHEMAS = (
     "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()",
     "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
+    "count_if(Tensor flag, bool on) -> ()",
 )
 Kernel = Callable[[Sequence[Tensor], Tensor], None]
 
@@ -35,6 +38,10 @@ def _fake_scale(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     torch._check(
         coefficient.numel() == 1, lambda: f"coefficient: needed one element, got shape {list(coefficient.shape)}"
     )
+
+
+def _ask_nothing(flag: Tensor, on: bool) -> None:
+    """What a device without CUDA graphs has to do."""
 
 
 def register(library: torch.library.Library, grad_stats_into: Kernel, scale_: Kernel) -> None:
@@ -60,6 +67,8 @@ def register(library: torch.library.Library, grad_stats_into: Kernel, scale_: Ke
         # They are measurements and updates, not functions to differentiate: autograd lets them through.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     count_writes(library, "scale_")
+    torch.library.register_fake(f"{library.ns}::count_if", _ask_nothing, lib=library)
+    library.impl("count_if", _ask_nothing, "CompositeExplicitAutograd")
 
 
 _library = torch.library.Library("gradprobe", "DEF")
@@ -69,3 +78,4 @@ register(_library, reference.grad_stats_into, reference.scale_)
 
 GRAD_STATS_INTO = torch.ops.gradprobe.grad_stats_into.default
 SCALE = torch.ops.gradprobe.scale_.default
+COUNT_IF = torch.ops.gradprobe.count_if.default

@@ -14,6 +14,9 @@ namespace {
 
 std::string error_text;
 
+int32_t flag = 0;
+const int32_t* enabled = nullptr;
+
 template <typename Call>
 int guarded(Call&& call) {
   try {
@@ -44,13 +47,18 @@ void emulated_free(void* address) { std::free(address); }
 void emulated_run_only(int64_t first_block) { emulation::run_only(static_cast<uint64_t>(first_block)); }
 void emulated_seed(uint64_t value) { emulation::seed(value); }
 uint64_t emulated_shared_bytes() { return emulation::shared_bytes(); }
+void emulated_ask(int value) {
+  flag = value;
+  enabled = &flag;
+}
+void emulated_ask_nothing() { enabled = nullptr; }
 int64_t emulated_launches() { return emulation::take_launch_count(); }
 
 int emulated_grad_stats(const TensorSpan* tensors, int64_t n_tensors, int element, double* rows) {
   return guarded([&] {
     const auto type = static_cast<Element>(element);
     auto partials = scratch(gradprobe::cuda::count_partials(tensors, n_tensors, type));
-    return gradprobe::cuda::grad_stats(tensors, n_tensors, type, partials.data(), rows, nullptr);
+    return gradprobe::cuda::grad_stats(tensors, n_tensors, type, partials.data(), rows, enabled, nullptr);
   });
 }
 
@@ -66,7 +74,7 @@ int emulated_residual_add(const void* x, const void* f, void* y, int64_t numel, 
   return guarded([&] {
     const auto type = static_cast<Element>(element);
     auto partials = scratch(row ? gradprobe::cuda::count_partials(numel, type) : 0);
-    return gradprobe::cuda::residual_add(x, f, y, numel, type, relu != 0, partials.data(), row, nullptr);
+    return gradprobe::cuda::residual_add(x, f, y, numel, type, relu != 0, partials.data(), row, enabled, nullptr);
   });
 }
 
@@ -75,7 +83,8 @@ int emulated_residual_add_backward(const void* grad_y, const void* y, void* grad
   return guarded([&] {
     const auto type = static_cast<Element>(element);
     auto partials = scratch(rows ? 2 * gradprobe::cuda::count_partials(numel, type) : 0);
-    return gradprobe::cuda::residual_add_backward(grad_y, y, grad_x, numel, type, partials.data(), rows, nullptr);
+    return gradprobe::cuda::residual_add_backward(grad_y, y, grad_x, numel, type, partials.data(), rows, enabled,
+                                                  nullptr);
   });
 }
 
@@ -83,7 +92,7 @@ int emulated_branch_stats(const void* branch, const void* shortcut, int64_t nume
   return guarded([&] {
     const auto type = static_cast<Element>(element);
     auto partials = scratch(2 * gradprobe::cuda::count_partials(numel, type));
-    return gradprobe::cuda::branch_stats(branch, shortcut, numel, type, partials.data(), rows, nullptr);
+    return gradprobe::cuda::branch_stats(branch, shortcut, numel, type, partials.data(), rows, enabled, nullptr);
   });
 }
 

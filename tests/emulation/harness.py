@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -321,6 +322,15 @@ class Kernels:
         wanted = rows if counts else None
         grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, wanted)
         return grad_x, rows
+
+    @contextmanager
+    def asking(self, flag: int) -> Iterator[None]:
+        """Has the kernels ask a flag of this value before they take statistics."""
+        self._library.emulated_ask(flag)
+        try:
+            yield
+        finally:
+            self._library.emulated_ask_nothing()
 
     def branch_stats(self, branch: Block, shortcut: Block) -> NDArray[np.float64]:
         """The raw rows [2, 6] of the branch's part, and of the products of both parts."""

@@ -238,6 +238,20 @@ MUTANTS = (
         "residual_add/forward/f16",
     ),
     Mutant(
+        "flag_keeps_the_sum_from_being_written",
+        "cuda/residual_add.cu",
+        "      return apply_chunk<T, Operation, Counted::kNone>(a, b, out, n, none);",
+        "      return;",
+        "only_if/f32",
+    ),
+    Mutant(
+        "flag_not_asked_by_the_second_launch",
+        "cuda/finish.cuh",
+        "  if (!is_on(enabled)) return;\n",
+        "",
+        "only_if/bf16",
+    ),
+    Mutant(
         "products_in_float",
         "cuda/branch_stats.cu",
         "sum += static_cast<double>(a) * static_cast<double>(b)",

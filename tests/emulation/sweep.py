@@ -336,6 +336,37 @@ def products_of_any_range(kernels: Kernels) -> None:
             check_products(rows[1], *pair, f"products of 2**{exponents} in {part}")
 
 
+def only_if(element: str) -> Check:
+    """Behind a flag of 0 a kernel writes what it computes, and no statistics; behind another all as without one."""
+
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(11)
+        chunk = CHUNK_BYTES // ITEM_BYTES[element]
+        for numel in (5, chunk + 77):  # of one launch, and of two
+            a, b = (Block(encode(random_values(rng, numel), element), element, 1) for _ in range(2))
+
+            def everything(a: Block = a, b: Block = b) -> list[tuple[NDArray[np.generic], NDArray[np.float64]]]:
+                return [
+                    (np.empty(0), kernels.grad_stats([a, b])),
+                    kernels.residual_add(a, b, True),
+                    kernels.residual_add_backward(a, b),
+                    (np.empty(0), kernels.branch_stats(a, b)),
+                ]
+
+            expected = everything()
+            for flag in (0, 1):
+                with kernels.asking(flag):
+                    seen = everything()
+                for k, ((out, rows), (needed, needed_rows)) in enumerate(zip(seen, expected, strict=True)):
+                    what = f"{element} [{numel}], operation {k}, flag {flag}"
+                    if out.tobytes() != needed.tobytes():
+                        raise AssertionError(f"{what}: other results than without a flag")
+                    if not (np.isnan(rows).all() if flag == 0 else rows.tobytes() == needed_rows.tobytes()):
+                        raise AssertionError(f"{what}: rows {rows!r}")
+
+    return check
+
+
 def beyond_int32(kernels: Kernels) -> None:
     """Elements after number 2**31 of one tensor. Memory is reserved, not used: untouched pages read as zeros."""
     numel = 2**31 + 70_001
@@ -368,6 +399,7 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"residual_add/forward/{element}"] = residual_forward(element, short)
         checks[f"residual_add/backward/{element}"] = residual_backward(element, short)
         checks[f"branch_stats/parts/{element}"] = both_parts(element, short)
+        checks[f"only_if/{element}"] = only_if(element)
     checks["branch_stats/ranges"] = products_of_any_range
     checks["grad_stats/scattered_rows"] = scattered_rows
     checks["grad_stats/mixed_chunk_counts"] = mixed_chunk_counts
