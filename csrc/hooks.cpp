@@ -76,8 +76,9 @@ struct State {
 
   std::vector<Sighting> sightings;  // [K]; one writer each: the engine runs an accumulator once at a time
   std::atomic<bool> enabled{true};
-  std::atomic<int> queued_task{-1};  // graph task whose end is already awaited; a failed backward leaves a stale id
-  py::object on_backward_end;        // null once removed, so that the last owner may let go without the GIL
+  std::atomic<bool> has_fired{false};  // whether enabled or not
+  std::atomic<int> queued_task{-1};    // graph task whose end is already awaited; a failed backward leaves a stale id
+  py::object on_backward_end;          // null once removed, so that the last owner may let go without the GIL
 };
 
 void notify(const std::shared_ptr<State>& state) {
@@ -94,6 +95,7 @@ class ReadyHook final : public autograd::FunctionPostHook {
 
   autograd::variable_list operator()(const autograd::variable_list& outputs,
                                      const autograd::variable_list& /*inputs*/) override {
+    state_->has_fired.store(true, std::memory_order_relaxed);
     if (!state_->enabled.load(std::memory_order_relaxed)) return outputs;
     const at::Tensor& gradient = static_cast<autograd::AccumulateGrad*>(accumulator_)->variable.grad();
     state_->sightings[index_] = sighting_of(gradient);
@@ -216,7 +218,12 @@ class GradientTaps {
 
   void set_enabled(bool enabled) { state_->enabled.store(enabled); }
 
-  void reset() { std::fill(state_->sightings.begin(), state_->sightings.end(), Sighting{}); }
+  void reset() {
+    std::fill(state_->sightings.begin(), state_->sightings.end(), Sighting{});
+    state_->has_fired.store(false);
+  }
+
+  bool has_fired() const { return state_->has_fired.load(); }
 
   int64_t n_fired() const {
     return std::count_if(state_->sightings.begin(), state_->sightings.end(),
@@ -321,6 +328,7 @@ PYBIND11_MODULE(_hooks, module) {
       .def("remove", &gradprobe::GradientTaps::remove)
       .def("set_enabled", &gradprobe::GradientTaps::set_enabled, py::arg("enabled"))
       .def("reset", &gradprobe::GradientTaps::reset)
+      .def("has_fired", &gradprobe::GradientTaps::has_fired)
       .def("n_fired", &gradprobe::GradientTaps::n_fired)
       .def("sight", &gradprobe::GradientTaps::sight)
       .def("fired", &gradprobe::GradientTaps::fired)

@@ -60,7 +60,7 @@ class StepBoundaries:
 
     def closed_by_optimizer(self) -> bool:
         """Tells, once, whether the step that the user closes now is one that the optimizer has closed just before."""
-        if self._closed_by != "optimizer" or self._taps.n_fired() > 0:
+        if self._closed_by != "optimizer" or self._taps.has_fired():
             return False
         self._closed_by = "nobody"
         return True
@@ -127,14 +127,14 @@ class StepBoundaries:
         if after:
             self._step_depth = max(0, self._step_depth - 1)
             return self._step_depth == 0
-        if self._taps.n_fired() > 0:  # a new backward: an earlier step has raised and not come back
+        if self._taps.has_fired():  # a new backward: an earlier step has raised and not come back
             self._step_depth = 0
         self._step_depth += 1
         return self._step_depth == 1
 
     def _on_scaler_stepping(self) -> None:
         self._optimizer_stepped = False
-        if self._scaler is not None and self._closed_by == "user" and self._taps.n_fired() == 0:
+        if self._scaler is not None and self._closed_by == "user" and not self._taps.has_fired():
             self._scaler.forget_backward()
 
     def _on_scaler_stepped(self, found_inf: torch.Tensor) -> None:
@@ -144,7 +144,7 @@ class StepBoundaries:
             self._close_by_optimizer(found_inf)
 
     def _close_by_optimizer(self, found_inf: torch.Tensor | None) -> None:
-        if self._closed_by == "user" and self._taps.n_fired() == 0:
+        if self._closed_by == "user" and not self._taps.has_fired():
             self._closed_by = "nobody"  # the user closed it just before
             return
         skipped = self._take_skipped()

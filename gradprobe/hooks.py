@@ -29,6 +29,9 @@ class Taps(Protocol):
     def reset(self) -> None:
         """Forgets what fired."""
 
+    def has_fired(self) -> bool:
+        """Tells whether a gradient became ready since the last reset, also while the hooks are switched off."""
+
     def n_fired(self) -> int:
         """Counts the gradients that became ready since the last reset."""
 
@@ -96,6 +99,7 @@ class PythonTaps:
         self._on_backward_end = on_backward_end
         self._on_gradient = on_gradient
         self._enabled = True
+        self._has_fired = False
         self._queued_task = -1
         self._sightings: list[tuple[int, int] | None] = [None] * len(self._parameters)
         self._handles: list[RemovableHandle] = []
@@ -122,6 +126,11 @@ class PythonTaps:
     def reset(self) -> None:
         """Forgets what fired."""
         self._sightings = [None] * len(self._parameters)
+        self._has_fired = False
+
+    def has_fired(self) -> bool:
+        """Tells whether a gradient became ready since the last reset, also while the hooks are switched off."""
+        return self._has_fired
 
     def n_fired(self) -> int:
         """Counts the gradients that became ready since the last reset."""
@@ -159,6 +168,7 @@ class PythonTaps:
         return gradients, regular
 
     def _on_ready(self, k: int, parameter: torch.Tensor) -> None:
+        self._has_fired = True
         if not self._enabled or parameter.grad is None:
             return
         self._sightings[k] = (id(parameter.grad), parameter.grad._version)

@@ -72,6 +72,20 @@ class TestSteps:
                 optimizer.step()
         assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2]
 
+    @pytest.mark.parametrize("every", [1, 2])
+    def test_the_loss_may_come_before_the_optimizers_step_now_and_then(self, every: int, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer, every=every) as probe:
+            for step in range(6):
+                optimizer.zero_grad()
+                loss_of(model, step).backward()
+                if step % 3 == 1:
+                    probe.step(loss=float(step))
+                optimizer.step()
+        losses = {snapshot.step: snapshot.loss for snapshot in probe.history()}
+        assert losses == {step: step if step % 3 == 1 else None for step in range(0, 6, every)}
+
     def test_step_may_be_called_just_before_the_optimizers(self) -> None:
         model = mlp()
         optimizer = sgd(model)
