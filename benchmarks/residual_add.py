@@ -27,6 +27,7 @@ from torch import Tensor
 import gradprobe
 from gradprobe import ops
 from gradprobe.ops.native import native_hooks
+from gradprobe.row_log import MOST_EVENTS
 
 SHAPES = ((64, 16, 32, 32), (64, 64, 8, 8))
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -55,7 +56,7 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
     module, reason = native_hooks()
     if module is None:
         raise SystemExit(f"the C++ hooks are needed: {reason}")
-    log = module.SignalRows()
+    log = module.SignalRows(MOST_EVENTS)
     taps = module.JunctionTaps(log, 1, 0)
 
     def operands() -> tuple[Tensor, Tensor]:

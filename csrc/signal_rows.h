@@ -29,11 +29,15 @@ namespace gradprobe {
 
 class SignalRows : public std::enable_shared_from_this<SignalRows> {
  public:
+  explicit SignalRows(size_t most) : most_(most) {}
+
   std::atomic<bool> enabled{true};
 
-  // The row of a new event. Stays where it is: another thread may be about to write to one that was handed out.
+  // The row of a new event. Stays where it is: another thread may be about to write to one that was handed out. Once
+  // there are `most` events, one that nobody reads.
   double* next(int64_t site, int64_t numel, double smallest_normal) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (sites_.size() >= most_) return nobodys_row_.data();
     if (sites_.size() == rows_.size()) rows_.emplace_back();
     double* row = rows_[sites_.size()].data();
     sites_.push_back(site);
@@ -93,6 +97,11 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
                             Known{Weak(tensor.getIntrusivePtr()), static_cast<uint32_t>(tensor._version()), row});
   }
 
+  bool is_full() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return sites_.size() >= most_;
+  }
+
   int64_t n_events() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return static_cast<int64_t>(sites_.size());
@@ -138,6 +147,8 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
     }
   }
 
+  const size_t most_;  // events of a step
+  std::array<double, kStats> nobodys_row_{};
   std::mutex mutex_;
   std::vector<int64_t> sites_;
   std::vector<int64_t> numels_;

@@ -133,6 +133,7 @@ class OutputTaps {
   // False, and nothing done, where Python has to look at what module m returned; true where that is settled.
   bool observe(int64_t m, py::handle output) {
     if (!rows_->enabled || !at::GradMode::is_enabled()) return true;
+    if (rows_->is_full()) return false;
     const at::Tensor* tensor = exact_tensor(output);
     if (tensor == nullptr || !is_plain(*tensor) || !dtype_of(*tensor) || !is_plain_execution()) return false;
     const bool has_gradient = tensor->requires_grad();
@@ -221,7 +222,7 @@ class JunctionTaps {
   // Joins the operands of junction j and observes it; None, and nothing done, where Python has to see the call or the
   // call is not to be observed.
   std::optional<at::Tensor> join(int64_t j, py::handle x_object, py::handle f_object, bool relu) {
-    if (!rows_->enabled || !at::GradMode::is_enabled()) return std::nullopt;
+    if (!rows_->enabled || !at::GradMode::is_enabled() || rows_->is_full()) return std::nullopt;
     const auto pair = operands(x_object, f_object);
     if (!pair) return std::nullopt;
     const auto& [x, f] = *pair;
@@ -254,10 +255,11 @@ class JunctionTaps {
 void define_signals(py::module_& module) {
   module.def("residual_add", &add_outside_dispatcher, py::arg("x"), py::arg("f"), py::arg("relu"));
   py::class_<SignalRows, std::shared_ptr<SignalRows>>(module, "SignalRows")
-      .def(py::init<>())
+      .def(py::init<size_t>(), py::arg("most"))
       .def_property(
           "enabled", [](const SignalRows& rows) { return rows.enabled.load(); },
           [](SignalRows& rows, bool enabled) { rows.enabled = enabled; })
+      .def_property_readonly("is_full", &SignalRows::is_full)
       .def_property_readonly("n_events", &SignalRows::n_events)
       .def("next", &SignalRows::next_row, py::arg("site"), py::arg("numel"), py::arg("smallest_normal"))
       .def("known", &SignalRows::known_row, py::arg("tensor"))

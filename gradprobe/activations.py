@@ -137,7 +137,7 @@ class ActivationTaps:
         """Observes what module m returned."""
         if self._native is not None and self._native.observe(m, output):
             return
-        if not self._board.enabled or not torch.is_grad_enabled() or in_transform():
+        if not self._board.enabled or not torch.is_grad_enabled() or in_transform() or self._board.is_full():
             return
         is_repeat = (self._native or self._passes).is_repeat(m)
         for tensor in tensors_in(output):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from gradprobe import graph_rows, ops
+from gradprobe.errors import warn_blind
 from gradprobe.graph_rows import GraphRows
 from gradprobe.measured import Events, FloatArray, Measured
 from gradprobe.row_log import PythonRows, RowLog, make_rows
@@ -41,6 +42,7 @@ class Board:
         self.rows = make_rows(device, backend)
         self._graphs = self._make_graph_rows()
         self._is_retired = False
+        self._has_told = False
         self._last_sites: tuple[int, ...] | None = None
         self._last_gather = torch.empty(0)
         self._last_smallest_normal = np.empty(0)
@@ -65,6 +67,18 @@ class Board:
     def n_events(self) -> int:
         """Number of events since the step began, those that graphs may have had included."""
         return self.rows.n_events + (0 if self._graphs is None else self._graphs.n_events)
+
+    def is_full(self) -> bool:
+        """Tells whether the step has had so many events that nobody seems to close it; warns the first time."""
+        if not self.rows.is_full:
+            return False
+        if not self._has_told:
+            self._has_told = True
+            warn_blind(
+                f"{self.rows.n_events:,} tensors have passed by since a step was last closed: outputs and gradients of "
+                "modules are not observed until it is. Call step() once per step, or give attach the optimizer"
+            )
+        return True
 
     def counting(self) -> AbstractContextManager[None]:
         """Surrounds operators that give statistics: captured in a graph, they are to ask whether these are wanted."""

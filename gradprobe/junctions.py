@@ -101,6 +101,7 @@ class JunctionTaps:
             and x.shape == f.shape
             and not x.is_complex()
             and not f.is_complex()
+            and not self.board.is_full()
         )
 
     def hook(self, tensor: torch.Tensor, on_gradient: Callable[[torch.Tensor], None]) -> None:

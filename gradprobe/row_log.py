@@ -13,6 +13,7 @@ from gradprobe import ops
 from gradprobe.ops.native import native_hooks
 
 _FIRST_EVENTS = 64
+MOST_EVENTS = 2**20  # of a step: a step that nobody closes is not to fill the memory
 
 
 class RowLog(Protocol):
@@ -23,6 +24,10 @@ class RowLog(Protocol):
     @property
     def n_events(self) -> int:
         """Number of events since the last clearing."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are `MOST_EVENTS`; later ones are not kept."""
 
     def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
         """Gives the row [1, 6] of a new event, to be written; the last is of the dtype, NaN where there is none."""
@@ -71,9 +76,16 @@ class PythonRows:
         """Number of events since the last clearing."""
         return len(self._sites)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there are `MOST_EVENTS`; later ones are not kept."""
+        return len(self._sites) >= MOST_EVENTS
+
     def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
         """Gives the row [1, 6] of a new event, to be written; the last is of the dtype, NaN where there is none."""
         with self._lock:
+            if self.is_full:
+                return torch.empty_like(self._rows[0])
             self._sites.append(site)
             self._numels.append(numel)
             self._smallest_normals.append(smallest_normal)
@@ -122,5 +134,5 @@ def make_rows(device: torch.device, backend: str) -> RowLog:
     module, _ = native_hooks()
     if module is None or device.type != "cpu" or ops.resolve(backend, device).name != "native":
         return PythonRows(device)
-    rows: RowLog = module.SignalRows()
+    rows: RowLog = module.SignalRows(MOST_EVENTS)
     return rows

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradprobe
+from gradprobe import row_log
 from gradprobe.board import Board
 from gradprobe.nn import ResidualAdd
 
@@ -324,3 +325,21 @@ def test_a_probe_detached_while_paused_stays_off() -> None:
     loss.backward()  # of a graph from before
     assert probe._passing is not None
     assert not probe._passing._board.enabled
+
+
+def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_log, "MOST_EVENTS", 20)
+    model = net()
+    probe = gradprobe.attach(model, activations=True)
+    batches = torch.randn(12, 3)
+    for batch in batches.split(6):
+        model(batch).sum().backward()
+    with pytest.warns(gradprobe.GradprobeWarning, match="20 tensors have passed by since a step was last closed"):
+        model(batches)
+    model(batches).sum().backward()  # not said again
+    probe.step()
+    model(torch.randn(2, 3)).sum().backward()
+    probe.step()
+    unclosed, closed = probe.history()
+    assert closed.activations["0"].output.numel == closed.junctions["1.join"].branch.numel == 8
+    assert unclosed.activations["0"].output.numel == 48
