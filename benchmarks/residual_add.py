@@ -13,7 +13,6 @@ are taken round by round, medians with the quartiles.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import platform
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _machine import processor
+from _machine import keep_memory, processor
 from torch import Tensor
 
 import gradprobe
@@ -116,13 +115,6 @@ def ratio(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> str:
     """Median and quartiles of ratios taken round by round."""
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     return f"{middle:.2f} ({low:.2f} … {high:.2f})"
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep what is freed: else pages come and go with whatever lies at the end of the heap."""
-    if platform.libc_ver()[0] == "glibc":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**30)
 
 
 if __name__ == "__main__":

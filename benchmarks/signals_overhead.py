@@ -1,26 +1,36 @@
 """What observing activations and residual junctions adds to a training step, against the ways of others.
 
-A ResNet-56, batch 64, on random images of CIFAR's size: forward, backward, SGD. The ways take turns step by step, so
-that they meet the same machine; each is compared with the bare steps beside it; medians with the quartiles.
+A ResNet-56, batch 64, on handwritten digits enlarged to CIFAR's size: forward, backward, SGD. In each round every way
+is installed in turn, in random order, for a step that is not timed and ten that are: as many as every=10 has between
+two that it measures. A way's time in a round is the mean of its steps, compared with that of the bare steps of the same
+round: medians with the quartiles over the rounds, and the interval that holds the median in 90 % of resampled runs.
 
-    python benchmarks/signals_overhead.py [--rounds 12] [--threads N]
+Memory that is freed is kept. By default glibc hands much of it back and takes it again, in a pattern that differs from
+one process to the next: bare steps then have from none to 18,000 page faults, up to 10 % of the step, with or without a
+probe.
+
+    python benchmarks/signals_overhead.py [--rounds 20] [--threads N]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
+import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from _machine import processor
+from _machine import keep_memory, processor
 from torch import nn
 
 import gradprobe
+from gradprobe.experiments.data import load
 
-BLOCK = 10  # steps in a row for each way: as many as every=10 has between two that it measures
+BATCH = 64
+WARM_UP, TIMED = 1, 10  # steps of a visit
 
 Leave = Callable[[], object]
 
@@ -39,51 +49,59 @@ def full_backward_hooks(model: nn.Module) -> Leave:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = gradprobe.networks.resnet(56)
+    model = gradprobe.networks.resnet(56, in_channels=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    images, labels = torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,))
+    digits = load("digits")
+    images = nn.functional.interpolate(digits.train_x[:BATCH], size=32, mode="bilinear")
+    labels = digits.train_y[:BATCH]
     print(f"{processor()}, {arguments.threads} threads; torch {torch.__version__}, python {platform.python_version()}")
     print(f"backends: {gradprobe.backends()}")
 
-    def step() -> float:
-        start = time.perf_counter()
+    def step() -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-        return (time.perf_counter() - start) * 1e3
 
     def attached(**options: object) -> Callable[[], Leave]:
         return lambda: gradprobe.attach(model, optimizer=optimizer, **options).detach  # type: ignore[arg-type]
 
     ways: dict[str, Callable[[], Leave]] = {
+        "bare step": lambda: lambda: None,
         "full backward hooks, .norm().item()": lambda: full_backward_hooks(model),
         "parameters": attached(junctions=False),
         "parameters, junctions": attached(),
         "parameters, junctions, activations": attached(activations=True),
         "all, every=10": attached(activations=True, every=10),
     }
-    bare: list[float] = []
-    added: dict[str, list[float]] = {way: [] for way in ways}  # of the step, one entry for each round
-    step()
+    generator = np.random.default_rng(0)
+    times_ms: dict[str, list[float]] = {way: [] for way in ways}
+    gc.disable()
     for _ in range(arguments.rounds):
-        for way, enter in ways.items():
-            before = [step() for _ in range(BLOCK)]
-            leave = enter()
-            during = [step() for _ in range(BLOCK)]
+        for way in generator.permutation(list(ways)):
+            leave = ways[way]()
+            steps_ms = []
+            for _ in range(WARM_UP + TIMED):
+                start = time.perf_counter()
+                step()
+                steps_ms.append((time.perf_counter() - start) * 1e3)
+            times_ms[way].append(statistics.fmean(steps_ms[WARM_UP:]))
             leave()
-            bare.append(float(np.median(before)))
-            # the mean of one way's steps, of which not all do the same, against the mean of the bare ones
-            added[way].append(float(np.mean(during) / np.mean(before) - 1))
-    print(f"\nbare step: {np.median(bare):.1f} ms")
-    print(f"{'observed':40}{'added: median':>14}{'quartiles':>22}")
-    for way, shares in added.items():
-        low, middle, high = np.percentile(shares, [25, 50, 75])
-        print(f"{way:40}{middle:14.2%}{f'{low:.2%} … {high:.2%}':>22}")
+        gc.collect()
+    bare = np.array(times_ms.pop("bare step"))
+    resampled = generator.integers(0, len(bare), (2000, len(bare)))
+    print(f"\nbare step: {np.median(bare):.1f} ms, {len(bare)} rounds of {TIMED} steps")
+    print(f"{'observed':40}{'added: median':>14}{'90 % interval':>20}{'quartiles':>20}")
+    for way, taken in times_ms.items():
+        added = np.array(taken) / bare - 1
+        low, middle, high = np.percentile(added, [25, 50, 75])
+        least, most = np.percentile(np.median(added[resampled], axis=1), [5, 95])
+        print(f"{way:40}{middle:14.2%}{f'{least:.2%} … {most:.2%}':>20}{f'{low:.2%} … {high:.2%}':>20}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from gradprobe.arguments import Selection
 from gradprobe.board import Board
 from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
@@ -41,8 +42,6 @@ _WITHOUT_OUTPUT = (
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
 _DEEPEST = 16  # containers in containers; one that holds itself has no end
-
-Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
 def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection[str] = ()) -> dict[str, nn.Module]:

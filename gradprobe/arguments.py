@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,45 +15,58 @@ When = Literal["auto", "step", "backward", "hook"]
 MOMENTS: tuple[When, ...] = ("auto", "step", "backward", "hook")
 
 
-def check_attach(
-    model: object,
-    optimizer: object,
-    params: object,
-    junctions: object,
-    updates: object,
-    every: object,
-    activations_every: object,
-    updates_every: object,
-    capacity: object,
-    when: object,
-    grad_scaler: object,
-) -> None:
-    """Raises ArgumentError where an argument of `attach` is not of its kind."""
+Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `attach`, which describes each, takes beside the model.
+
+    Raises:
+        ArgumentError: One is not of its kind.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    params: bool
+    activations: Selection
+    junctions: bool
+    updates: bool
+    every: int
+    activations_every: int
+    updates_every: int
+    capacity: int
+    backend: str
+    when: When
+    grad_scaler: torch.amp.GradScaler | None
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None and not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(self.optimizer).__name__}")
+        if self.params is not True:
+            raise ArgumentError(
+                f"params: need True, since steps are told by the gradients of parameters; got {self.params!r}"
+            )
+        for name in ("junctions", "updates"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: need True or False; got {getattr(self, name)!r}")
+        if self.updates and self.optimizer is None:
+            raise ArgumentError("updates: need the optimizer that makes them, as optimizer=; got None")
+        for name in ("every", "activations_every", "updates_every", "capacity"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
+        if self.when not in MOMENTS:
+            raise ArgumentError(f"when: need one of {', '.join(MOMENTS)}; got {self.when!r}")
+        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise ArgumentError(
+                f"grad_scaler: need a torch.amp.GradScaler or None; got {type(self.grad_scaler).__name__}"
+            )
+
+
+def check_model(model: object) -> None:
+    """Raises ArgumentError where a model is no module."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(optimizer).__name__}")
-    if params is not True:
-        raise ArgumentError(f"params: need True, since steps are told by the gradients of parameters; got {params!r}")
-    if not isinstance(junctions, bool):
-        raise ArgumentError(f"junctions: need True or False; got {junctions!r}")
-    if not isinstance(updates, bool):
-        raise ArgumentError(f"updates: need True or False; got {updates!r}")
-    if updates and optimizer is None:
-        raise ArgumentError("updates: need the optimizer that makes them, as optimizer=; got None")
-    counts = {
-        "every": every,
-        "activations_every": activations_every,
-        "updates_every": updates_every,
-        "capacity": capacity,
-    }
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
-    if when not in MOMENTS:
-        raise ArgumentError(f"when: need one of {', '.join(MOMENTS)}; got {when!r}")
-    if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-        raise ArgumentError(f"grad_scaler: need a torch.amp.GradScaler or None; got {type(grad_scaler).__name__}")
 
 
 def check_shares_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:

@@ -16,8 +16,16 @@ from torch import nn
 from torch.autograd import Variable
 
 from gradprobe import hooks, sinks
-from gradprobe.activations import Selection, select_modules
-from gradprobe.arguments import When, check_attach, check_loss, check_max_norm, check_shares_parameters
+from gradprobe.activations import select_modules
+from gradprobe.arguments import (
+    Options,
+    Selection,
+    When,
+    check_loss,
+    check_max_norm,
+    check_model,
+    check_shares_parameters,
+)
 from gradprobe.boundaries import StepBoundaries
 from gradprobe.collector import Collector
 from gradprobe.coverage import Coverage, CoverageLog
@@ -100,8 +108,8 @@ def attach(
     """
     if process_group is not None:
         raise NotImplementedError("process_group: not available in this version; leave it out")
-    return Probe(
-        model,
+    check_model(model)
+    options = Options(
         optimizer=optimizer,
         params=params,
         activations=activations,
@@ -115,68 +123,50 @@ def attach(
         when=when,
         grad_scaler=grad_scaler,
     )
+    return Probe(model, options)
 
 
 class Probe:
-    """Measures the gradients of one model; made by `attach`, which describes the arguments."""
+    """Measures the gradients of one model; made by `attach`, which describes the options."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: torch.optim.Optimizer | None,
-        params: bool,
-        activations: Selection,
-        junctions: bool,
-        updates: bool,
-        every: int,
-        activations_every: int,
-        updates_every: int,
-        capacity: int,
-        backend: str,
-        when: When,
-        grad_scaler: torch.amp.GradScaler | None,
-    ) -> None:
-        check_attach(
-            model,
-            optimizer,
-            params,
-            junctions,
-            updates,
-            every,
-            activations_every,
-            updates_every,
-            capacity,
-            when,
-            grad_scaler,
-        )
+    def __init__(self, model: nn.Module, options: Options) -> None:
         if model in _attached:
             raise ArgumentError("model: has a probe already; call its detach() first")
+        optimizer = options.optimizer
+        self._every, self._activations_every = options.every, options.activations_every
+        self._updates_every = options.updates_every
         self._found = parameter_sites(model)
-        joined, unobserved = junction_modules(model) if junctions else ({}, ())
-        chosen = {} if activations is False else select_modules(model, activations, elsewhere=joined)
+        joined, unobserved = junction_modules(model) if options.junctions else ({}, ())
+        chosen: dict[str, nn.Module] = {}
+        if options.activations is not False:
+            chosen = select_modules(model, options.activations, elsewhere=joined)
         if optimizer is not None:
             check_shares_parameters(optimizer, self._found.parameters)
-        self._collector = Collector(self._found.parameters, backend)
+        self._collector = Collector(self._found.parameters, options.backend)
         self._model = weakref.ref(model)
-        self._every = every
-        self._when: When = when if when != "auto" else ("step" if optimizer is not None else "backward")
+        self._when: When = options.when
+        if self._when == "auto":
+            self._when = "step" if optimizer is not None else "backward"
         self._averages = isinstance(model, nn.parallel.DistributedDataParallel) and self._when == "step"
         self._table = _site_table(self._found.sites)
         module_types = tuple(type(module).__name__ for module in chosen.values())
         signals = SignalTable(tuple(chosen), tuple(joined), module_types) if chosen or joined else None
         self._updates: UpdateLog | None = None
-        if updates:
-            self._updates = UpdateLog(self._found.parameters, self._table.names, backend, capacity)
-        self._updates_every = updates_every
+        if options.updates:
+            self._updates = UpdateLog(self._found.parameters, self._table.names, options.backend, options.capacity)
         self._history = History(
-            capacity, self._collector.rows_on, self._table, self._collector.in_site_order, signals, self._updates
+            options.capacity,
+            self._collector.rows_on,
+            self._table,
+            self._collector.in_site_order,
+            signals,
+            self._updates,
         )
         self._passing: Passing | None = None
         if signals is not None:
-            self._passing = Passing(signals, chosen, joined, next(iter(self._collector.rows_on)), backend)
+            device = next(iter(self._collector.rows_on))
+            self._passing = Passing(signals, chosen, joined, device, options.backend)
         self._coverage = CoverageLog(self._found, self._passing, unobserved)
-        self._activations_every = activations_every
         self._step = 0
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured
@@ -187,8 +177,8 @@ class Probe:
         self._provenance = Provenance("unscaled", "local", "pre-clip")
         self._detached = False
         self._taps = self._install_taps()
-        around = self._around_optimizer if updates else None
-        self._boundaries = StepBoundaries(optimizer, grad_scaler, self._taps, self._close, around)
+        around = self._around_optimizer if options.updates else None
+        self._boundaries = StepBoundaries(optimizer, options.grad_scaler, self._taps, self._close, around)
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
