@@ -156,7 +156,8 @@ class Board:
         sites, n_elements, of_dtypes, pool = self.rows.events()
         sites, of_dtypes = tuple(sites), list(of_dtypes)
         numels = np.bincount(sites, weights=n_elements, minlength=self._n_sites).astype(np.int64)  # [S]
-        has_graphs = self._graphs is not None and self._graphs.n_events > 0
+        # a model that has left the device of its graphs has left what they saw
+        has_graphs = self._graphs is not None and self._graphs.n_events > 0 and out.device == self._device
         if self._graphs is not None and has_graphs:
             in_graphs, their_dtypes, their_rows, their_numels = self._graphs.collect(self._n_sites)
             pool = torch.cat((pool[: 1 + len(sites)], their_rows))
