@@ -136,6 +136,32 @@ TOPICS: dict[str, Topic] = {
             (_HE_NETS + ", sections 1 and 4.1", _HE_IDENTITY),
         ),
         Topic(
+            "overfitting",
+            "On test images a net is clearly worse than a shallower one, or than it was itself some epochs before; on "
+            "the training images it is as good or better.",
+            "The training images are too few for a net of this size: it learns them by heart, wrong labels too. In a "
+            "degraded net the training error is the higher one; here only the test error is. He et al. have both: "
+            "plain-56 trains worse than plain-20; ResNet-1202 trains like ResNet-110 and has a test error of 7.93 % "
+            "against 6.43. Sound gradients do not tell one from the other.",
+            (
+                "Take more training images, or augment them.",
+                "Regularise: weight decay, dropout.",
+                "Stop where the error on a validation set is lowest; a test set that chose the epoch cannot judge it.",
+                "Train a shallower or narrower net.",
+                "Look at the labels of training images that are learned last.",
+            ),
+            (
+                "gradprobe sweep --families resnet --depths 20,56 --seeds 0,1,2 --out run.sqlite",
+                "gradprobe report run.sqlite --html report.html",
+            ),
+            (),
+            (
+                _HE_NETS + ", section 4.2",
+                "Prechelt 1998, Early Stopping - but when? (Neural Networks: Tricks of the Trade)",
+                "Zhang et al. 2017, Understanding Deep Learning Requires Rethinking Generalization, arXiv 1611.03530",
+            ),
+        ),
+        Topic(
             "non-finite",
             "A value becomes NaN or infinite, and soon all of them are.",
             "An overflow (in float16 above 65,504), a division by zero, the logarithm of zero, or a step that was too "

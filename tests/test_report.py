@@ -142,7 +142,7 @@ def test_comparison_waits_for_a_third_of_the_run_and_uses_the_same_epoch() -> No
     run.layer_rows[2, 6] = run.layer_rows[2, 5]
     comparison = summarise(run).nets[1].comparison
     assert comparison is not None
-    assert (comparison.epoch, comparison.error.mean, comparison.other_error.mean) == (6, 67.0, 30.0)
+    assert (comparison.epoch, comparison.errors.train.mean, comparison.other_errors.train.mean) == (6, 67.0, 30.0)
 
 
 def test_families_are_not_compared_with_each_other() -> None:

@@ -13,12 +13,20 @@ from gradprobe.report.drawing import NARROW, THIRDS, WIDE, Chart, svg
 from gradprobe.report.palette import Palette
 from gradprobe.report.paper import PAPER, PaperTable, tables_beside
 from gradprobe.report.rows import SweepRun
-from gradprobe.report.spread import MARGIN_PCT, SINGLE_SEED_MARGIN_PCT
+from gradprobe.report.spread import MARGIN, SINGLE_SEED_MARGIN
 from gradprobe.report.style import document
-from gradprobe.report.summary import DEGRADED, EARLIEST_COMPARISON, Moment, NetSummary, Summary, summarise
+from gradprobe.report.summary import (
+    DEGRADED,
+    EARLIEST_COMPARISON,
+    OVERFITTING,
+    Moment,
+    NetSummary,
+    Summary,
+    summarise,
+)
 from gradprobe.report.words import duration, explain, headline, number, percent, shortcuts
 
-_CLASSES = {"healthy": "healthy", DEGRADED: "degraded", None: "unknown"}
+_CLASSES = {"healthy": "healthy", DEGRADED: "degraded", OVERFITTING: "degraded", None: "unknown"}
 
 
 def write(run: SweepRun, path: str | Path) -> Path:
@@ -229,11 +237,16 @@ _METHOD = (
     "With several seeds the most frequent verdict counts.",
     "“Degraded optimisation” means: the gradient is sound, and still the training error is clearly above that of a "
     "shallower network of the same family. Clearly above is, with several seeds on both sides, Welch's one-sided t-"
-    f"test at 95 % and at least {MARGIN_PCT:g} percentage points between the means; with a single seed, at least "
-    f"{SINGLE_SEED_MARGIN_PCT:g} points. Both networks are compared after the same epoch, and not before "
+    f"test at 95 % and at least {MARGIN:g} percentage points between the means; with a single seed, at least "
+    f"{SINGLE_SEED_MARGIN:g} points. Both networks are compared after the same epoch, and not before "
     f"{100 * EARLIEST_COMPARISON:g} % of the planned epochs.",
     "He et al. 2015 (arXiv:1512.03385, section 4.1) found vanishing gradients an unlikely cause of this degradation in "
     "networks with batch normalisation.",
+    "“Overfitting” means: the gradient is sound, the training error is not clearly above that of a shallower network, "
+    "but the test error is, and so is its distance from the training error (He et al. argue so of their 1202 layers, "
+    "section 4.2); or the test error is clearly above its own lowest, while the training error fell from there on "
+    "(after Prechelt 1998). “Clearly”, of test errors, counts standard errors of the difference of two shares of the "
+    "test images instead of points: with few images they are large.",
 )
 
 

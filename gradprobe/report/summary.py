@@ -6,10 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gradprobe.diagnose import flow_verdict
+from gradprobe.report.comparison import Comparison, Errors, Rise
 from gradprobe.report.rows import CellRow, EpochRow, JunctionRow, LayerRow, SweepRun
-from gradprobe.report.spread import Spread, clearly_above, median
+from gradprobe.report.spread import Spread, median
 
 DONE = "done"
 """The status of a cell that has run all its epochs."""
@@ -20,8 +22,11 @@ DIVERGED = "diverged"
 DEGRADED = "degraded optimisation"
 """The verdict on a net with sound gradients and a training error clearly above that of a shallower net."""
 
+OVERFITTING = "overfitting"
+"""The verdict on a net with sound gradients whose test error alone is clearly too high."""
+
 EARLIEST_COMPARISON = 0.3
-"""Share of the planned epochs before which training errors are not compared; AUTOTRAINER waits as long."""
+"""Share of the planned epochs before which errors are not compared; AUTOTRAINER waits as long."""
 
 # From the mildest to the worst, for seeds that disagree in equal numbers.
 _SEVERITY = ("healthy", "vanishing", "exploding", "non-finite")
@@ -96,21 +101,6 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Training errors of a net and of the best shallower one of its family, both after the same epoch."""
-
-    other: str
-    epoch: int
-    error: Spread
-    other_error: Spread
-
-    @property
-    def clearly_above(self) -> bool:
-        """Whether the deeper net's error is higher by more than seeds explain."""
-        return clearly_above(self.error.values, self.other_error.values)
-
-
-@dataclass(frozen=True)
 class CellResult:
     """One cell and its epochs by number."""
 
@@ -141,7 +131,10 @@ class NetSummary:
         initial: Gradient over depth at the first step, None where not recorded.
         end: The same at `epoch`, None where not recorded or `epoch` is 0.
         sharings: The residual junctions at the first step, in the middle and at the end, as far as recorded.
-        comparison: With the best shallower net of the family, None where there is none or it is too early.
+        comparison: With the shallower net of the family that has the lowest training error, None where there is none or
+            it is too early.
+        test_comparison: The same with the one that has the lowest test error.
+        rise: From the epoch of its own lowest test error, None where there is none or it is too early.
     """
 
     family: str
@@ -153,6 +146,8 @@ class NetSummary:
     end: Moment | None
     sharings: tuple[Sharing, ...]
     comparison: Comparison | None
+    test_comparison: Comparison | None
+    rise: Rise | None
 
     @property
     def name(self) -> str:
@@ -196,12 +191,14 @@ class NetSummary:
     @property
     def train_error_pct(self) -> Spread | None:
         """Training error at `epoch` over the counted seeds."""
-        return _errors(self.counted, self.epoch, "train")
+        errors = _errors(self.counted, self.epoch)
+        return None if errors is None else errors.train
 
     @property
     def test_error_pct(self) -> Spread | None:
         """Test error at `epoch` over the counted seeds."""
-        return _errors(self.counted, self.epoch, "test")
+        errors = _errors(self.counted, self.epoch)
+        return None if errors is None else errors.test
 
     @property
     def seconds(self) -> float:
@@ -216,18 +213,22 @@ class NetSummary:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict so far: that on the gradient, or `DEGRADED`; None while nothing is recorded.
+        """The verdict so far: that on the gradient, `DEGRADED` or `OVERFITTING`; None while nothing is recorded.
 
         A net most of whose seeds diverged is non-finite. An unsound gradient names itself. Only with sound gradients is
         a training error above the shallower net's called degraded optimisation: He et al. 2015, section 4.1, keep the
-        two apart.
+        two apart. Only without that is a test error that is too high called overfitting: "such degradation is not
+        caused by overfitting" (section 1), as the training error shows.
         """
         if 2 * self.n_diverged > len(self.results):
             return "non-finite"
         flow = self.verdict_moment.verdict if self.verdict_moment else None
-        if flow == "healthy" and self.comparison is not None and self.comparison.clearly_above:
+        if flow != "healthy":
+            return flow
+        if self.comparison is not None and self.comparison.clearly_above:
             return DEGRADED
-        return flow
+        overfits = any(seen is not None and seen.overfits for seen in (self.test_comparison, self.rise))
+        return OVERFITTING if overfits else flow
 
 
 @dataclass(frozen=True)
@@ -270,12 +271,15 @@ def summarise(run: SweepRun) -> Summary:
     families = list(dict.fromkeys(family for family, _ in groups))
     planned = run.config.get("epochs")
     earliest = max(1.0, EARLIEST_COMPARISON * planned if isinstance(planned, int) else 0.0)
+    recorded = run.config.get("test_images")
+    test_images = recorded if isinstance(recorded, int) else None
     nets: list[NetSummary] = []
     for family, depth in sorted(groups, key=lambda key: (families.index(key[0]), key[1])):
         results = groups[family, depth]
         begun = [result for result in results if result.epochs]
         counted = [result for result in begun if result.done] or begun
         epoch = min((max(result.epochs) for result in counted), default=None)
+        shallower = [net for net in nets if net.family == family]
         net = NetSummary(
             family=family,
             depth=depth,
@@ -285,17 +289,20 @@ def summarise(run: SweepRun) -> Summary:
             initial=_moment(run, counted, 0),
             end=_moment(run, counted, epoch) if epoch else None,
             sharings=_sharings(run, counted, epoch or 0),
-            comparison=_compare(counted, epoch or 0, [net for net in nets if net.family == family], earliest),
+            comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="train"),
+            test_comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="test"),
+            rise=_rise(counted, epoch or 0, earliest, test_images),
         )
         nets.append(net)
     return Summary(run.config, run.meta, tuple(nets))
 
 
-def _errors(results: Sequence[CellResult], epoch: int | None, split: str) -> Spread | None:
+def _errors(results: Sequence[CellResult], epoch: int | None) -> Errors | None:
     rows = [result.epochs[epoch] for result in results if epoch in result.epochs] if epoch is not None else []
     if not rows:
         return None
-    return Spread(tuple(row.train_error_pct if split == "train" else row.test_error_pct for row in rows))
+    train, test = (row.train_error_pct for row in rows), (row.test_error_pct for row in rows)
+    return Errors(Spread(tuple(train)), Spread(tuple(test)))
 
 
 def _moment(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> Moment | None:
@@ -323,14 +330,34 @@ def _flow(rows: Sequence[LayerRow]) -> str:
 
 
 def _compare(
-    counted: Sequence[CellResult], epoch: int, shallower: Sequence[NetSummary], earliest: float
+    counted: Sequence[CellResult],
+    epoch: int,
+    shallower: Sequence[NetSummary],
+    earliest: float,
+    test_images: int | None,
+    by: Literal["train", "test"],
 ) -> Comparison | None:
-    best: Comparison | None = None
+    found: list[Comparison] = []
     for net in shallower:
         common = min(epoch, net.epoch or 0)
-        ours, theirs = _errors(counted, common, "train"), _errors(net.counted, common, "train")
-        if common < earliest or ours is None or theirs is None:
-            continue
-        if best is None or theirs.mean < best.other_error.mean:
-            best = Comparison(net.name, common, ours, theirs)
-    return best
+        ours, theirs = _errors(counted, common), _errors(net.counted, common)
+        if common >= earliest and ours is not None and theirs is not None:
+            found.append(Comparison(net.name, common, ours, theirs, test_images))
+
+    def error(one: Comparison) -> float:
+        mean = (one.other_errors.train if by == "train" else one.other_errors.test).mean
+        return math.inf if math.isnan(mean) else mean
+
+    return min(found, key=error, default=None)
+
+
+def _rise(counted: Sequence[CellResult], epoch: int, earliest: float, test_images: int | None) -> Rise | None:
+    newest = _errors(counted, epoch)
+    if epoch < earliest or newest is None:
+        return None
+    measured = [(k, errors) for k in range(epoch + 1) if (errors := _errors(counted, k))]
+    finite = [(k, errors) for k, errors in measured if math.isfinite(errors.test.mean)]
+    if not finite:
+        return None
+    lowest_epoch, lowest = min(finite, key=lambda one: one[1].test.mean)
+    return Rise(lowest_epoch, epoch, lowest, newest, test_images)

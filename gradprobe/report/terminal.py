@@ -15,11 +15,18 @@ from gradprobe.errors import StoreError
 from gradprobe.report.paper import beside_the_paper
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import Spread
-from gradprobe.report.summary import DEGRADED, Moment, NetSummary, Sharing, Summary, summarise
+from gradprobe.report.summary import DEGRADED, OVERFITTING, Moment, NetSummary, Sharing, Summary, summarise
 from gradprobe.report.words import explain, headline, number, percent, shortcuts
 from gradprobe.strict_json import strict
 
-_STYLES = {"healthy": "green", DEGRADED: "yellow", "vanishing": "red", "exploding": "red", "non-finite": "bold red"}
+_STYLES = {
+    "healthy": "green",
+    DEGRADED: "yellow",
+    OVERFITTING: "yellow",
+    "vanishing": "red",
+    "exploding": "red",
+    "non-finite": "bold red",
+}
 
 
 def render(run: SweepRun) -> RenderableType:
@@ -59,9 +66,9 @@ def as_dict(run: SweepRun) -> dict[str, object]:
     Returns:
         `config`, `meta`, `headline`, `shortcuts`, `paper` and `nets`; each net has its parameters, progress, errors
         (`mean`, `std`, `values` over seeds), the gradient norms at the first step and at the end, the residual
-        junctions, the comparison with a shallower net, the verdict and its explanation. None is what is not recorded
-        (yet), or has no meaning (`std` of one seed); a number that is not finite is one of the strings "nan", "inf" and
-        "-inf".
+        junctions, the comparison with the shallower nets of the lowest training and test error, that with its own
+        lowest test error, the verdict and its explanation. None is what is not recorded (yet), or has no meaning (`std`
+        of one seed); a number that is not finite is one of the strings "nan", "inf" and "-inf".
     """
     summary = summarise(run)
     return {
@@ -200,7 +207,7 @@ def _net_row(net: NetSummary) -> tuple[object, ...]:
 
 
 def _net_dict(net: NetSummary) -> dict[str, object]:
-    compared = net.comparison
+    compared, tested, rise = net.comparison, net.test_comparison, net.rise
     return {
         "net": net.name,
         "family": net.family,
@@ -220,9 +227,28 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
         else {
             "net": compared.other,
             "epoch": compared.epoch,
-            "train_error_pct": _spread_dict(compared.error),
-            "its_train_error_pct": _spread_dict(compared.other_error),
+            "train_error_pct": _spread_dict(compared.errors.train),
+            "its_train_error_pct": _spread_dict(compared.other_errors.train),
             "clearly_above": compared.clearly_above,
+        },
+        "test_compared_with": None
+        if tested is None
+        else {
+            "net": tested.other,
+            "epoch": tested.epoch,
+            "test_error_pct": _spread_dict(tested.errors.test),
+            "its_test_error_pct": _spread_dict(tested.other_errors.test),
+            "gap_pct": _spread_dict(tested.errors.gap),
+            "its_gap_pct": _spread_dict(tested.other_errors.gap),
+            "overfits": tested.overfits,
+        },
+        "lowest_test_error": None
+        if rise is None
+        else {
+            "epoch": rise.lowest_epoch,
+            "train_error_pct": _spread_dict(rise.lowest.train),
+            "test_error_pct": _spread_dict(rise.lowest.test),
+            "overfits": rise.overfits,
         },
         "verdict": net.verdict,
         "verdict_epoch": net.verdict_moment.epoch if net.verdict_moment else None,

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
+from gradprobe.report.comparison import Comparison, Rise
 from gradprobe.report.spread import Spread
-from gradprobe.report.summary import DEGRADED, Comparison, Moment, NetSummary, Summary
+from gradprobe.report.summary import DEGRADED, OVERFITTING, Moment, NetSummary, Summary
 
 _RESIDUAL_FAMILIES = ("resnet",)
 
@@ -77,6 +78,8 @@ def explain(net: NetSummary) -> str:
         parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
     if net.comparison is not None:
         parts.append(_comparison_sentence(net, net.comparison))
+    if net.verdict == OVERFITTING:
+        parts += _overfitting_sentences(net.test_comparison, net.rise)
     if not net.finished:
         parts.append(f"Not finished: {net.progress}.")
     return " ".join(parts)
@@ -90,12 +93,26 @@ def headline(summary: Summary) -> list[str]:
             (net, net.comparison) for net in summary.nets if net.family == family and net.comparison is not None
         ]
         worse = [(net, comparison) for net, comparison in compared if comparison.clearly_above]
-        if compared:
+        overfitting = [
+            (net, net.test_comparison)
+            for net, _ in compared
+            if net.verdict == OVERFITTING and net.test_comparison is not None and net.test_comparison.overfits
+        ]
+        if worse or (compared and not overfitting):
             net, comparison = (worse or compared)[-1]
             start = "Deeper is worse for" if worse else "Deeper is not clearly worse for"
+            ours, theirs = comparison.errors, comparison.other_errors
             sentences.append(
-                f"{start} {family}: after epoch {comparison.epoch} the training error is {percent(comparison.error)} % "
-                f"for {net.name} and {percent(comparison.other_error)} % for {comparison.other}."
+                f"{start} {family}: after epoch {comparison.epoch} the training error is {percent(ours.train)} % "
+                f"for {net.name} and {percent(theirs.train)} % for {comparison.other}."
+            )
+        if overfitting:
+            net, comparison = overfitting[-1]
+            ours, theirs = comparison.errors, comparison.other_errors
+            sentences.append(
+                f"Deeper overfits for {family}: after epoch {comparison.epoch} the test error is "
+                f"{percent(ours.test)} % for {net.name} and {percent(theirs.test)} % for {comparison.other}, the "
+                f"training error {percent(ours.train)} and {percent(theirs.train)} %."
             )
     return sentences
 
@@ -179,8 +196,8 @@ def _flow(moment: Moment) -> str:
 
 
 def _comparison_sentence(net: NetSummary, comparison: Comparison) -> str:
-    errors = f"training error, {percent(comparison.error)} %,"
-    other = f"that of {comparison.other}, {percent(comparison.other_error)} %"
+    errors = f"training error, {percent(comparison.errors.train)} %,"
+    other = f"that of {comparison.other}, {percent(comparison.other_errors.train)} %"
     text = f"After epoch {comparison.epoch} the {errors} is"
     if not comparison.clearly_above:
         return f"{text} not clearly above {other}."
@@ -189,3 +206,22 @@ def _comparison_sentence(net: NetSummary, comparison: Comparison) -> str:
         return f"{text}; while the gradients are not sound this is not called degraded optimisation."
     vanished = any(moment is not None and "vanishing" in moment.votes for moment in (net.initial, net.end))
     return f"{text}{'.' if vanished else ': the deeper net is harder to optimise, and its gradients do not vanish.'}"
+
+
+def _overfitting_sentences(comparison: Comparison | None, rise: Rise | None) -> list[str]:
+    sentences = []
+    if comparison is not None and comparison.overfits:
+        ours, theirs = comparison.errors, comparison.other_errors
+        sentences.append(
+            f"After epoch {comparison.epoch} the test error, {percent(ours.test)} %, is clearly above that of "
+            f"{comparison.other}, {percent(theirs.test)} %, and further above the training error, by "
+            f"{percent(ours.gap)} points against {percent(theirs.gap)}: the deeper net overfits."
+        )
+    if rise is not None and rise.overfits:
+        then, now = rise.lowest, rise.errors
+        sentences.append(
+            f"From epoch {rise.lowest_epoch} to epoch {rise.epoch} the test error rose from {percent(then.test)} to "
+            f"{percent(now.test)} % while the training error fell from {percent(then.train)} to "
+            f"{percent(now.train)} %: the net overfits."
+        )
+    return sentences
