@@ -21,6 +21,8 @@ Verdict = Literal["healthy"] | Rule
 def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> Verdict:
     """Judges the gradient norms of one backward pass over depth: first against last, or else a line through the others.
 
+    From `slope_sites` weights between the two on, a gradient that is smaller than the last one only does not vanish.
+
     Args:
         norms: Norms of the weight gradients, from the layer next to the input to the one next to the loss.
         thresholds: Limits of the rules.
@@ -29,7 +31,7 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> V
         The verdict; "healthy" where there is nothing to compare.
 
     Source:
-        AUTOTRAINER (Zhang et al., ICSE 2021), beta1, beta2, beta3; the line is ours.
+        AUTOTRAINER (Zhang et al., ICSE 2021), beta1, beta2, beta3; the line and the last layer but one are ours.
 
     Example:
         >>> flow_verdict([1e-9, 1e-5, 1e-2])
@@ -39,7 +41,7 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> V
         return "non-finite"
     if not norms:
         return "healthy"
-    ends = layer_status(norms[0], norms[-1], thresholds)
+    ends = _ends_verdict(norms, thresholds)
     if ends != "healthy" or len(norms) - 2 < thresholds.slope_sites:
         return ends
     line = inner_line(norms)
@@ -47,6 +49,15 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> V
         thresholds.slope_errors * line.std_error
     )
     return layer_status(line.first, line.last, thresholds) if is_slope else ends
+
+
+def _ends_verdict(norms: Sequence[float], thresholds: Thresholds) -> Verdict:
+    ends = layer_status(norms[0], norms[-1], thresholds)
+    is_deep = len(norms) - 2 >= thresholds.slope_sites
+    # What the last layer alone makes is no trend over depth.
+    if ends == "vanishing" and is_deep and layer_status(norms[0], norms[-2], thresholds) != ends:
+        return "healthy"
+    return ends
 
 
 def inner_line(norms: Sequence[float]) -> Line:
@@ -217,7 +228,7 @@ def _over_depth(rule: Literal["exploding", "vanishing"], hits: list[Snapshot], t
     line = inner_line(norms)
     if math.isfinite(line.std_error):
         evidence |= {"factor_per_layer": line.factor, "std_error": line.std_error}
-    by_ends = layer_status(norms[0], norms[-1], thresholds) == rule
+    by_ends = _ends_verdict(norms, thresholds) == rule
     first, last = (norms[0], norms[-1]) if by_ends else (line.first, line.last)
     concerned = tuple(
         name for name, norm in zip(names, norms, strict=True) if layer_status(norm, last, thresholds) == rule

@@ -174,7 +174,8 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
     ),
     ("vanishing", "backward"): RuleText(
         "norm(first) / norm(last) <= vanishing_ratio and norm(first) < vanishing_norm in more than half of the steps, "
-        "in a run that does not converge; or so by a line through the log-norms, as for exploding; the line is ours",
+        "in a run that does not converge, and from slope_sites weights between them on the same against the last but "
+        "one; or so by a line through the log-norms, as for exploding; the line and the last but one are ours",
         AUTOTRAINER,
         "each layer multiplies the gradient by less than one on its way to the input",
         ("residual connections", "normalisation", "ReLU with He initialisation", "a larger initialisation"),

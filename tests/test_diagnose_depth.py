@@ -18,6 +18,39 @@ def slope(factor: float, n_layers: int = 20, scale: float = 1.0) -> list[float]:
     return [1.0, *(scale * factor**k for k in range(n_layers - 1, -1, -1)), 1.0]
 
 
+# plain-34 of the ImageNet layout with batch normalisation on the digits, in epochs 2 of 2 and 4 of 20 of the sweep:
+# its first steps, in which the gradient explodes, have left the weights near the input with norms up to 1,000.
+STANDING_OUT = {
+    "2-of-2": "5.8e-4 3.3e-4 6.4e-4 4.6e-4 6.4e-4 2.9e-3 3.2e-3 1.5e-3 6.6e-4 7.7e-4 7.8e-4 7.7e-4 7.5e-4 9.7e-4 "
+    "1.1e-3 1.7e-3 1.7e-3 2.1e-3 2.2e-3 3.1e-3 3.2e-3 3.8e-3 6.6e-3 6.3e-3 9.6e-3 1.4e-2 8.9e-3 1.5e-2 1.2e-2 1.6e-2 "
+    "2.8e-2 1.1e-2 5.9e-3 2.5",
+    "4-of-20": "2.8e-5 1.5e-5 1.7e-5 1.9e-5 3.8e-5 6.4e-5 1.4e-4 1.2e-4 2.6e-5 1.7e-5 1.8e-5 1.7e-5 1.7e-5 2.3e-5 "
+    "2.9e-5 4.4e-5 4.4e-5 5.0e-5 6.4e-5 6.1e-5 8.4e-5 1.3e-4 2.2e-4 4.5e-4 3.8e-4 4.3e-4 6.1e-4 6.8e-4 1.7e-3 3.4e-4 "
+    "3.7e-4 5.3e-4 2.2e-4 1.7e-1",
+}
+
+
+class TestLastLayer:
+    @pytest.mark.parametrize("profile", STANDING_OUT.values(), ids=STANDING_OUT)
+    def test_that_stands_out_makes_no_gradient_vanish(self, profile: str) -> None:
+        norms = [float(norm) for norm in profile.split()]
+        assert norms[0] < 1e-3 * norms[-1]
+        assert flow_verdict(norms) == "healthy"
+        assert flow_verdict(norms, Thresholds(vanishing_norm=math.inf)) == "healthy"  # not for its absolute size
+
+    @pytest.mark.parametrize("factor", [0.55, 0.74], ids=["in-steps", "slowly"])
+    def test_that_is_one_of_many_steps_hides_nothing(self, factor: float) -> None:
+        assert flow_verdict([1e-2 * factor**k for k in range(24, -1, -1)]) == "vanishing"
+
+    def test_a_fall_within_a_few_of_many_layers_is_found(self) -> None:
+        (finding,) = diagnose([snapshot(0, [*[1e-6] * 12, 1e-4, 1e-2, 1.0])])
+        assert finding.title == "vanishing (backward)"
+        assert "first/last 1.00e-06 is < 0.001" in finding.message
+
+    def test_it_alone_is_judged_in_a_net_of_few_layers(self) -> None:
+        assert flow_verdict([1e-5, 1e-5, 1e-5, 1.0]) == "vanishing"
+
+
 class TestLine:
     @pytest.mark.parametrize(
         ("norms", "expected"),
