@@ -103,6 +103,17 @@ def test_report_does_not_deny_vanishing_where_it_was_seen() -> None:
     assert "do not vanish" not in text
 
 
+def test_gradients_that_vanish_after_they_exploded_are_exploding() -> None:
+    run = Recorded().add("plain", 20, (0.3, 1.6)).add("plain", 56, (89.0, 90.0), first=EXPLODING, end=VANISHING)
+    net = summarise(run).nets[1]
+    assert (net.verdict, net.verdict_moment) == ("exploding", net.initial)
+    text = terminal(run, width=1000)
+    assert "Gradients explode towards the input at the first step" in text
+    assert "they vanish towards the input at epoch 4 (1.0e-9 and 0.0100). What explodes first is the fault" in text
+    assert verdict(Recorded().add("plain", 56, first=VANISHING, end=EXPLODING), "plain-56") == "exploding"
+    assert verdict(Recorded().add("plain", 56, first=SOUND, end=VANISHING), "plain-56") == "vanishing"
+
+
 def test_single_non_finite_element_makes_the_verdict() -> None:
     run = Recorded().add("plain", 20, nonfinite=1)
     assert verdict(run, "plain-20") == "non-finite"

@@ -234,7 +234,8 @@ _METHOD = (
     "epoch: “after epoch 10” is the first step of epoch 11.",
     "A gradient is vanishing, exploding or sound by the ratio of its norm in the first weight layer to that in the "
     "last (thresholds of AUTOTRAINER, Zhang et al., ICSE 2021), and non-finite where any element is NaN or infinite. "
-    "With several seeds the most frequent verdict counts.",
+    "With several seeds the most frequent verdict counts. One that explodes at the first step and vanishes later is "
+    "called exploding: long steps along it can be what makes it vanish.",
     "“Degraded optimisation” means: the gradient is sound, and still the training error is clearly above that of a "
     "shallower network of the same family. Clearly above is, with several seeds on both sides, Welch's one-sided t-"
     f"test at 95 % and at least {MARGIN:g} percentage points between the means; with a single seed, at least "

@@ -208,8 +208,18 @@ class NetSummary:
 
     @property
     def verdict_moment(self) -> Moment | None:
-        """The newest moment with a recorded gradient: where the verdict is taken."""
-        return self.end or self.initial
+        """Where the verdict is taken: the newest moment with a recorded gradient, the first step if that has turned."""
+        return self.initial if self.has_turned else self.end or self.initial
+
+    @property
+    def has_turned(self) -> bool:
+        """Whether the gradient explodes at the first step and vanishes at `epoch`.
+
+        Exploding is then what went wrong: steps along such a gradient can leave a net whose gradient vanishes. Two of
+        six seeds of plain-56 on the digits do so at a rate of 0.1, and neither does at 0.01. The rule is ours.
+        """
+        moments = [moment.verdict for moment in (self.initial, self.end) if moment is not None]
+        return moments == ["exploding", "vanishing"]
 
     @property
     def verdict(self) -> str | None:

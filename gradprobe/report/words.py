@@ -73,6 +73,11 @@ def explain(net: NetSummary) -> str:
     if net.epoch is None:
         return "Not started."
     parts = _flow_sentences(net)
+    if net.has_turned:
+        parts.append(
+            "What explodes first is the fault: steps along such gradients can leave a net whose gradients vanish. A "
+            "lower rate at the start would tell."
+        )
     if net.n_diverged:
         seeds = f"{net.n_diverged} of {len(net.results)} seeds" if len(net.results) > 1 else "its one seed"
         parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
