@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -129,9 +130,10 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
 
     One non-finite element, one huge loss or one spike is enough; steps that a gradient scaler skipped do not count
     unless they are most of them. Vanishing and exploding must hold in more than half of the steps, and are no fault of
-    a run whose loss falls; rules on zeros and on the loss need `Thresholds.window` steps or twice as many. Those on the
-    loss need `Probe.step(loss=...)`, those on what passes forward need `attach(activations=True)` or junctions, those
-    on updates `attach(updates=True)`.
+    a run whose loss falls; a gradient that explodes at the first step and vanishes in most of the others is exploding.
+    Rules on zeros and on the loss need `Thresholds.window` steps or twice as many. Those on the loss need
+    `Probe.step(loss=...)`, those on what passes forward need `attach(activations=True)` or junctions, those on updates
+    `attach(updates=True)`.
 
     Args:
         snapshots: Steps in order.
@@ -164,7 +166,12 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     is_converging = course.converges(losses, thresholds)
     if not is_converging:
         rules: tuple[Literal["exploding", "vanishing"], ...] = ("exploding", "vanishing")
-        findings += [_over_depth(rule, hits[rule], thresholds) for rule in rules if 2 * len(hits[rule]) > len(judged)]
+        frequent = [rule for rule in rules if 2 * len(hits[rule]) > len(judged)]
+        began_by_exploding = bool(hits["exploding"]) and hits["exploding"][0] is judged[0]
+        if frequent == ["vanishing"] and began_by_exploding:
+            findings.append(_turned(hits["exploding"], len(hits["vanishing"]), thresholds))
+        else:
+            findings += [_over_depth(rule, hits[rule], thresholds) for rule in frequent]
         blown_up = course.loss_blow_up(losses, thresholds, is_observed=passes is not None)
         findings += course.dying(snapshots, thresholds)
         stuck = [*course.unstable_loss(losses, thresholds), *course.not_learning(losses, thresholds)]
@@ -217,6 +224,17 @@ def _nonfinite(hits: list[Snapshot]) -> Finding:
         (first.step, hits[-1].step),
         {"nonfinite": float(count)},
         f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(sites)} sites; first {sites[0]}",
+    )
+
+
+def _turned(exploding: list[Snapshot], n_vanishing: int, thresholds: Thresholds) -> Finding:
+    """What goes wrong where a gradient explodes at the first step and vanishes in most of the later ones."""
+    found = _over_depth("exploding", exploding, thresholds)
+    return replace(
+        found,
+        evidence=found.evidence | {"vanishing_steps": float(n_vanishing)},
+        message=f"{found.message}; in {n_vanishing} later steps it vanishes, which long steps along a gradient that "
+        "explodes can bring about: a lower learning rate at the start would tell",
     )
 
 

@@ -52,6 +52,22 @@ def test_a_passing_dip_is_no_finding_but_one_nan_is() -> None:
     assert verdict([*sound, snapshot(4, [math.nan, 1.0], nonfinite=1)]) == "non-finite"
 
 
+def test_a_gradient_that_explodes_first_and_then_vanishes_is_exploding() -> None:
+    exploding, vanishing, sound = [240.0, 0.53], [1e-9, 0.2], [1.0, 1.0]
+    history = [snapshot(step, norms) for step, norms in enumerate([exploding] * 3 + [sound] * 2 + [vanishing] * 15)]
+    (finding,) = diagnose(history)
+    assert (finding.title, finding.steps, finding.sites) == ("exploding (backward)", (0, 2), ("layer0.weight",))
+    assert finding.evidence == {
+        "norm_first": 240.0,
+        "norm_last": 0.53,
+        "ratio": pytest.approx(453, rel=1e-3),
+        "vanishing_steps": 15.0,
+    }
+    assert "in 15 later steps it vanishes" in finding.message
+    assert [one.title for one in diagnose(history[3:])] == ["vanishing (backward)"]
+    assert [one.title for one in diagnose(history[3:] + history[:3])] == ["vanishing (backward)"]
+
+
 def test_thresholds_can_be_set() -> None:
     norms = [10.0, 1.0]
     assert flow_verdict(norms) == "healthy"
