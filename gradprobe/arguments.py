@@ -69,13 +69,6 @@ def check_model(model: object) -> None:
         raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
 
 
-def check_shares_parameters(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
-    """Raises ArgumentError where an optimizer steps none of the parameters."""
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if stepped.isdisjoint(id(parameter) for parameter in parameters):
-        raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
-
-
 def check_loss(loss: object) -> None:
     """Raises ArgumentError where a loss is no real number, nor a tensor of one."""
     if isinstance(loss, torch.Tensor):

@@ -25,6 +25,7 @@ class Coverage:
             in place, or that another probe observes.
         unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
         frozen: Parameters that did not require a gradient at attach.
+        unstepped: Sites that the optimizer given to attach does not step; another one may.
         unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
         tied: Sites with more than one name, by first name.
         steps: Number of measured steps.
@@ -35,6 +36,7 @@ class Coverage:
     unhooked: tuple[str, ...]
     unmeasured: tuple[str, ...]
     frozen: tuple[str, ...]
+    unstepped: tuple[str, ...]
     unknown: tuple[str, ...]
     tied: dict[str, tuple[str, ...]]
     steps: int
@@ -47,12 +49,20 @@ class CoverageLog:
         found: The K parameters.
         passing: Activations and junctions, None where none are observed.
         unobserved: Names of junctions that cannot be observed.
+        unstepped: Names of parameters that the optimizer does not step.
     """
 
-    def __init__(self, found: ParameterSites, passing: Passing | None, unobserved: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        found: ParameterSites,
+        passing: Passing | None,
+        unobserved: tuple[str, ...],
+        unstepped: tuple[str, ...],
+    ) -> None:
         self._sites = found.sites
         self._passing = passing
         self._unobserved = unobserved
+        self._unstepped = unstepped
         self._observed = np.zeros(len(found.sites), dtype=np.bool_)  # [K]
         self._unhooked = np.zeros(len(found.sites), dtype=np.bool_)  # [K]
         self._all_observed = False
@@ -152,6 +162,7 @@ class CoverageLog:
             unhooked=tuple(names[self._unhooked]),
             unmeasured=(*unmeasured, *self._unobserved),
             frozen=found.frozen,
+            unstepped=self._unstepped,
             unknown=() if model is None else newly_trainable(model, found),
             tied={site.name: site.names for site in self._sites if len(site.names) > 1},
             steps=self.n_measured,

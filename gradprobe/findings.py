@@ -149,8 +149,9 @@ RULES: dict[tuple[Rule, Where], RuleText] = {
     ),
     ("exploding", "backward"): RuleText(
         "norm(first) / norm(last) > exploding_ratio in more than half of the steps, in a run that does not converge; "
-        "or at the first step, where the gradient vanishes in more than half of them, which is ours; or so by a line through the log-norms of slope_sites weights at least, the first and the last left out, that "
-        "rises by slope_errors standard errors; the line is ours",
+        "or at the first step, where the gradient vanishes in more than half of them, which is ours; or so by a line "
+        "through the log-norms of slope_sites weights at least, the first and the last left out, that rises by "
+        "slope_errors standard errors; the line is ours",
         AUTOTRAINER,
         "each layer multiplies the gradient by more than one on its way to the input",
         (

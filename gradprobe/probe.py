@@ -24,7 +24,6 @@ from gradprobe.arguments import (
     check_loss,
     check_max_norm,
     check_model,
-    check_shares_parameters,
 )
 from gradprobe.boundaries import StepBoundaries
 from gradprobe.collector import Collector
@@ -39,7 +38,7 @@ from gradprobe.measured import Measured, Provenance
 from gradprobe.passing import Passing
 from gradprobe.record import Slot
 from gradprobe.signals import SignalTable
-from gradprobe.sites import Site, parameter_sites
+from gradprobe.sites import Site, parameter_sites, unstepped_sites
 from gradprobe.snapshot import NonFinite, SiteTable, Snapshot, to_pandas
 from gradprobe.update_log import UpdateLog
 
@@ -140,8 +139,7 @@ class Probe:
         chosen: dict[str, nn.Module] = {}
         if options.activations is not False:
             chosen = select_modules(model, options.activations, elsewhere=joined)
-        if optimizer is not None:
-            check_shares_parameters(optimizer, self._found.parameters)
+        unstepped = () if optimizer is None else unstepped_sites(optimizer, self._found)
         self._collector = Collector(self._found.parameters, options.backend)
         self._model = weakref.ref(model)
         self._when: When = options.when
@@ -166,7 +164,7 @@ class Probe:
         if signals is not None:
             device = next(iter(self._collector.rows_on))
             self._passing = Passing(signals, chosen, joined, device, options.backend)
-        self._coverage = CoverageLog(self._found, self._passing, unobserved)
+        self._coverage = CoverageLog(self._found, self._passing, unobserved, unstepped)
         self._step = 0
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured

@@ -198,6 +198,14 @@ class TestBadInput:
             gradprobe.attach(model)
         gradprobe.attach(model).detach()
 
+    def test_an_optimizer_of_some_parameters_only(self) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            assert probe.coverage().unstepped == ("0.weight", "0.bias", "4.weight", "4.bias")
+        with gradprobe.attach(model, optimizer=sgd(model)) as probe:
+            assert probe.coverage().unstepped == ()
+
     def test_an_optimizer_of_another_model(self) -> None:
         with pytest.raises(gradprobe.ArgumentError, match="it steps none of them"):
             gradprobe.attach(mlp(), optimizer=sgd(mlp()))
