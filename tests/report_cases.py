@@ -17,6 +17,7 @@ PARAMETERS = {20: 269_722, 56: 853_018, 110: 1_727_962}
 
 # Of the shortcut at three junctions; the second changes the shape.
 FIRST_SHARES, LATER_SHARES = (0.4, math.nan, 0.5), (0.7, math.nan, 0.9)
+UNTRAINED = (90.0, 90.0)  # percent, of ten classes
 SOUND, VANISHING, EXPLODING = (1.2, 0.8, 0.5), (1e-9, 1e-5, 1e-2), (500.0, 20.0, 0.5)
 
 
@@ -65,7 +66,7 @@ class Recorded:
         """
         cell = len(self.rows) + 1
         self.rows.append(Cell(cell, family, depth, seed, PARAMETERS.get(depth, 1000), status))
-        self.epoch_rows[cell] = [EpochRow(e, loss, *errors, 1.5) for e in range(epochs + 1)]
+        self.epoch_rows[cell] = [EpochRow(e, loss, *(errors if e else UNTRAINED), 1.5) for e in range(epochs + 1)]
         for epoch in range(epochs + 1):
             norms = end if epoch else first
             self.layer_rows[cell, epoch] = [

@@ -114,6 +114,28 @@ def test_gradients_that_vanish_after_they_exploded_are_exploding() -> None:
     assert verdict(Recorded().add("plain", 56, first=SOUND, end=VANISHING), "plain-56") == "vanishing"
 
 
+def test_a_net_alone_that_has_not_learned_is_not_healthy() -> None:
+    alone = Recorded().add("plain", 56, (87.8, 87.1), first=EXPLODING)
+    assert verdict(alone, "plain-56") == "not learning"
+    text = terminal(alone, width=1000)
+    assert "After epoch 4 the training error, 87.8 %, is not clearly below that before the first step, 90.0 %" in text
+    assert verdict(Recorded().add("plain", 56, (80.0, 81.0)), "plain-56") == "healthy"
+    assert verdict(Recorded().add("plain", 56, (87.8, 87.1), end=EXPLODING), "plain-56") == "exploding"
+    beside_a_shallower = Recorded().add("plain", 20).add("plain", 56, (87.8, 87.1))
+    assert verdict(beside_a_shallower, "plain-56") == "degraded optimisation"
+    too_early = Recorded({"data": "digits", "epochs": 20}).add("plain", 56, (87.8, 87.1), epochs=5, status="pending")
+    assert verdict(too_early, "plain-56") == "healthy"
+
+
+def test_seeds_decide_whether_a_net_has_learned() -> None:
+    run = Recorded()
+    for seed, error in enumerate((87.2, 87.4, 87.6)):
+        run.add("plain", 56, (error, 88.0), seed=seed)
+    assert verdict(run, "plain-56") == "healthy"  # 2.6 points, in each of three seeds
+    run.add("plain", 56, (90.0, 88.0), seed=3)
+    assert verdict(run, "plain-56") == "not learning"
+
+
 def test_single_non_finite_element_makes_the_verdict() -> None:
     run = Recorded().add("plain", 20, nonfinite=1)
     assert verdict(run, "plain-20") == "non-finite"

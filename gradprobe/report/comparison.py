@@ -91,3 +91,28 @@ class Rise:
         unit_pct = sampling_error_pct(self.errors.test, self.lowest.test, self.test_images)
         has_risen = clearly_above(self.errors.test.values, self.lowest.test.values, unit_pct)
         return has_risen and clearly_above(self.lowest.train.values, self.errors.train.values)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The training error of a net before its first step, and after an epoch.
+
+    Attributes:
+        epoch: The epoch.
+        before: The errors before the first step, one per seed.
+        now: Those after the epoch.
+    """
+
+    epoch: int
+    before: Spread
+    now: Spread
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the error has fallen by more than seeds explain.
+
+        Source:
+            AUTOTRAINER (Zhang et al., ICSE 2021) asks after 30 % of the epochs whether training converges; that it is
+            asked of the error before the first step is ours.
+        """
+        return clearly_above(self.before.values, self.now.values)

@@ -18,6 +18,7 @@ from gradprobe.report.style import document
 from gradprobe.report.summary import (
     DEGRADED,
     EARLIEST_COMPARISON,
+    NOT_LEARNING,
     OVERFITTING,
     Moment,
     NetSummary,
@@ -26,7 +27,13 @@ from gradprobe.report.summary import (
 )
 from gradprobe.report.words import duration, explain, headline, number, percent, shortcuts
 
-_CLASSES = {"healthy": "healthy", DEGRADED: "degraded", OVERFITTING: "degraded", None: "unknown"}
+_CLASSES = {
+    "healthy": "healthy",
+    DEGRADED: "degraded",
+    OVERFITTING: "degraded",
+    NOT_LEARNING: "degraded",
+    None: "unknown",
+}
 
 
 def write(run: SweepRun, path: str | Path) -> Path:
@@ -248,6 +255,8 @@ _METHOD = (
     "section 4.2); or the test error is clearly above its own lowest, while the training error fell from there on "
     "(after Prechelt 1998). “Clearly”, of test errors, counts standard errors of the difference of two shares of the "
     "test images instead of points: with few images they are large.",
+    "“Not learning” means: the gradient is sound, no shallower network of the family trains better, and the training "
+    "error is not clearly below that before the first step.",
 )
 
 

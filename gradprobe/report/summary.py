@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradprobe.diagnose import flow_verdict
-from gradprobe.report.comparison import Comparison, Errors, Rise
+from gradprobe.report.comparison import Comparison, Errors, Learning, Rise
 from gradprobe.report.rows import CellRow, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.spread import Spread, median
 
@@ -24,6 +24,9 @@ DEGRADED = "degraded optimisation"
 
 OVERFITTING = "overfitting"
 """The verdict on a net with sound gradients whose test error alone is clearly too high."""
+
+NOT_LEARNING = "not learning"
+"""The verdict on a net with sound gradients whose training error has not clearly fallen, with none to compare."""
 
 EARLIEST_COMPARISON = 0.3
 """Share of the planned epochs before which errors are not compared; AUTOTRAINER waits as long."""
@@ -135,6 +138,7 @@ class NetSummary:
             it is too early.
         test_comparison: The same with the one that has the lowest test error.
         rise: From the epoch of its own lowest test error, None where there is none or it is too early.
+        learning: From before the first step, None where that is not recorded or it is too early.
     """
 
     family: str
@@ -148,6 +152,7 @@ class NetSummary:
     comparison: Comparison | None
     test_comparison: Comparison | None
     rise: Rise | None
+    learning: Learning | None
 
     @property
     def name(self) -> str:
@@ -223,7 +228,7 @@ class NetSummary:
 
     @property
     def verdict(self) -> str | None:
-        """The verdict so far: that on the gradient, `DEGRADED` or `OVERFITTING`; None while nothing is recorded.
+        """The verdict so far: that on the gradient, or one on the errors; None while nothing is recorded.
 
         A net most of whose seeds diverged is non-finite. An unsound gradient names itself. Only with sound gradients is
         a training error above the shallower net's called degraded optimisation: He et al. 2015, section 4.1, keep the
@@ -237,6 +242,8 @@ class NetSummary:
             return flow
         if self.comparison is not None and self.comparison.clearly_above:
             return DEGRADED
+        if self.learning is not None and not self.learning.is_seen:
+            return NOT_LEARNING
         overfits = any(seen is not None and seen.overfits for seen in (self.test_comparison, self.rise))
         return OVERFITTING if overfits else flow
 
@@ -302,6 +309,7 @@ def summarise(run: SweepRun) -> Summary:
             comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="train"),
             test_comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="test"),
             rise=_rise(counted, epoch or 0, earliest, test_images),
+            learning=_learning(counted, epoch or 0, earliest),
         )
         nets.append(net)
     return Summary(run.config, run.meta, tuple(nets))
@@ -313,6 +321,13 @@ def _errors(results: Sequence[CellResult], epoch: int | None) -> Errors | None:
         return None
     train, test = (row.train_error_pct for row in rows), (row.test_error_pct for row in rows)
     return Errors(Spread(tuple(train)), Spread(tuple(test)))
+
+
+def _learning(counted: Sequence[CellResult], epoch: int, earliest: float) -> Learning | None:
+    before, now = _errors(counted, 0), _errors(counted, epoch)
+    if epoch < earliest or before is None or now is None or math.isnan(now.train.mean):
+        return None
+    return Learning(epoch, before.train, now.train)
 
 
 def _moment(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> Moment | None:

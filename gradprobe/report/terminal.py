@@ -15,7 +15,16 @@ from gradprobe.errors import StoreError
 from gradprobe.report.paper import beside_the_paper
 from gradprobe.report.rows import SweepRun
 from gradprobe.report.spread import Spread
-from gradprobe.report.summary import DEGRADED, OVERFITTING, Moment, NetSummary, Sharing, Summary, summarise
+from gradprobe.report.summary import (
+    DEGRADED,
+    NOT_LEARNING,
+    OVERFITTING,
+    Moment,
+    NetSummary,
+    Sharing,
+    Summary,
+    summarise,
+)
 from gradprobe.report.words import explain, headline, number, percent, shortcuts
 from gradprobe.strict_json import strict
 
@@ -23,6 +32,7 @@ _STYLES = {
     "healthy": "green",
     DEGRADED: "yellow",
     OVERFITTING: "yellow",
+    NOT_LEARNING: "yellow",
     "vanishing": "red",
     "exploding": "red",
     "non-finite": "bold red",

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from gradprobe.report.comparison import Comparison, Rise
 from gradprobe.report.spread import Spread
-from gradprobe.report.summary import DEGRADED, OVERFITTING, Moment, NetSummary, Summary
+from gradprobe.report.summary import DEGRADED, NOT_LEARNING, OVERFITTING, Moment, NetSummary, Summary
 
 _RESIDUAL_FAMILIES = ("resnet",)
 
@@ -83,6 +83,12 @@ def explain(net: NetSummary) -> str:
         parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
     if net.comparison is not None:
         parts.append(_comparison_sentence(net, net.comparison))
+    if net.verdict == NOT_LEARNING and net.learning is not None:
+        before, now = percent(net.learning.before), percent(net.learning.now)
+        parts.append(
+            f"After epoch {net.learning.epoch} the training error, {now} %, is not clearly below that before the first "
+            f"step, {before} %: the net has not learned."
+        )
     if net.verdict == OVERFITTING:
         parts += _overfitting_sentences(net.test_comparison, net.rise)
     if not net.finished:
