@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from importlib import import_module, reload
+from pathlib import Path
 from types import MethodType
 
 import inline_cases as cases
@@ -132,3 +134,22 @@ def test_translations_give_the_same_numbers(in_place: bool, how: str, probed: bo
     if probed:
         gradprobe.attach(model)
     assert torch.equal(TRANSLATIONS[how](model, batch)(batch), expected)
+
+
+def test_a_function_that_is_reloaded_in_place_runs_its_new_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As notebooks reload modules: what refers to the old function runs the new code."""
+    text = "from inline_cases import OneLayer\nclass Block(OneLayer):\n  def forward(self, x):\n    return x + {}\n"
+    path = tmp_path / "reloaded.py"
+    path.write_text(text.format("self.layer(x)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    reloaded = import_module("reloaded")
+    forward = reloaded.Block.forward
+    model = reloaded.Block(8)
+    gradprobe.instrument(model).undo()
+    path.write_text(text.format("2 * self.layer(x)  # changed"))
+    forward.__code__ = reload(reloaded).Block.forward.__code__
+    expected = model(TOKENS)
+    assert gradprobe.instrument(model).junctions == ("residual_add",)
+    assert torch.equal(model(TOKENS), expected)

@@ -77,7 +77,6 @@ def span_of(node: ast.expr | ast.stmt) -> Span:
     return node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
 
 
-@functools.lru_cache(maxsize=4096)
 def read(function: object, is_method: bool = True) -> Source:
     """Reads the source of a method, or of a function.
 
@@ -105,12 +104,18 @@ def read(function: object, is_method: bool = True) -> Source:
     for wrapper, inner in zip(wrappers, [function, *wrappers], strict=False):
         if len(_cells_with(wrapper, inner)) != 1:
             raise Unreadable(f"is wrapped by a decorator that does not show what it calls ({wrapper.__code__.co_name})")
+    tree, definition, self_name = _read(function, function.__code__, is_method)
+    return Source(function, tuple(wrappers), tree, definition, self_name)
+
+
+@functools.lru_cache(maxsize=4096)  # by the code too: what reloads files puts another one into the same function
+def _read(function: FunctionType, code: CodeType, is_method: bool) -> tuple[ast.Module, ast.FunctionDef, str]:
     try:
         lines, _ = inspect.findsource(function)
         statements = _statements("".join(lines))
-    except (OSError, SyntaxError, TypeError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError) as error:
         raise Unreadable("has no source that could be read") from error
-    definition, within = _find(statements, function.__code__)
+    definition, within = _find(statements, code)
     positional = [*definition.args.posonlyargs, *definition.args.args]
     if is_method and not positional:
         raise Unreadable("takes its module by no name of its own")
@@ -119,10 +124,9 @@ def read(function: object, is_method: bool = True) -> Source:
         if isinstance(node, ast.Name) and node.id == self_name and not isinstance(node.ctx, ast.Load):
             raise Unreadable(f"gives {self_name} another meaning")
     tree = ast.Module([*(node for node in statements if node is within or _imports(node))], [])
-    source = Source(function, tuple(wrappers), tree, definition, self_name)
-    if not _are_same(_compiled(tree, function), function.__code__):
+    if not _are_same(_compiled(tree, code), code):
         raise Unreadable("runs other code than its source says")
-    return source
+    return tree, definition, self_name
 
 
 def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionType:
@@ -141,8 +145,8 @@ def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionTyp
         >>> rewritten(read(layer.forward), {}).__code__.co_code == layer.forward.__code__.co_code
         True
     """
-    code = _rewritten_code(source.function, tuple(exchanges.items()))
     inner = source.function
+    code = _rewritten_code(source, inner.__code__, tuple(exchanges.items()))
     cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
     made = _alike(inner, code, tuple(cells[name] for name in code.co_freevars))
     before = inner
@@ -159,13 +163,12 @@ def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionTyp
 
 
 @functools.lru_cache(maxsize=1024)
-def _rewritten_code(function: FunctionType, exchanges: tuple[tuple[Span, Exchange], ...]) -> CodeType:
+def _rewritten_code(source: Source, code: CodeType, exchanges: tuple[tuple[Span, Exchange], ...]) -> CodeType:
     """One code object for all modules with the same exchanges, so that compilers see one function."""
-    source = read(function)
     copies: dict[int, ast.AST] = {}
     tree = copy.deepcopy(source.tree, copies)
     _Exchanger(source.self_name, dict(exchanges)).generic_visit(copies[id(source.definition)])
-    return _compiled(tree, function)
+    return _compiled(tree, code)
 
 
 class _Exchanger(ast.NodeTransformer):
@@ -214,7 +217,7 @@ def _find(statements: Sequence[ast.stmt], code: CodeType) -> tuple[ast.FunctionD
     for statement in statements:
         for node in ast.walk(statement):
             if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-                first = min(node.lineno, *(decorator.lineno for decorator in node.decorator_list), node.lineno)
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 if first == code.co_firstlineno:
                     return node, statement
     raise Unreadable("is no plain function in its source")
@@ -227,9 +230,8 @@ def _imports(statement: ast.stmt) -> bool:
     return any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(statement))
 
 
-def _compiled(tree: ast.Module, function: FunctionType) -> CodeType:
-    """Compiles what a source keeps of its file, and takes the function out of it."""
-    before = function.__code__
+def _compiled(tree: ast.Module, before: CodeType) -> CodeType:
+    """Compiles what a source keeps of its file, and takes the code of one function out of it."""
     code = compile(tree, before.co_filename, "exec", flags=before.co_flags & _FEATURES, dont_inherit=True)
     for inner in _codes_in(code):
         if (inner.co_name, inner.co_firstlineno) == (before.co_name, before.co_firstlineno):
