@@ -153,3 +153,30 @@ def test_a_function_that_is_reloaded_in_place_runs_its_new_code(
     expected = model(TOKENS)
     assert gradprobe.instrument(model).junctions == ("residual_add",)
     assert torch.equal(model(TOKENS), expected)
+
+
+def add_layer(self: OneLayer, x: torch.Tensor) -> torch.Tensor:
+    return x + self.layer(x)
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind"),
+    [
+        (staticmethod(lambda x: x + x.relu()), "staticmethod"),
+        (functools.partialmethod(add_layer), "partialmethod"),
+        (property(lambda self: functools.partial(add_layer, self)), "property"),
+        (Unhashable(), "Unhashable"),
+    ],
+)
+def test_a_forward_that_is_no_function_is_reported(forward: object, kind: str) -> None:
+    model = type("Block", (OneLayer,), {"forward": forward})(8)
+    expected = model(TOKENS)
+    assert gradprobe.instrument(model).unseen == {"": f"is no Python function but {kind}"}
+    assert torch.equal(model(TOKENS), expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from types import FunctionType
 
 import torch
 from torch import nn
@@ -95,10 +94,10 @@ def attribute(module: nn.Module, name: str) -> object:
         name: Of a child, a parameter, a buffer, a method, or whatever else the module or its class holds.
 
     Returns:
-        What is there, functions as the class holds them.
+        What is there; functions, properties and the like as the class holds them.
 
     Raises:
-        AttributeError: There is nothing, or a property.
+        AttributeError: There is nothing.
 
     Example:
         >>> attribute(nn.Linear(2, 3), "out_features")
@@ -107,14 +106,10 @@ def attribute(module: nn.Module, name: str) -> object:
     state = vars(module)
     for held in (state, state["_parameters"], state["_buffers"], state["_modules"]):
         if name in held:
-            found: object = held[name]
-            return found
+            return held[name]
     for owner in type(module).__mro__:
         if name in vars(owner):
-            found = vars(owner)[name]
-            if isinstance(found, FunctionType) or not hasattr(type(found), "__get__"):
-                return found
-            break
+            return vars(owner)[name]
     raise AttributeError(name)
 
 
