@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from gradprobe.inline.source import Span
-from gradprobe.inline.values import Value
+from gradprobe.inline.values import Input, Value
 
 Place = tuple[str, Span]  # method, where in its source
 
@@ -27,12 +26,13 @@ class Addition:
     written: str = "+"
 
 
-def judge(left: Value, right: Value) -> Addition | str | None:
+def judge(left: Value, right: Value, module: int = 0) -> Addition | str | None:
     """Tells whether `left + right` is residual.
 
     Args:
         left: The left operand.
         right: The right operand.
+        module: Id of the module that adds.
 
     Returns:
         The addition; the reason why it cannot be told; or None where it is of another kind.
@@ -47,7 +47,7 @@ def judge(left: Value, right: Value) -> Addition | str | None:
         (left.layers_from[origin], right.layers_from[origin]) for origin in left.layers_from & right.layers_from.keys()
     ]
     if not pairs:
-        return _of_two_inputs(left, right)
+        return _of_two_inputs(left, right, module)
     left_is_bare, right_is_bare = (any(a == 0 < b for a, b in pairs), any(b == 0 < a for a, b in pairs))
     if left_is_bare != right_is_bare:
         return Addition(left_is_bare, False)
@@ -62,13 +62,11 @@ def judge(left: Value, right: Value) -> Addition | str | None:
     return Addition(nearest[0] < nearest[1], True)
 
 
-def _of_two_inputs(left: Value, right: Value) -> str | None:
+def _of_two_inputs(left: Value, right: Value, module: int) -> str | None:
     """Gives the reason where an untouched input is added to what layers made of another."""
     for bare, other in ((left, right), (right, left)):
-        names = [
-            name for name in map(_input_name, bare.layers_from) if name and not re.search("mask|bias|pos|alibi", name)
-        ]
-        others = [name for origin, layers in other.layers_from.items() if layers and (name := _input_name(origin))]
+        names = [name for name in _inputs(bare, module) if not re.search("mask|bias|pos|alibi", name)]
+        others = [name for name, layers in _inputs(other, module).items() if layers]
         if names and others and not any(bare.layers_from.values()):
             return (
                 f"adds its input {names[0]} to what it makes of {others[0]}: only a caller knows if one is a shortcut"
@@ -76,6 +74,5 @@ def _of_two_inputs(left: Value, right: Value) -> str | None:
     return None
 
 
-def _input_name(origin: Hashable) -> str | None:
-    is_input = isinstance(origin, tuple) and len(origin) == 3 and isinstance(origin[2], str)
-    return origin[2] if is_input and isinstance(origin, tuple) else None
+def _inputs(value: Value, module: int) -> dict[str, int]:
+    return {o.name: n for o, n in value.layers_from.items() if isinstance(o, Input) and o.module == module}

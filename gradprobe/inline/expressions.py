@@ -75,8 +75,8 @@ class Expressions:
         """Describes a sum, and notes it where it is residual."""
         place = (self.method, span_of(at))
         findings = self.reader.findings
-        verdict = judge(left, right)
-        total = made_from([left, right], (id(self.module), *place))
+        verdict = judge(left, right, id(self.module))
+        total = made_from([left, right])
         if isinstance(verdict, str):
             findings.refused[place] = verdict
             total = replace(total, sums=total.sums | {place})
@@ -115,10 +115,10 @@ class Expressions:
             return joined([left, right])
         if isinstance(node.op, ast.Add):
             return self.add(node, left, right, "+")
-        return made_from([left, right], self._at(node))
+        return made_from([left, right])
 
     def _unaryop(self, node: ast.UnaryOp) -> Value:
-        return made_from([self.value(node.operand)], self._at(node))
+        return made_from([self.value(node.operand)])
 
     def _ifexp(self, node: ast.IfExp) -> Value:
         outcome = self.outcome(node.test)
@@ -196,7 +196,7 @@ class Expressions:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         operands = [*given, *by_name.values()]
         if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
-            return made_from(operands, self._at(node), max(1, values.n_layers(self.module)))
+            return made_from(operands, max(1, values.n_layers(self.module)))
         if name == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
             return self._attribute(ast.copy_location(ast.Attribute(node.args[0], str(node.args[1].value)), node))
         callee = self.value(node.func)
@@ -230,19 +230,19 @@ class Expressions:
             result = self.reader.call_function(function, given, by_name)
             if result is not None:
                 return result
-        return made_from(operands, self._at(node))
+        return made_from(operands)
 
     def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
         """Describes what a module, or a method of this one, gives back."""
         operands = [*given, *by_name.values()]
         if callee.method is not None:
             found = self.reader.call_method(callee.method, given, by_name)
-            return made_from(operands, self._at(node), layers=1) if found is None else found
+            return made_from(operands, layers=1) if found is None else found
         for module in callee.modules:
             self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
         if all(map(values.is_lookup, callee.modules)):
-            return NOTHING
-        return made_from(operands, self._at(node), min(map(values.n_layers, callee.modules)))
+            return made_from([], 1)
+        return made_from(operands, min(map(values.n_layers, callee.modules)))
 
     def _adds(self, node: ast.Call, name: str) -> bool:
         """Tells whether a call is `torch.add(a, b)`, `a.add(b)` or `a.add_(b)`."""
@@ -284,9 +284,6 @@ class Expressions:
                 if values.is_tensor(held):
                     return _Tensor()
         raise LookupError
-
-    def _at(self, node: ast.expr) -> tuple[object, ...]:
-        return (id(self.module), self.method, span_of(node))
 
 
 def elements(value: Value) -> Value:

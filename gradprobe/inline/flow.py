@@ -9,7 +9,7 @@ decide it; loops are followed twice.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 
@@ -18,7 +18,7 @@ from torch import nn
 from gradprobe.inline.additions import Addition, Place
 from gradprobe.inline.expressions import SEQUENCES, Expressions, elements
 from gradprobe.inline.source import Source, Unreadable, read
-from gradprobe.inline.values import NOTHING, Value, attribute, joined, made_from
+from gradprobe.inline.values import NEW, NOTHING, Input, Value, attribute, joined, made_from
 
 Arguments = tuple[tuple[Value, ...], dict[str, Value]]  # by position, by name
 
@@ -190,8 +190,8 @@ class Reader:
         for argument in (*every, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
             if argument is not None:
                 known = given.get(argument.arg, NOTHING)
-                layers_from = {**known.layers_from, (id(self.module), method, argument.arg): 0}
-                names[argument.arg] = Value(layers_from, known.modules, sums=known.sums)
+                own: Hashable = Input(id(self.module), argument.arg) if method == "forward" else next(NEW)
+                names[argument.arg] = Value({**known.layers_from, own: 0}, known.modules, sums=known.sums)
         return names
 
 
@@ -219,8 +219,7 @@ class Statements(Expressions):
         if isinstance(node, ast.Raise):
             return False
         if isinstance(node, ast.Assign):
-            for target in node.targets:
-                self._assign(target, node.value)
+            self._assign(node.targets, node.value)
         elif isinstance(node, ast.AnnAssign):
             if node.value is not None:
                 self.bind(node.target, self.value(node.value))
@@ -256,12 +255,15 @@ class Statements(Expressions):
                     self.value(child)
         return True
 
-    def _assign(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-            for element, found in zip(target.elts, [self.value(element) for element in value.elts], strict=True):
-                self.bind(element, found)
-        else:
-            self.bind(target, self.value(value))
+    def _assign(self, targets: Sequence[ast.expr], value: ast.expr) -> None:
+        elements = [self.value(element) for element in value.elts] if isinstance(value, ast.Tuple) else []
+        whole = joined(elements) if elements else self.value(value)
+        for target in targets:
+            if isinstance(target, ast.Tuple) and len(target.elts) == len(elements):
+                for element, found in zip(target.elts, elements, strict=True):
+                    self.bind(element, found)
+            else:
+                self.bind(target, whole)
 
     def _augmented(self, node: ast.AugAssign) -> None:
         old, operand = self.value(node.target), self.value(node.value)
@@ -270,7 +272,7 @@ class Statements(Expressions):
         elif isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
             total = self.add(node, old, operand, "+=")
         else:
-            total = made_from([old, operand], (id(self.module), self.method, node.lineno, node.col_offset))
+            total = made_from([old, operand])
         self.bind(node.target, total)
 
     def _either(self, bodies: Sequence[Sequence[ast.stmt]], outcome: bool | None, test: ast.expr) -> bool:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+
+class Input(NamedTuple):
+    """An argument of a module's forward, as a tensor that others are made from."""
+
+    module: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,7 @@ class Value:
 
 
 NOTHING = Value()
+NEW = itertools.count()  # tensors that nothing else is known of
 
 
 def joined(values: Iterable[Value]) -> Value:
@@ -60,30 +70,27 @@ def joined(values: Iterable[Value]) -> Value:
     )
 
 
-def made_from(values: Iterable[Value], at: Hashable, layers: int = 0) -> Value:
-    """Describes the result of an operation.
+def made_from(values: Iterable[Value], layers: int = 0) -> Value:
+    """Describes the result of an operation, each time that it is done as another one.
 
     Args:
         values: Its operands.
-        at: Names the operation.
         layers: Number of layers that it passes; an operand that is a parameter counts as one.
 
     Returns:
         The result.
 
     Example:
-        >>> made_from([Value({"x": 1})], at="conv", layers=2).layers_from
-        {'x': 3, 'conv': 0}
+        >>> made = made_from([Value({"x": 1})], layers=2)
+        >>> made.layers_from["x"], sorted(made.layers_from.values())
+        (3, [0, 3])
     """
     several = list(values)
     operands = joined(replace(value, modules=(), method=None) for value in several)
-    if not operands.layers_from:
-        return NOTHING
     layers += any(value.is_parameter for value in several)
-    layers_from = {origin: passed + layers for origin, passed in operands.layers_from.items()}
-    if layers:
-        layers_from[at] = 0
-    return Value(layers_from, sums=frozenset() if layers else operands.sums)
+    if not layers:
+        return operands if operands.layers_from else NOTHING
+    return Value({**{origin: passed + layers for origin, passed in operands.layers_from.items()}, next(NEW): 0})
 
 
 def attribute(module: nn.Module, name: str) -> object:

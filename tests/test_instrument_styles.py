@@ -1,0 +1,111 @@
+"""Ways in which models write additions: which are junctions, which are none, and which are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradprobe
+
+TOKENS = torch.linspace(-2, 2, 2 * 5 * 8).reshape(2, 5, 8).sin()
+FOUND: dict[type[Layers], int] = {}
+UNSEEN: dict[type[Layers], str] = {}
+
+
+class Layers(nn.Module):
+    """What the styles are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.several = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.scale = nn.Parameter(torch.full((8,), 0.5))
+        self.table = nn.Embedding(10, 8)
+        self.setup()
+
+    def setup(self) -> None:
+        """Makes what one style needs besides."""
+
+
+def has(junctions: int) -> Callable[[type[Layers]], type[Layers]]:
+    """Says that a class has some additions that are residual, and none that is not seen."""
+    return lambda style: (FOUND.update({style: junctions}), style)[1]
+
+
+def is_unseen(reason: str) -> Callable[[type[Layers]], type[Layers]]:
+    """Says that a class has a residual addition that is left alone, and why."""
+    return lambda style: (UNSEEN.update({style: reason}), style)[1]
+
+
+def outcome(model: nn.Module) -> list[Tensor]:
+    """The output, and the gradients of the parameters."""
+    torch.manual_seed(1)
+    y = model(TOKENS.clone())
+    y.square().mean().backward()
+    return [y.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+
+def net(style: type[Layers]) -> nn.Module:
+    torch.manual_seed(0)
+    return style()
+
+
+# What is found where in a forward
+
+
+@has(1)
+class LoopOfPostNorm(Layers):
+    """Every round adds to what the round before has normalised."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.several:
+            x = self.norm(x + layer(x))
+        return x
+
+
+@has(2)
+class StackOfPostNorm(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        for k in range(3):
+            x = self.norm(x + self.several[k](x))
+            x = x + self.b(x)
+            x = self.norm(x)
+        return x
+
+
+@has(1)
+class StreamFromLookup(Layers):
+    """The stream begins at an embedding of the model itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table((x > 0).long().sum(-1))
+        return x + self.a(x)
+
+
+@has(1)
+class TwoNamesOfOneValue(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x = self.b(x)
+        x = self.a(x)
+        return x + residual
+
+
+@pytest.mark.parametrize("style", FOUND, ids=lambda style: style.__name__)
+def test_residual_additions_are_found_and_no_others(style: type[Layers]) -> None:
+    expected = outcome(net(style))
+    model = net(style)
+    report = gradprobe.instrument(model)
+    assert (len(report.junctions), report.unseen) == (FOUND[style], {})
+    assert all(torch.equal(a, b) for a, b in zip(outcome(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("style", UNSEEN, ids=lambda style: style.__name__)
+def test_what_is_not_seen_is_reported(style: type[Layers]) -> None:
+    expected = outcome(net(style))
+    model = net(style)
+    report = gradprobe.instrument(model)
+    assert (report.junctions, report.unseen) == ((), {"": UNSEEN[style]})
+    assert all(torch.equal(a, b) for a, b in zip(outcome(model), expected, strict=True))
