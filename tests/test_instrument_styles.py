@@ -93,6 +93,120 @@ class TwoNamesOfOneValue(Layers):
         return x + residual
 
 
+@has(0)
+class OneMethodOnTwoValues(Layers):
+    """As heads are split: keys and queries come out of one method, but not of one tensor."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.split(self.a(x)), self.split(self.b(x))
+        return q.flatten(-2) + self.norm(k.flatten(-2))
+
+
+# What lies between the operands and what they have in common
+
+
+@has(0)
+class Adapter(Layers):
+    """A layer, and beside it one of low rank: two branches, none of them bent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + 2 * self.norm(self.b(torch.dropout(x, 0.1, self.training)))
+
+
+@has(0)
+class Experts(Layers):
+    """Two branches of different length, both bent."""
+
+    def setup(self) -> None:
+        self.routed = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+        self.shared = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.routed(x) + self.shared(x)
+
+
+@has(1)
+class Projection(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.several[0](x).relu()) + self.a(x)
+
+
+@has(0)
+class ScoresOfTwoKinds(Layers):
+    """Of content and of position, as in relative attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.a(x), self.b(x)
+        return torch.softmax(q @ k.mT + torch.einsum("bld,dm->blm", q, self.table.weight[:5].T), -1) @ x
+
+
+@has(0)
+class PositionsBesideAttention(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.a(x)
+        return nn.functional.scaled_dot_product_attention(x, x, v) + self.b(v)
+
+
+@has(0)
+class MixedInTime(Layers):
+    """Weighted elementwise, on both sides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x * self.scale + x.roll(1, 1) * (1 - self.scale))
+
+
+@has(1)
+class ScaledShortcut(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x + self.a(x)
+
+
+@has(1)
+class BranchOfItsOwnParameters(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.linear(x, self.a.weight * 0.1)
+
+
+@has(1)
+class BranchWithoutParameters(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + torch.fft.fft(x).real)
+
+
+@has(0)
+class GatedMixture(Layers):
+    """As recurrent cells keep their state: what both operands are made of first is the gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.sigmoid(self.a(x))
+        return (1 - z) * torch.tanh(self.b(x)) + z * x
+
+
+@has(0)
+class MixedInTimeWithState(Layers):
+    """What came before, long since, is one of the two as it was."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x
+        for layer in self.several:
+            x = torch.relu(layer(x))
+        shifted = x.roll(1, 1)
+        shifted[:, 0] = state[:, 0]
+        return self.a(x * self.scale + shifted * (1 - self.scale))
+
+
+@has(1)
+class SideInput(Layers):
+    """The branch takes what the stream was made of, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return y + self.b(self.a(torch.relu(self.several[0](y))) + x.mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize("style", FOUND, ids=lambda style: style.__name__)
 def test_residual_additions_are_found_and_no_others(style: type[Layers]) -> None:
     expected = outcome(net(style))

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from gradprobe.inline.source import Span
-from gradprobe.inline.values import Input, Value
+from gradprobe.inline.values import Input, Path, Value
 
 Place = tuple[str, Span]  # method, where in its source
 
@@ -38,41 +38,56 @@ def judge(left: Value, right: Value, module: int = 0) -> Addition | str | None:
         The addition; the reason why it cannot be told; or None where it is of another kind.
 
     Example:
-        >>> judge(Value({"x": 0}), Value({"x": 3}))
+        >>> judge(Value({"x": Path()}), Value({"x": Path(layers=3)}))
         Addition(shortcut_first=True, is_projected=False, written='+')
-        >>> judge(Value({"x": 0}), Value({"position": 0})) is None
+        >>> judge(Value({"x": Path()}), Value({"position": Path()})) is None
         True
     """
-    pairs = [
-        (left.layers_from[origin], right.layers_from[origin]) for origin in left.layers_from & right.layers_from.keys()
-    ]
+    pairs = [(path, right.paths[origin]) for origin, path in left.paths.items() if origin in right.paths]
     if not pairs:
         return _of_two_inputs(left, right, module)
-    left_is_bare, right_is_bare = (any(a == 0 < b for a, b in pairs), any(b == 0 < a for a, b in pairs))
-    if left_is_bare != right_is_bare:
-        return Addition(left_is_bare, False)
-    if left_is_bare:
-        return "either operand may be the shortcut"
-    nearest = min(pairs, key=sum)
-    few, many = sorted(nearest)
-    if few == many:
+    bare = [pair for pair in pairs if _is_bare(*pair)]
+    least = min(map(_reach, bare or pairs))
+    if bare and any(a.layers == b.layers and _reach((a, b)) < least for a, b in pairs):
+        return None  # what they have in common is nearer than what one of them may be, as in a gated mixture
+    verdicts = {_of_paths(*pair) for pair in bare or pairs if _reach(pair) == least}
+    return verdicts.pop() if len(verdicts) == 1 else "either operand may be the shortcut"
+
+
+def _reach(pair: tuple[Path, Path]) -> int:
+    return pair[0].layers + pair[1].layers
+
+
+def _is_bare(a: Path, b: Path) -> bool:
+    """Tells whether one operand passes nothing that the other one does not pass too."""
+    near, far = sorted([a, b])
+    return near.layers == 0 and (near.layers, near.opaque) < (far.layers, far.opaque)
+
+
+def _of_paths(a: Path, b: Path) -> Addition | str | None:
+    """Judges the two ways from a tensor to both operands."""
+    near, far = sorted([a, b])
+    if _is_bare(a, b):
+        return Addition(near is a, False)
+    if near.layers == far.layers:
         return None
-    if 2 * few > many:
-        return f"its operands pass {nearest[0]} and {nearest[1]} layers: neither is clearly the shortcut"
-    return Addition(nearest[0] < nearest[1], True)
+    if 2 * near.layers > far.layers:
+        return f"its operands pass {a.layers} and {b.layers} layers: neither is clearly the shortcut"
+    is_projection = far.bends and not near.bends  # otherwise two branches are joined, as an adapter to its layer
+    return Addition(near is a, True) if is_projection else None
 
 
 def _of_two_inputs(left: Value, right: Value, module: int) -> str | None:
     """Gives the reason where an untouched input is added to what layers made of another."""
     for bare, other in ((left, right), (right, left)):
         names = [name for name in _inputs(bare, module) if not re.search("mask|bias|pos|alibi", name)]
-        others = [name for name, layers in _inputs(other, module).items() if layers]
-        if names and others and not any(bare.layers_from.values()):
+        others = [name for name, path in _inputs(other, module).items() if path.layers]
+        if names and others and not any(path.layers for path in bare.paths.values()):
             return (
                 f"adds its input {names[0]} to what it makes of {others[0]}: only a caller knows if one is a shortcut"
             )
     return None
 
 
-def _inputs(value: Value, module: int) -> dict[str, int]:
-    return {o.name: n for o, n in value.layers_from.items() if isinstance(o, Input) and o.module == module}
+def _inputs(value: Value, module: int) -> dict[str, Path]:
+    return {o.name: path for o, path in value.paths.items() if isinstance(o, Input) and o.module == module}

@@ -12,9 +12,9 @@ from torch import nn
 
 from gradprobe.inline import values
 from gradprobe.inline.additions import judge
-from gradprobe.inline.known import MUTATORS, NO_STREAM, UNRELATED
+from gradprobe.inline.known import ACTIVATIONS, LAYERS, MUTATORS, NO_STREAM, UNRELATED
 from gradprobe.inline.source import Source, span_of
-from gradprobe.inline.values import NOTHING, Value, joined, made_from
+from gradprobe.inline.values import NOTHING, Path, Value, joined, made_from, path_through
 
 if TYPE_CHECKING:
     from gradprobe.inline.flow import Reader
@@ -97,7 +97,7 @@ class Expressions:
 
     def _name(self, node: ast.Name) -> Value:
         found = self.names.get(node.id, NOTHING)
-        return replace(found, layers_from={}) if NO_STREAM.search(node.id) else found
+        return replace(found, paths={}) if NO_STREAM.search(node.id) else found
 
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
         found = self.value(node.value)
@@ -115,7 +115,7 @@ class Expressions:
             return joined([left, right])
         if isinstance(node.op, ast.Add):
             return self.add(node, left, right, "+")
-        return made_from([left, right])
+        return made_from([left, right], Path(isinstance(node.op, ast.MatMult)))
 
     def _unaryop(self, node: ast.UnaryOp) -> Value:
         return made_from([self.value(node.operand)])
@@ -163,8 +163,7 @@ class Expressions:
                 found.append(Value(method=node.attr) if is_self else Value(modules=(module,)))
             elif values.is_tensor(held):
                 origin = (id(module), node.attr)
-                is_parameter = isinstance(held, nn.Parameter)
-                found.append(Value({origin: 0}, is_parameter=is_parameter))
+                found.append(Value({origin: Path()}))
             else:
                 found.append(Value())
         return joined(found) if found else _NOT_THERE
@@ -196,7 +195,7 @@ class Expressions:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         operands = [*given, *by_name.values()]
         if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
-            return made_from(operands, max(1, values.n_layers(self.module)))
+            return made_from(operands, max(Path(1), path_through(self.module)))
         if name == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
             return self._attribute(ast.copy_location(ast.Attribute(node.args[0], str(node.args[1].value)), node))
         callee = self.value(node.func)
@@ -206,7 +205,7 @@ class Expressions:
             return self._called(node, callee, given, by_name)
         through = [value for value in given if value.modules or value.method]
         if through and not _is_builtin(name):  # handed to a function that calls it, as a checkpoint does
-            tensors = [value for value in given if value.layers_from]
+            tensors = [value for value in given if value.paths]
             return self._called(node, joined(through), tensors, by_name)
         if isinstance(node.func, ast.Attribute) and self._adds(node, name):
             is_method = len(node.args) == 1
@@ -221,7 +220,7 @@ class Expressions:
             base = node.func.value
             if name in MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], *operands])
-            if callee.layers_from:
+            if callee.paths:
                 operands.append(callee)
         if _is_builtin(name):
             return joined(operands)
@@ -230,19 +229,19 @@ class Expressions:
             result = self.reader.call_function(function, given, by_name)
             if result is not None:
                 return result
-        return made_from(operands)
+        return made_from(operands, Path(name in LAYERS, bends=name.rstrip("_") in ACTIVATIONS))
 
     def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
         """Describes what a module, or a method of this one, gives back."""
         operands = [*given, *by_name.values()]
         if callee.method is not None:
             found = self.reader.call_method(callee.method, given, by_name)
-            return made_from(operands, layers=1) if found is None else found
+            return made_from(operands, Path(1)) if found is None else found
         for module in callee.modules:
             self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
         if all(map(values.is_lookup, callee.modules)):
-            return made_from([], 1)
-        return made_from(operands, min(map(values.n_layers, callee.modules)))
+            return made_from([], Path(1))
+        return made_from(operands, max(map(path_through, callee.modules)))
 
     def _adds(self, node: ast.Call, name: str) -> bool:
         """Tells whether a call is `torch.add(a, b)`, `a.add(b)` or `a.add_(b)`."""

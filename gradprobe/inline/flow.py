@@ -1,9 +1,9 @@
 """Which additions in a module's methods join a shortcut and a branch, read off the source; nothing is run.
 
-Each value is described by the tensors it was made from and by how many layers (modules with parameters of their own)
-lie in between. `a + b` is residual where both were made from one tensor, one of them through no layer, or through a
-projection: at most half as many as the other. Both sides of an `if` are followed, unless attributes of the module
-decide it; loops are followed twice.
+Each value is described by the tensors it was made from and by how many layers (modules with parameters of their own,
+and functions such as `linear` or `matmul`) lie in between. `a + b` is residual where both were made from one tensor,
+one of them through no layer, or through a projection: at most half as many as the other, and no activation. Both sides
+of an `if` are followed, unless attributes of the module decide it; loops are followed twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from gradprobe.inline.additions import Addition, Place
 from gradprobe.inline.expressions import SEQUENCES, Expressions, elements
 from gradprobe.inline.source import Source, Unreadable, read
-from gradprobe.inline.values import NEW, NOTHING, Input, Value, attribute, joined, made_from
+from gradprobe.inline.values import NEW, NOTHING, Input, Path, Value, attribute, joined, made_from
 
 Arguments = tuple[tuple[Value, ...], dict[str, Value]]  # by position, by name
 
@@ -191,7 +191,7 @@ class Reader:
             if argument is not None:
                 known = given.get(argument.arg, NOTHING)
                 own: Hashable = Input(id(self.module), argument.arg) if method == "forward" else next(NEW)
-                names[argument.arg] = Value({**known.layers_from, own: 0}, known.modules, sums=known.sums)
+                names[argument.arg] = Value({**known.paths, own: Path()}, known.modules, sums=known.sums)
         return names
 
 

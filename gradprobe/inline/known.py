@@ -13,7 +13,24 @@ UNRELATED = frozenset(
         randn new_zeros new_ones new_empty new_full new_tensor len range isinstance hasattr int bool""",
     )
 )
-# Names of what is added to scores, broadcast, and of sizes, which come along with tensors.
-NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len)(es|s)?$")
+# Functions that mix what they are given, or apply parameters that they are handed.
+LAYERS = frozenset(
+    re.findall(
+        r"\w+",
+        """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+        matmul mm mv bmm addmm addmv addbmm baddbmm einsum tensordot scaled_dot_product_attention
+        layer_norm rms_norm batch_norm instance_norm group_norm embedding fft fft2 fftn rfft rfft2 rfftn""",
+    )
+)
+# Functions that bend what they are given: without one in between, two layers are as good as one.
+ACTIVATIONS = frozenset(
+    re.findall(
+        r"\w+",
+        """relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish softplus softsign softmax log_softmax
+        sigmoid logsigmoid tanh hardtanh hardswish hardsigmoid glu""",
+    )
+)
+# Names of what is added to scores, broadcast, and of sizes and indices, which come along with tensors.
+NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len|id|idx|index|bucket)(es|s)?$")
 # Methods by which something else comes to refer to their argument.
 MUTATORS = frozenset(["append", "extend", "insert", "update", "setdefault", "appendleft"])

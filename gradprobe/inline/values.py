@@ -18,22 +18,52 @@ class Input(NamedTuple):
     name: str
 
 
+class Path(NamedTuple):
+    """The shortest way by which one tensor was made from another.
+
+    Attributes:
+        layers: Number of layers on it: modules with parameters of their own, and functions like `linear` or `matmul`.
+        opaque: Number of calls of what cannot be looked into, and may have layers.
+        bends: Number of activations on it.
+    """
+
+    layers: int = 0
+    opaque: int = 0
+    bends: int = 0
+
+    def then(self, path: Path) -> Path:
+        """Goes on by another way.
+
+        Args:
+            path: The other.
+
+        Returns:
+            Both.
+
+        Example:
+            >>> Path(layers=1).then(Path(layers=2, bends=1))
+            Path(layers=3, opaque=0, bends=1)
+        """
+        return Path(self.layers + path.layers, self.opaque + path.opaque, self.bends + path.bends)
+
+
+NO_LAYER = Path()
+
+
 @dataclass(frozen=True)
 class Value:
     """A value in a method.
 
     Attributes:
-        layers_from: Tensors that it was made from, itself included, and the least number of layers in between.
+        paths: Tensors that it was made from, itself included, and how.
         modules: Modules that it may be.
         method: Method of the module itself that it is.
-        is_parameter: Whether it is a parameter.
         sums: Additions that it is the result of, through no layer.
     """
 
-    layers_from: Mapping[Hashable, int] = field(default_factory=dict)
+    paths: Mapping[Hashable, Path] = field(default_factory=dict)
     modules: tuple[nn.Module, ...] = ()
     method: str | None = None
-    is_parameter: bool = False
     sums: frozenset[Hashable] = frozenset()
 
 
@@ -51,46 +81,46 @@ def joined(values: Iterable[Value]) -> Value:
         Their union.
 
     Example:
-        >>> joined([Value({"x": 2}), Value({"x": 0, "y": 1})]).layers_from
-        {'x': 0, 'y': 1}
+        >>> sorted(joined([Value({"x": Path(2)}), Value({"x": Path(), "y": Path()})]).paths)
+        ['x', 'y']
     """
     several = [value for value in values if value is not NOTHING]
     if len(several) == 1:
         return several[0]
-    layers_from: dict[Hashable, int] = {}
+    paths: dict[Hashable, Path] = {}
     for value in several:
-        for origin, layers in value.layers_from.items():
-            layers_from[origin] = min(layers, layers_from.get(origin, layers))
+        for origin, path in value.paths.items():
+            paths[origin] = min(path, paths.get(origin, path))
     return Value(
-        layers_from,
+        paths,
         tuple({id(module): module for value in several for module in value.modules}.values()),
         next((value.method for value in several if value.method), None),
-        any(value.is_parameter for value in several),
         frozenset().union(*(value.sums for value in several)),
     )
 
 
-def made_from(values: Iterable[Value], layers: int = 0) -> Value:
+def made_from(values: Iterable[Value], path: Path = NO_LAYER) -> Value:
     """Describes the result of an operation, each time that it is done as another one.
 
     Args:
         values: Its operands.
-        layers: Number of layers that it passes; an operand that is a parameter counts as one.
+        path: What it passes.
 
     Returns:
         The result.
 
     Example:
-        >>> made = made_from([Value({"x": 1})], layers=2)
-        >>> made.layers_from["x"], sorted(made.layers_from.values())
-        (3, [0, 3])
+        >>> made = made_from([Value({"x": Path(1)})], Path(layers=2))
+        >>> [path.layers for path in made.paths.values()]
+        [3, 0]
     """
-    several = list(values)
-    operands = joined(replace(value, modules=(), method=None) for value in several)
-    layers += any(value.is_parameter for value in several)
-    if not layers:
-        return operands if operands.layers_from else NOTHING
-    return Value({**{origin: passed + layers for origin, passed in operands.layers_from.items()}, next(NEW): 0})
+    operands = joined(replace(value, modules=(), method=None) for value in values)
+    if path == NO_LAYER:
+        return operands
+    paths = {origin: before.then(path) for origin, before in operands.paths.items()}
+    if path.layers or path.opaque:
+        paths[next(NEW)] = Path()
+    return Value(paths, sums=frozenset() if path.layers else operands.sums)
 
 
 def attribute(module: nn.Module, name: str) -> object:
@@ -120,20 +150,24 @@ def attribute(module: nn.Module, name: str) -> object:
     raise AttributeError(name)
 
 
-def n_layers(module: nn.Module) -> int:
-    """Counts the modules with parameters of their own in a module.
+def path_through(module: nn.Module) -> Path:
+    """Counts what a tensor passes in a module, everything in it taken as one chain.
 
     Args:
         module: Any module.
 
     Returns:
-        Their number.
+        The number of modules with parameters of their own, and of activations.
 
     Example:
-        >>> n_layers(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)))
-        2
+        >>> path_through(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)))
+        Path(layers=2, opaque=0, bends=1)
     """
-    return sum(any(p is not None for p in inner._parameters.values()) for inner in module.modules())
+    layers = bends = 0
+    for inner in module.modules():
+        layers += any(parameter is not None for parameter in inner._parameters.values())
+        bends += "activation" in type(inner).__module__
+    return Path(layers, bends=bends)
 
 
 def is_chain(module: nn.Module) -> bool:
