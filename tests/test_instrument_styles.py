@@ -207,6 +207,48 @@ class SideInput(Layers):
         return y + self.b(self.a(torch.relu(self.several[0](y))) + x.mean(1, keepdim=True))
 
 
+# Loops
+
+
+@has(1)
+class BranchOfListedModules(Layers):
+    """Some of which have no parameters."""
+
+    def setup(self) -> None:
+        self.chain = nn.ModuleList([nn.Linear(8, 8), nn.Tanh()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.chain[:2]:
+            y = layer(y)
+        return x + y
+
+
+@has(1)
+class ShortcutOfNoModules(Layers):
+    def setup(self) -> None:
+        self.projections = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).tanh()
+        for projection in self.projections:
+            x = projection(x)
+        return x + self.b(y)
+
+
+@has(0)
+class Cell(Layers):
+    """Adds what it makes of the input and of its state, which it has made of the input before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = torch.zeros_like(x)
+        for _ in range(2):
+            gate = torch.sigmoid(self.a(x) + self.b(h))
+            c = gate * c + (1 - gate) * torch.tanh(self.several[0](x) + self.several[1](h))
+            h = torch.tanh(c)
+        return h
+
+
 @pytest.mark.parametrize("style", FOUND, ids=lambda style: style.__name__)
 def test_residual_additions_are_found_and_no_others(style: type[Layers]) -> None:
     expected = outcome(net(style))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from gradprobe.inline import values
-from gradprobe.inline.additions import judge
+from gradprobe.inline.additions import Addition, judge
 from gradprobe.inline.known import ACTIVATIONS, LAYERS, MUTATORS, NO_STREAM, UNRELATED
 from gradprobe.inline.source import Source, span_of
 from gradprobe.inline.values import NOTHING, Path, Value, joined, made_from, path_through
@@ -77,6 +77,8 @@ class Expressions:
         findings = self.reader.findings
         verdict = judge(left, right, id(self.module))
         total = made_from([left, right])
+        if self.reader.is_again and not (isinstance(verdict, Addition) and not verdict.is_projected):
+            verdict = findings.additions.get(place)  # a cell adds what it makes of the round before: no projection
         if isinstance(verdict, str):
             findings.refused[place] = verdict
             total = replace(total, sums=total.sums | {place})
@@ -237,7 +239,7 @@ class Expressions:
         if callee.method is not None:
             found = self.reader.call_method(callee.method, given, by_name)
             return made_from(operands, Path(1)) if found is None else found
-        for module in callee.modules:
+        for module in callee.modules if not self.reader.is_again else ():
             self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
         if all(map(values.is_lookup, callee.modules)):
             return made_from([], Path(1))

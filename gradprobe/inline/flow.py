@@ -81,6 +81,7 @@ class Reader:
         self.findings = Findings()
         self.module = module
         self.methods: set[str] = set()
+        self.is_again = False  # in the second round of a loop
         self._stack: list[str] = []
 
     def run(self, handed: Sequence[Arguments]) -> Value:
@@ -288,14 +289,23 @@ class Statements(Expressions):
         return bool(ends)
 
     def _loop(self, node: ast.For | ast.While) -> bool:
-        for _ in range(2):
-            before = dict(self.names)
+        """Follows a loop twice, for what a round keeps for the next one; each is taken to run."""
+        ends: list[Mapping[str, Value]] = []
+        is_again = self.reader.is_again
+        for round_ in range(2):
+            self.reader.is_again = is_again or round_ > 0
             if isinstance(node, ast.For):
-                self.bind(node.target, elements(self.value(node.iter)))
+                items = self.value(node.iter)
+                item = elements(items)
+                if items.modules and not item.modules:
+                    break
+                self.bind(node.target, item)
             else:
                 self.value(node.test)
             self._run(node.body)
-            self.names = _merged([before, self.names])
+            ends.append(self.names)
+            self.names = _merged(ends)
+        self.reader.is_again = is_again
         return self._run(node.orelse)
 
 
