@@ -15,7 +15,7 @@ import itertools
 import operator
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
 from typing import Any
@@ -24,12 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import ArgumentError, GradprobeWarning
-from gradprobe.inline.flow import Arguments, Findings, find_additions
+from gradprobe.inline.expressions import Call
+from gradprobe.inline.flow import Findings, find_additions
 from gradprobe.inline.source import Exchange, Span, Unreadable, read, rewritten
 from gradprobe.inline.values import attribute, is_chain, is_container, is_torchs_layer
 from gradprobe.nn import ResidualAdd
-
-_OVER_CHILDREN = frozenset({"children", "named_children", "_modules"})
 
 # How a model may write an addition, and what runs where no probe observes it. Not each operand need be a tensor.
 _WRITTEN: dict[str, Callable[[Any, Any], Any]] = {
@@ -194,7 +193,8 @@ def instrument(model: nn.Module) -> Instrumented:
 
 
 def _instrument(model: nn.Module, report: Instrumented) -> None:
-    handed: defaultdict[int, list[Arguments]] = defaultdict(list)
+    handed: defaultdict[nn.Module, list[Call]] = defaultdict(list)
+    walked: dict[nn.Module, str] = {}
     closed: tuple[str, ...] = ()  # how names begin within modules that do not run as Python
     junctions: list[str] = []
     for name, module in list(model.named_modules()):
@@ -208,14 +208,15 @@ def _instrument(model: nn.Module, report: Instrumented) -> None:
         if isinstance(module, ResidualAdd) or is_chain(module) or is_torchs_layer(module) or _is_list(module):
             continue
         try:
-            findings = find_additions(module, handed[id(module)])
+            findings = find_additions(module, handed[module])
         except Unreadable as error:
             report.unseen[name] = str(error)
             continue
-        for child, values, by_name in findings.calls:
-            handed[id(child)].append((values, by_name))
+        for call in findings.calls:
+            handed[call.module].append(call)
+        walked |= findings.walked
         reasons = list(findings.refused.values())
-        if findings.additions and (obstacle := _obstacle(module, findings)):
+        if findings.additions and (obstacle := _obstacle(module, walked)):
             reasons.insert(0, obstacle)
         elif findings.additions:
             children = _exchange(module, findings, report)
@@ -269,16 +270,13 @@ def _is_list(module: nn.Module) -> bool:
     return type(module) in (nn.ModuleList, nn.ModuleDict)
 
 
-def _obstacle(module: nn.Module, findings: Findings) -> str | None:
+def _obstacle(module: nn.Module, walked: Mapping[nn.Module, str]) -> str | None:
     """Gives the reason why a module may have no further child."""
     if is_container(module):
         return "is a container, where one more child would be run with the others"
     if hasattr(module, "a name that nothing has"):
         return "has an attribute of any name, so that none is free"
-    for method in findings.methods:
-        if _OVER_CHILDREN.intersection(read(attribute(module, method)).function.__code__.co_names):
-            return f"goes over its children in {method}, where one more would be met too"
-    return None
+    return walked.get(module)
 
 
 def _is_plain(tensor: object) -> bool:

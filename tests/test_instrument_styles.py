@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch as th
+from torch import Tensor, add, nn
+from torch.utils.checkpoint import checkpoint
 
 import gradprobe
 
@@ -247,6 +253,377 @@ class Cell(Layers):
             c = gate * c + (1 - gate) * torch.tanh(self.several[0](x) + self.several[1](h))
             h = torch.tanh(c)
         return h
+
+
+# What names stand for
+
+
+@has(1)
+class TorchByAnotherName(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return th.add(x, self.a(x))
+
+
+@has(2)
+class ImportedFunctions(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = add(x, self.a(x))
+        return operator.add(self.b(x), x)
+
+
+@has(1)
+class StaticMethodBefore(Layers):
+    """What a static method gives is still the stream."""
+
+    @staticmethod
+    def flat(x: Tensor) -> Tensor:
+        return x.reshape(x.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.flat(x)
+        return x + self.a(x)
+
+
+@has(2)
+class Properties(Layers):
+    @property
+    def layer(self) -> nn.Module:
+        return self.a
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        return torch.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(x)
+        x = x + self.layer(x)
+        return x + self.activation(self.layer(x))
+
+
+@has(1)
+class PlainList(Layers):
+    """Modules that are registered elsewhere."""
+
+    def setup(self) -> None:
+        self.chain = [self.a, self.b]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.chain:
+            x = x + layer(x)
+        return x
+
+
+@has(1)
+class DictionaryOfModules(Layers):
+    def setup(self) -> None:
+        self.named = nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, layer in self.named.items():  # noqa: PERF102
+            x = x + layer(x)
+        return x
+
+
+@has(2)
+class WhatCannotBeLookedInto(Layers):
+    """May have layers, as the branch of an addition has."""
+
+    def setup(self) -> None:
+        self.branch = functools.partial(lambda layer, x: layer(x), self.a)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.branch(x))
+        name = "".join(["b"])
+        return x + getattr(self, name)(x)
+
+
+class Sublayer(nn.Module):
+    """Joins what it is given a function of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.norm(x + sublayer(x))
+
+
+@has(2)
+class HandsOnFunctions(Layers):
+    def setup(self) -> None:
+        self.joints = nn.ModuleList([Sublayer(), Sublayer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.joints[0](x, lambda y: self.a(y))
+        return self.joints[1](x, self.b)
+
+
+@has(1)
+class InnerFunction(Layers):
+    """As mmcv checkpoints a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            identity = x
+            out = self.a(x)
+            out += identity
+            return out
+
+        x = x * 1.0
+        return checkpoint(inner, x, use_reentrant=False) if x.requires_grad else inner(x)
+
+
+@has(2)
+class InnerBranches(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        def branch(y: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(y)))
+
+        x = x + branch(x)
+        return (lambda y: y + self.a(y))(x)
+
+
+@has(1)
+class Generator(Layers):
+    def layers(self) -> Iterator[nn.Module]:
+        yield self.a
+        yield self.b
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers():
+            x = x + layer(x)
+        return x
+
+
+@has(1)
+class KeepsItsInput(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x
+        return self.a(x) + self.kept
+
+
+class OtherMethod(Layers):
+    def join(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x)
+
+
+@has(1)
+class CallsAnotherMethodOfAChild(Layers):
+    def setup(self) -> None:
+        self.block = OtherMethod()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block.join(x)
+
+
+@has(2)
+class StarredArguments(Layers):
+    def branch(self, *inputs: Tensor, **options: Tensor) -> Tensor:
+        return self.a(inputs[0]) + self.b(options["x"])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x = inputs[0] + self.branch(*inputs, x=inputs[0])
+        return x + apply_chunked(self.b, 1, x)
+
+
+def apply_chunked(function: Callable[..., Tensor], size: int, *inputs: Tensor) -> Tensor:
+    return function(*inputs)
+
+
+@has(1)
+class ModuleOnTheWay(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        branch = nn.Sequential(self.a, self.b)
+        return x + branch(x)
+
+
+# What is no sum of tensors, or does not run
+
+
+@has(0)
+class Outputs(Layers):
+    """Tuples, as long as some do not ask for classes of outputs."""
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.a(x), self.b(x)
+
+    def forward(self, x: Tensor, as_tuples: bool = True) -> Any:
+        first = self.table((x > 0).long().sum(-1))
+        outputs = (x, first) if as_tuples else (x,)
+        more = self.both(self.b(first))
+        outputs = outputs + more[1:]
+        rest = self.several[0](more[0]), *self.both(more[1])
+        attentions = more[1:]
+        attentions = attentions + rest[1:]
+        return sum(attentions, outputs[-1] * 0) + outputs[-1] * 0
+
+
+@has(0)
+class ClassesOfOutputs(Layers):
+    def setup(self) -> None:
+        self.encoder, self.decoder = Encoder(), Encoder()
+
+    def forward(self, x: Tensor, as_tuples: bool = False) -> Any:
+        encoded = self.encoder(x)
+        decoded = self.decoder(encoded.last)
+        if as_tuples:
+            return decoded + encoded
+        return decoded.last
+
+
+class Encoded(NamedTuple):
+    last: Tensor
+
+
+class Encoder(Layers):
+    def forward(self, x: Tensor) -> Encoded:
+        return Encoded(self.a(x))
+
+
+@has(0)
+class DecidedByTheConfiguration(Layers):
+    def setup(self) -> None:
+        self.config = SimpleNamespace(is_parallel=False, kind="post", n_adapters=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.b(torch.relu(y))
+        if self.config.is_parallel or self.config.kind in ("pre", "both") or self.config.n_adapters > 0:
+            z += y
+        if hasattr(self, "adapter"):
+            z = z + self.adapter(z)
+        return z
+
+
+@has(0)
+class Losses(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        loss = self.b(y).square().mean()
+        return loss + 0.1 * y.square().mean()
+
+
+# What is reported
+
+
+@is_unseen("adds by add in a form that is not exchanged")
+class Factor(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.a(x), alpha=2)
+
+
+@is_unseen("adds by add_ in a form that is not exchanged")
+class FactorInPlace(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).add_(x, alpha=2)
+
+
+@is_unseen("adds by add in a form that is not exchanged")
+class Keyword(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add(other=self.a(x))
+
+
+@is_unseen("adds by sum in a form that is not exchanged")
+class Sum(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return sum([x, self.a(x)])  # type: ignore[return-value]
+
+
+@is_unseen("adds by addcmul in a form that is not exchanged")
+class ScaledBranch(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(x, self.scale, self.a(x))
+
+
+@is_unseen("adds in place to a part or an attribute of something")
+class Part(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 1:] += self.a(x[:, 1:].clone())
+        return x
+
+
+@is_unseen("adds in place to a part or an attribute of something")
+class Attribute(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.b(x)
+        self.kept += x
+        return self.kept
+
+
+class Added(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+
+@is_unseen("adds in Added.forward, a function outside of it")
+class AddsInItsParent(Added):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@is_unseen("adds in Added.forward, a function outside of it")
+class AddsInAnotherClass(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * Added.forward(self, x)  # type: ignore[arg-type]
+
+
+def traced_by_nothing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wrapper(self: nn.Module, *args: Tensor) -> Tensor:
+        return function(self, *args)
+
+    return wrapper
+
+
+@is_unseen("adds in BehindADecorator.forward, a function outside of it")
+class BehindADecorator(Layers):
+    @traced_by_nothing
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+
+@is_unseen("adds in functions.dropout_add, a function outside of it")
+class FunctionOfAPackage(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        return functions.dropout_add(self.a(x), x)
+
+
+class functions:
+    """Stands for a package."""
+
+    @staticmethod
+    def dropout_add(out: Tensor, residual: Tensor) -> Tensor:
+        return residual + out
+
+
+def hidden(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    held = [function]
+
+    @functools.wraps(function)
+    def wrapper(self: nn.Module, *args: Tensor) -> Tensor:
+        return held[0](self, *args)
+
+    return wrapper
+
+
+@is_unseen("has a method join that is wrapped by a decorator that does not show what it calls (wrapper)")
+class MethodOutOfReach(Layers):
+    @hidden
+    def join(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(x)
+
+
+@is_unseen("adds its inputs x and y: only a caller knows if one is a shortcut")
+class TwoInputs(Layers):
+    def forward(self, x: Tensor, y: Tensor | float = 0.0) -> Tensor:
+        return self.norm(x + y)
 
 
 @pytest.mark.parametrize("style", FOUND, ids=lambda style: style.__name__)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from gradprobe.inline.known import is_no_stream
 from gradprobe.inline.source import Span
 from gradprobe.inline.values import Input, Path, Value
 
@@ -17,7 +17,7 @@ class Addition:
 
     Attributes:
         shortcut_first: Whether the left operand is the shortcut.
-        is_projected: Whether the shortcut passes layers too.
+        is_projected: Whether the shortcut passes layers too, or what may be some.
         written: How the model writes it: "+", "+=", "add", "add_" or "torch.add".
     """
 
@@ -44,10 +44,10 @@ def judge(left: Value, right: Value, module: int = 0) -> Addition | str | None:
         True
     """
     pairs = [(path, right.paths[origin]) for origin, path in left.paths.items() if origin in right.paths]
-    if not pairs:
-        return _of_two_inputs(left, right, module)
     bare = [pair for pair in pairs if _is_bare(*pair)]
-    least = min(map(_reach, bare or pairs))
+    least = min(map(_reach, bare or pairs), default=0)
+    if least == 0 and not bare:
+        return _of_two_inputs(left, right, module)
     if bare and any(a.layers == b.layers and _reach((a, b)) < least for a, b in pairs):
         return None  # what they have in common is nearer than what one of them may be, as in a gated mixture
     verdicts = {_of_paths(*pair) for pair in bare or pairs if _reach(pair) == least}
@@ -68,26 +68,27 @@ def _of_paths(a: Path, b: Path) -> Addition | str | None:
     """Judges the two ways from a tensor to both operands."""
     near, far = sorted([a, b])
     if _is_bare(a, b):
-        return Addition(near is a, False)
+        return Addition(near is a, near.opaque > 0)
     if near.layers == far.layers:
         return None
     if 2 * near.layers > far.layers:
         return f"its operands pass {a.layers} and {b.layers} layers: neither is clearly the shortcut"
-    is_projection = far.bends and not near.bends  # otherwise two branches are joined, as an adapter to its layer
+    is_projection = far.bends > near.bends  # otherwise two branches are joined, as an adapter to its layer
     return Addition(near is a, True) if is_projection else None
 
 
 def _of_two_inputs(left: Value, right: Value, module: int) -> str | None:
-    """Gives the reason where an untouched input is added to what layers made of another."""
+    """Gives the reason where an untouched input is added to another one, or to what layers made of it."""
     for bare, other in ((left, right), (right, left)):
-        names = [name for name in _inputs(bare, module) if not re.search("mask|bias|pos|alibi", name)]
-        others = [name for name, path in _inputs(other, module).items() if path.layers]
-        if names and others and not any(path.layers for path in bare.paths.values()):
-            return (
-                f"adds its input {names[0]} to what it makes of {others[0]}: only a caller knows if one is a shortcut"
-            )
+        names, others = _inputs(bare, module), _inputs(other, module)
+        is_bare = not any(path.layers for path in names.values())
+        if is_bare and names and others and not names.keys() & others.keys():
+            a, b = next(iter(names)), next(iter(others))
+            what = f"its input {a} to what it makes of {b}" if others[b].layers else f"its inputs {a} and {b}"
+            return f"adds {what}: only a caller knows if one is a shortcut"
     return None
 
 
 def _inputs(value: Value, module: int) -> dict[str, Path]:
-    return {o.name: path for o, path in value.paths.items() if isinstance(o, Input) and o.module == module}
+    paths = {o.name: path for o, path in value.paths.items() if isinstance(o, Input) and o.module == module}
+    return {name: path for name, path in paths.items() if not is_no_stream(name)}

@@ -3,30 +3,58 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import FunctionType
-from typing import TYPE_CHECKING
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
+import torch
 from torch import nn
 
 from gradprobe.inline import values
 from gradprobe.inline.additions import Addition, judge
-from gradprobe.inline.known import ACTIVATIONS, LAYERS, MUTATORS, NO_STREAM, UNRELATED
+from gradprobe.inline.known import ACTIVATIONS, CHILDREN, LAYERS, LIBRARIES, METHODS, MUTATORS, UNRELATED, is_no_stream
 from gradprobe.inline.source import Source, span_of
-from gradprobe.inline.values import NOTHING, Path, Value, joined, made_from, path_through
+from gradprobe.inline.values import NOTHING, Path, Value, described, joined, made_from, path_through
 
 if TYPE_CHECKING:
     from gradprobe.inline.flow import Reader
 
-_NOT_THERE = Value()  # an attribute that is missing or None, which nothing can call
-SEQUENCES = (ast.Tuple, ast.List)
-_COMPARED: Mapping[type[ast.cmpop], Callable[[object, object], bool]] = {
-    ast.Is: lambda a, b: a is b,
-    ast.IsNot: lambda a, b: a is not b,
-    ast.Eq: lambda a, b: a == b,
-    ast.NotEq: lambda a, b: a != b,
+_MANY = 8  # more arguments than `*` mostly stands for
+_NOT_THERE = Value()  # an attribute that is None, which nothing can call
+# Functions that add two tensors, and how that is written.
+_ADDING: Sequence[tuple[object, str]] = ((torch.add, "torch.add"), (operator.add, "+"), (operator.iadd, "+="))
+_COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], object]] = {
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
 }
+
+
+class Call(NamedTuple):
+    """A call of another module's method."""
+
+    module: nn.Module
+    method: str
+    given: Sequence[Value]
+    by_name: Mapping[str, Value]
+
+
+class Closure(NamedTuple):
+    """A function that a method defines, and where."""
+
+    definition: ast.FunctionDef | ast.Lambda
+    within: Expressions
 
 
 class Expressions:
@@ -37,18 +65,22 @@ class Expressions:
         source: The method.
         method: Its name.
         names: What its names stand for at the start.
+        why_not: Why additions in it cannot be exchanged, if so.
     """
 
-    def __init__(self, reader: Reader, source: Source, method: str, names: Mapping[str, Value]) -> None:
+    def __init__(
+        self, reader: Reader, source: Source, method: str, names: Mapping[str, Value], why_not: str = ""
+    ) -> None:
         self.reader = reader
         self.module = reader.module
         self.source = source
         self.method = method
         self.names = dict(names)
+        self.why_not = why_not
 
     def value(self, node: ast.expr | None) -> Value:
         """Describes the value of an expression, and notes the additions in it."""
-        if node is None or isinstance(node, (ast.Constant, ast.Lambda)):
+        if node is None or isinstance(node, ast.Constant):
             return NOTHING
         follow: Callable[[ast.expr], Value] | None = getattr(self, f"_{type(node).__name__.lower()}", None)
         if follow is not None:
@@ -61,22 +93,30 @@ class Expressions:
             self.names[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
             for element in target.elts:
-                self.bind(element, value)
+                self.bind(element, replace(value, is_sequence=False, is_outputs=False))
         elif isinstance(target, ast.Starred):
             self.bind(target.value, value)
         elif isinstance(target, (ast.Attribute, ast.Subscript)):
             base: ast.expr = target
             while isinstance(base, (ast.Attribute, ast.Subscript)):
-                base = base.value
-            if isinstance(base, ast.Name) and base.id in self.names:
+                inner, base = base, base.value
+            if not isinstance(base, ast.Name) or base.id not in self.names:
+                return
+            if self.names[base.id].modules != (self.module,):
                 self.names[base.id] = joined([self.names[base.id], value])
+            elif isinstance(inner, ast.Attribute):
+                self.reader.kept[inner.attr] = joined([self.reader.kept.get(inner.attr, NOTHING), value])
 
-    def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, written: str) -> Value:
-        """Describes a sum, and notes it where it is residual."""
+    def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, written: str, why_not: str = "") -> Value:
+        """Describes a sum, and notes it where it is residual, or why it cannot be exchanged then."""
+        if left.is_sequence or right.is_sequence or (left.is_outputs and right.is_outputs):
+            return replace(joined([left, right]), is_sequence=True)
         place = (self.method, span_of(at))
         findings = self.reader.findings
         verdict = judge(left, right, id(self.module))
         total = made_from([left, right])
+        if why_not := self.why_not or why_not:
+            verdict = why_not if isinstance(verdict, Addition) else None
         if self.reader.is_again and not (isinstance(verdict, Addition) and not verdict.is_projected):
             verdict = findings.additions.get(place)  # a cell adds what it makes of the round before: no projection
         if isinstance(verdict, str):
@@ -98,13 +138,26 @@ class Expressions:
         return total
 
     def _name(self, node: ast.Name) -> Value:
-        found = self.names.get(node.id, NOTHING)
-        return replace(found, paths={}) if NO_STREAM.search(node.id) else found
+        found = self.names[node.id] if node.id in self.names else described(self.source.outside(node.id))
+        if not found.paths:
+            return found
+        if is_no_stream(node.id):
+            return replace(found, paths={})
+        return replace(found, is_outputs=True) if node.id in _names_of_outputs(self.source.definition) else found
 
     def _namedexpr(self, node: ast.NamedExpr) -> Value:
         found = self.value(node.value)
         self.bind(node.target, found)
         return found
+
+    def _lambda(self, node: ast.Lambda) -> Value:
+        return self.closure(node)
+
+    def closure(self, definition: ast.FunctionDef | ast.Lambda) -> Value:
+        """Describes a function that the method defines, and notes the additions in it, whoever calls it."""
+        closure = Closure(definition, self)
+        self.reader.call_closure(closure, (), {})
+        return Value(held=closure)
 
     def _compare(self, node: ast.Compare) -> Value:
         for operand in (node.left, *node.comparators):
@@ -113,11 +166,14 @@ class Expressions:
 
     def _binop(self, node: ast.BinOp) -> Value:
         left, right = self.value(node.left), self.value(node.right)
-        if isinstance(node.left, SEQUENCES) or isinstance(node.right, SEQUENCES):
-            return joined([left, right])
         if isinstance(node.op, ast.Add):
             return self.add(node, left, right, "+")
         return made_from([left, right], Path(isinstance(node.op, ast.MatMult)))
+
+    def _tuple(self, node: ast.Tuple | ast.List) -> Value:
+        return replace(joined([self.value(element) for element in node.elts]), is_sequence=True)
+
+    _list = _tuple
 
     def _unaryop(self, node: ast.UnaryOp) -> Value:
         return made_from([self.value(node.operand)])
@@ -150,41 +206,57 @@ class Expressions:
         return self._comprehension_of(node.generators, node.key, node.value)
 
     def _attribute(self, node: ast.Attribute) -> Value:
-        is_self = isinstance(node.value, ast.Name) and node.value.id == self.source.self_name
-        base = NOTHING if is_self else self.value(node.value)
-        if not is_self and not base.modules:
-            return NOTHING if node.attr in UNRELATED else base
-        found = []
-        for module in (self.module,) if is_self else base.modules:
-            held = self._held(module, node.attr)
-            if held is None:
-                continue
-            if isinstance(held, nn.Module):
-                found.append(Value(modules=(held,)))
-            elif isinstance(held, FunctionType) and node.attr not in vars(module):
-                found.append(Value(method=node.attr) if is_self else Value(modules=(module,)))
-            elif values.is_tensor(held):
-                origin = (id(module), node.attr)
-                found.append(Value({origin: Path()}))
-            else:
-                found.append(Value())
-        return joined(found) if found else _NOT_THERE
+        if isinstance(node.value, ast.Call) and _is_super(node.value):
+            return self._of_parent(node.value, node.attr)
+        base = self.value(node.value)
+        if base.modules == (self.module,) and node.attr in self.reader.kept:
+            return joined([self.reader.kept[node.attr], self._of_module(self.module, node.attr)])
+        if base.modules and not base.method:
+            return joined([self._of_module(module, node.attr) for module in base.modules])
+        if base.held is not None:
+            return _of_object(base.held, node.attr)
+        return NOTHING if node.attr in UNRELATED else base
 
-    def _held(self, module: nn.Module, name: str) -> object:
-        """Reads an attribute as the method would, None where there is nothing."""
-        if name.startswith("__") and not name.endswith("__"):
-            owner = self.source.function.__qualname__.split(".")[-2:][0]
-            name = f"_{owner.lstrip('_')}{name}"
+    def _of_module(self, module: nn.Module, name: str) -> Value:
+        """Describes an attribute of a module."""
         try:
-            return values.attribute(module, name)
+            held = values.attribute(module, self._mangled(name))
         except AttributeError:
-            return None
+            return Value()
+        if isinstance(held, (property, functools.cached_property)):
+            getter = held.fget if isinstance(held, property) else held.func
+            found = None
+            if isinstance(getter, FunctionType) and name not in UNRELATED:
+                found = self.reader.call_function(getter, [Value(modules=(module,))], {})
+            return Value() if found is None else found
+        if name == "_modules":
+            return self._children(module)
+        if isinstance(held, FunctionType) and name not in vars(module):
+            return Value(modules=(module,), method=self._mangled(name))
+        return _NOT_THERE if held is None else described(_bound(held, type(module)))
+
+    def _of_parent(self, parent: ast.Call, name: str) -> Value:
+        """Describes `super().name`."""
+        owner = self.value(parent.args[0]).held if parent.args else self.source.outside("__class__")
+        kinds = type(self.module).__mro__
+        for kind in kinds[kinds.index(owner) + 1 :] if owner in kinds else ():
+            if name in vars(kind):
+                held = vars(kind)[name]
+                return Value(held=MethodType(held, self.module) if isinstance(held, FunctionType) else held)
+        return Value()
+
+    def _mangled(self, name: str) -> str:
+        if not name.startswith("__") or name.endswith("__"):
+            return name
+        owner = self.source.function.__qualname__.split(".")[-2:][0]
+        return f"_{owner.lstrip('_')}{name}"
 
     def _subscript(self, node: ast.Subscript) -> Value:
         base = self.value(node.value)
         self.value(node.slice)
-        if not base.modules:
-            return base
+        if isinstance(node.slice, ast.Slice):
+            leaves_first = isinstance(node.slice.lower, ast.Constant) and node.slice.lower.value != 0
+            return replace(base, is_outputs=leaves_first)
         if len(base.modules) == 1 and isinstance(node.slice, ast.Constant):
             child = dict(base.modules[0].named_children()).get(str(node.slice.value))
             if child is not None:
@@ -192,65 +264,118 @@ class Expressions:
         return elements(base)
 
     def _call(self, node: ast.Call) -> Value:
-        given = [self.value(argument) for argument in node.args]
+        given = []
+        for argument in node.args:
+            value = self.value(argument)
+            given += [elements(value)] * _MANY if isinstance(argument, ast.Starred) else [value]
         by_name = {keyword.arg or "**": self.value(keyword.value) for keyword in node.keywords}
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        operands = [*given, *by_name.values()]
-        if isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
-            return made_from(operands, max(Path(1), path_through(self.module)))
-        if name == "getattr" and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
-            return self._attribute(ast.copy_location(ast.Attribute(node.args[0], str(node.args[1].value)), node))
         callee = self.value(node.func)
         if callee is _NOT_THERE:
             return NOTHING
-        if callee.method or callee.modules:
-            return self._called(node, callee, given, by_name)
-        through = [value for value in given if value.modules or value.method]
-        if through and not _is_builtin(name):  # handed to a function that calls it, as a checkpoint does
-            tensors = [value for value in given if value.paths]
-            return self._called(node, joined(through), tensors, by_name)
-        if isinstance(node.func, ast.Attribute) and self._adds(node, name):
-            is_method = len(node.args) == 1
-            left, right = (callee, given[0]) if is_method else given
-            total = self.add(node, left, right, name if is_method else f"torch.{name}")
-            if name == "add_":
-                self.bind(node.func.value, total)
+        name = _name_of(node.func, callee.held)
+        if (total := self._added(node, name, callee, given, by_name)) is not None:
             return total
+        if callee.modules:
+            return self._called(callee, given, by_name)
         if name in UNRELATED:
             return NOTHING
+        if callee.held is getattr and len(node.args) > 1:
+            return self._named(node.args[0], node.args[1])
+        return self._function(node, name, callee, given, by_name)
+
+    def _named(self, owner: ast.expr, name: ast.expr) -> Value:
+        """Describes `getattr(owner, name)`."""
+        return self._attribute(ast.Attribute(owner, str(name.value))) if isinstance(name, ast.Constant) else Value()
+
+    def _function(
+        self, node: ast.Call, name: str, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]
+    ) -> Value:
+        """Describes what anything but a module gives back."""
+        operands = [*given, *by_name.values()]
+        held = callee.held
+        if isinstance(held, MethodType):
+            given, held = [described(held.__self__), *given], held.__func__
+            if not _is_followed(held) and given[0].modules:
+                return made_from(operands, max(Path(1), path_through(given[0].modules)))
+        if isinstance(held, Closure):
+            found = held.within.reader.call_closure(held, given, by_name)
+            return made_from(operands, Path(opaque=1)) if found is None else found
+        if _is_followed(held):
+            found = self.reader.call_function(held, given, by_name)
+            return made_from(operands, Path(opaque=1)) if found is None else found
+        if isinstance(held, type):  # tuple, enumerate, zip: or what holds outputs
+            return joined(operands)
+        through = joined([value for value in given if self._may_be_called(value)])
+        if name not in ("iter", "next", "sorted"):  # handed to a function that calls it, as a checkpoint does
+            tensors = [value for value in given if value.paths]
+            if through.modules:
+                return self._called(through, tensors, by_name)
+            if through.held is not None:
+                return self._function(node, _name_of(node.func, through.held), through, tensors, by_name)
         if isinstance(node.func, ast.Attribute):
             base = node.func.value
             if name in MUTATORS and isinstance(base, ast.Name) and base.id in self.names:
                 self.names[base.id] = joined([self.names[base.id], *operands])
-            if callee.paths:
-                operands.append(callee)
-        if _is_builtin(name):
-            return joined(operands)
-        function = self.source.function.__globals__.get(node.func.id) if isinstance(node.func, ast.Name) else None
-        if isinstance(function, FunctionType) and not function.__module__.startswith("torch."):
-            result = self.reader.call_function(function, given, by_name)
-            if result is not None:
-                return result
-        return made_from(operands, Path(name in LAYERS, bends=name.rstrip("_") in ACTIVATIONS))
+            operands.append(callee)
+        is_known = isinstance(held, (FunctionType, BuiltinFunctionType)) or (held is None and name in METHODS)
+        return made_from(operands, Path(name in LAYERS, not is_known, name.rstrip("_") in ACTIVATIONS))
 
-    def _called(self, node: ast.Call, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
-        """Describes what a module, or a method of this one, gives back."""
+    def _may_be_called(self, value: Value) -> bool:
+        is_self = value.modules == (self.module,) and not value.method
+        return bool(value.modules and not is_self) or isinstance(value.held, (Closure, FunctionType))
+
+    def _called(self, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
+        """Describes what modules, or methods of them, give back."""
         operands = [*given, *by_name.values()]
-        if callee.method is not None:
-            found = self.reader.call_method(callee.method, given, by_name)
+        method = "forward" if callee.method in (None, "__call__") else callee.method
+        if method in CHILDREN:
+            return joined([self._children(module) for module in callee.modules])
+        if method in vars(nn.Module) and method != "forward":
+            return made_from(operands)
+        if callee.modules == (self.module,):
+            found = self.reader.call_method(method, given, by_name)
             return made_from(operands, Path(1)) if found is None else found
         for module in callee.modules if not self.reader.is_again else ():
-            self.reader.findings.calls.append((module, tuple(given), dict(by_name)))
+            self.reader.findings.calls.append(Call(module, method, given, by_name))
         if all(map(values.is_lookup, callee.modules)):
             return made_from([], Path(1))
-        return made_from(operands, max(map(path_through, callee.modules)))
+        return made_from(operands, path_through(callee.modules))
 
-    def _adds(self, node: ast.Call, name: str) -> bool:
-        """Tells whether a call is `torch.add(a, b)`, `a.add(b)` or `a.add_(b)`."""
-        if node.keywords or name not in ("add", "add_") or not isinstance(node.func, ast.Attribute):
-            return False
-        is_torchs = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch" and name == "add"
-        return len(node.args) == (2 if is_torchs else 1) and not any(isinstance(a, ast.Starred) for a in node.args)
+    def _children(self, module: nn.Module) -> Value:
+        """Describes the children of a module that a method goes through."""
+        if values.is_container(module):
+            return Value(modules=(module,))
+        where = f"goes over its children in {self.method}"
+        if module is not self.module:
+            where = f"has its children gone over in {self.method} of {type(self.module).__name__}"
+        self.reader.findings.walked[module] = f"{where}, where one more would be met too"
+        return Value(modules=tuple(module.children()))
+
+    def _added(
+        self, node: ast.Call, name: str, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]
+    ) -> Value | None:
+        """Describes what a call gives that adds; None where it does something else."""
+        target = node.func.value if isinstance(node.func, ast.Attribute) else None
+        is_method = target is not None and callee.held is None and not callee.modules
+        operands = [callee, *given] if is_method else [*given]
+        written = next((how for function, how in _ADDING if function is callee.held), "")
+        if is_method and name in ("add", "add_"):
+            written = name
+        if written and len(operands) == 2 and not by_name and not any(isinstance(a, ast.Starred) for a in node.args):
+            total = self.add(node, operands[0], operands[1], written)
+            if written in ("add_", "+="):
+                self.bind(target if is_method and target is not None else node.args[0], total)
+            return total
+        if callee.held is sum and node.args and isinstance(node.args[0], (ast.Tuple, ast.List)):
+            operands = [self.value(element) for element in node.args[0].elts]
+        elif not written and not (
+            name.rstrip("_") in ("addcmul", "addcdiv") and (is_method or _is_torchs(callee.held))
+        ):
+            return None
+        total, *rest = [*operands, *by_name.values()] or [NOTHING]
+        for operand in rest:
+            total = self.add(node, total, operand, name, f"adds by {name} in a form that is not exchanged")
+        return total
 
     def outcome(self, test: ast.expr) -> bool | None:
         """Tells how a test comes out, as far as attributes of the module decide; None where they do not."""
@@ -263,6 +388,8 @@ class Expressions:
         """Computes an expression of constants and attributes; LookupError where it has anything else."""
         if isinstance(node, ast.Constant):
             return node.value
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return [self._fixed(element) for element in node.elts]
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return not self._fixed(node.operand)
         if isinstance(node, ast.BoolOp):
@@ -274,17 +401,26 @@ class Expressions:
                 return not decisive
         if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
             return _COMPARED[type(node.ops[0])](self._fixed(node.left), self._fixed(node.comparators[0]))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
+            owner, name = node.args
+            return isinstance(name, ast.Constant) and hasattr(self._there(owner), str(name.value))
         if isinstance(node, ast.Attribute) and node.attr != "training":
-            base = node.value
-            is_self = isinstance(base, ast.Name) and base.id == self.source.self_name
-            module = self.module if is_self else self._fixed(base)
-            if isinstance(module, nn.Module):
-                held = values.attribute(module, node.attr)
-                if held is None or isinstance(held, (bool, int, float, str, nn.Module)):
-                    return held
-                if values.is_tensor(held):
-                    return _Tensor()
+            held = self._there(node)
+            if held is None or isinstance(held, (bool, int, float, str, nn.Module)):
+                return held
+            if isinstance(held, torch.Tensor):
+                return _Tensor()
         raise LookupError
+
+    def _there(self, node: ast.expr) -> object:
+        """Reads a module, or what attributes of it lead to."""
+        if isinstance(node, ast.Attribute):
+            owner = self._there(node.value)
+            if isinstance(owner, nn.Module):
+                return values.attribute(owner, self._mangled(node.attr))
+            return vars(owner)[node.attr]
+        (module,) = self.value(node).modules if isinstance(node, ast.Name) else ()
+        return module
 
 
 def elements(value: Value) -> Value:
@@ -303,7 +439,7 @@ def elements(value: Value) -> Value:
     inner = [
         child for module in value.modules for child in (module.children() if values.is_container(module) else [module])
     ]
-    return replace(value, modules=tuple(inner))
+    return replace(value, modules=tuple(inner), is_sequence=False, is_outputs=False)
 
 
 class _Tensor:
@@ -313,21 +449,49 @@ class _Tensor:
         raise TypeError
 
 
-def _is_super(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
-
-
-def _is_builtin(name: str) -> bool:
-    return name in (
-        "enumerate",
-        "zip",
-        "reversed",
-        "list",
-        "tuple",
-        "dict",
-        "items",
-        "values",
-        "iter",
-        "next",
-        "sorted",
+@functools.lru_cache(maxsize=4096)
+def _names_of_outputs(definition: ast.FunctionDef) -> frozenset[str]:
+    """Collects the names of a function of which it reads an attribute that no tensor has."""
+    return frozenset(
+        node.value.id
+        for node in ast.walk(definition)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and not hasattr(torch.Tensor, node.attr)
     )
+
+
+def _of_object(held: object, name: str) -> Value:
+    """Describes an attribute of a function, a class, a package or whatever else is no module."""
+    if name in UNRELATED and not isinstance(held, ModuleType):
+        return NOTHING
+    found = inspect.getattr_static(held, name, None)
+    if isinstance(found, FunctionType) and not isinstance(held, (ModuleType, type)):
+        return Value(held=MethodType(found, held))
+    return described(_bound(found, held))
+
+
+def _bound(held: object, owner: object) -> object:
+    """Takes a function out of a static or class method."""
+    if isinstance(held, staticmethod):
+        return held.__func__
+    return MethodType(held.__func__, owner) if isinstance(held, classmethod) else held
+
+
+def _name_of(node: ast.expr, held: object) -> str:
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(held, (FunctionType, BuiltinFunctionType)):
+        return held.__name__
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_followed(held: object) -> TypeGuard[FunctionType]:
+    """Tells whether something is a function of the model's, and not one of a library whose names say enough."""
+    return isinstance(held, FunctionType) and (held.__module__ or "").partition(".")[0] not in LIBRARIES
+
+
+def _is_torchs(held: object) -> bool:
+    return str(getattr(held, "__module__", "")).partition(".")[0] == "torch"
+
+
+def _is_super(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == "super"

@@ -9,18 +9,17 @@ of an `if` are followed, unless attributes of the module decide it; loops are fo
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 
 from torch import nn
 
 from gradprobe.inline.additions import Addition, Place
-from gradprobe.inline.expressions import SEQUENCES, Expressions, elements
+from gradprobe.inline.expressions import Call, Closure, Expressions, elements
 from gradprobe.inline.source import Source, Unreadable, read
 from gradprobe.inline.values import NEW, NOTHING, Input, Path, Value, attribute, joined, made_from
-
-Arguments = tuple[tuple[Value, ...], dict[str, Value]]  # by position, by name
 
 _MAX_DEPTH = 8  # of methods that call each other
 
@@ -33,21 +32,21 @@ class Findings:
         additions: The residual ones, in the order of the source.
         refused: Why others, which look residual, are left alone.
         calls: What the module hands to other modules.
-        methods: The methods that were followed.
+        walked: Modules whose children are gone over, and where.
     """
 
     additions: dict[Place, Addition] = field(default_factory=dict)
     refused: dict[Place, str] = field(default_factory=dict)
-    calls: list[tuple[nn.Module, tuple[Value, ...], dict[str, Value]]] = field(default_factory=list)
-    methods: tuple[str, ...] = ()
+    calls: list[Call] = field(default_factory=list)
+    walked: dict[nn.Module, str] = field(default_factory=dict)
 
 
-def find_additions(module: nn.Module, handed: Sequence[Arguments] = ()) -> Findings:
+def find_additions(module: nn.Module, handed: Sequence[Call] = ()) -> Findings:
     """Finds the residual additions in the methods that a module's forward runs through.
 
     Args:
         module: Any module.
-        handed: The arguments of the calls of it that are known.
+        handed: The calls of its methods that are known.
 
     Returns:
         The additions, those refused, and what goes to other modules.
@@ -63,7 +62,6 @@ def find_additions(module: nn.Module, handed: Sequence[Arguments] = ()) -> Findi
     reader = Reader(module)
     reader.run(handed)
     found = reader.findings
-    found.methods = tuple(sorted(reader.methods))
     for place in found.refused:
         found.additions.pop(place, None)
     found.additions = dict(sorted(found.additions.items(), key=lambda item: item[0][1]))
@@ -80,28 +78,35 @@ class Reader:
     def __init__(self, module: nn.Module) -> None:
         self.findings = Findings()
         self.module = module
-        self.methods: set[str] = set()
+        self.kept: dict[str, Value] = {}  # by attributes of the module that its methods set
         self.is_again = False  # in the second round of a loop
-        self._stack: list[str] = []
+        self._self = Value(modules=(module,))
+        self._stack: list[ast.FunctionDef | ast.Lambda] = []
 
-    def run(self, handed: Sequence[Arguments]) -> Value:
-        """Follows the forward.
+    def run(self, handed: Sequence[Call]) -> None:
+        """Follows the forward, and what else others call.
 
         Args:
-            handed: The arguments of the calls of it that are known.
-
-        Returns:
-            What it gives back.
+            handed: The calls of its methods that are known.
 
         Raises:
             Unreadable: The forward cannot be rewritten.
         """
-        names = _positional(self.source("forward"))
-        given: dict[str, Value] = {}
-        for values, by_name in handed:
-            for name, value in (*zip(names, values, strict=False), *by_name.items()):
-                given[name] = joined([given.get(name, NOTHING), value])
-        return self._follow("forward", given)
+        self._run("forward", self.source("forward"), handed)
+        for method in {call.method: None for call in handed if call.method != "forward"}:
+            if (source := self._source_or_none(method)) is not None:
+                self._run(method, source, [call for call in handed if call.method == method])
+
+    def _run(self, method: str, source: Source, calls: Sequence[Call]) -> None:
+        arguments = source.definition.args
+        known: dict[str, Value] = {}
+        for call in calls:
+            if call.method == method:
+                given = zip(_positional(arguments)[1:], call.given, strict=False)
+                for name, value in (*given, *call.by_name.items()):
+                    known[name] = joined([known.get(name, NOTHING), value])
+        names = self._arguments(arguments, [self._self], known, is_input=method == "forward")
+        self._follow(source.definition, Statements(self, source, method, names))
 
     def source(self, method: str) -> Source:
         """Reads a method of the module's class.
@@ -130,12 +135,21 @@ class Reader:
         Returns:
             What it gives back; None where it cannot be followed.
         """
+        if (source := self._source_or_none(method)) is None:
+            return None
+        names = self._arguments(source.definition.args, [self._self, *values], by_name)
+        return self._follow(source.definition, Statements(self, source, method, names))
+
+    def _source_or_none(self, method: str) -> Source | None:
+        """Reads a method; where that cannot be done, it is reported."""
         try:
-            if method in vars(nn.Module) or method in self._stack or len(self._stack) >= _MAX_DEPTH:
-                return None
-            given = dict(zip(_positional(self.source(method)), values, strict=False))
-            return self._follow(method, {**given, **by_name})
-        except (Unreadable, AttributeError):
+            return self.source(method)
+        except AttributeError:
+            return None
+        except Unreadable as error:
+            is_own = method in vars(self.module)
+            reason = str(error) if is_own else f"has a method {method} that {error}"
+            self.findings.refused[method, (0, 0, 0, 0)] = reason
             return None
 
     def call_function(
@@ -156,57 +170,70 @@ class Reader:
         except Unreadable:
             return None
         within = f"{function.__module__}.{function.__qualname__}"
-        if within in self._stack or len(self._stack) >= _MAX_DEPTH:
+        names = self._arguments(source.definition.args, values, by_name)
+        why_not = f"adds in {function.__qualname__}, a function outside of it"
+        return self._follow(source.definition, Statements(self, source, within, names, why_not))
+
+    def call_closure(self, closure: Closure, values: Sequence[Value], by_name: Mapping[str, Value]) -> Value | None:
+        """Follows a function that is defined within one that this follows.
+
+        Args:
+            closure: The function.
+            values: Arguments by position.
+            by_name: Arguments by name.
+
+        Returns:
+            What it gives back; None where it cannot be followed.
+        """
+        definition, within = closure
+        names = {**within.names, **self._arguments(definition.args, values, by_name)}
+        return self._follow(definition, Statements(self, within.source, within.method, names, within.why_not))
+
+    def _follow(self, definition: ast.FunctionDef | ast.Lambda, statements: Statements) -> Value | None:
+        if definition in self._stack or len(self._stack) >= _MAX_DEPTH:
             return None
-        found, self.findings = self.findings, Findings()
-        self._stack.append(within)
+        self._stack.append(definition)
         try:
-            given = {**dict(zip(_positional(source), values, strict=False)), **by_name}
-            result = Statements(self, source, within, self._arguments(source, within, given)).result()
-            inner = self.findings
-        finally:
-            self.findings = found
-            self._stack.pop()
-        for place in inner.additions:
-            found.refused[place] = f"adds in {function.__qualname__}, a function outside of it"
-        found.refused.update({place: reason for place, reason in inner.refused.items() if place[0] != within})
-        found.calls += inner.calls
-        return result
-
-    def _follow(self, method: str, given: Mapping[str, Value]) -> Value:
-        source = self.source(method)
-        self.methods.add(method)
-        names = self._arguments(source, method, given)
-        self._stack.append(method)
-        try:
-            return Statements(self, source, method, names).result()
+            if isinstance(definition, ast.Lambda):
+                return statements.value(definition.body)
+            return statements.result(definition.body)
         finally:
             self._stack.pop()
 
-    def _arguments(self, source: Source, method: str, given: Mapping[str, Value]) -> dict[str, Value]:
+    def _arguments(
+        self, arguments: ast.arguments, values: Sequence[Value], by_name: Mapping[str, Value], is_input: bool = False
+    ) -> dict[str, Value]:
         """Describes arguments: each is a tensor of its own, made from what is given."""
-        arguments = source.definition.args
-        every = [*arguments.posonlyargs, *arguments.args][bool(source.self_name) :]
+        positional = _positional(arguments)
+        given = {**dict(zip(positional, values, strict=False)), **by_name}
+        named = [*positional, *(argument.arg for argument in arguments.kwonlyargs)]
+        if arguments.vararg is not None:
+            given[arguments.vararg.arg] = joined(values[len(positional) :])
+        if arguments.kwarg is not None:
+            given[arguments.kwarg.arg] = joined(value for name, value in by_name.items() if name not in named)
         names = {}
-        for argument in (*every, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
-            if argument is not None:
-                known = given.get(argument.arg, NOTHING)
-                own: Hashable = Input(id(self.module), argument.arg) if method == "forward" else next(NEW)
-                names[argument.arg] = Value({**known.paths, own: Path()}, known.modules, sums=known.sums)
+        for name in [*named, *(argument.arg for argument in (arguments.vararg, arguments.kwarg) if argument)]:
+            known = given.get(name, by_name.get("**", NOTHING))
+            own: Hashable = Input(id(self.module), name) if is_input else next(NEW)
+            is_tensor = not known.modules and known.held is None
+            names[name] = replace(known, paths={**known.paths, own: Path()}) if is_tensor else known
         return names
 
 
 class Statements(Expressions):
     """Follows values through the statements of a method."""
 
-    def result(self) -> Value:
-        """Follows the whole body.
+    def result(self, body: Iterable[ast.stmt]) -> Value:
+        """Follows the body of a function.
+
+        Args:
+            body: Its statements.
 
         Returns:
-            What the method gives back.
+            What it gives back.
         """
         self._returned: list[Value] = []
-        self._run(self.source.definition.body)
+        self._run(body)
         return joined(self._returned)
 
     def _run(self, statements: Iterable[ast.stmt]) -> bool:
@@ -250,7 +277,9 @@ class Statements(Expressions):
             for target in node.targets:
                 if isinstance(target, ast.Name):
                     self.names.pop(target.id, None)
-        elif not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        elif isinstance(node, ast.FunctionDef):
+            self.names[node.name] = self.closure(node)
+        elif not isinstance(node, ast.ClassDef):
             for child in ast.iter_child_nodes(node):
                 if isinstance(child, ast.expr):
                     self.value(child)
@@ -266,14 +295,21 @@ class Statements(Expressions):
             else:
                 self.bind(target, whole)
 
+    def _yield(self, node: ast.Yield | ast.YieldFrom) -> Value:
+        self._returned.append(self.value(node.value))
+        return NOTHING
+
+    _yieldfrom = _yield
+
     def _augmented(self, node: ast.AugAssign) -> None:
         old, operand = self.value(node.target), self.value(node.value)
-        if isinstance(node.op, ast.Add) and isinstance(node.value, SEQUENCES):
-            total = joined([old, operand])
-        elif isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name):
-            total = self.add(node, old, operand, "+=")
+        if isinstance(node.op, ast.Add):
+            why_not = (
+                "" if isinstance(node.target, ast.Name) else "adds in place to a part or an attribute of something"
+            )
+            total = self.add(node, old, operand, "+=", why_not)
         else:
-            total = made_from([old, operand])
+            total = made_from([old, operand], Path(isinstance(node.op, ast.MatMult)))
         self.bind(node.target, total)
 
     def _either(self, bodies: Sequence[Sequence[ast.stmt]], outcome: bool | None, test: ast.expr) -> bool:
@@ -309,10 +345,9 @@ class Statements(Expressions):
         return self._run(node.orelse)
 
 
-def _positional(source: Source) -> list[str]:
-    arguments = source.definition.args
-    return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)][bool(source.self_name) :]
+def _positional(arguments: ast.arguments) -> list[str]:
+    return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
 
 
 def _merged(ends: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
-    return {name: joined(end.get(name, NOTHING) for end in ends) for name in {name for end in ends for name in end}}
+    return {name: joined(end.get(name, NOTHING) for end in ends) for name in dict.fromkeys(itertools.chain(*ends))}

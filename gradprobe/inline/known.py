@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
+
+import torch
 
 # What a tensor, or a function of that name, gives without any gradient for its argument.
 UNRELATED = frozenset(
@@ -30,7 +34,32 @@ ACTIVATIONS = frozenset(
         sigmoid logsigmoid tanh hardtanh hardswish hardsigmoid glu""",
     )
 )
-# Names of what is added to scores, broadcast, and of sizes and indices, which come along with tensors.
-NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len|id|idx|index|bucket)(es|s)?$")
 # Methods by which something else comes to refer to their argument.
 MUTATORS = frozenset(["append", "extend", "insert", "update", "setdefault", "appendleft"])
+# Methods that give what they were called on, or what it holds.
+METHODS = frozenset(name for kind in (torch.Tensor, list, dict) for name in dir(kind))
+# Methods by which a module's children are gone over.
+CHILDREN = frozenset(["children", "named_children", "items", "values"])
+# Packages whose functions are known by their names, and hold no layers of the model.
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "einops"}
+_NO_STREAM = re.compile(
+    "(mask|bias|shape|size|dimension|dim|height|width|length|len|id|idx|index|bucket|loss)(es|s)?$"
+    "|(^|_)(pos|positions?|positional|alibi)(_|$)"
+)
+
+
+@functools.cache
+def is_no_stream(name: str) -> bool:
+    """Tells whether a variable of a name has no part of the residual stream.
+
+    Args:
+        name: Of a variable.
+
+    Returns:
+        True for what is added to scores, for positions, sizes and indices, and for losses.
+
+    Example:
+        >>> is_no_stream("attention_mask"), is_no_stream("hidden_states")
+        (True, False)
+    """
+    return _NO_STREAM.search(name) is not None

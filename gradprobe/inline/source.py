@@ -8,6 +8,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import builtins
 import copy
 import functools
 import inspect
@@ -46,6 +47,26 @@ class Source:
     tree: ast.Module
     definition: ast.FunctionDef
     self_name: str
+
+    def outside(self, name: str) -> object:
+        """Looks up what a name stands for that the function itself does not bind.
+
+        Args:
+            name: As the function writes it.
+
+        Returns:
+            The object; None where there is none, or the name is the function's own.
+
+        Example:
+            >>> read(span_of, is_method=False).outside("ast") is ast
+            True
+        """
+        code = self.function.__code__
+        if name in code.co_freevars:
+            return _content((self.function.__closure__ or ())[code.co_freevars.index(name)])
+        if name in code.co_varnames or name in code.co_cellvars:
+            return None
+        return self.function.__globals__.get(name, getattr(builtins, name, None))
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,9 @@ def _read(function: FunctionType, code: CodeType, is_method: bool) -> tuple[ast.
         raise Unreadable("takes its module by no name of its own")
     self_name = positional[0].arg if is_method else ""
     for node in ast.walk(definition):
-        if isinstance(node, ast.Name) and node.id == self_name and not isinstance(node.ctx, ast.Load):
+        is_bound = isinstance(node, ast.Name) and node.id == self_name and not isinstance(node.ctx, ast.Load)
+        is_inner = isinstance(node, ast.arg) and node.arg == self_name and node is not positional[0]
+        if is_method and (is_bound or is_inner):
             raise Unreadable(f"gives {self_name} another meaning")
     tree = ast.Module([*(node for node in statements if node is within or _imports(node))], [])
     if not _are_same(_compiled(tree, code), code):
@@ -193,11 +216,11 @@ class _Exchanger(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         exchange = self._exchanges.get(span_of(node))
-        is_method = isinstance(node.func, ast.Attribute) and len(node.args) == 1
         self.generic_visit(node)
-        if exchange is None or not isinstance(node.func, ast.Attribute):
+        if exchange is None:
             return node
-        left, right = (node.func.value, node.args[0]) if is_method else node.args
+        operands = [node.func.value, *node.args] if isinstance(node.func, ast.Attribute) else node.args
+        left, right = operands[-2:]
         return self._call(exchange, node, left, right)
 
     def _call(self, exchange: Exchange, at: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.Call:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from gradprobe.inline.known import ACTIVATIONS
 
 
 class Input(NamedTuple):
@@ -56,15 +60,21 @@ class Value:
 
     Attributes:
         paths: Tensors that it was made from, itself included, and how.
-        modules: Modules that it may be.
-        method: Method of the module itself that it is.
+        modules: Modules that it may be, or hold.
+        method: Method of those modules that it is.
+        held: Another object that it is: a function, a class, a package.
         sums: Additions that it is the result of, through no layer.
+        is_sequence: Whether it is a tuple or a list.
+        is_outputs: Whether it is used as what holds several outputs is.
     """
 
     paths: Mapping[Hashable, Path] = field(default_factory=dict)
     modules: tuple[nn.Module, ...] = ()
     method: str | None = None
+    held: object = None
     sums: frozenset[Hashable] = frozenset()
+    is_sequence: bool = False
+    is_outputs: bool = False
 
 
 NOTHING = Value()
@@ -84,9 +94,9 @@ def joined(values: Iterable[Value]) -> Value:
         >>> sorted(joined([Value({"x": Path(2)}), Value({"x": Path(), "y": Path()})]).paths)
         ['x', 'y']
     """
-    several = [value for value in values if value is not NOTHING]
-    if len(several) == 1:
-        return several[0]
+    several = [*{id(value): value for value in values if value is not NOTHING}.values()]
+    if len(several) < 2:
+        return several[0] if several else NOTHING
     paths: dict[Hashable, Path] = {}
     for value in several:
         for origin, path in value.paths.items():
@@ -95,7 +105,10 @@ def joined(values: Iterable[Value]) -> Value:
         paths,
         tuple({id(module): module for value in several for module in value.modules}.values()),
         next((value.method for value in several if value.method), None),
+        next((value.held for value in several if value.held is not None), None),
         frozenset().union(*(value.sums for value in several)),
+        all(value.is_sequence for value in several),
+        all(value.is_outputs for value in several),
     )
 
 
@@ -114,13 +127,42 @@ def made_from(values: Iterable[Value], path: Path = NO_LAYER) -> Value:
         >>> [path.layers for path in made.paths.values()]
         [3, 0]
     """
-    operands = joined(replace(value, modules=(), method=None) for value in values)
+    operands = joined(Value(value.paths, sums=value.sums) for value in values if value.paths)
     if path == NO_LAYER:
         return operands
     paths = {origin: before.then(path) for origin, before in operands.paths.items()}
     if path.layers or path.opaque:
         paths[next(NEW)] = Path()
     return Value(paths, sums=frozenset() if path.layers else operands.sums)
+
+
+def described(held: object) -> Value:
+    """Describes an object that is there before the model runs.
+
+    Args:
+        held: Anything.
+
+    Returns:
+        What it is, or the modules in it.
+
+    Example:
+        >>> described([nn.ReLU(), None]).modules
+        (ReLU(),)
+    """
+    if isinstance(held, torch.Tensor):
+        return Value({("tensor", id(held)): Path()})
+    if isinstance(held, nn.Module):
+        return Value(modules=(held,))
+    if isinstance(held, functools.partial):
+        inner = described(held.func)
+        return inner if inner.modules else Value(held=held)
+    if isinstance(held, MethodType) and isinstance(held.__self__, nn.Module):
+        is_own = getattr(type(held.__self__), held.__name__, None) is held.__func__
+        return Value(modules=(held.__self__,), method=held.__name__) if is_own else Value(held=held)
+    if isinstance(held, (list, tuple, dict)):
+        items = held.values() if isinstance(held, dict) else held
+        return Value(modules=tuple(item for item in items if isinstance(item, nn.Module)))
+    return Value(held=held)
 
 
 def attribute(module: nn.Module, name: str) -> object:
@@ -150,24 +192,31 @@ def attribute(module: nn.Module, name: str) -> object:
     raise AttributeError(name)
 
 
-def path_through(module: nn.Module) -> Path:
-    """Counts what a tensor passes in a module, everything in it taken as one chain.
+def path_through(modules: Iterable[nn.Module]) -> Path:
+    """Counts what a tensor passes in modules, everything in them taken as one chain.
 
     Args:
-        module: Any module.
+        modules: Any modules.
 
     Returns:
-        The number of modules with parameters of their own, and of activations.
+        The number of modules with parameters of their own, and of those that bend.
 
     Example:
-        >>> path_through(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)))
+        >>> path_through([nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.BatchNorm2d(4)])
         Path(layers=2, opaque=0, bends=1)
     """
-    layers = bends = 0
-    for inner in module.modules():
-        layers += any(parameter is not None for parameter in inner._parameters.values())
-        bends += "activation" in type(inner).__module__
-    return Path(layers, bends=bends)
+    every = [inner for module in modules for inner in module.modules()]
+    layers = sum(any(parameter is not None for parameter in inner._parameters.values()) for inner in every)
+    return Path(layers, bends=sum(map(_bends, map(type, every))))
+
+
+@functools.cache
+def _bends(kind: Any) -> bool:
+    """Tells whether a class is an activation, or names one in its forward."""
+    if kind.__module__.rpartition(".")[2] in ("activation", "activations", "rnn"):
+        return True
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and any(name in ACTIVATIONS or "attention" in name for name in code.co_names)
 
 
 def is_chain(module: nn.Module) -> bool:
