@@ -180,3 +180,30 @@ def test_a_forward_that_is_no_function_is_reported(forward: object, kind: str) -
     expected = model(TOKENS)
     assert gradprobe.instrument(model).unseen == {"": f"is no Python function but {kind}"}
     assert torch.equal(model(TOKENS), expected)
+
+
+class Added(OneLayer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x)
+
+
+class GoesOverABlock(nn.Module):
+    """Runs the children of a block itself, as a feature extractor does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Added(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in self.block.children():
+            x = x + child(x)
+        return x
+
+
+def test_a_block_whose_children_another_one_runs_gets_no_more_of_them() -> None:
+    model = GoesOverABlock()
+    expected = model(TOKENS)
+    report = gradprobe.instrument(model)
+    reason = "has its children gone over in forward of GoesOverABlock, where one more would be met too"
+    assert (report.junctions, report.unseen) == (("residual_add",), {"block": reason})
+    assert torch.equal(model(TOKENS), expected)
