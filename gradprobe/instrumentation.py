@@ -158,10 +158,11 @@ class Instrumented:
 def instrument(model: nn.Module) -> Instrumented:
     """Gives the residual additions that a model writes inline a module each, so that a probe sees them as junctions.
 
-    Found are `a + b`, `a += b`, `a.add(b)`, `a.add_(b)` and `torch.add(a, b)` in `forward` and in the methods that it
-    calls, where one operand comes from the same tensor as the other by fewer layers. Additions of positions, biases,
-    masks and constants are none. Outputs, gradients, state dict and classes stay as they are. Use it before
-    `gradprobe.attach` and `torch.compile`.
+    Found are `a + b`, `a += b`, `a.add(b)`, `a.add_(b)`, `torch.add(a, b)` and `operator.add(a, b)` in `forward`, in
+    the methods that it or another module calls, and in functions within those, where one operand comes from the same
+    tensor as the other by fewer layers: by none, or by a projection beside a longer branch with an activation.
+    Additions of positions, biases, masks, constants, adapters and gated mixtures are none. Outputs, gradients, state
+    dict and classes stay as they are. Use it before `gradprobe.attach` and `torch.compile`.
 
     Args:
         model: Any module; it is changed until `undo` is called.

@@ -498,6 +498,35 @@ class DecidedByTheConfiguration(Layers):
         return z
 
 
+@has(1)
+class DecidedByItself(Layers):
+    """What an attribute is before the method sets it decides nothing."""
+
+    state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state is None:
+            self.state = self.b(x)
+        y = self.norm(x)
+        if self.state is not None:
+            y = y + self.a(y)
+        return y
+
+
+@has(1)
+class DecidedByAProperty(Layers):
+    """Which is asked for, but not run before the model runs."""
+
+    @property
+    def residual(self) -> bool:
+        assert torch.is_grad_enabled(), "only a forward may ask"
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return x + y if hasattr(self, "residual") and self.residual else y
+
+
 @has(0)
 class Losses(Layers):
     def forward(self, x: Tensor) -> Tensor:
@@ -630,7 +659,8 @@ class TwoInputs(Layers):
 def test_residual_additions_are_found_and_no_others(style: type[Layers]) -> None:
     expected = outcome(net(style))
     model = net(style)
-    report = gradprobe.instrument(model)
+    with torch.no_grad():
+        report = gradprobe.instrument(model)
     assert (len(report.junctions), report.unseen) == (FOUND[style], {})
     assert all(torch.equal(a, b) for a, b in zip(outcome(model), expected, strict=True))
 

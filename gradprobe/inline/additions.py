@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradprobe.inline.known import is_no_stream
-from gradprobe.inline.source import Span
 from gradprobe.inline.values import Input, Path, Value
-
-Place = tuple[str, Span]  # method, where in its source
 
 
 @dataclass(frozen=True)

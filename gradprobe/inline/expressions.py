@@ -9,13 +9,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
 
 from gradprobe.inline import values
 from gradprobe.inline.additions import Addition, judge
+from gradprobe.inline.decided import outcome
 from gradprobe.inline.known import ACTIVATIONS, CHILDREN, LAYERS, LIBRARIES, METHODS, MUTATORS, UNRELATED, is_no_stream
 from gradprobe.inline.source import Source, span_of
 from gradprobe.inline.values import NOTHING, Path, Value, described, joined, made_from, path_through
@@ -27,18 +28,6 @@ _MANY = 8  # more arguments than `*` mostly stands for
 _NOT_THERE = Value()  # an attribute that is None, which nothing can call
 # Functions that add two tensors, and how that is written.
 _ADDING: Sequence[tuple[object, str]] = ((torch.add, "torch.add"), (operator.add, "+"), (operator.iadd, "+="))
-_COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], object]] = {
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
 
 
 class Call(NamedTuple):
@@ -130,7 +119,6 @@ class Expressions:
             findings.additions[place] = replace(verdict, is_projected=is_projected, written=written)
             branch = right if verdict.shortcut_first else left
             for inner in branch.sums:  # of branches, joined before they meet the shortcut
-                assert isinstance(inner, tuple)
                 if inner not in findings.additions or findings.additions[inner].is_projected:
                     findings.additions.pop(inner, None)
                     findings.refused.pop(inner, None)
@@ -179,11 +167,11 @@ class Expressions:
         return made_from([self.value(node.operand)])
 
     def _ifexp(self, node: ast.IfExp) -> Value:
-        outcome = self.outcome(node.test)
+        comes_out = outcome(node.test, self.source, self.names)
         return joined(
             [
-                *([self.value(node.body)] if outcome is not False else []),
-                *([self.value(node.orelse)] if outcome is not True else []),
+                *([self.value(node.body)] if comes_out is not False else []),
+                *([self.value(node.orelse)] if comes_out is not True else []),
             ]
         )
 
@@ -220,7 +208,7 @@ class Expressions:
     def _of_module(self, module: nn.Module, name: str) -> Value:
         """Describes an attribute of a module."""
         try:
-            held = values.attribute(module, self._mangled(name))
+            held = values.attribute(module, self.source.mangled(name))
         except AttributeError:
             return Value()
         if isinstance(held, (property, functools.cached_property)):
@@ -232,7 +220,7 @@ class Expressions:
         if name == "_modules":
             return self._children(module)
         if isinstance(held, FunctionType) and name not in vars(module):
-            return Value(modules=(module,), method=self._mangled(name))
+            return Value(modules=(module,), method=self.source.mangled(name))
         return _NOT_THERE if held is None else described(_bound(held, type(module)))
 
     def _of_parent(self, parent: ast.Call, name: str) -> Value:
@@ -244,12 +232,6 @@ class Expressions:
                 held = vars(kind)[name]
                 return Value(held=MethodType(held, self.module) if isinstance(held, FunctionType) else held)
         return Value()
-
-    def _mangled(self, name: str) -> str:
-        if not name.startswith("__") or name.endswith("__"):
-            return name
-        owner = self.source.function.__qualname__.split(".")[-2:][0]
-        return f"_{owner.lstrip('_')}{name}"
 
     def _subscript(self, node: ast.Subscript) -> Value:
         base = self.value(node.value)
@@ -377,51 +359,6 @@ class Expressions:
             total = self.add(node, total, operand, name, f"adds by {name} in a form that is not exchanged")
         return total
 
-    def outcome(self, test: ast.expr) -> bool | None:
-        """Tells how a test comes out, as far as attributes of the module decide; None where they do not."""
-        try:
-            return bool(self._fixed(test))
-        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError):
-            return None
-
-    def _fixed(self, node: ast.expr) -> object:
-        """Computes an expression of constants and attributes; LookupError where it has anything else."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
-            return [self._fixed(element) for element in node.elts]
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            return not self._fixed(node.operand)
-        if isinstance(node, ast.BoolOp):
-            outcomes = [self.outcome(operand) for operand in node.values]
-            decisive = isinstance(node.op, ast.Or)
-            if decisive in outcomes:
-                return decisive
-            if None not in outcomes:
-                return not decisive
-        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARED:
-            return _COMPARED[type(node.ops[0])](self._fixed(node.left), self._fixed(node.comparators[0]))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr":
-            owner, name = node.args
-            return isinstance(name, ast.Constant) and hasattr(self._there(owner), str(name.value))
-        if isinstance(node, ast.Attribute) and node.attr != "training":
-            held = self._there(node)
-            if held is None or isinstance(held, (bool, int, float, str, nn.Module)):
-                return held
-            if isinstance(held, torch.Tensor):
-                return _Tensor()
-        raise LookupError
-
-    def _there(self, node: ast.expr) -> object:
-        """Reads a module, or what attributes of it lead to."""
-        if isinstance(node, ast.Attribute):
-            owner = self._there(node.value)
-            if isinstance(owner, nn.Module):
-                return values.attribute(owner, self._mangled(node.attr))
-            return vars(owner)[node.attr]
-        (module,) = self.value(node).modules if isinstance(node, ast.Name) else ()
-        return module
-
 
 def elements(value: Value) -> Value:
     """Describes an element of what a loop goes through.
@@ -440,13 +377,6 @@ def elements(value: Value) -> Value:
         child for module in value.modules for child in (module.children() if values.is_container(module) else [module])
     ]
     return replace(value, modules=tuple(inner), is_sequence=False, is_outputs=False)
-
-
-class _Tensor:
-    """Stands for a tensor: it is not None, and its numbers decide nothing."""
-
-    def __bool__(self) -> bool:
-        raise TypeError
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,9 +16,10 @@ from types import FunctionType
 
 from torch import nn
 
-from gradprobe.inline.additions import Addition, Place
+from gradprobe.inline.additions import Addition
+from gradprobe.inline.decided import outcome
 from gradprobe.inline.expressions import Call, Closure, Expressions, elements
-from gradprobe.inline.source import Source, Unreadable, read
+from gradprobe.inline.source import Place, Source, Unreadable, read
 from gradprobe.inline.values import NEW, NOTHING, Input, Path, Value, attribute, joined, made_from
 
 _MAX_DEPTH = 8  # of methods that call each other
@@ -254,7 +255,7 @@ class Statements(Expressions):
         elif isinstance(node, ast.AugAssign):
             self._augmented(node)
         elif isinstance(node, ast.If):
-            return self._either([node.body, node.orelse], self.outcome(node.test), node.test)
+            return self._either([node.body, node.orelse], outcome(node.test, self.source, self.names), node.test)
         elif isinstance(node, (ast.For, ast.While)):
             return self._loop(node)
         elif isinstance(node, ast.With):
@@ -312,10 +313,10 @@ class Statements(Expressions):
             total = made_from([old, operand], Path(isinstance(node.op, ast.MatMult)))
         self.bind(node.target, total)
 
-    def _either(self, bodies: Sequence[Sequence[ast.stmt]], outcome: bool | None, test: ast.expr) -> bool:
-        if outcome is None:
+    def _either(self, bodies: Sequence[Sequence[ast.stmt]], comes_out: bool | None, test: ast.expr) -> bool:
+        if comes_out is None:
             self.value(test)
-        followed = bodies if outcome is None else [bodies[0] if outcome else bodies[1]]
+        followed = bodies if comes_out is None else [bodies[0] if comes_out else bodies[1]]
         before, ends = self.names, []
         for body in followed:
             self.names = dict(before)

@@ -20,6 +20,7 @@ from types import CellType, CodeType, FunctionType
 from gradprobe.errors import GradprobeError
 
 Span = tuple[int, int, int, int]  # first line, first column, last line, last column
+Place = tuple[str, Span]  # method, where in its source
 
 _FEATURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names), 0
@@ -67,6 +68,25 @@ class Source:
         if name in code.co_varnames or name in code.co_cellvars:
             return None
         return self.function.__globals__.get(name, getattr(builtins, name, None))
+
+    def mangled(self, name: str) -> str:
+        """Gives the name of an attribute as the function's class makes it.
+
+        Args:
+            name: As the function writes it.
+
+        Returns:
+            The same, unless it is private to the class.
+
+        Example:
+            >>> import torch
+            >>> read(torch.nn.Linear.forward).mangled("__weight")
+            '_Linear__weight'
+        """
+        if not name.startswith("__") or name.endswith("__"):
+            return name
+        owner = self.function.__qualname__.split(".")[-2:][0]
+        return f"_{owner.lstrip('_')}{name}"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gradprobe.inline.known import ACTIVATIONS
+from gradprobe.inline.source import Place
 
 
 class Input(NamedTuple):
@@ -72,7 +73,7 @@ class Value:
     modules: tuple[nn.Module, ...] = ()
     method: str | None = None
     held: object = None
-    sums: frozenset[Hashable] = frozenset()
+    sums: frozenset[Place] = frozenset()
     is_sequence: bool = False
     is_outputs: bool = False
 
