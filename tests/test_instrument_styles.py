@@ -210,7 +210,57 @@ class SideInput(Layers):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        return y + self.b(self.a(torch.relu(self.several[0](y))) + x.mean(1, keepdim=True))
+        f = self.a(torch.relu(self.several[0](y)))
+        return y + self.b(torch.cat([f[..., :4], x[..., :4]], -1))
+
+
+@has(2)
+class GatesOfOneCondition(Layers):
+    """As in diffusion transformers: what scales, shifts and gates the branches comes out of one layer."""
+
+    def setup(self) -> None:
+        self.modulation = nn.Linear(8, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift, scale, gate, shift_2, scale_2, gate_2 = self.modulation(torch.tanh(x.mean(1, keepdim=True))).chunk(6, -1)
+        x = x + gate * self.a(x * (1 + scale) + shift)
+        return x + gate_2 * self.b(x * (1 + scale_2) + shift_2)
+
+
+class ConditionedBlock(Layers):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.a(torch.relu(x)) + self.b(condition)
+        return x + self.norm(h)
+
+
+@has(3)
+class HandsOnACondition(Layers):
+    """Each block adds what it makes of the condition, which the blocks before have added too."""
+
+    def setup(self) -> None:
+        self.blocks = nn.ModuleList(ConditionedBlock() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        condition = self.table((x > 0).long().sum(-1))
+        x = self.blocks[0](x, condition)
+        x = self.blocks[1](x, condition)
+        return self.blocks[2](x, condition)
+
+
+class Processor:
+    """Runs a module, and is none."""
+
+    def __call__(self, block: Layers, x: Tensor) -> Tensor:
+        return x + block.a(x)
+
+
+@is_unseen("adds in Processor.__call__, a function outside of it")
+class ProcessedByAnObject(Layers):
+    def setup(self) -> None:
+        self.processor = Processor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.processor(self, x)
 
 
 # Loops

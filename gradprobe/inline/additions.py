@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from gradprobe.inline.known import is_no_stream
@@ -23,13 +24,14 @@ class Addition:
     written: str = "+"
 
 
-def judge(left: Value, right: Value, module: int = 0) -> Addition | str | None:
+def judge(left: Value, right: Value, module: int = 0, since: int = 0) -> Addition | str | None:
     """Tells whether `left + right` is residual.
 
     Args:
         left: The left operand.
         right: The right operand.
         module: Id of the module that adds.
+        since: The first of the tensors that are made in it.
 
     Returns:
         The addition; the reason why it cannot be told; or None where it is of another kind.
@@ -40,15 +42,25 @@ def judge(left: Value, right: Value, module: int = 0) -> Addition | str | None:
         >>> judge(Value({"x": Path()}), Value({"position": Path()})) is None
         True
     """
-    pairs = [(path, right.paths[origin]) for origin, path in left.paths.items() if origin in right.paths]
-    bare = [pair for pair in pairs if _is_bare(*pair)]
-    least = min(map(_reach, bare or pairs), default=0)
+    common = {origin: (path, right.paths[origin]) for origin, path in left.paths.items() if origin in right.paths}
+    bare = [pair for pair in common.values() if _is_bare(*pair)]
+    pure = [pair for pair in bare if min(pair).opaque == 0 == min(pair).gates]
+    if bare and not pure:
+        nearest = min(map(_reach, bare))
+        if any(a.layers == b.layers and _reach((a, b)) < nearest for a, b in common.values()):
+            return None  # what they have in common is nearer than what one of them may be, as in a gated mixture
+    # a projection is of what the module has, not of a condition that all modules of a net are handed
+    own = [pair for origin, pair in common.items() if _is_own(origin, module, since)]
+    pairs = pure or bare or own
+    least = min(map(_reach, pairs), default=0)
     if least == 0 and not bare:
         return _of_two_inputs(left, right, module)
-    if bare and any(a.layers == b.layers and _reach((a, b)) < least for a, b in pairs):
-        return None  # what they have in common is nearer than what one of them may be, as in a gated mixture
-    verdicts = {_of_paths(*pair) for pair in bare or pairs if _reach(pair) == least}
+    verdicts = {_of_paths(*pair) for pair in pairs if _reach(pair) == least}
     return verdicts.pop() if len(verdicts) == 1 else "either operand may be the shortcut"
+
+
+def _is_own(origin: Hashable, module: int, since: int) -> bool:
+    return origin.module == module if isinstance(origin, Input) else not isinstance(origin, int) or origin >= since
 
 
 def _reach(pair: tuple[Path, Path]) -> int:

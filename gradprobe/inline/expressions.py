@@ -102,7 +102,7 @@ class Expressions:
             return replace(joined([left, right]), is_sequence=True)
         place = (self.method, span_of(at))
         findings = self.reader.findings
-        verdict = judge(left, right, id(self.module))
+        verdict = judge(left, right, id(self.module), self.reader.since)
         total = made_from([left, right])
         if why_not := self.why_not or why_not:
             verdict = why_not if isinstance(verdict, Addition) else None
@@ -156,7 +156,8 @@ class Expressions:
         left, right = self.value(node.left), self.value(node.right)
         if isinstance(node.op, ast.Add):
             return self.add(node, left, right, "+")
-        return made_from([left, right], Path(isinstance(node.op, ast.MatMult)))
+        is_product = isinstance(node.op, ast.Mult) and bool(left.paths and right.paths)
+        return made_from([left, right], Path(isinstance(node.op, ast.MatMult), gates=is_product))
 
     def _tuple(self, node: ast.Tuple | ast.List) -> Value:
         return replace(joined([self.value(element) for element in node.elts]), is_sequence=True)
@@ -275,6 +276,8 @@ class Expressions:
         """Describes what anything but a module gives back."""
         operands = [*given, *by_name.values()]
         held = callee.held
+        if callable(held) and _is_followed(type(held).__call__):
+            held = MethodType(type(held).__call__, held)
         if isinstance(held, MethodType):
             given, held = [described(held.__self__), *given], held.__func__
             if not _is_followed(held) and given[0].modules:
@@ -300,7 +303,8 @@ class Expressions:
                 self.names[base.id] = joined([self.names[base.id], *operands])
             operands.append(callee)
         is_known = isinstance(held, (FunctionType, BuiltinFunctionType)) or (held is None and name in METHODS)
-        return made_from(operands, Path(name in LAYERS, not is_known, name.rstrip("_") in ACTIVATIONS))
+        bare_name = name.rstrip("_")
+        return made_from(operands, Path(name in LAYERS, not is_known, bare_name in ACTIVATIONS, bare_name == "mul"))
 
     def _may_be_called(self, value: Value) -> bool:
         is_self = value.modules == (self.module,) and not value.method

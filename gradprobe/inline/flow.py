@@ -80,6 +80,7 @@ class Reader:
         self.findings = Findings()
         self.module = module
         self.kept: dict[str, Value] = {}  # by attributes of the module that its methods set
+        self.since = next(NEW)  # tensors that are made from here on are made in the module
         self.is_again = False  # in the second round of a loop
         self._self = Value(modules=(module,))
         self._stack: list[ast.FunctionDef | ast.Lambda] = []
@@ -310,7 +311,8 @@ class Statements(Expressions):
             )
             total = self.add(node, old, operand, "+=", why_not)
         else:
-            total = made_from([old, operand], Path(isinstance(node.op, ast.MatMult)))
+            is_product = isinstance(node.op, ast.Mult) and bool(old.paths and operand.paths)
+            total = made_from([old, operand], Path(isinstance(node.op, ast.MatMult), gates=is_product))
         self.bind(node.target, total)
 
     def _either(self, bodies: Sequence[Sequence[ast.stmt]], comes_out: bool | None, test: ast.expr) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
@@ -30,11 +31,13 @@ class Path(NamedTuple):
         layers: Number of layers on it: modules with parameters of their own, and functions like `linear` or `matmul`.
         opaque: Number of calls of what cannot be looked into, and may have layers.
         bends: Number of activations on it.
+        gates: Number of products with other tensors on it.
     """
 
     layers: int = 0
     opaque: int = 0
     bends: int = 0
+    gates: int = 0
 
     def then(self, path: Path) -> Path:
         """Goes on by another way.
@@ -47,9 +50,9 @@ class Path(NamedTuple):
 
         Example:
             >>> Path(layers=1).then(Path(layers=2, bends=1))
-            Path(layers=3, opaque=0, bends=1)
+            Path(layers=3, opaque=0, bends=1, gates=0)
         """
-        return Path(self.layers + path.layers, self.opaque + path.opaque, self.bends + path.bends)
+        return Path(*map(operator.add, self, path))
 
 
 NO_LAYER = Path()
@@ -204,7 +207,7 @@ def path_through(modules: Iterable[nn.Module]) -> Path:
 
     Example:
         >>> path_through([nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.BatchNorm2d(4)])
-        Path(layers=2, opaque=0, bends=1)
+        Path(layers=2, opaque=0, bends=1, gates=0)
     """
     every = [inner for module in modules for inner in module.modules()]
     layers = sum(any(parameter is not None for parameter in inner._parameters.values()) for inner in every)
