@@ -263,6 +263,18 @@ class ProcessedByAnObject(Layers):
         return self.processor(self, x)
 
 
+@has(1)
+class PositionsByConvolution(Layers):
+    """As speech models have them: called positions, and made of what they are added to."""
+
+    def setup(self) -> None:
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        position_embeddings = self.conv(x.mT).mT
+        return self.norm(x + position_embeddings)
+
+
 # Loops
 
 

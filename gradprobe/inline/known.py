@@ -42,10 +42,7 @@ METHODS = frozenset(name for kind in (torch.Tensor, list, dict) for name in dir(
 CHILDREN = frozenset(["children", "named_children", "items", "values"])
 # Packages whose functions are known by their names, and hold no layers of the model.
 LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "einops"}
-_NO_STREAM = re.compile(
-    "(mask|bias|shape|size|dimension|dim|height|width|length|len|id|idx|index|bucket|loss)(es|s)?$"
-    "|(^|_)(pos|positions?|positional|alibi)(_|$)"
-)
+_NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len|id|idx|index|bucket|loss)(es|s)?$")
 
 
 @functools.cache
@@ -56,7 +53,7 @@ def is_no_stream(name: str) -> bool:
         name: Of a variable.
 
     Returns:
-        True for what is added to scores, for positions, sizes and indices, and for losses.
+        True for what is added to scores, for sizes and indices, which come along with tensors, and for losses.
 
     Example:
         >>> is_no_stream("attention_mask"), is_no_stream("hidden_states")
