@@ -711,6 +711,14 @@ class MethodOutOfReach(Layers):
         return self.join(x)
 
 
+@has(0)
+class InputsBesideTheStream(Layers):
+    """Positions by another name, and what options say."""
+
+    def forward(self, x: Tensor, point_embedding: Tensor | float = 0.0, **options: Any) -> Tensor:
+        return self.a(x + point_embedding) + options.get("scale", 0.0)
+
+
 @is_unseen("adds its inputs x and y: only a caller knows if one is a shortcut")
 class TwoInputs(Layers):
     def forward(self, x: Tensor, y: Tensor | float = 0.0) -> Tensor:

@@ -101,4 +101,6 @@ def _of_two_inputs(left: Value, right: Value, module: int) -> str | None:
 
 def _inputs(value: Value, module: int) -> dict[str, Path]:
     paths = {o.name: path for o, path in value.paths.items() if isinstance(o, Input) and o.module == module}
-    return {name: path for name, path in paths.items() if not is_no_stream(name) and not re.search("pos|alibi", name)}
+    return {
+        name: path for name, path in paths.items() if not is_no_stream(name) and not re.search("pos|alibi|emb", name)
+    }

@@ -216,7 +216,7 @@ class Reader:
         names = {}
         for name in [*named, *(argument.arg for argument in (arguments.vararg, arguments.kwarg) if argument)]:
             known = given.get(name, by_name.get("**", NOTHING))
-            own: Hashable = Input(id(self.module), name) if is_input else next(NEW)
+            own: Hashable = Input(id(self.module), name) if is_input and name in named else next(NEW)
             is_tensor = not known.modules and known.held is None
             names[name] = replace(known, paths={**known.paths, own: Path()}) if is_tensor else known
         return names
