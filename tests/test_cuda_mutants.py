@@ -48,3 +48,8 @@ def test_names_of_always_exist() -> None:
 def test_a_mutant_that_no_longer_matches_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 0 times"):
         plant(Mutant("stale", "stats.h", "no such text", "", "grad_stats"), tmp_path)
+
+
+def test_a_mutant_of_no_kernel_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such sources: .*flag\.cu"):
+        keep_objects(session_build().parent, tmp_path, "plain", rebuilt=["flag.cu"])

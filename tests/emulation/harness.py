@@ -99,6 +99,8 @@ def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequenc
 
 def keep_objects(source: Path, folder: Path, mode: str, rebuilt: Sequence[str]) -> None:
     """Copies the objects of a build, but for those of the kernels named, into the folder of the next."""
+    if unknown := set(rebuilt) - {*HARNESS, *KERNELS}:
+        raise ValueError(f"no such sources: {unknown}")  # nothing would be compiled again
     for name in (*HARNESS, *KERNELS):
         if name not in rebuilt:
             shutil.copy(source / f"{Path(name).stem}-{mode}.o", folder)

@@ -242,14 +242,14 @@ MUTANTS = (
         "cuda/residual_add.cu",
         "      return apply_chunk<T, Operation, Counted::kNone>(a, b, out, n, none);",
         "      return;",
-        "only_if/f32",
+        "residual_add/only_if/forward/f32",
     ),
     Mutant(
         "flag_not_asked_by_the_second_launch",
         "cuda/finish.cuh",
         "  if (!is_on(enabled)) return;\n",
         "",
-        "only_if/bf16",
+        "grad_stats/only_if/bf16",
     ),
     Mutant(
         "products_in_float",

@@ -336,7 +336,7 @@ def products_of_any_range(kernels: Kernels) -> None:
             check_products(rows[1], *pair, f"products of 2**{exponents} in {part}")
 
 
-def only_if(element: str) -> Check:
+def only_if(operation: str, element: str) -> Check:
     """Behind a flag of 0 a kernel writes what it computes, and no statistics; behind another all as without one."""
 
     def check(kernels: Kernels) -> None:
@@ -345,24 +345,24 @@ def only_if(element: str) -> Check:
         for numel in (5, chunk + 77):  # of one launch, and of two
             a, b = (Block(encode(random_values(rng, numel), element), element, 1) for _ in range(2))
 
-            def everything(a: Block = a, b: Block = b) -> list[tuple[NDArray[np.generic], NDArray[np.float64]]]:
-                return [
-                    (np.empty(0), kernels.grad_stats([a, b])),
-                    kernels.residual_add(a, b, True),
-                    kernels.residual_add_backward(a, b),
-                    (np.empty(0), kernels.branch_stats(a, b)),
-                ]
+            def outcome(a: Block = a, b: Block = b) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+                if operation == "grad_stats":
+                    return np.empty(0), kernels.grad_stats([a, b])
+                if operation == "branch_stats":
+                    return np.empty(0), kernels.branch_stats(a, b)
+                if operation == "residual_add":
+                    return kernels.residual_add(a, b, True)
+                return kernels.residual_add_backward(a, b)
 
-            expected = everything()
+            needed, needed_rows = outcome()
             for flag in (0, 1):
                 with kernels.asking(flag):
-                    seen = everything()
-                for k, ((out, rows), (needed, needed_rows)) in enumerate(zip(seen, expected, strict=True)):
-                    what = f"{element} [{numel}], operation {k}, flag {flag}"
-                    if out.tobytes() != needed.tobytes():
-                        raise AssertionError(f"{what}: other results than without a flag")
-                    if not (np.isnan(rows).all() if flag == 0 else rows.tobytes() == needed_rows.tobytes()):
-                        raise AssertionError(f"{what}: rows {rows!r}")
+                    out, rows = outcome()
+                what = f"{operation} of {element} [{numel}], flag {flag}"
+                if out.tobytes() != needed.tobytes():
+                    raise AssertionError(f"{what}: other results than without a flag")
+                if not (np.isnan(rows).all() if flag == 0 else rows.tobytes() == needed_rows.tobytes()):
+                    raise AssertionError(f"{what}: rows {rows!r}")
 
     return check
 
@@ -399,7 +399,10 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"residual_add/forward/{element}"] = residual_forward(element, short)
         checks[f"residual_add/backward/{element}"] = residual_backward(element, short)
         checks[f"branch_stats/parts/{element}"] = both_parts(element, short)
-        checks[f"only_if/{element}"] = only_if(element)
+        checks[f"grad_stats/only_if/{element}"] = only_if("grad_stats", element)
+        checks[f"residual_add/only_if/forward/{element}"] = only_if("residual_add", element)
+        checks[f"residual_add/only_if/backward/{element}"] = only_if("residual_add_backward", element)
+        checks[f"branch_stats/only_if/{element}"] = only_if("branch_stats", element)
     checks["branch_stats/ranges"] = products_of_any_range
     checks["grad_stats/scattered_rows"] = scattered_rows
     checks["grad_stats/mixed_chunk_counts"] = mixed_chunk_counts
