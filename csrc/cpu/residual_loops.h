@@ -270,24 +270,29 @@ static void masked_stats(const float* grad_y, const float* y, float* grad_x, int
 
 // ---- The parts of a gradient.
 
-GRADPROBE_INLINE Doubles product(Doubles a, Doubles b) { return a * b; }
-GRADPROBE_INLINE Doubles product(Floats a, Floats b) { return low(a) * low(b) + high(a) * high(b); }
+// Adds the products of two registers to sums of their own: of floats in double, where they are exact.
+GRADPROBE_INLINE void add_products(Doubles a, Doubles b, Doubles (&sums)[2]) { sums[0] += a * b; }
+GRADPROBE_INLINE void add_products(Floats a, Floats b, Doubles (&sums)[2]) {
+  sums[0] += low(a) * low(b);
+  sums[1] += high(a) * high(b);
+}
 
 GRADPROBE_INLINE void load_pair(const double* from, Doubles& a, Doubles& b) {
   a = load<Doubles>(from);
   b = load<Doubles>(from + kDoubles);
 }
 
-// The sum of a * b, in double: there products of floats are exact.
+// The sum of a * b.
 template <typename Register, typename T>
 static double dot(const T* a, const T* b, int64_t n) {
   constexpr int64_t kPair = 2 * sizeof(Register) / sizeof(Register{}[0]);
-  Doubles sums[2] = {};
+  Doubles sums[2][2] = {};  // several, to hide the latency of an addition
   const auto add_pair = [&](const T* of_a, const T* of_b) __attribute__((always_inline)) {
     Register x[2], y[2];
     load_pair(of_a, x[0], x[1]);
     load_pair(of_b, y[0], y[1]);
-    for (int u = 0; u < 2; ++u) sums[u] += product(x[u], y[u]);
+#pragma GCC unroll 2
+    for (int u = 0; u < 2; ++u) add_products(x[u], y[u], sums[u]);
   };
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) add_pair(a + i, b + i);
@@ -297,7 +302,7 @@ static double dot(const T* a, const T* b, int64_t n) {
     __builtin_memcpy(tails[1], b + i, (n - i) * sizeof(T));
     add_pair(tails[0], tails[1]);
   }
-  return sum_of_lanes(sums[0] + sums[1]);
+  return sum_of_lanes((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
 }
 
 static double elements_dot(Dtype dtype, const void* a, const void* b, int64_t n) {
