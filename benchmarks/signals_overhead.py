@@ -1,9 +1,10 @@
 """What observing activations and residual junctions adds to a training step, against the ways of others.
 
-A ResNet-56, batch 64, on handwritten digits enlarged to CIFAR's size: forward, backward, SGD. In each round every way
-is installed in turn, in random order, for a step that is not timed and ten that are: as many as every=10 has between
-two that it measures. A way's time in a round is the mean of its steps, compared with that of the bare steps of the same
-round: medians with the quartiles over the rounds, and the interval that holds the median in 90 % of resampled runs.
+A ResNet-56, batch 64, on handwritten digits enlarged to CIFAR's size: forward, backward, SGD. Every way has its own
+copy of the network, and takes a step in its turn, in random order, so that what else the machine does hits all alike.
+A round is ten steps of each way: as many as every=10 has from one that it measures to the next. Each step is compared
+with the bare step of its turn; of each of the ten the median over the rounds is taken, since a step may stall for as
+long as it likes, and of the ten medians the mean. The interval holds that in 90 % of resampled runs.
 
 Memory that is freed is kept. By default glibc hands much of it back and takes it again, in a pattern that differs from
 one process to the next: bare steps then have from none to 18,000 page faults, up to 10 % of the step, with or without a
@@ -15,9 +16,9 @@ probe.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import platform
-import statistics
 import time
 from collections.abc import Callable
 
@@ -30,21 +31,36 @@ import gradprobe
 from gradprobe.experiments.data import load
 
 BATCH = 64
-WARM_UP, TIMED = 1, 10  # steps of a visit
+STEPS = 10  # of a round
 
-Leave = Callable[[], object]
+Install = Callable[[nn.Module, torch.optim.Optimizer], object]
 
 
-def full_backward_hooks(model: nn.Module) -> Leave:
+def full_backward_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Registers what most people write to see gradients between layers."""
     norms: dict[int, float] = {}
 
     def keep(module: nn.Module, grad_input: object, grad_output: tuple[torch.Tensor, ...]) -> None:
         norms[id(module)] = grad_output[0].norm().item()
 
-    leaves = [module for module in model.modules() if not any(module.children())]
-    handles = [module.register_full_backward_hook(keep) for module in leaves]
-    return lambda: [handle.remove() for handle in handles]
+    for module in model.modules():
+        if not any(module.children()):
+            module.register_full_backward_hook(keep)
+
+
+def attach(**options: object) -> Install:
+    """Installs a probe with these options."""
+    return lambda model, optimizer: gradprobe.attach(model, optimizer=optimizer, **options)  # type: ignore[arg-type]
+
+
+WAYS: dict[str, Install] = {
+    "bare step": lambda model, optimizer: None,
+    "full backward hooks, .norm().item()": full_backward_hooks,
+    "parameters": attach(junctions=False),
+    "parameters, junctions": attach(),
+    "parameters, junctions, activations": attach(activations=True),
+    "all, every=10": attach(activations=True, every=10),
+}
 
 
 def main() -> None:
@@ -55,53 +71,44 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = gradprobe.networks.resnet(56, in_channels=1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    network = gradprobe.networks.resnet(56, in_channels=1)
     digits = load("digits")
     images = nn.functional.interpolate(digits.train_x[:BATCH], size=32, mode="bilinear")
     labels = digits.train_y[:BATCH]
     print(f"{processor()}, {arguments.threads} threads; torch {torch.__version__}, python {platform.python_version()}")
     print(f"backends: {gradprobe.backends()}")
 
-    def step() -> None:
+    contestants = {}
+    for way, install in WAYS.items():
+        model = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        contestants[way] = (model, optimizer, install(model, optimizer))
+
+    def step_ms(way: str) -> float:
+        model, optimizer, _ = contestants[way]
+        start = time.perf_counter()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
+        return (time.perf_counter() - start) * 1e3
 
-    def attached(**options: object) -> Callable[[], Leave]:
-        return lambda: gradprobe.attach(model, optimizer=optimizer, **options).detach  # type: ignore[arg-type]
-
-    ways: dict[str, Callable[[], Leave]] = {
-        "bare step": lambda: lambda: None,
-        "full backward hooks, .norm().item()": lambda: full_backward_hooks(model),
-        "parameters": attached(junctions=False),
-        "parameters, junctions": attached(),
-        "parameters, junctions, activations": attached(activations=True),
-        "all, every=10": attached(activations=True, every=10),
-    }
     generator = np.random.default_rng(0)
-    times_ms: dict[str, list[float]] = {way: [] for way in ways}
+    taken_ms = {way: np.empty((arguments.rounds + 1, STEPS)) for way in WAYS}
     gc.disable()
-    for _ in range(arguments.rounds):
-        for way in generator.permutation(list(ways)):
-            leave = ways[way]()
-            steps_ms = []
-            for _ in range(WARM_UP + TIMED):
-                start = time.perf_counter()
-                step()
-                steps_ms.append((time.perf_counter() - start) * 1e3)
-            times_ms[way].append(statistics.fmean(steps_ms[WARM_UP:]))
-            leave()
+    for number in range(arguments.rounds + 1):
+        for k in range(STEPS):
+            for way in generator.permutation(list(WAYS)):
+                taken_ms[way][number, k] = step_ms(way)
         gc.collect()
-    bare = np.array(times_ms.pop("bare step"))
+    taken_ms = {way: taken[1:] for way, taken in taken_ms.items()}  # the first round is to warm up
+    bare = taken_ms.pop("bare step")
     resampled = generator.integers(0, len(bare), (2000, len(bare)))
-    print(f"\nbare step: {np.median(bare):.1f} ms, {len(bare)} rounds of {TIMED} steps")
-    print(f"{'observed':40}{'added: median':>14}{'90 % interval':>20}{'quartiles':>20}")
-    for way, taken in times_ms.items():
-        added = np.array(taken) / bare - 1
-        low, middle, high = np.percentile(added, [25, 50, 75])
-        least, most = np.percentile(np.median(added[resampled], axis=1), [5, 95])
-        print(f"{way:40}{middle:14.2%}{f'{least:.2%} … {most:.2%}':>20}{f'{low:.2%} … {high:.2%}':>20}")
+    print(f"\nbare step: {np.median(bare):.1f} ms, {len(bare)} rounds of {STEPS} steps")
+    print(f"{'observed':40}{'added':>10}{'90 % interval':>20}")
+    for way, taken in taken_ms.items():
+        added = taken / bare - 1  # [rounds, STEPS]
+        least, most = np.percentile(np.median(added[resampled], axis=1).mean(axis=1), [5, 95])
+        print(f"{way:40}{np.median(added, axis=0).mean():10.2%}{f'{least:.2%} … {most:.2%}':>20}")
 
 
 if __name__ == "__main__":
