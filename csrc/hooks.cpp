@@ -218,8 +218,10 @@ class GradientTaps {
 
   void set_enabled(bool enabled) { state_->enabled.store(enabled); }
 
-  void reset() {
-    std::fill(state_->sightings.begin(), state_->sightings.end(), Sighting{});
+  void reset() { std::fill(state_->sightings.begin(), state_->sightings.end(), Sighting{}); }
+
+  void start_step() {
+    reset();
     state_->has_fired.store(false);
   }
 
@@ -328,6 +330,7 @@ PYBIND11_MODULE(_hooks, module) {
       .def("remove", &gradprobe::GradientTaps::remove)
       .def("set_enabled", &gradprobe::GradientTaps::set_enabled, py::arg("enabled"))
       .def("reset", &gradprobe::GradientTaps::reset)
+      .def("start_step", &gradprobe::GradientTaps::start_step)
       .def("has_fired", &gradprobe::GradientTaps::has_fired)
       .def("n_fired", &gradprobe::GradientTaps::n_fired)
       .def("sight", &gradprobe::GradientTaps::sight)

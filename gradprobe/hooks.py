@@ -27,10 +27,13 @@ class Taps(Protocol):
         """Switches what the hooks do; they stay installed."""
 
     def reset(self) -> None:
-        """Forgets what fired."""
+        """Forgets what fired, but not that something did in this step."""
+
+    def start_step(self) -> None:
+        """Begins a step: forgets all that fired."""
 
     def has_fired(self) -> bool:
-        """Tells whether a gradient became ready since the last reset, also while the hooks are switched off."""
+        """Tells whether a gradient became ready in this step, also while the hooks are switched off."""
 
     def n_fired(self) -> int:
         """Counts the gradients that became ready since the last reset."""
@@ -124,12 +127,16 @@ class PythonTaps:
         self._enabled = enabled
 
     def reset(self) -> None:
-        """Forgets what fired."""
+        """Forgets what fired, but not that something did in this step."""
         self._sightings = [None] * len(self._parameters)
+
+    def start_step(self) -> None:
+        """Begins a step: forgets all that fired."""
+        self.reset()
         self._has_fired = False
 
     def has_fired(self) -> bool:
-        """Tells whether a gradient became ready since the last reset, also while the hooks are switched off."""
+        """Tells whether a gradient became ready in this step, also while the hooks are switched off."""
         return self._has_fired
 
     def n_fired(self) -> int:

@@ -422,7 +422,7 @@ class Probe:
         self._measured = None
         self._clipped = False
         self._step += 1
-        self._taps.reset()
+        self._taps.start_step()
         self._set_enabled()
         return True
 

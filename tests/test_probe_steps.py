@@ -73,13 +73,18 @@ class TestSteps:
         assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2]
 
     @pytest.mark.parametrize("every", [1, 2])
-    def test_the_loss_may_come_before_the_optimizers_step_now_and_then(self, every: int, any_hooks: str) -> None:
+    @pytest.mark.parametrize("clips", [False, True], ids=["", "clipped"])
+    def test_the_loss_may_come_before_the_optimizers_step_now_and_then(
+        self, every: int, clips: bool, any_hooks: str
+    ) -> None:
         model = mlp()
         optimizer = sgd(model)
         with gradprobe.attach(model, optimizer=optimizer, every=every) as probe:
             for step in range(6):
                 optimizer.zero_grad()
                 loss_of(model, step).backward()
+                if clips:
+                    probe.clip_grad_norm_(1.0)
                 if step % 3 == 1:
                     probe.step(loss=float(step))
                 optimizer.step()
