@@ -92,6 +92,7 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
   void remember(const at::Tensor& tensor, const double* row) {
     if (tensor.is_inference() || tensor.layout() != at::kStrided) return;
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (sites_.size() >= most_) return;  // the row may be nobody's
     // Held weakly, the address cannot become another tensor's.
     known_.insert_or_assign(tensor.unsafeGetTensorImpl(),
                             Known{Weak(tensor.getIntrusivePtr()), static_cast<uint32_t>(tensor._version()), row});

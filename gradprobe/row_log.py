@@ -100,7 +100,8 @@ class PythonRows:
 
     def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
         """Notes that a row that `next` gave is of this very tensor."""
-        if tensor.layout is torch.strided and not tensor.is_inference():  # which counts no versions
+        # an inference tensor counts no versions; once there are rows enough, this may be nobody's
+        if tensor.layout is torch.strided and not tensor.is_inference() and not self.is_full:
             self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
 
     def events(self) -> tuple[Sequence[int], Sequence[int], Sequence[float], torch.Tensor]:

@@ -343,3 +343,12 @@ def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.
     unclosed, closed = probe.history()
     assert closed.activations["0"].output.numel == closed.junctions["1.join"].branch.numel == 8
     assert unclosed.activations["0"].output.numel == 48
+
+
+def test_what_is_not_kept_is_not_remembered_either(any_hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_log, "MOST_EVENTS", 2)
+    rows = row_log.make_rows(torch.device("cpu"), "auto")
+    tensors = torch.ones(3, 1).unbind()
+    for tensor in tensors:
+        rows.remember(tensor, rows.next(0, tensor.numel(), 0.0))
+    assert [rows.known(tensor) is not None for tensor in tensors] == [True, False, False]
