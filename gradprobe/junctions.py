@@ -238,7 +238,7 @@ class _Passage:
             return
         with torch.no_grad(), self.counting():
             branch = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
-            if branch.shape == shortcut.shape:
+            if branch.shape == shortcut.shape and branch.layout is shortcut.layout is torch.strided:
                 rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
                 taps.board.put_apart(self.first + BRANCH, rows[:1], branch.numel())
                 taps.board.put_apart(self.first + DOT, rows[1:], branch.numel())

@@ -166,6 +166,27 @@ def test_only_what_comes_through_the_branch_is_of_the_branch(how: str, branch: s
     assert junction.cosine == pytest.approx(cosine(shortcut, expected), abs=1e-5)
 
 
+def test_a_part_that_is_sparse_is_left_alone() -> None:
+    class Table(nn.Module):
+        """Looks all rows of a table up, and adds them to it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows, self.join = nn.Parameter(torch.randn(4, 3)), ResidualAdd()
+
+        def forward(self) -> torch.Tensor:
+            found = nn.functional.embedding(torch.arange(4), self.rows, sparse=True)
+            return self.join(self.rows, found)
+
+    table = Table()
+    probe = gradprobe.attach(table)
+    table().sum().backward()
+    probe.step()
+    assert torch.equal(table.rows.grad, torch.full((4, 3), 2.0))
+    junction = probe.latest().junctions["join"]
+    assert (junction.shortcut.numel, junction.branch) == (12, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_branch_far_smaller_than_the_shortcut_keeps_its_digits(dtype: torch.dtype) -> None:
     """Of the sum of both parts it would be less than a rounding."""
