@@ -131,7 +131,7 @@ class _GraphPassage:
 
     def __init__(self, board: int, first: int) -> None:
         self.board, self.first = board, first
-        self.shortcut: Tensor | None = None
+        self._shortcut: Tensor | None = None
         self._n_arrivals = 0
         self._arrived: list[Tensor | None] = []
 
@@ -141,11 +141,21 @@ class _GraphPassage:
         for node, output in edges:
             node.register_hook(partial(self._on_arrival, output))
 
+    def on_shortcut(self, gradient: Tensor) -> None:
+        """Takes the shortcut's part, at the beginning of each backward."""
+        self._shortcut = gradient if self._n_arrivals > 0 else None
+        self._arrived = []
+
     def _on_arrival(self, output: int, grad_inputs: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        if self._shortcut is None:
+            return
         self._arrived.append(grad_inputs[output])
+        if len(self._arrived) < self._n_arrivals:
+            return
         parts = [part for part in self._arrived if part is not None]
-        if len(self._arrived) == self._n_arrivals and parts and self.shortcut is not None:
-            _OBSERVE_BRANCH(sum(parts[1:], parts[0]), self.shortcut, self.board, self.first)
+        shortcut, self._shortcut, self._arrived = self._shortcut, None, []
+        if parts:
+            _OBSERVE_BRANCH(sum(parts[1:], parts[0]), shortcut, self.board, self.first)
 
 
 class _ObservedJunction(torch.autograd.Function):
@@ -164,7 +174,7 @@ class _ObservedJunction(torch.autograd.Function):
         gradient = torch.ops.gradprobe.residual_add_backward(incoming, *ctx.saved_tensors) if ctx.relu else incoming
         for site, tensor in enumerate((incoming, gradient), ctx.passage.first + 3):
             _OBSERVE(tensor, ctx.passage.board, site)
-        ctx.passage.shortcut = gradient
+        ctx.passage.on_shortcut(gradient)
         return gradient, gradient, None, None
 
 

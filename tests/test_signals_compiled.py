@@ -88,6 +88,18 @@ class TestCompiled:
                 assert junction.cosine == pytest.approx(of_eager.cosine, abs=1e-3, nan_ok=True)
             assert sum(junction.branch is not None for junction in snapshot.junctions.values()) == 1
 
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_a_graph_that_is_gone_back_through_twice(self, backend: str) -> None:
+        model = net()
+        probe = gradprobe.attach(model)
+        loss = torch.compile(model, backend=backend)(torch.randn(2, 3)).square().sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        probe.step()
+        junction = probe.latest().junctions["1.join"]
+        assert junction.branch.numel == junction.shortcut.numel == 16
+        assert -1 <= junction.cosine <= 1
+
     def test_inductor(self) -> None:
         model, optimizer = build("in place")
         probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
