@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from gradprobe.errors import warn_blind
 from gradprobe.measured import Measured
 from gradprobe.passing import Passing
-from gradprobe.sites import ParameterSites, newly_trainable
+from gradprobe.sites import ParameterSites, newly_trainable, unstepped_sites
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +27,7 @@ class Coverage:
             in place, or that another probe observes.
         unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
         frozen: Parameters that did not require a gradient at attach.
-        unstepped: Sites that the optimizer given to attach does not step; another one may.
+        unstepped: Sites that the optimizer given to attach does not step now; another one may.
         unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
         tied: Sites with more than one name, by first name.
         steps: Number of measured steps.
@@ -49,7 +51,7 @@ class CoverageLog:
         found: The K parameters.
         passing: Activations and junctions, None where none are observed.
         unobserved: Names of junctions that cannot be observed.
-        unstepped: Names of parameters that the optimizer does not step.
+        optimizer: Closes the steps, or None.
     """
 
     def __init__(
@@ -57,12 +59,13 @@ class CoverageLog:
         found: ParameterSites,
         passing: Passing | None,
         unobserved: tuple[str, ...],
-        unstepped: tuple[str, ...],
+        optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self._sites = found.sites
         self._passing = passing
         self._unobserved = unobserved
-        self._unstepped = unstepped
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        self._unstepped: tuple[str, ...] = ()
         self._observed = np.zeros(len(found.sites), dtype=np.bool_)  # [K]
         self._unhooked = np.zeros(len(found.sites), dtype=np.bool_)  # [K]
         self._all_observed = False
@@ -144,6 +147,16 @@ class CoverageLog:
             "compiled before attach, or took or returned nothing that can be measured",
         )
 
+    def note_unstepped(self, found: ParameterSites) -> None:
+        """Notes what the optimizer does not step now: it may have got groups since.
+
+        Args:
+            found: The parameters as they were at attach.
+        """
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            self._unstepped = unstepped_sites(optimizer, found)
+
     def report(self, found: ParameterSites, model: nn.Module | None) -> Coverage:
         """Tells what was seen so far.
 
@@ -154,6 +167,8 @@ class CoverageLog:
         Returns:
             The coverage.
         """
+        if found.parameters:
+            self.note_unstepped(found)
         names = np.asarray([site.name for site in self._sites], dtype=object)
         silent, unmeasured = ((), ()) if self._passing is None else (self._passing.silent(), self._passing.unmeasured())
         return Coverage(

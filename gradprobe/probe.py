@@ -139,7 +139,8 @@ class Probe:
         chosen: dict[str, nn.Module] = {}
         if options.activations is not False:
             chosen = select_modules(model, options.activations, elsewhere=joined)
-        unstepped = () if optimizer is None else unstepped_sites(optimizer, self._found)
+        if optimizer is not None and len(unstepped_sites(optimizer, self._found)) == len(self._found.sites):
+            raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
         self._collector = Collector(self._found.parameters, options.backend)
         self._model = weakref.ref(model)
         self._when: When = options.when
@@ -164,7 +165,7 @@ class Probe:
         if signals is not None:
             device = next(iter(self._collector.rows_on))
             self._passing = Passing(signals, chosen, joined, device, options.backend)
-        self._coverage = CoverageLog(self._found, self._passing, unobserved, unstepped)
+        self._coverage = CoverageLog(self._found, self._passing, unobserved, optimizer)
         self._step = 0
         self._pause_depth = 0
         self._measured: Measured | None = None  # what the open step has measured
@@ -321,6 +322,7 @@ class Probe:
         if self._updates is not None:
             self._updates.release()
         self._collector.release()
+        self._coverage.note_unstepped(self._found)
         self._found = replace(self._found, parameters=())
         self._taps = hooks.PythonTaps((), None)
 

@@ -101,17 +101,11 @@ def unstepped_sites(optimizer: torch.optim.Optimizer, found: ParameterSites) -> 
 
     Returns:
         First names of those in none of its groups, in model order.
-
-    Raises:
-        ArgumentError: It steps none of them.
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    unstepped = tuple(
+    return tuple(
         site.name for site, parameter in zip(found.sites, found.parameters, strict=True) if id(parameter) not in stepped
     )
-    if len(unstepped) == len(found.sites):
-        raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
-    return unstepped
 
 
 def newly_trainable(model: nn.Module, known: ParameterSites) -> tuple[str, ...]:

@@ -206,6 +206,15 @@ class TestBadInput:
         with gradprobe.attach(model, optimizer=sgd(model)) as probe:
             assert probe.coverage().unstepped == ()
 
+    def test_parts_that_are_given_to_the_optimizer_later(self) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            optimizer.add_param_group({"params": list(model[2].parameters())})
+            assert probe.coverage().unstepped == ("0.weight", "0.bias")
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+        assert probe.coverage().unstepped == ()
+
     def test_an_optimizer_of_another_model(self) -> None:
         with pytest.raises(gradprobe.ArgumentError, match="it steps none of them"):
             gradprobe.attach(mlp(), optimizer=sgd(mlp()))
