@@ -44,13 +44,23 @@ class GraphRows(PythonRows):
         super().__init__(device, n_rows)
         self._flag = torch.ones((), dtype=torch.int32, device=device)
         self._is_on = True
+        self._aside: list[torch.Tensor] | None = None  # what was written before the switch went off in this step
         self._sites_there = self._numels_there = torch.empty(0)  # of all events, on the device
 
     def switch(self, is_on: bool) -> None:
-        """Says whether graphs that are replayed from now on take statistics."""
-        if is_on != self._is_on:
-            self._is_on = is_on
-            self._flag.fill_(int(is_on))
+        """Says whether graphs that are replayed from now on take statistics; what others write meanwhile is undone."""
+        if is_on == self._is_on:
+            return
+        self._is_on = is_on
+        self._flag.fill_(int(is_on))
+        if not is_on:
+            self._aside = [block.clone() for block in self._blocks]
+            return
+        # kernels that ask no flag, and copies of what was left unwritten, have gone on
+        aside, self._aside = self._aside, None
+        self.forget()
+        for block, kept in zip(self._blocks, aside or [], strict=False):  # there may be more blocks now
+            block.copy_(kept)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -84,5 +94,6 @@ class GraphRows(PythonRows):
     def forget(self) -> None:
         """Takes all rows for not written."""
         self._rows_of.clear()
+        self._aside = None
         for block in self._blocks:
             block[:, _ABS_MAX].fill_(_NOT_WRITTEN)

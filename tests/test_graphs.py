@@ -127,6 +127,34 @@ def test_eager_steps_between_replays_count_by_themselves(monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("ignore:gradprobe")
+def test_what_is_replayed_in_a_pause_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training()
+    training.step()
+    training.probe.step()
+    graphs = []
+    for _ in range(2):
+        with Capture(monkeypatch, training.state()) as graph:
+            training.step()
+        graphs.append(graph)
+    with training.probe.paused():
+        graphs[1].replay()
+        training.probe.step()
+        graphs[1].replay()
+    with torch.no_grad():
+        norm = training.model[0](training.batch).norm().item()
+    graphs[0].replay()
+    with training.probe.paused():
+        for graph in graphs:
+            training.load(1)
+            graph.replay()
+    training.probe.step()
+    first, measured = training.probe.history()
+    assert (first.step, measured.step) == (0, 2)
+    output = measured.activations["0"].output
+    assert (output.numel, output.norm) == (40, pytest.approx(norm, rel=1e-6))
+
+
+@pytest.mark.filterwarnings("ignore:gradprobe")
 def test_a_skipped_step_asks_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(every=2)
     training.step()
