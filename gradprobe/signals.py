@@ -93,8 +93,10 @@ class Junction:
         y: Statistics of the junction's output.
         gradient: Statistics of the gradient that came in at y, None where none did.
         shortcut: Of the part of the gradient at x that the shortcut brought.
-        branch: Of the part that came back through the branch, whatever else takes x; None where the branch does not
-            begin at x, as beside a projection, or where a compiled graph holds only one of the two.
+        branch: Of the part that came back through the branch, whatever else takes x. What others take of the branch, as
+            two branches behind one normalisation do, brings theirs with it; of a branch that is divided among compiled
+            graphs, only what lies in the graph of the sum is seen. None where the branch does not begin at x, as beside
+            a projection, or where a compiled graph holds only one of the two.
         cosine: Of the angle between the two parts; NaN where one is zero or missing, or where one was there in only
             some of several calls.
     """
