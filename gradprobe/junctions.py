@@ -174,15 +174,14 @@ class JunctionTap:
 class _Passage:
     """One call of a junction: keeps what goes by the shortcut until what comes through the branch has arrived."""
 
-    __slots__ = ("_arrived", "_backward", "_n_arrivals", "_shortcut", "_taps", "first", "y_row")
+    __slots__ = ("_n_arrivals", "_open", "_taps", "first", "y_row")
 
     def __init__(self, taps: JunctionTaps, first: int) -> None:
         self._taps = weakref.ref(taps)
         self.first = first
-        self._shortcut: torch.Tensor | None = None
-        self._backward = -1  # the one in which the shortcut's part came
         self._n_arrivals = 0  # of parts of the branch, in one backward
-        self._arrived: list[torch.Tensor | None] = []
+        # That backward, what the shortcut brought in it, the parts so far: in one, as another thread may run another.
+        self._open: tuple[int, torch.Tensor, list[torch.Tensor | None]] | None = None
         self.y_row: torch.Tensor | None = None  # [1, 6]
 
     def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
@@ -210,9 +209,7 @@ class _Passage:
         if taps is not None and taps.board.enabled:
             taps.board.put(self.first + INCOMING, rows[:1], incoming)
             taps.board.put(self.first + SHORTCUT, rows[1:], shortcut)
-            self._shortcut = shortcut if self._n_arrivals > 0 else None
-            self._arrived = []
-            self._backward = torch._C._current_graph_task_id()
+            self._open = (torch._C._current_graph_task_id(), shortcut, []) if self._n_arrivals > 0 else None
 
     def on_sum(self, incoming: torch.Tensor) -> None:
         """Takes the gradient at the result of a bare addition, which goes on to both operands as it is."""
@@ -224,16 +221,17 @@ class _Passage:
     def _on_arrival(
         self, output: int, grad_inputs: Sequence[torch.Tensor | None], _: Sequence[torch.Tensor | None]
     ) -> None:
-        taps = self._taps()
-        if taps is None or self._shortcut is None or self._backward != torch._C._current_graph_task_id():
+        taps, opened = self._taps(), self._open
+        if taps is None or opened is None or opened[0] != torch._C._current_graph_task_id():
             return
-        self._arrived.append(grad_inputs[output])
-        if len(self._arrived) < self._n_arrivals:
+        shortcut, arrived = opened[1:]
+        arrived.append(grad_inputs[output])
+        if len(arrived) < self._n_arrivals:
             return
         # Let go before the engine adds the parts up: what nobody else holds it adds to in place.
-        shortcut, self._shortcut = self._shortcut, None
-        parts = [part for part in self._arrived if part is not None]
-        self._arrived = []
+        if self._open is opened:
+            self._open = None
+        parts = [part for part in arrived if part is not None]
         if not parts or not taps.board.enabled or not all(is_measurable(part) for part in parts):
             return
         with torch.no_grad(), self.counting():
