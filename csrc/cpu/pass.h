@@ -48,8 +48,8 @@ class Work {
   int64_t first_chunk(int64_t k) const { return first_chunk_[k]; }  // k up to and with n_tensors()
   int64_t n_chunks() const { return first_chunk_.back(); }
 
-  // Calls each(chunk_number, chunk) for every chunk, on torch's threads, with an `Environment` alive on each. Threads
-  // take batches as they get free; what a chunk is does not depend on that.
+  // Calls each(chunk_number, chunk) for every chunk, on torch's threads, with an `Environment` alive on each. A thread
+  // has a share of the chunks, and takes from the others' when it is done; what a chunk is does not depend on that.
   template <typename Environment, typename Each>
   void for_each_chunk(const Each& each) const {
     const auto run = [&](int64_t begin, int64_t end) {
@@ -64,15 +64,31 @@ class Work {
     const int64_t n_threads = torch::stable::get_num_threads();
     if (n_threads == 1 || n_chunks() == 1 || cost_numel_ <= kSerialNumel) return run(0, n_chunks());
     const int64_t batch = std::max<int64_t>(1, n_chunks() * kChunkNumel / cost_numel_);
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
-      for (int64_t begin; (begin = next.fetch_add(batch, std::memory_order_relaxed)) < n_chunks();) {
-        run(begin, std::min(begin + batch, n_chunks()));
+    // Its own share is what torch's operators have left in the caches of a thread, where they have just written a
+    // tensor.
+    std::vector<Share> shares(n_threads);
+    for (int64_t t = 0; t < n_threads; ++t) {
+      shares[t].next = n_chunks() * t / n_threads;
+      shares[t].end = n_chunks() * (t + 1) / n_threads;
+    }
+    torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t k = 0; k < n_threads; ++k) {
+          Share& share = shares[(t + k) % n_threads];
+          for (int64_t at; (at = share.next.fetch_add(batch, std::memory_order_relaxed)) < share.end;) {
+            run(at, std::min(at + batch, share.end));
+          }
+        }
       }
     });
   }
 
  private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
   std::vector<View> views_;
   std::deque<Dims> dims_;
   std::vector<int64_t> first_chunk_;
