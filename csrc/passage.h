@@ -42,21 +42,24 @@ class Passage final : public Observer {
                    const double* gradient_row, bool reaches_x) override {
     put(kIncoming, incoming, incoming_row);
     put(kShortcut, gradient, gradient_row);
+    // Whoever takes or lets go of a tensor that Python knows may wait for the GIL: never under the lock.
+    at::Tensor shortcut = reaches_x && n_arrivals > 0 ? gradient : at::Tensor();
+    std::vector<at::Tensor> arrived;
     const std::lock_guard<std::mutex> lock(mutex_);
-    arrived_.clear();
-    shortcut_ = reaches_x && n_arrivals > 0 ? gradient : at::Tensor();
+    std::swap(shortcut_, shortcut);
+    std::swap(arrived_, arrived);
     backward_ = autograd::get_current_graph_task_id();
   }
 
   // Takes a part of the gradient at x that comes through the branch; undefined where there is none.
-  void on_arrival(const at::Tensor& part) {
+  void on_arrival(at::Tensor part) {
     at::Tensor shortcut;
     std::vector<at::Tensor> parts;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       // another thread may run another backward through the same graph
       if (!shortcut_.defined() || backward_ != autograd::get_current_graph_task_id()) return;
-      arrived_.push_back(part);
+      arrived_.push_back(std::move(part));
       if (static_cast<int64_t>(arrived_.size()) < n_arrivals) return;
       // Let go before the engine adds the parts up: what nobody else holds it adds to in place.
       shortcut = std::exchange(shortcut_, at::Tensor());

@@ -51,7 +51,6 @@ class ResidualAddBackward final : public autograd::Node {
   }
 
   autograd::variable_list apply(autograd::variable_list&& gradients) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
     const at::Tensor& incoming = gradients[0];
     if (!incoming.defined()) return {at::Tensor(), at::Tensor()};
     const bool is_observed = observer && observer->wants_gradient();
@@ -60,7 +59,7 @@ class ResidualAddBackward final : public autograd::Node {
     // One tensor serves both branches: autograd copies before it adds to what it does not own.
     at::Tensor gradient = incoming;
     if (relu) {
-      const at::Tensor y = y_.unpack(getptr());
+      const at::Tensor y = saved_y();
       has_rows = is_observed && is_simple(incoming, y);
       gradient = is_simple(incoming, y) ? masked(incoming, y, has_rows ? &rows : nullptr) : mask(incoming, y);
     }
@@ -102,6 +101,11 @@ class ResidualAddBackward final : public autograd::Node {
   std::shared_ptr<Observer> observer;
 
  private:
+  at::Tensor saved_y() {
+    const std::lock_guard<std::mutex> lock(mutex_);  // another thread may release it
+    return y_.unpack(getptr());
+  }
+
   // What compiled autograd traces: y is the argument where there is a ReLU. Nothing is observed there.
   static autograd::variable_list apply_functional(const autograd::variable_list& gradients,
                                                   const std::vector<c10::IValue>& arguments) {
