@@ -127,14 +127,20 @@ Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
 }
 
 // What this thread's launches ask before they take statistics; null for nothing.
-thread_local const int32_t* enabled = nullptr;
+thread_local struct {
+  const int32_t* flag;
+  int32_t device_index;
+} asked = {nullptr, 0};
+
+// The flag where launches on this device may read it: a model on several is captured on one at a time.
+const int32_t* enabled(int32_t device_index) { return device_index == asked.device_index ? asked.flag : nullptr; }
 
 // count_if(Tensor flag, bool on) -> ()
 void count_if(Tensor flag, bool on) {
   STD_TORCH_CHECK(flag.numel() == 1, "flag: needed one element, got ", flag.numel());
   STD_TORCH_CHECK(flag.scalar_type() == torch::headeronly::ScalarType::Int, "flag: needed dtype int32, got ",
                   torch::headeronly::toString(flag.scalar_type()));
-  enabled = on ? static_cast<const int32_t*>(flag.const_data_ptr()) : nullptr;
+  asked = {on ? static_cast<const int32_t*>(flag.const_data_ptr()) : nullptr, flag.device().index()};
 }
 
 // grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()
@@ -166,7 +172,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   for (int e = 0; e < kElements; ++e) {
     const auto& spans = groups.spans[e];
     check_launch(cuda::grad_stats(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e), partials,
-                                  rows, enabled, stream),
+                                  rows, enabled(device_index), stream),
                  "grad_stats_into", device_index);
   }
 }
@@ -219,10 +225,10 @@ Tensor rows_of(const std::array<TensorSpan, n>& spans, Element element, const Te
   const int32_t device_index = like.device().index();
   Tensor rows = torch::stable::new_empty(like, {int64_t{n}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(like, cuda::count_partials(spans.data(), n, element));
-  check_launch(
-      cuda::grad_stats(spans.data(), n, element, static_cast<Stats*>(partials.mutable_data_ptr()),
-                       static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
-      name, device_index);
+  check_launch(cuda::grad_stats(spans.data(), n, element, static_cast<Stats*>(partials.mutable_data_ptr()),
+                                static_cast<double*>(rows.mutable_data_ptr()), enabled(device_index),
+                                cuda::current_stream(device_index)),
+               name, device_index);
   return rows;
 }
 
@@ -238,11 +244,11 @@ std::tuple<Tensor, Tensor> residual_add_stats(Tensor x, Tensor f, bool relu) {
   }
   Tensor rows = torch::stable::new_empty(x, {int64_t{1}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(x, cuda::count_partials(x.numel(), element));
-  check_launch(
-      cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element, relu,
-                         static_cast<Stats*>(partials.mutable_data_ptr()),
-                         static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
-      "residual_add_stats", device_index);
+  check_launch(cuda::residual_add(x.const_data_ptr(), f.const_data_ptr(), y->mutable_data_ptr(), x.numel(), element,
+                                  relu, static_cast<Stats*>(partials.mutable_data_ptr()),
+                                  static_cast<double*>(rows.mutable_data_ptr()), enabled(device_index),
+                                  cuda::current_stream(device_index)),
+               "residual_add_stats", device_index);
   return {*y, rows};
 }
 
@@ -264,11 +270,12 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
   const Tensor masking = in_order_of(grad_x, *y);
   Tensor rows = torch::stable::new_empty(grad_x, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(grad_x, 2 * cuda::count_partials(grad_x.numel(), element));
-  check_launch(cuda::residual_add_backward(
-                   incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(), grad_x.numel(),
-                   element, static_cast<Stats*>(partials.mutable_data_ptr()),
-                   static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
-               "residual_add_backward_stats", device_index);
+  check_launch(
+      cuda::residual_add_backward(incoming.const_data_ptr(), masking.const_data_ptr(), grad_x.mutable_data_ptr(),
+                                  grad_x.numel(), element, static_cast<Stats*>(partials.mutable_data_ptr()),
+                                  static_cast<double*>(rows.mutable_data_ptr()), enabled(device_index),
+                                  cuda::current_stream(device_index)),
+      "residual_add_backward_stats", device_index);
   return {grad_x, rows};
 }
 
@@ -283,11 +290,11 @@ Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
   const Tensor beside = numel == 0 ? shortcut : in_order_of(dense, shortcut);
   Tensor rows = torch::stable::new_empty(branch, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);
   Tensor partials = empty_partials(branch, 2 * cuda::count_partials(numel, element));
-  check_launch(
-      cuda::branch_stats(dense.const_data_ptr(), beside.const_data_ptr(), numel, element,
-                         static_cast<Stats*>(partials.mutable_data_ptr()),
-                         static_cast<double*>(rows.mutable_data_ptr()), enabled, cuda::current_stream(device_index)),
-      "residual_branch_stats", device_index);
+  check_launch(cuda::branch_stats(dense.const_data_ptr(), beside.const_data_ptr(), numel, element,
+                                  static_cast<Stats*>(partials.mutable_data_ptr()),
+                                  static_cast<double*>(rows.mutable_data_ptr()), enabled(device_index),
+                                  cuda::current_stream(device_index)),
+               "residual_branch_stats", device_index);
   return rows;
 }
 
