@@ -28,12 +28,24 @@ from _machine import keep_memory, processor
 from torch import nn
 
 import gradprobe
+from gradprobe.activations import select_modules
 from gradprobe.experiments.data import load
+from gradprobe.junctions import junction_modules
 
 BATCH = 64
 STEPS = 10  # of a round
 
 Install = Callable[[nn.Module, torch.optim.Optimizer], object]
+
+
+def empty_forward_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Registers hooks that do nothing, where the probe has its own: what torch itself asks for a module with a hook."""
+
+    def ignore(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        pass
+
+    for module in select_modules(model, True, elsewhere=junction_modules(model)[0]).values():
+        module.register_forward_hook(ignore)
 
 
 def full_backward_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -55,6 +67,7 @@ def attach(**options: object) -> Install:
 
 WAYS: dict[str, Install] = {
     "bare step": lambda model, optimizer: None,
+    "forward hooks that do nothing": empty_forward_hooks,
     "full backward hooks, .norm().item()": full_backward_hooks,
     "parameters": attach(junctions=False),
     "parameters, junctions": attach(),
