@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from gradprobe.arguments import Selection
-from gradprobe.board import Board
+from gradprobe.board import Board, Gate
 from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.native import native_hooks
@@ -105,7 +106,7 @@ class ActivationTaps:
     """
 
     def __init__(self, modules: Sequence[nn.Module], board: Board) -> None:
-        self._board = board
+        self.board = board
         self._board_key = register_board(board)
         self._passes = ForwardPasses()
         self._leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
@@ -119,7 +120,7 @@ class ActivationTaps:
         """Begins a step."""
         self._passes.clear()
         remove_all(self._leaf_hooks)
-        self._native = next_native_step(self._native, self._board)
+        self._native = next_native_step(self._native, self.board)
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -136,7 +137,7 @@ class ActivationTaps:
         """Observes what module m returned."""
         if self._native is not None and self._native.observe(m, output):
             return
-        if not self._board.enabled or not torch.is_grad_enabled() or in_transform() or self._board.is_full():
+        if not self.board.enabled or not torch.is_grad_enabled() or in_transform() or self.board.is_full():
             return
         is_repeat = (self._native or self._passes).is_repeat(m)
         for tensor in tensors_in(output):
@@ -144,7 +145,7 @@ class ActivationTaps:
                 self.unmeasured.add(m)
                 continue
             if not is_repeat:
-                self._board.write(2 * m, tensor)
+                self.board.write(2 * m, tensor)
             if tensor.requires_grad:
                 hook = _GradientHook(weakref.ref(self), 2 * m + 1)
                 if hook in (tensor._backward_hooks or {}).values():  # returned before: its input, say
@@ -155,24 +156,28 @@ class ActivationTaps:
 
     def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
         """Observes a gradient."""
-        if self._board.enabled and is_measurable(gradient):
-            self._board.write(site, gradient)
+        if self.board.enabled and is_measurable(gradient):
+            self.board.write(site, gradient)
 
 
 class _ForwardHook:
     """A module's hook that does not keep the taps alive, and does nothing in a copy or a pickle of the module."""
 
+    __slots__ = ("_gate", "_m", "_taps")
+
     def __init__(self, taps: ActivationTaps | None, m: int) -> None:
         self._taps = None if taps is None else weakref.ref(taps)
+        self._gate = Gate(is_open=False) if taps is None else taps.board.gate
         self._m = m
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        taps = None if self._taps is None else self._taps()
-        if taps is None:
-            return None
-        if torch.compiler.is_compiling():
-            return taps.in_graph(self._m, (*args, *kwargs.values()), output)
-        taps.on_output(self._m, output)
+        if is_compiling():
+            taps = None if self._taps is None else self._taps()
+            return None if taps is None else taps.in_graph(self._m, (*args, *kwargs.values()), output)
+        if self._gate.is_open and self._taps is not None:
+            taps = self._taps()
+            if taps is not None:
+                taps.on_output(self._m, output)
         return None
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None, int]]:
@@ -256,7 +261,7 @@ def remove_all(handles: list[RemovableHandle]) -> None:
 def in_transform() -> bool:
     """Tells whether a compiler, a tracer or a transform of `torch.func` runs the model now: no place for hooks."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or torch._C._is_tracing()
         or peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

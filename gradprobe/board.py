@@ -19,11 +19,27 @@ from gradprobe.row_log import PythonRows, RowLog, make_rows
 _PACKED = 5  # numbers of elements in a row: the last column would count as values that are not finite
 
 
+class Gate:
+    """What a hook asks first: one attribute, since a hook that finds its code out of the caches waits for each line.
+
+    Attributes:
+        is_open: Whether anything that passes by may be observed now.
+    """
+
+    __slots__ = ("is_open",)
+
+    def __init__(self, is_open: bool) -> None:
+        self.is_open = is_open
+
+
 class Board:
     """Collects one row for each event; a site that has several in a step gets them merged at its end.
 
     Rows are written where the tensors are, without waiting for the device and, once there are rows enough, without an
     allocation. What a CUDA graph captures has rows of its own, which each replay writes.
+
+    Attributes:
+        gate: Closed while nothing can be observed, whatever `enabled` depends on.
 
     Args:
         n_sites: Number of sites, S.
@@ -42,6 +58,7 @@ class Board:
         self.rows = make_rows(device, backend)
         self._graphs = self._make_graph_rows()
         self._is_retired = False
+        self.gate = Gate(is_open=True)
         self._has_told = False
         self._last_sites: tuple[int, ...] | None = None
         self._last_gather = torch.empty(0)
@@ -57,11 +74,12 @@ class Board:
         self.rows.enabled = enabled
         if self._graphs is not None:
             self._graphs.switch(enabled)
+        self._set_gate()
 
     def retire(self) -> None:
         """Observes nothing from now on."""
-        self.enabled = False
         self._is_retired = True
+        self.enabled = False
 
     @property
     def n_events(self) -> int:
@@ -175,6 +193,7 @@ class Board:
             left, self.rows = self.rows, PythonRows(out.device, len(pool))
             self.rows.enabled, left.enabled = left.enabled, False  # hooks of graphs that live on write there
             self._graphs = self._make_graph_rows()
+            self._set_gate()
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[list(sites)] = True
         smallest_normal = np.full(self._n_sites, np.nan)  # [S]
@@ -188,6 +207,10 @@ class Board:
         self.rows.clear()
         if self._graphs is not None and self._graphs.n_events > 0:
             self._graphs.forget()
+
+    def _set_gate(self) -> None:
+        may_capture = self._graphs is not None and not self._is_retired
+        self.gate.is_open = self.rows.enabled or may_capture
 
     def _is_capturing(self) -> bool:
         return graph_rows.is_capturing(self._device)

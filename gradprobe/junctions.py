@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import Node
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from gradprobe.activations import ForwardPasses, in_transform, is_measurable, native_taps, next_native_step, remove_all
@@ -121,15 +122,19 @@ class JunctionTaps:
 class JunctionTap:
     """What a `ResidualAdd` calls in place of `residual_add` while a probe is attached."""
 
+    __slots__ = ("_gate", "_j", "_taps")
+
     def __init__(self, taps: JunctionTaps, j: int) -> None:
         self._taps = weakref.ref(taps)
+        self._gate = taps.board.gate
         self._j = j
 
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
-        taps = self._taps()
-        if torch.compiler.is_compiling():
+        if is_compiling():
+            taps = self._taps()
             return residual_add(x, f, relu) if taps is None else taps.in_graph(self._j, x, f, relu)
+        taps = self._taps() if self._gate.is_open else None
         if taps is not None and taps.native is not None:
             joined: torch.Tensor | None = taps.native.join(self._j, x, f, relu)
             if joined is not None:
@@ -148,7 +153,7 @@ class JunctionTap:
         """Adds one operand to the other by torch's own `add_`, and observes it in a forward pass with gradients."""
         taps = self._taps()
         target, addend = (x, f) if into_x else (f, x)
-        if torch.compiler.is_compiling() and taps is not None:
+        if is_compiling() and taps is not None:
             return target.copy_(taps.in_graph(self._j, x, f, relu=False))
         if taps is None or not taps.observes(x, f):
             return target.add_(addend)
