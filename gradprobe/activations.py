@@ -25,6 +25,7 @@ from gradprobe.arguments import Selection
 from gradprobe.board import Board, Gate
 from gradprobe.compiled import observe_output, register_board
 from gradprobe.errors import ArgumentError
+from gradprobe.module_hooks import ModuleHooks
 from gradprobe.ops.native import native_hooks
 from gradprobe.row_log import PythonRows
 
@@ -112,9 +113,11 @@ class ActivationTaps:
         self._leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
         self.unmeasured: set[int] = set()  # modules with an output that no kernel takes
         self._native = native_taps("OutputTaps", board, len(modules), partial(_on_gradient, weakref.ref(self)))
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_hook(_ForwardHook(self, m), with_kwargs=True) for m, module in enumerate(modules)
-        ]
+        self._hooks = ModuleHooks(modules, [_ForwardHook(self, m) for m in range(len(modules))])
+
+    def follow_gate(self) -> None:
+        """Takes the hooks off the modules while the board's gate is closed."""
+        self._hooks.need(self.board.gate.is_open)
 
     def start_step(self) -> None:
         """Begins a step."""
@@ -124,7 +127,7 @@ class ActivationTaps:
 
     def remove(self) -> None:
         """Removes every hook, for good."""
-        remove_all(self._handles)
+        self._hooks.remove()
         remove_all(self._leaf_hooks)
 
     def in_graph(self, m: int, inputs: tuple[Any, ...], output: Any) -> Any:

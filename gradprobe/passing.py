@@ -42,12 +42,13 @@ class Passing:
         self._junctions = JunctionTaps(tuple(junctions.values()), self._board, table.first_junction_site)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches what the hooks do; they stay installed.
+        """Switches what the hooks do.
 
         Args:
             enabled: Whether what passes by is observed.
         """
         self._board.enabled = enabled
+        self._activations.follow_gate()
 
     def close(self, rows: torch.Tensor | None) -> Events | None:
         """Ends a step.

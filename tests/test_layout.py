@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "gradprobe"
 STAGES = (
     {"errors", "measured", "strict_json"},
     {"ops"},
-    {"sites", "hooks", "amp", "boundaries", "arguments", "branch", "nn", "networks", "inline"},
+    {"sites", "hooks", "amp", "boundaries", "arguments", "branch", "module_hooks", "nn", "networks", "inline"},
     {"instrumentation"},
     {"collector", "row_log", "graph_rows", "board", "compiled"},
     {"activations", "junctions"},
