@@ -4,13 +4,16 @@ A ResNet-56, batch 64, on handwritten digits enlarged to CIFAR's size: forward, 
 copy of the network, and takes a step in its turn, in random order, so that what else the machine does hits all alike.
 A round is ten steps of each way: as many as every=10 has from one that it measures to the next. Each step is compared
 with the bare step of its turn; of each of the ten the median over the rounds is taken, since a step may stall for as
-long as it likes, and of the ten medians the mean. The interval holds that in 90 % of resampled runs.
+long as it likes, and of the ten medians the mean. The interval holds that in 90 % of resampled runs. A second bare copy
+shows how much of a difference is none.
 
 Memory that is freed is kept. By default glibc hands much of it back and takes it again, in a pattern that differs from
 one process to the next: bare steps then have from none to 18,000 page faults, up to 10 % of the step, with or without a
-probe.
+probe. Where a step's tensors lie is left to chance, by blocks of random size that are taken before it: at one place
+backward takes 10 % longer than at another (Mytkowicz et al. 2009, "Producing Wrong Data Without Doing Anything
+Obviously Wrong!").
 
-    python benchmarks/signals_overhead.py [--rounds 20] [--threads N]
+    python benchmarks/signals_overhead.py [--rounds 20] [--threads N] [--ways "all, every=10" ...]
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from gradprobe.junctions import junction_modules
 
 BATCH = 64
 STEPS = 10  # of a round
+LARGEST_SHIFT = 2**18  # numbers of float32
 
 Install = Callable[[nn.Module, torch.optim.Optimizer], object]
 
@@ -65,8 +69,10 @@ def attach(**options: object) -> Install:
     return lambda model, optimizer: gradprobe.attach(model, optimizer=optimizer, **options)  # type: ignore[arg-type]
 
 
+BARE = "bare step"
 WAYS: dict[str, Install] = {
-    "bare step": lambda model, optimizer: None,
+    BARE: lambda model, optimizer: None,
+    "a second bare copy": lambda model, optimizer: None,
     "forward hooks that do nothing": empty_forward_hooks,
     "full backward hooks, .norm().item()": full_backward_hooks,
     "parameters": attach(junctions=False),
@@ -80,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="all by default")
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
@@ -92,29 +99,34 @@ def main() -> None:
     print(f"backends: {gradprobe.backends()}")
 
     contestants = {}
-    for way, install in WAYS.items():
+    ways = list(dict.fromkeys([BARE, *arguments.ways]))
+    for way in ways:
         model = copy.deepcopy(network)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        contestants[way] = (model, optimizer, install(model, optimizer))
+        contestants[way] = (model, optimizer, WAYS[way](model, optimizer))
+
+    generator = np.random.default_rng(0)
 
     def step_ms(way: str) -> float:
         model, optimizer, _ = contestants[way]
+        shift = [torch.empty(n) for n in generator.integers(LARGEST_SHIFT, size=8)]
         start = time.perf_counter()
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
-        return (time.perf_counter() - start) * 1e3
+        taken = (time.perf_counter() - start) * 1e3
+        del shift
+        return taken
 
-    generator = np.random.default_rng(0)
-    taken_ms = {way: np.empty((arguments.rounds + 1, STEPS)) for way in WAYS}
+    taken_ms = {way: np.empty((arguments.rounds + 1, STEPS)) for way in ways}
     gc.disable()
     for number in range(arguments.rounds + 1):
         for k in range(STEPS):
-            for way in generator.permutation(list(WAYS)):
+            for way in generator.permutation(ways):
                 taken_ms[way][number, k] = step_ms(way)
         gc.collect()
     taken_ms = {way: taken[1:] for way, taken in taken_ms.items()}  # the first round is to warm up
-    bare = taken_ms.pop("bare step")
+    bare = taken_ms.pop(BARE)
     resampled = generator.integers(0, len(bare), (2000, len(bare)))
     print(f"\nbare step: {np.median(bare):.1f} ms, {len(bare)} rounds of {STEPS} steps")
     print(f"{'observed':40}{'added':>10}{'90 % interval':>20}")
