@@ -20,8 +20,10 @@ class ModuleHooks:
     """A forward hook on each of M modules; it takes keyword arguments, too.
 
     A hook is taken off only where it is alone, and comes back in front of those that were registered meanwhile: the
-    order is that in which all were registered. Dynamo compiles a module with its hook, and compiles it again where that
-    is gone: once anything is compiled, all hooks are there and stay.
+    order is that in which all were registered, but for one that was to be in front of ours (`prepend`).
+
+    Dynamo compiles a module with its hook, and compiles it again where that is gone: once anything is compiled, all
+    hooks are there and stay.
 
     Args:
         modules: The M modules.
