@@ -174,13 +174,14 @@ class _ForwardHook:
         self._m = m
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not is_compiling() and not self._gate.is_open:
+            return None
+        taps = None if self._taps is None else self._taps()
+        if taps is None:
+            return None
         if is_compiling():
-            taps = None if self._taps is None else self._taps()
-            return None if taps is None else taps.in_graph(self._m, (*args, *kwargs.values()), output)
-        if self._gate.is_open and self._taps is not None:
-            taps = self._taps()
-            if taps is not None:
-                taps.on_output(self._m, output)
+            return taps.in_graph(self._m, (*args, *kwargs.values()), output)
+        taps.on_output(self._m, output)
         return None
 
     def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None, int]]:

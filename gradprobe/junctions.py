@@ -131,15 +131,16 @@ class JunctionTap:
 
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
+        taps = self._taps() if is_compiling() or self._gate.is_open else None
+        if taps is None:
+            return residual_add(x, f, relu)
         if is_compiling():
-            taps = self._taps()
-            return residual_add(x, f, relu) if taps is None else taps.in_graph(self._j, x, f, relu)
-        taps = self._taps() if self._gate.is_open else None
-        if taps is not None and taps.native is not None:
+            return taps.in_graph(self._j, x, f, relu)
+        if taps.native is not None:
             joined: torch.Tensor | None = taps.native.join(self._j, x, f, relu)
             if joined is not None:
                 return joined
-        if taps is None or not taps.observes(x, f):
+        if not taps.observes(x, f):
             return residual_add(x, f, relu)
         passage = _Passage(taps, taps.first_site + N_SITES * self._j)
         dtype = torch.promote_types(x.dtype, f.dtype)
