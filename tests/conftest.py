@@ -43,6 +43,15 @@ def python_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Forgets what was compiled, before a test and after it, and counts anew."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def probe_warnings_are_errors() -> Iterator[None]:
     """Fails a test in which the probe warns unexpectedly."""
     with warnings.catch_warnings():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -92,15 +91,9 @@ def test_nothing_is_left_by_a_detach_or_in_a_copy_of_a_step_that_is_not_measured
     assert not any(module._forward_hooks_with_kwargs for module in model.modules())
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 class TestCompiled:
     """Dynamo compiles a module with its hook, whatever the step."""
-
-    @pytest.fixture(autouse=True)
-    def fresh(self) -> Iterator[None]:
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        yield
-        torch._dynamo.reset()
 
     @pytest.mark.parametrize("first", [0, 1], ids=["on a measured step", "on another"])
     @pytest.mark.parametrize("resets", [False, True], ids=["", "reset"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,16 +15,9 @@ import gradprobe
 COMPILED = ["in place", "dense", "transformer, checkpointed", "dataclass and frozen", "resnet"]
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 class TestCompiled:
     """A compiled model keeps its graphs, and its numbers."""
-
-    @pytest.fixture(autouse=True)
-    def fresh(self) -> Iterator[None]:
-        """Forgets what was compiled."""
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        yield
-        torch._dynamo.reset()
 
     @staticmethod
     def n_graphs() -> int:
@@ -168,16 +160,9 @@ class TestCompiled:
         assert self.n_graphs() == 1
 
 
-@pytest.mark.usefixtures("any_hooks")
+@pytest.mark.usefixtures("any_hooks", "fresh_dynamo")
 class TestCompiledModels:
     """Observing changes no result."""
-
-    @pytest.fixture(autouse=True)
-    def fresh(self) -> Iterator[None]:
-        """Forgets what was compiled."""
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
 
     def test_a_mapping_of_its_own_kind(self) -> None:
         class Output(dict):  # type: ignore[type-arg]
