@@ -61,8 +61,51 @@ def test_the_two_parts_of_a_gradient(namespace: str, layout: str, dtype: torch.d
         branch = LAYOUTS["channels-last"](torch.randn(shape).to(dtype))
         rows = operators(namespace).residual_branch_stats(branch, shortcut)
         assert_rows([branch], rows[:1])
-        dot = (branch.double() * shortcut.double()).sum().item()
-        assert sum_of_products(rows[1]) == pytest.approx(dot, rel=1e-12, abs=1e-12 * shortcut.numel())
+        assert_sum_of_products(branch, shortcut, rows[1])
+
+
+def assert_sum_of_products(branch: Tensor, shortcut: Tensor, row: Tensor) -> None:
+    """To the roundings of the sums at worst, in float where all products fit."""
+    products = branch.double() * shortcut.double()
+    error = (1e-13 if branch.dtype == torch.float64 else 1.8e-6) * products.abs().sum().item()
+    assert sum_of_products(row) == pytest.approx(products.sum().item(), rel=0, abs=error)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_products_that_all_round_one_way(namespace: str, dtype: torch.dtype) -> None:
+    branch, shortcut = torch.full((100_003,), 1 / 3, dtype=dtype), torch.full((100_003,), 0.7, dtype=dtype)
+    rows = operators(namespace).residual_branch_stats(branch, shortcut)
+    assert_rows([branch], rows[:1])
+    assert_sum_of_products(branch, shortcut, rows[1])
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("scale", [1e35, 1e-42, 1e-36], ids=lambda m: f"{m:g}")
+def test_products_beyond_the_range_of_floats(namespace: str, scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(11)
+    branch, shortcut = (torch.randn(20_001, generator=generator) for _ in range(2))
+    branch, shortcut = (branch * (1e10 if scale > 1 else 1.0)).to(dtype), shortcut.double()
+    shortcut[:9000] *= scale  # groups of this magnitude, of both, and of the usual one
+    shortcut = shortcut.to(dtype)
+    (row,) = operators(namespace).residual_branch_stats(branch, shortcut)[1:]
+    assert_sum_of_products(branch, shortcut, row)
+    for sign in (1, -1):  # all products of one sign: what overflows is an infinity, not NaN
+        of_one_sign = branch[:8000].abs(), shortcut[:8000].abs() * sign
+        (row,) = operators(namespace).residual_branch_stats(*of_one_sign)[1:]
+        products = of_one_sign[0].double() * of_one_sign[1].double()
+        assert sum_of_products(row) == pytest.approx(products.sum().item(), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_products_with_what_is_no_number(namespace: str) -> None:
+    shortcut = torch.ones(5000)
+    for odd, want in ((torch.inf, math.inf), (-torch.inf, -math.inf), (torch.nan, math.nan)):
+        shortcut[4998] = odd
+        rows = operators(namespace).residual_branch_stats(torch.ones(5000), shortcut)
+        assert rows[0].tolist() == [5000.0, 5000.0, 5000.0, 1.0, 0.0, 0.0]
+        assert sum_of_products(rows[1]) == pytest.approx(want, nan_ok=True)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)

@@ -181,6 +181,10 @@ GRADPROBE_INLINE void flush(Floats (&lanes)[kUnroll], Doubles& total) {
   total += low(sum) + high(sum);
 }
 
+// Called where the float accumulators are emptied, for a source that has some of its own.
+template <typename Source>
+GRADPROBE_INLINE void flush_own(const Source& /*source*/) {}
+
 // One full block into the float accumulators. A source gives pairs of registers by load_pair, and moves on by +.
 template <typename Source>
 GRADPROBE_INLINE void add_block(Source data, Floats (&sum)[kUnroll], Floats (&sum_abs)[kUnroll],
@@ -231,6 +235,7 @@ GRADPROBE_INLINE bool add_fast(Source data, int64_t n, Totals& totals) {
     flush(sums[0], sum);
     flush(sums[1], sum_abs);
     flush(sums[2], sum_sq);
+    flush_own(at);
     if (is_last) break;
   }
   const int32_t largest = largest_lane(largest_register(abs_max));

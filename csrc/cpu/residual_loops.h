@@ -1,7 +1,7 @@
 // The loops of residual_add for one instruction set, for cpu/each_isa.h. Without statistics they are left to the
 // compiler to vectorise; for float32 with statistics, a group of elements is computed, written and counted in
 // registers, by the loops of grad_stats.
-#include "cpu/grad_stats_lanes.h"
+#include "cpu/branch_loops.h"
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
@@ -268,72 +268,7 @@ static void masked_stats(const float* grad_y, const float* y, float* grad_x, int
   for (int row = 0; row < 2; ++row) of_both[row] = finished(totals[row]);
 }
 
-// ---- The parts of a gradient.
-
-// Adds the products of two registers to sums of their own: of floats in double, where they are exact.
-GRADPROBE_INLINE void add_products(Doubles a, Doubles b, Doubles (&sums)[2]) { sums[0] += a * b; }
-GRADPROBE_INLINE void add_products(Floats a, Floats b, Doubles (&sums)[2]) {
-  sums[0] += low(a) * low(b);
-  sums[1] += high(a) * high(b);
-}
-
-GRADPROBE_INLINE void load_pair(const double* from, Doubles& a, Doubles& b) {
-  a = load<Doubles>(from);
-  b = load<Doubles>(from + kDoubles);
-}
-
-// The sum of a * b.
-template <typename Register, typename T>
-static double dot(const T* a, const T* b, int64_t n) {
-  constexpr int64_t kPair = 2 * sizeof(Register) / sizeof(Register{}[0]);
-  Doubles sums[2][2] = {};  // several, to hide the latency of an addition
-  const auto add_pair = [&](const T* of_a, const T* of_b) __attribute__((always_inline)) {
-    Register x[2], y[2];
-    load_pair(of_a, x[0], x[1]);
-    load_pair(of_b, y[0], y[1]);
-#pragma GCC unroll 2
-    for (int u = 0; u < 2; ++u) add_products(x[u], y[u], sums[u]);
-  };
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) add_pair(a + i, b + i);
-  if (i < n) {
-    T tails[2][kPair] = {};
-    __builtin_memcpy(tails[0], a + i, (n - i) * sizeof(T));
-    __builtin_memcpy(tails[1], b + i, (n - i) * sizeof(T));
-    add_pair(tails[0], tails[1]);
-  }
-  return sum_of_lanes((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
-}
-
-static double elements_dot(Dtype dtype, const void* a, const void* b, int64_t n) {
-  switch (dtype) {
-    case Dtype::kFloat16:
-      return dot<Floats>(static_cast<const Float16*>(a), static_cast<const Float16*>(b), n);
-    case Dtype::kBFloat16:
-      return dot<Floats>(static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), n);
-    case Dtype::kFloat32:
-      return dot<Floats>(static_cast<const float*>(a), static_cast<const float*>(b), n);
-    case Dtype::kFloat64:
-      break;
-  }
-  return dot<Doubles>(static_cast<const double*>(a), static_cast<const double*>(b), n);
-}
-
 // ---- A chunk.
-
-static Stats branch_chunk(Dtype dtype, const void* branch, const void* shortcut, int64_t n, double* dot) {
-  constexpr int64_t kPiece = 2048;  // the second read is from L1
-  Stats stats = identity();
-  *dot = 0.0;
-  for (int64_t begin = 0; begin < n; begin += kPiece) {
-    const int64_t count = n - begin < kPiece ? n - begin : kPiece;
-    const int64_t offset = begin * item_bytes(dtype);
-    const void* piece = static_cast<const char*>(branch) + offset;
-    *dot += elements_dot(dtype, piece, static_cast<const char*>(shortcut) + offset, count);
-    stats = merge(stats, elements_stats(dtype, piece, count));
-  }
-  return stats;
-}
 
 static void join_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t n, bool relu, Stats* of_y) {
   if (of_y != nullptr && dtype == Dtype::kFloat32 && !FloatEnvironment::flushes()) {

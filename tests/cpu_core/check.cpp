@@ -291,6 +291,31 @@ void check_mask(Isa isa, const Buffer& grad_y, const Buffer& y, int64_t middle) 
   }
 }
 
+// `middle` splits the work, as chunks do.
+void check_branch(Isa isa, const Buffer& branch, const Buffer& shortcut, int64_t middle) {
+  const Dtype dtype = branch.dtype;
+  std::vector<double> of_branch(branch.n);
+  long double expected = 0, magnitudes = 0;
+  for (int64_t i = 0; i < branch.n; ++i) {
+    of_branch[i] = branch[i];
+    const long double product = static_cast<long double>(branch[i]) * shortcut[i];
+    expected += product;
+    magnitudes += fabsl(product);
+  }
+  double dots[2];
+  const char *a = branch.data.get(), *b = shortcut.data.get();
+  const Stats first = branch_chunk(dtype, a, b, 0, middle, isa, &dots[0]);
+  check("branch", dtype, isa, of_branch, merge(first, branch_chunk(dtype, a, b, middle, branch.n, isa, &dots[1])));
+  const bool is_wide = dtype == Dtype::kFloat64;
+  // residual_pass.h does these again
+  if (is_wide && std::isfinite(magnitudes) && magnitudes != 0 && (magnitudes > 1e300L || magnitudes < 1e-280L)) return;
+  if (close(dots[0] + dots[1], expected, (is_wide ? 1e-13L : 1.8e-6L) * magnitudes)) return;
+  ++failures;
+  std::printf("products %s %s n=%lld: %.12g, needed %.12Lg of %.12Lg\n", kDtypeNames[static_cast<int>(dtype)],
+              kIsaNames[static_cast<int>(isa)], static_cast<long long>(branch.n), dots[0] + dots[1], expected,
+              magnitudes);
+}
+
 void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
   const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
   // All bit patterns; numbers that nearly cancel; the lowest and the highest exponents; what is no number.
@@ -304,6 +329,7 @@ void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
       check_join(isa, x, f, false, middle);
       check_join(isa, x, f, true, middle);
       check_mask(isa, x, f, middle);
+      check_branch(isa, x, f, middle);
     }
   }
 }
