@@ -1,5 +1,5 @@
-// The open step's statistics of tensors that pass by, in the order in which they came. The twin of RowLog in
-// gradprobe/board.py, for rows on the CPU.
+// The open step's statistics of tensors that pass by, in the order in which they came. The twin of PythonRows
+// in gradprobe/row_log.py, for rows on the CPU.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/util/intrusive_ptr.h>
+#include <pybind11/numpy.h>
 
 #include <algorithm>
 #include <array>
@@ -109,13 +110,12 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
   }
 
   // Sites, numels, smallest normal numbers [N] and rows [1 + N, 6] of the events, a zero row first.
-  std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, at::Tensor> events() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    at::Tensor rows = at::detail::empty_cpu({static_cast<int64_t>(sites_.size()) + 1, kStats}, at::kDouble);
-    auto* out = static_cast<double*>(rows.mutable_data_ptr());
-    std::fill_n(out, kStats, 0.0);
-    for (size_t k = 0; k < sites_.size(); ++k) std::copy_n(rows_[k].data(), kStats, out += kStats);
-    return {sites_, numels_, smallest_normals_, rows};
+  std::tuple<pybind11::array_t<int64_t>, pybind11::array_t<int64_t>, pybind11::array_t<double>, at::Tensor> events() {
+    const auto [sites, numels, smallest_normals, rows] = copies();
+    const auto array = [](const auto& values) {
+      return pybind11::array_t(static_cast<pybind11::ssize_t>(values.size()), values.data());
+    };
+    return {array(sites), array(numels), array(smallest_normals), rows};
   }
 
   void clear() {
@@ -134,6 +134,16 @@ class SignalRows : public std::enable_shared_from_this<SignalRows> {
     uint32_t version;
     const double* row;
   };
+
+  // What Python has a part in is made without the lock.
+  std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, at::Tensor> copies() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    at::Tensor rows = at::detail::empty_cpu({static_cast<int64_t>(sites_.size()) + 1, kStats}, at::kDouble);
+    auto* out = static_cast<double*>(rows.mutable_data_ptr());
+    std::fill_n(out, kStats, 0.0);
+    for (size_t k = 0; k < sites_.size(); ++k) std::copy_n(rows_[k].data(), kStats, out += kStats);
+    return {sites_, numels_, smallest_normals_, rows};
+  }
 
   static double smallest_normal(at::ScalarType dtype) {
     switch (dtype) {

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from gradprobe import graph_rows, ops
 from gradprobe.errors import warn_blind
 from gradprobe.graph_rows import GraphRows
-from gradprobe.measured import Events, FloatArray, Measured
+from gradprobe.measured import Events, FloatArray, IntArray, Measured
 from gradprobe.row_log import PythonRows, RowLog, make_rows
 
 _PACKED = 5  # numbers of elements in a row: the last column would count as values that are not finite
@@ -60,9 +60,7 @@ class Board:
         self._is_retired = False
         self.gate = Gate(is_open=True)
         self._has_told = False
-        self._last_sites: tuple[int, ...] | None = None
-        self._last_gather = torch.empty(0)
-        self._last_smallest_normal = np.empty(0)
+        self._last_plan: _Plan | None = None
 
     @property
     def enabled(self) -> bool:
@@ -171,36 +169,30 @@ class Board:
         Returns:
             What passed by.
         """
-        sites, n_elements, of_dtypes, pool = self.rows.events()
-        sites, of_dtypes = tuple(sites), list(of_dtypes)
-        numels = np.bincount(sites, weights=n_elements, minlength=self._n_sites).astype(np.int64)  # [S]
+        sites, numels, of_dtypes, pool = self.rows.events()
         # a model that has left the device of its graphs has left what they saw
         has_graphs = self._graphs is not None and self._graphs.n_events > 0 and out.device == self._device
+        numels_of_graphs = None  # [S]
         if self._graphs is not None and has_graphs:
-            in_graphs, their_dtypes, their_rows, their_numels = self._graphs.collect(self._n_sites)
-            pool = torch.cat((pool[: 1 + len(sites)], their_rows))
-            sites, of_dtypes = (*sites, *in_graphs), [*of_dtypes, *their_dtypes]
-            _pack(their_numels + torch.from_numpy(numels).to(self._device, non_blocking=True), out[self._n_sites :])
-        if sites != self._last_sites:
-            self._last_sites, self._last_gather = sites, self._gather_of(sites)
-        rows = pool[self._last_gather]  # [S, M, 6]
+            sites_of_graphs, dtypes_of_graphs, rows_of_graphs, numels_of_graphs = self._graphs.collect(self._n_sites)
+            pool = torch.cat((pool[: 1 + len(sites)], rows_of_graphs))
+            sites, of_dtypes = np.concatenate((sites, sites_of_graphs)), np.concatenate((of_dtypes, dtypes_of_graphs))
+        plan = self._plan_of(sites, numels, of_dtypes, has_graphs)
+        if numels_of_graphs is not None:
+            own_numels = torch.tensor(plan.events.measured.numels).to(self._device, non_blocking=True)
+            _pack(numels_of_graphs + own_numels, out[self._n_sites :])
+        rows = pool[plan.gather]  # [S, M, 6]
         with torch.no_grad():
             out[: self._n_sites].copy_(rows[:, 0] if rows.shape[1] == 1 else ops.merge_rows(rows))
         self.clear()
         if out.device != self._device:  # the model has moved
-            self._device, self._last_sites = out.device, None
+            self._device, self._last_plan = out.device, None
             self._backends[out.device] = ops.resolve(self._backend_name, out.device)
             left, self.rows = self.rows, PythonRows(out.device, len(pool))
             self.rows.enabled, left.enabled = left.enabled, False  # hooks of graphs that live on write there
             self._graphs = self._make_graph_rows()
             self._set_gate()
-        present = np.zeros(self._n_sites, dtype=np.bool_)
-        present[list(sites)] = True
-        smallest_normal = np.full(self._n_sites, np.nan)  # [S]
-        smallest_normal[list(sites)] = of_dtypes
-        if not np.array_equal(smallest_normal, self._last_smallest_normal, equal_nan=True):  # the history shares one
-            self._last_smallest_normal = smallest_normal
-        return Events(sites, Measured(present, numels), self._last_smallest_normal, has_graphs)
+        return plan.events
 
     def clear(self) -> None:
         """Forgets the events so far."""
@@ -225,6 +217,25 @@ class Board:
     def _next(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
         return self._open_rows().next(site, tensor.numel(), _smallest_normal(tensor.dtype))
 
+    def _plan_of(self, sites: IntArray, numels: IntArray, of_dtypes: FloatArray, has_graphs: bool) -> _Plan:
+        """The plan for a step with these events [N], those of graphs last: they have no `numels`."""
+        key = (sites.tobytes(), numels.tobytes(), of_dtypes.tobytes())
+        if self._last_plan is not None and self._last_plan.key == key:
+            return self._last_plan
+        at_sites = np.bincount(sites[: len(numels)], weights=numels, minlength=self._n_sites).astype(np.int64)  # [S]
+        present = np.zeros(self._n_sites, dtype=np.bool_)
+        present[sites] = True
+        smallest_normal = np.full(self._n_sites, np.nan)  # [S]
+        smallest_normal[sites] = of_dtypes
+        if self._last_plan is not None:
+            known = self._last_plan.events.smallest_normal  # the history shares one
+            smallest_normal = known if np.array_equal(smallest_normal, known, equal_nan=True) else smallest_normal
+        for shared in (present, at_sites, smallest_normal):
+            shared.flags.writeable = False
+        events = Events(tuple(sites.tolist()), Measured(present, at_sites), smallest_normal, has_graphs)
+        self._last_plan = _Plan(key, events, self._gather_of(events.sites))
+        return self._last_plan
+
     def _gather_of(self, sites: tuple[int, ...]) -> torch.Tensor:
         """Rows of the pool for each site, filled up with the zero row. Shape [S, M]."""
         rows_of: list[list[int]] = [[] for _ in range(self._n_sites)]
@@ -234,6 +245,21 @@ class Board:
         padded = [rows + [0] * (longest - len(rows)) for rows in rows_of]
         gather = torch.tensor(padded, dtype=torch.int64).reshape(self._n_sites, longest)
         return gather.to(self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Where the rows of a step go, the same for all steps with the same events.
+
+    Attributes:
+        key: Bytes of the sites, the numbers of elements and the dtypes. Fewer numbers than sites: graphs took part.
+        events: The events, which the history shares.
+        gather: Rows of the pool for each site. [S, M]
+    """
+
+    key: tuple[bytes, bytes, bytes]
+    events: Events
+    gather: torch.Tensor
 
 
 def n_rows(n_sites: int, device: torch.device) -> int:
@@ -249,7 +275,7 @@ def n_rows(n_sites: int, device: torch.device) -> int:
     return n_sites + (math.ceil(n_sites / _PACKED) if graph_rows.can_capture(device) else 0)
 
 
-def unpack(rows: FloatArray, n_sites: int) -> npt.NDArray[np.int64]:
+def unpack(rows: FloatArray, n_sites: int) -> IntArray:
     """Gives the number of elements that graphs and others have observed at each site.
 
     Args:

@@ -6,12 +6,13 @@ says so. Which of the graphs ran in a step, their rows tell.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from gradprobe import ops
+from gradprobe.measured import FloatArray, IntArray
 from gradprobe.row_log import PythonRows
 
 _ABS_MAX = ops.STATS.index("abs_max")
@@ -70,7 +71,7 @@ class GraphRows(PythonRows):
         with ops.counting_if(self._flag):
             yield
 
-    def collect(self, n_sites: int) -> tuple[Sequence[int], Sequence[float], torch.Tensor, torch.Tensor]:
+    def collect(self, n_sites: int) -> tuple[IntArray, FloatArray, torch.Tensor, torch.Tensor]:
         """Gives what the graphs have written since the last call of `forget`.
 
         Args:
@@ -78,13 +79,13 @@ class GraphRows(PythonRows):
 
         Returns:
             The sites of the N events that were ever captured, and the smallest normal numbers of their dtypes; their
-            rows, those of graphs that did not run zero; and the number of elements behind each site. N, N, [N, 6],
+            rows, those of graphs that did not run zero; and the number of elements behind each site. [N], [N], [N, 6],
             [S] float64
         """
         sites, numels, of_dtypes, rows = self.events()
         if len(sites) != len(self._sites_there):
-            self._sites_there = torch.tensor(sites).to(self._device)
-            self._numels_there = torch.tensor(numels, dtype=torch.float64).to(self._device)
+            self._sites_there = torch.from_numpy(sites).to(self._device)
+            self._numels_there = torch.from_numpy(numels).to(self._device, torch.float64)
         rows = rows[1 : 1 + len(sites)]
         is_written = rows[:, _ABS_MAX] != _NOT_WRITTEN
         of_sites = torch.zeros(n_sites, dtype=torch.float64, device=self._device)

@@ -22,6 +22,7 @@ JUNCTION_KINDS = (
 )
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 
 class Provenance(NamedTuple):
@@ -42,7 +43,7 @@ class Measured:
     """
 
     present: npt.NDArray[np.bool_]
-    numels: npt.NDArray[np.int64]
+    numels: IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +62,7 @@ class Events:
     smallest_normal: FloatArray
     is_conditional: bool = False
 
-    def seen(self, numels: npt.NDArray[np.int64]) -> Events:
+    def seen(self, numels: IntArray) -> Events:
         """Gives the events of the graphs that ran.
 
         Args:

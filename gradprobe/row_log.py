@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from gradprobe import ops
+from gradprobe.measured import FloatArray, IntArray
 from gradprobe.ops.native import native_hooks
 
 _FIRST_EVENTS = 64
@@ -38,8 +39,8 @@ class RowLog(Protocol):
     def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
         """Notes that a row that `next` gave is of this very tensor."""
 
-    def events(self) -> tuple[Sequence[int], Sequence[int], Sequence[float], torch.Tensor]:
-        """Gives what `next` was told of N events, and their rows, a zero row first: N, N, N, at least [1 + N, 6]."""
+    def events(self) -> tuple[IntArray, IntArray, FloatArray, torch.Tensor]:
+        """Gives what `next` was told of N events [N], and rows of them, a zero row first. [1 + N, 6] or more."""
 
     def clear(self) -> None:
         """Forgets all events."""
@@ -104,10 +105,11 @@ class PythonRows:
         if tensor.layout is torch.strided and not tensor.is_inference() and not self.is_full:
             self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
 
-    def events(self) -> tuple[Sequence[int], Sequence[int], Sequence[float], torch.Tensor]:
-        """Gives what `next` was told of N events, and their rows, a zero row first: N, N, N, at least [1 + N, 6]."""
+    def events(self) -> tuple[IntArray, IntArray, FloatArray, torch.Tensor]:
+        """Gives what `next` was told of N events [N], and rows of them, a zero row first. [1 + N, 6] or more."""
         rows = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
-        return tuple(self._sites), tuple(self._numels), tuple(self._smallest_normals), rows
+        sites, numels = np.array(self._sites, dtype=np.int64), np.array(self._numels, dtype=np.int64)
+        return sites, numels, np.array(self._smallest_normals, dtype=np.float64), rows
 
     def clear(self) -> None:
         """Forgets all events."""
