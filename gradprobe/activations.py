@@ -174,12 +174,13 @@ class _ForwardHook:
         self._m = m
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not is_compiling() and not self._gate.is_open:
+        compiles = is_compiling()
+        if not compiles and not self._gate.is_open:
             return None
         taps = None if self._taps is None else self._taps()
         if taps is None:
             return None
-        if is_compiling():
+        if compiles:
             return taps.in_graph(self._m, (*args, *kwargs.values()), output)
         taps.on_output(self._m, output)
         return None

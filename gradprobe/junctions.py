@@ -131,10 +131,11 @@ class JunctionTap:
 
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
-        taps = self._taps() if is_compiling() or self._gate.is_open else None
+        compiles = is_compiling()
+        taps = self._taps() if compiles or self._gate.is_open else None
         if taps is None:
             return residual_add(x, f, relu)
-        if is_compiling():
+        if compiles:
             return taps.in_graph(self._j, x, f, relu)
         if taps.native is not None:
             joined: torch.Tensor | None = taps.native.join(self._j, x, f, relu)
