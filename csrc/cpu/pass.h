@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <vector>
 
 #include "chunks.h"
@@ -30,14 +30,12 @@ class Work {
     first_chunk_.reserve(n_tensors + 1);
     first_chunk_.push_back(0);
   }
-  Work(const Work&) = delete;  // views point into dims_
-  Work& operator=(const Work&) = delete;
-  Work(Work&&) = default;
 
   // Tensor number views().size(). `dims` as reduce_dims gives them where the tensor is not contiguous, else null.
   void add(const void* data, Dtype dtype, int64_t numel, const Dims* dims = nullptr) {
-    // Kept in a deque: views point into it.
-    const Dims* kept = dims == nullptr || dims->dense() ? nullptr : &dims_.emplace_back(*dims);
+    // Kept apart: views point to it.
+    const bool is_needed = dims != nullptr && !dims->dense();
+    const Dims* kept = is_needed ? dims_.emplace_back(std::make_unique<Dims>(*dims)).get() : nullptr;
     views_.push_back({data, dtype, numel, kept});
     first_chunk_.push_back(n_chunks() + count_chunks(numel, kChunkNumel));
     cost_numel_ += numel + kTensorNumel;
@@ -90,7 +88,7 @@ class Work {
   };
 
   std::vector<View> views_;
-  std::deque<Dims> dims_;
+  std::vector<std::unique_ptr<const Dims>> dims_;
   std::vector<int64_t> first_chunk_;
   int64_t cost_numel_ = 0;
 };
