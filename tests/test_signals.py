@@ -124,6 +124,44 @@ def test_accumulation_counts_all_micro_batches() -> None:
     assert activation.gradient.mean == 1.0
 
 
+class Varying(nn.Module):
+    """Takes another course when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor, names: str) -> torch.Tensor:
+        for name in names:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def test_each_step_has_its_own_course() -> None:
+    torch.manual_seed(0)
+    model = Varying()
+    probe = gradprobe.attach(model, activations=True)
+    courses = [(4, "ab", False), (4, "ab", False), (4, "ba", False), (2, "ba", False), (4, "aba", False)]
+    courses += [(4, "b", False), (4, "ab", False), (4, "ab", True)]
+    norms = []
+    for n, names, is_lower in courses:
+        with torch.autocast("cpu", torch.float16, enabled=is_lower):
+            out = model(torch.ones(n, 3), names)
+        out.float().sum().backward()
+        norms.append(out.detach().double().norm().item())
+        probe.step()
+        model.zero_grad()
+    for (n, names, is_lower), snapshot, norm in zip(courses, probe.history(), norms, strict=True):
+        assert list(snapshot.activations) == list(dict.fromkeys(names))
+        for name, activation in snapshot.activations.items():
+            assert activation.output.numel == activation.gradient.numel == 3 * n * names.count(name)
+        if names.count(names[-1]) == 1:
+            assert snapshot.activations[names[-1]].output.norm == pytest.approx(norm, rel=1e-6)
+        dtype = torch.float16 if is_lower else torch.float32
+        smallest_normal = snapshot.signals.events.smallest_normal  # a, its gradient, b, its gradient
+        assert smallest_normal[2] == torch.finfo(dtype).smallest_normal
+
+
 def test_paused_and_detached() -> None:
     model, optimizer = build("resnet")
     probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
