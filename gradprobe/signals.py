@@ -97,8 +97,8 @@ class Junction:
             two branches behind one normalisation do, brings theirs with it; of a branch that is divided among compiled
             graphs, only what lies in the graph of the sum is seen. None where the branch does not begin at x, as beside
             a projection, or where a compiled graph holds only one of the two.
-        cosine: Of the angle between the two parts; NaN where one is zero or missing, or where one was there in only
-            some of several calls.
+        cosine: Of the angle between the two parts, to 3e-6; NaN where one is zero or missing, or where one was there in
+            only some of several calls.
     """
 
     name: str
