@@ -26,7 +26,7 @@ from _machine import processor
 from torch import nn
 
 import gradprobe
-from gradprobe import hooks
+from gradprobe.ops.libraries import native_hooks
 
 WARM_UP, TIMED = 2, 16  # steps of a visit
 
@@ -37,7 +37,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(f"{processor()}, 1 thread; torch {torch.__version__}, python {platform.python_version()}")
-    print(f"backends: {gradprobe.backends()}; C++ hooks: {hooks.native_hooks()[1]}")
+    print(f"backends: {gradprobe.backends()}; C++ hooks: {native_hooks()[1]}")
     small = nn.Sequential(*(nn.Linear(16, 16) for _ in range(500)))
     compare("1,000 small parameters", small, torch.randn(4, 16), rounds)
     compare("ResNet-20, batch 32", gradprobe.networks.resnet(20), torch.randn(32, 3, 32, 32), max(10, rounds // 4))

@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 
 import gradprobe
-from gradprobe.findings import RULES, title
+from gradprobe.diagnosis.findings import RULES, title
 
 HELD_OUT = (1000, 1001, 1002, 1003)  # seeds that chose no threshold and no run
 BATCH_SIZE = 64

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import gradprobe
 from gradprobe import ops
-from gradprobe.ops.native import native_hooks
-from gradprobe.row_log import MOST_EVENTS
+from gradprobe.observers.event_rows import MOST_EVENTS
+from gradprobe.ops.libraries import native_hooks
 
 SHAPES = ((64, 16, 32, 32), (64, 64, 8, 8))
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -55,8 +55,8 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
     module, reason = native_hooks()
     if module is None:
         raise SystemExit(f"the C++ hooks are needed: {reason}")
-    log = module.SignalRows(MOST_EVENTS)
-    taps = module.JunctionTaps(log, 1, 0)
+    log = module.EventRows(MOST_EVENTS)
+    taps = module.JunctionHooks(log, 1, 0)
 
     def operands() -> tuple[Tensor, Tensor]:
         return leaf_x.view_as(leaf_x), leaf_f.view_as(leaf_f)

@@ -31,9 +31,9 @@ from _machine import keep_memory, processor
 from torch import nn
 
 import gradprobe
-from gradprobe.activations import select_modules
 from gradprobe.experiments.data import load
-from gradprobe.junctions import junction_modules
+from gradprobe.observers.activations import select_modules
+from gradprobe.observers.junctions import junction_modules
 
 BATCH = 64
 STEPS = 10  # of a round

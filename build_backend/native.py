@@ -110,9 +110,9 @@ def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
     # -z defs: a symbol that only libtorch_cuda has would keep the library from loading on a CPU wheel.
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-lc10", *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
     nvcc_flags = []
-    sources = _sources("csrc/register.cpp", "csrc/register_residual.cpp", "csrc/cpu/*.cpp")
+    sources = _sources("csrc/stable/register.cpp", "csrc/stable/register_residual.cpp", "csrc/cpu/*.cpp")
     if cuda is not None:
-        sources += _sources("csrc/register_cuda.cpp", "csrc/cuda/*.cu")
+        sources += _sources("csrc/stable/register_cuda.cpp", "csrc/cuda/*.cu")
         include += _system_includes(cuda.root / "include")
         defines += ["-DUSE_CUDA", "-DGRADPROBE_WITH_CUDA"]
         libraries = next((folder for folder in ("lib64", "lib") if (cuda.root / folder).is_dir()), "lib64")
@@ -135,7 +135,7 @@ def _hooks(torch: Torch, python_includes: list[Path]) -> Module:
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     flags = [*_CXX_FLAGS, "-DTORCH_EXTENSION_NAME=_hooks", "-Icsrc", *include]
-    sources = ["csrc/hooks.cpp", "csrc/signals.cpp", "csrc/cpu/grad_stats.cpp", "csrc/cpu/residual_add.cpp"]
+    sources = [*_sources("csrc/hooks/*.cpp"), "csrc/cpu/grad_stats.cpp", "csrc/cpu/residual_add.cpp"]
     return Module("gradprobe._hooks", _HOOKS_FILE, sources, flags, link)
 
 
@@ -165,7 +165,7 @@ def make_plan() -> Plan:
         return Plan([], info, cxx, None)
     cuda = None
     if "cuda" not in left_out:
-        if not (_sources("csrc/cuda/*.cu") and _sources("csrc/register_cuda.cpp")):
+        if not (_sources("csrc/cuda/*.cu") and _sources("csrc/stable/register_cuda.cpp")):
             info["cuda"] = "this source tree has no CUDA kernels"
         else:
             cuda, info["cuda"] = find_cuda()

@@ -7,31 +7,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradprobe import networks, nn
-    from gradprobe.coverage import Coverage
+    from gradprobe.diagnosis.findings import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
-    from gradprobe.findings import Finding
-    from gradprobe.flow import FlowReport, check_gradient_flow
-    from gradprobe.instrumentation import Instrumented, instrument
+    from gradprobe.nn.instrument import Instrumented, instrument
     from gradprobe.ops import STATS, backends, grad_stats
     from gradprobe.ops.residual import residual_add, residual_add_
-    from gradprobe.probe import Probe, attach
-    from gradprobe.signals import Activation, Junction
-    from gradprobe.snapshot import Snapshot
-    from gradprobe.stats import SiteStats
+    from gradprobe.probe.check import FlowReport, check_gradient_flow
+    from gradprobe.probe.coverage import Coverage
+    from gradprobe.probe.probe import Probe, attach
+    from gradprobe.snapshot.signals import Activation, Junction
+    from gradprobe.snapshot.snapshot import Snapshot
+    from gradprobe.snapshot.stats import SiteStats
 
 # Imported on first use: a report or a help text needs no torch.
 _HOMES = {
-    "gradprobe.coverage": ("Coverage",),
+    "gradprobe.probe.coverage": ("Coverage",),
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
-    "gradprobe.findings": ("Finding",),
-    "gradprobe.flow": ("FlowReport", "check_gradient_flow"),
-    "gradprobe.instrumentation": ("Instrumented", "instrument"),
+    "gradprobe.diagnosis.findings": ("Finding",),
+    "gradprobe.probe.check": ("FlowReport", "check_gradient_flow"),
+    "gradprobe.nn.instrument": ("Instrumented", "instrument"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),
     "gradprobe.ops.residual": ("residual_add", "residual_add_"),
-    "gradprobe.probe": ("Probe", "attach"),
-    "gradprobe.signals": ("Activation", "Junction"),
-    "gradprobe.snapshot": ("Snapshot",),
-    "gradprobe.stats": ("SiteStats",),
+    "gradprobe.probe.probe": ("Probe", "attach"),
+    "gradprobe.snapshot.signals": ("Activation", "Junction"),
+    "gradprobe.snapshot.snapshot": ("Snapshot",),
+    "gradprobe.snapshot.stats": ("SiteStats",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
-from gradprobe.nn import ResidualAdd
+from gradprobe.nn.residual import ResidualAdd
 
 Layout = Literal["cifar", "imagenet"]
 Norm = Literal["batch", "none"]

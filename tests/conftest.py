@@ -8,8 +8,7 @@ import torch
 from hypothesis import settings
 
 import gradprobe
-from gradprobe import activations, hooks, row_log
-from gradprobe.ops import residual
+from gradprobe.ops import libraries
 
 # A shared runner stalls now and then: time limits belong to benchmarks.
 settings.register_profile("gradprobe", deadline=None, print_blob=True)
@@ -27,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=["native", "python"])
 def any_hooks(request: pytest.FixtureRequest) -> str:
     """Runs a test with the C++ hooks and with their Python twin."""
-    if request.param == "native" and hooks.native_hooks()[0] is None:
-        pytest.skip(f"C++ hooks: {hooks.native_hooks()[1]}")
+    if request.param == "native" and libraries.native_hooks()[0] is None:
+        pytest.skip(f"C++ hooks: {libraries.native_hooks()[1]}")
     if request.param == "python":
         request.getfixturevalue("python_hooks")
     return str(request.param)
@@ -37,9 +36,7 @@ def any_hooks(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def python_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switches the C++ hooks off."""
-    for module in (hooks, row_log, activations):
-        monkeypatch.setattr(module, "native_hooks", lambda: (None, "switched off by a test"))
-    monkeypatch.setattr(residual, "_JOIN", None)
+    monkeypatch.setattr(libraries, "native_hooks", lambda: (None, "switched off by a test"))
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/half.h"
+#include "core/half.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "cpu/layout.h"
-#include "stats.h"
+#include "core/layout.h"
+#include "core/stats.h"
 
 #define GRADPROBE_PER_ISA "cpu/grad_stats_lanes.h"
 #include "cpu/each_isa.h"

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/layout.h"
-#include "stats.h"
+#include "core/layout.h"
+#include "core/stats.h"
 
 namespace gradprobe::cpu {
 

@@ -6,10 +6,10 @@
 #include <cstdint>
 
 #include "cpu/float_env.h"
-#include "cpu/half.h"
+#include "core/half.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "stats.h"
+#include "core/stats.h"
 
 #define GRADPROBE_PER_ISA "cpu/residual_loops.h"
 #include "cpu/each_isa.h"

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "stats.h"
+#include "core/stats.h"
 
 namespace gradprobe::cpu {
 

@@ -8,11 +8,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "chunks.h"
+#include "core/chunks.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/residual_add.h"
-#include "stats.h"
+#include "core/stats.h"
 
 namespace gradprobe::cpu {
 

@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/half.h"
+#include "core/half.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "cpu/layout.h"
+#include "core/layout.h"
 
 #define GRADPROBE_PER_ISA "cpu/scale_loops.h"
 #include "cpu/each_isa.h"

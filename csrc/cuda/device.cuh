@@ -9,8 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../chunks.h"
-#include "../stats.h"
+#include "../core/chunks.h"
+#include "../core/stats.h"
 #include "launch.h"
 
 namespace gradprobe::cuda {

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "../stats.h"
+#include "../core/stats.h"
 
 namespace gradprobe::cuda {
 

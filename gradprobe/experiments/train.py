@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import Dataset, augment
-from gradprobe.experiments.rows import EpochRow, JunctionRow, LayerRow
-from gradprobe.probe import attach
-from gradprobe.snapshot import Snapshot
+from gradprobe.probe.probe import attach
+from gradprobe.report.records import EpochRow, JunctionRow, LayerRow
+from gradprobe.snapshot.snapshot import Snapshot
 
 EVALUATION_BATCH = 128
 # Denormals are flushed only in an epoch whose first step has no site with a largest gradient between 0 and this: the

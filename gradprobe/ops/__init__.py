@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from gradprobe.errors import ArgumentError, BackendError
-from gradprobe.ops import native, reference, triton_kernels
+from gradprobe.ops import libraries, reference
 from gradprobe.ops.reference import FLOAT_DTYPES, STATS
 from gradprobe.ops.rows import merge_rows, norms, true_rows
 from gradprobe.ops.schemas import COUNT_IF, GRAD_STATS_INTO, SCALE
+from gradprobe.ops.triton import launcher as triton_launcher
 
 __all__ = [
     "STATS",
@@ -58,12 +59,12 @@ class Backend:
 
 _REFERENCE = Backend("reference", reference.grad_stats_into, reference.scale_)
 
-_TRITON = Backend("triton", triton_kernels.grad_stats_into, triton_kernels.scale_)
+_TRITON = Backend("triton", triton_launcher.grad_stats_into, triton_launcher.scale_)
 
 
 def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not torch.compiler.is_compiling():
-        module, _ = native.native_hooks()
+        module, _ = libraries.native_hooks()
         if module is not None and module.grad_stats_into(tensors, out):  # plain, on the CPU: needs no dispatcher
             return
     GRAD_STATS_INTO(tensors, out)
@@ -74,12 +75,12 @@ _NATIVE = Backend("native", _native_grad_stats_into, SCALE)
 
 def _native_reason(device_type: str) -> str:
     """Returns "ready" if the compiled part can serve the device type, else the reason why not."""
-    return native.parts().get(device_type, f"has no kernels for {device_type} tensors")
+    return libraries.parts().get(device_type, f"has no kernels for {device_type} tensors")
 
 
 def _triton_reason(device_type: str) -> str:
     """Returns "ready" if the Triton kernels can serve the device type, else the reason why not."""
-    return triton_kernels.unavailable(device_type) or "ready"
+    return triton_launcher.unavailable(device_type) or "ready"
 
 
 # In the order of preference. The reference serves every device.
@@ -101,7 +102,7 @@ def backends() -> dict[str, str]:
         >>> backends()["reference"]
         'ready'
     """
-    parts = native.parts()
+    parts = libraries.parts()
     if parts["cpu"] == parts["cuda"]:
         of_native = parts["cpu"]
     elif parts["cpu"] == "ready":

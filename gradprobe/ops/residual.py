@@ -39,9 +39,9 @@ from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
 from gradprobe.errors import ArgumentError
-from gradprobe.ops import native
-from gradprobe.ops import residual_kernels as kernels
-from gradprobe.ops.differentiable import (
+from gradprobe.ops import libraries
+from gradprobe.ops import residual_reference as kernels
+from gradprobe.ops.autograd import (
     autograd_kernel,
     below_autograd,
     count_writes,
@@ -193,7 +193,7 @@ _library = torch.library.Library("gradprobe", "FRAGMENT")
 for _schema in SCHEMAS:
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 register(_library)
-native.parts()  # the kernels of the compiled part, if there is one, take the place of the reference
+libraries.parts()  # the kernels of the compiled part, if there is one, take the place of the reference
 
 RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = torch.ops.gradprobe.residual_add.default
 RESIDUAL_ADD_STATS: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = (
@@ -204,10 +204,6 @@ RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Ten
 )
 RESIDUAL_BRANCH_STATS: Callable[[Tensor, Tensor], Tensor] = torch.ops.gradprobe.residual_branch_stats.default
 RESIDUAL_ADD_: Callable[[Tensor, Tensor, bool], None] = torch.ops.gradprobe.residual_add_.default
-
-# Past the dispatcher, in C++: None where an operator has to see the call.
-_HOOKS, _ = native.native_hooks()
-_JOIN: Callable[[Tensor, Tensor, bool], Tensor | None] | None = None if _HOOKS is None else _HOOKS.residual_add
 
 
 def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
@@ -238,9 +234,10 @@ def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
         >>> y.tolist(), x.grad.tolist()
         ([2.0, 0.0], [1.0, 0.0])
     """
-    if _JOIN is not None and not torch.compiler.is_compiling():
-        joined: Tensor | None = _JOIN(x, f, relu)
-        if joined is not None:
+    if not torch.compiler.is_compiling():
+        hooks, _ = libraries.native_hooks()
+        joined: Tensor | None = None if hooks is None else hooks.residual_add(x, f, relu)
+        if joined is not None:  # else an operator has to see the call
             return joined
     _check_arguments(x, f)
     if x.dtype != f.dtype:

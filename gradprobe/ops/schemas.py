@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradprobe.ops import reference
-from gradprobe.ops.differentiable import count_writes
+from gradprobe.ops.autograd import count_writes
 from gradprobe.ops.reference import STATS
 
 SCHEMAS = (

@@ -24,7 +24,7 @@ from gradprobe.report.drawing import (
     png,
 )
 from gradprobe.report.palette import Palette
-from gradprobe.report.rows import SweepRun
+from gradprobe.report.records import SweepRun
 from gradprobe.report.spread import Spread, median
 from gradprobe.report.summary import Moment, NetSummary, Sharing, Summary, summarise
 from gradprobe.report.words import number

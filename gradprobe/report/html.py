@@ -12,7 +12,7 @@ from gradprobe.report.charts import error_chart, gradient_chart, hidden_junction
 from gradprobe.report.drawing import NARROW, THIRDS, WIDE, Chart, svg
 from gradprobe.report.palette import Palette
 from gradprobe.report.paper import PAPER, PaperTable, tables_beside
-from gradprobe.report.rows import SweepRun
+from gradprobe.report.records import SweepRun
 from gradprobe.report.spread import MARGIN, SINGLE_SEED_MARGIN
 from gradprobe.report.style import document
 from gradprobe.report.summary import (

@@ -28,7 +28,7 @@ _CAPTION = (
 
 
 class RemedyCell(Protocol):
-    """One remedy on one net, as `gradprobe.experiments.remedies.Cell` has it."""
+    """One remedy on one net, as `gradprobe.experiments.remedies.run.Cell` has it."""
 
     @property
     def remedy(self) -> str:

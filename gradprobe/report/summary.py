@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gradprobe.diagnose import flow_verdict
+from gradprobe.diagnosis.diagnose import flow_verdict
 from gradprobe.report.comparison import Comparison, Errors, Learning, Rise
-from gradprobe.report.rows import CellRow, EpochRow, JunctionRow, LayerRow, SweepRun
+from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.spread import Spread, median
 
 DONE = "done"
@@ -107,7 +107,7 @@ class Sharing:
 class CellResult:
     """One cell and its epochs by number."""
 
-    cell: CellRow
+    cell: Cell
     epochs: Mapping[int, EpochRow]
 
     @property

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gradprobe.errors import StoreError
 from gradprobe.report.paper import beside_the_paper
-from gradprobe.report.rows import SweepRun
+from gradprobe.report.records import SweepRun
 from gradprobe.report.spread import Spread
 from gradprobe.report.summary import (
     DEGRADED,
@@ -26,7 +26,7 @@ from gradprobe.report.summary import (
     summarise,
 )
 from gradprobe.report.words import explain, headline, number, percent, shortcuts
-from gradprobe.strict_json import strict
+from gradprobe.snapshot.export import strict
 
 _STYLES = {
     "healthy": "green",

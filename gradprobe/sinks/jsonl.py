@@ -8,9 +8,9 @@ from os import PathLike
 from pathlib import Path
 
 from gradprobe.errors import StoreError
-from gradprobe.snapshot import Snapshot
-from gradprobe.stats import COLUMNS
-from gradprobe.strict_json import strict
+from gradprobe.snapshot.export import strict
+from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.snapshot.stats import COLUMNS
 
 
 def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> None:

@@ -1,0 +1,112 @@
+// One pass of the CPU kernels over many tensors, on torch's thread pool. No tensors here: views of them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/chunks.h"
+#include "cpu/float_env.h"
+#include "cpu/kernels.h"
+#include "core/layout.h"
+#include "core/stats.h"
+
+namespace gradprobe::cpu {
+
+// Below this many elements in all, waking other threads costs more than they bring.
+inline constexpr int64_t kSerialNumel = 65536;
+// What starting on a tensor costs, in elements.
+inline constexpr int64_t kTensorNumel = 256;
+
+// The tensors of a pass, and their chunks.
+class Work {
+ public:
+  explicit Work(int64_t n_tensors) {
+    views_.reserve(n_tensors);
+    first_chunk_.reserve(n_tensors + 1);
+    first_chunk_.push_back(0);
+  }
+
+  // Tensor number views().size(). `dims` as reduce_dims gives them where the tensor is not contiguous, else null.
+  void add(const void* data, Dtype dtype, int64_t numel, const Dims* dims = nullptr) {
+    // Kept apart: views point to it.
+    const bool is_needed = dims != nullptr && !dims->dense();
+    const Dims* kept = is_needed ? dims_.emplace_back(std::make_unique<Dims>(*dims)).get() : nullptr;
+    views_.push_back({data, dtype, numel, kept});
+    first_chunk_.push_back(n_chunks() + count_chunks(numel, kChunkNumel));
+    cost_numel_ += numel + kTensorNumel;
+  }
+
+  const std::vector<View>& views() const { return views_; }
+  int64_t n_tensors() const { return static_cast<int64_t>(views_.size()); }
+  int64_t first_chunk(int64_t k) const { return first_chunk_[k]; }  // k up to and with n_tensors()
+  int64_t n_chunks() const { return first_chunk_.back(); }
+
+  // Calls each(chunk_number, chunk) for every chunk, on torch's threads, with an `Environment` alive on each. A thread
+  // has a share of the chunks, and takes from the others' when it is done; what a chunk is does not depend on that.
+  template <typename Environment, typename Each>
+  void for_each_chunk(const Each& each) const {
+    const auto run = [&](int64_t begin, int64_t end) {
+      const Environment environment;
+      int64_t k = find_tensor(first_chunk_.data(), n_tensors(), begin);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        while (first_chunk_[k + 1] <= chunk) ++k;
+        each(chunk, chunk_range(k, views_[k].numel, first_chunk_[k], chunk, kChunkNumel));
+      }
+    };
+    if (n_chunks() == 0) return;
+    const int64_t n_threads = torch::stable::get_num_threads();
+    if (n_threads == 1 || n_chunks() == 1 || cost_numel_ <= kSerialNumel) return run(0, n_chunks());
+    const int64_t batch = std::max<int64_t>(1, n_chunks() * kChunkNumel / cost_numel_);
+    // Its own share is what torch's operators have left in the caches of a thread, where they have just written a
+    // tensor.
+    std::vector<Share> shares(n_threads);
+    for (int64_t t = 0; t < n_threads; ++t) {
+      shares[t].next = n_chunks() * t / n_threads;
+      shares[t].end = n_chunks() * (t + 1) / n_threads;
+    }
+    torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t k = 0; k < n_threads; ++k) {
+          Share& share = shares[(t + k) % n_threads];
+          for (int64_t at; (at = share.next.fetch_add(batch, std::memory_order_relaxed)) < share.end;) {
+            run(at, std::min(at + batch, share.end));
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+
+  std::vector<View> views_;
+  std::vector<std::unique_ptr<const Dims>> dims_;
+  std::vector<int64_t> first_chunk_;
+  int64_t cost_numel_ = 0;
+};
+
+// Writes the raw rows [n_tensors, kStats] of a pass.
+inline void grad_stats(const Work& work, double* rows) {
+  const Isa isa = best_isa();
+  std::vector<Stats> partials(work.n_chunks());
+  work.for_each_chunk<FloatEnvironment>([&](int64_t number, const Chunk& chunk) {
+    partials[number] = chunk_stats(work.views()[chunk.tensor], chunk.begin, chunk.end, isa);
+  });
+  const FloatEnvironment environment;
+  for (int64_t k = 0; k < work.n_tensors(); ++k) {
+    Stats stats = identity();
+    for (int64_t chunk = work.first_chunk(k); chunk < work.first_chunk(k + 1); ++chunk)
+      stats = merge(stats, partials[chunk]);
+    finish(stats, rows + k * kStats);
+  }
+}
+
+}  // namespace gradprobe::cpu

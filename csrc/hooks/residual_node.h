@@ -1,0 +1,220 @@
+// The junction of a residual block as a function of C++ autograd: one pass forward, one backward, and past torch's
+// dispatcher, which takes longer than the kernels of a small junction. Where something else than plain tensors and
+// plain autograd is at work, it leaves the call to the operators.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu/residual_pass.h"
+#include "hooks/plain_tensor.h"
+
+namespace gradprobe {
+
+namespace autograd = torch::autograd;
+
+// What a junction tells the one who observes it, backward: the gradient that came in, the one that goes to both
+// operands, their raw rows, and whether this backward goes on to x.
+class Observer {
+ public:
+  virtual ~Observer() = default;
+  virtual bool wants_gradient() const = 0;
+  virtual void on_gradient(const at::Tensor& incoming, const double* incoming_row, const at::Tensor& gradient,
+                           const double* gradient_row, bool reaches_x) = 0;
+};
+
+// x, f -> x + f, or max(x + f, 0).
+class ResidualAddBackward final : public autograd::Node {
+ public:
+  std::string name() const override { return "ResidualAddBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    y_.reset_data();
+  }
+
+  autograd::variable_list apply(autograd::variable_list&& gradients) override {
+    const at::Tensor& incoming = gradients[0];
+    if (!incoming.defined()) return {at::Tensor(), at::Tensor()};
+    const bool is_observed = observer && observer->wants_gradient();
+    Rows rows;
+    bool has_rows = false;
+    // One tensor serves both branches: autograd copies before it adds to what it does not own.
+    at::Tensor gradient = incoming;
+    if (relu) {
+      const at::Tensor y = saved_y();
+      has_rows = is_observed && is_simple(incoming, y);
+      gradient = is_simple(incoming, y) ? masked(incoming, y, has_rows ? &rows : nullptr) : mask(incoming, y);
+    }
+    if (is_observed && (has_rows || take_rows(incoming, gradient, rows))) {
+      // detached only where a second derivative is wanted: as the same object, the next hook knows it again
+      const at::Tensor kept = gradient.requires_grad() ? gradient.detach() : gradient;
+      observer->on_gradient(incoming, rows[0], kept, rows[1], task_should_compute_output(0));
+    }
+    return {gradient, gradient};
+  }
+
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& arguments) const override {
+    arguments.collect(y_, true);
+    arguments.collect(relu);
+  }
+
+  autograd::variable_list apply_with_saved(const autograd::variable_list& gradients,
+                                           torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    namespace compiled = torch::dynamo::autograd;
+    saved.before(y_);
+    std::vector<c10::IValue> arguments;
+    if (relu) arguments.emplace_back(y_.unpack(getptr()));
+    const auto& compiler = compiled::getPyCompilerInterface();
+    const std::string function =
+        compiler->bind_function(saved.get_py_compiler(), name(), apply_functional,
+                                std::vector<at::TypePtr>(arguments.size(), at::TensorType::get()),
+                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto metadata = compiled::IValuePacker<std::vector<std::optional<autograd::InputMetadata>>>::pack(
+        compiled::get_input_metadata(next_edges()));
+    autograd::variable_list result =
+        compiler->call_function(saved.get_py_compiler(), "apply_functional", function, gradients, arguments, metadata);
+    saved.after(y_);
+    return result;
+  }
+
+  void save(const at::Tensor& y) { y_ = autograd::SavedVariable(y, /*is_output=*/true); }
+
+  bool relu = false;
+  std::shared_ptr<Observer> observer;
+
+ private:
+  at::Tensor saved_y() {
+    const std::lock_guard<std::mutex> lock(mutex_);  // another thread may release it
+    return y_.unpack(getptr());
+  }
+
+  // What compiled autograd traces: y is the argument where there is a ReLU. Nothing is observed there.
+  static autograd::variable_list apply_functional(const autograd::variable_list& gradients,
+                                                  const std::vector<c10::IValue>& arguments) {
+    const at::Tensor& incoming = gradients[0];
+    if (!incoming.defined() || arguments.empty()) return {incoming, incoming};
+    const at::Tensor gradient = mask(incoming, arguments[0].toTensor());
+    return {gradient, gradient};
+  }
+
+  static at::Tensor mask(const at::Tensor& incoming, const at::Tensor& y) {
+    static const auto operation = c10::Dispatcher::singleton()
+                                      .findSchemaOrThrow("gradprobe::residual_add_backward", "")
+                                      .typed<at::Tensor(const at::Tensor&, const at::Tensor&)>();
+    return operation.call(incoming, y);
+  }
+
+  using Rows = double[2][kStats];  // of the gradient that comes in and of the one that goes out
+
+  // Whether the fused pass may take the place of the operator.
+  static bool is_simple(const at::Tensor& incoming, const at::Tensor& y) {
+    return !is_watched() && !at::GradMode::is_enabled() && is_plain(incoming) && is_plain(y) &&
+           incoming.scalar_type() == y.scalar_type() && incoming.sizes() == y.sizes() &&
+           incoming.strides() == y.strides();
+  }
+
+  // The gradient where y lets it through, and both rows unless `rows` is null. Only where that is simple.
+  static at::Tensor masked(const at::Tensor& incoming, const at::Tensor& y, Rows* rows) {
+    at::Tensor gradient = at::detail::empty_strided_cpu(y.sizes(), y.strides(), y.scalar_type());
+    const int64_t numel = y.numel();
+    cpu::Partials partials(rows == nullptr ? 0 : numel, 2);
+    cpu::mask(*dtype_of(y), incoming.const_data_ptr(), y.const_data_ptr(), gradient.mutable_data_ptr(), numel,
+              rows == nullptr ? nullptr : &partials);
+    if (rows != nullptr) {
+      partials.finish_row(0, (*rows)[0]);
+      partials.finish_row(1, (*rows)[1]);
+    }
+    return gradient;
+  }
+
+  static bool take_rows(const at::Tensor& incoming, const at::Tensor& gradient, Rows& rows) {
+    if (!take_row(incoming, rows[0])) return false;
+    if (!gradient.is_same(incoming)) return take_row(gradient, rows[1]);
+    std::copy_n(rows[0], kStats, rows[1]);
+    return true;
+  }
+
+  static bool take_row(const at::Tensor& tensor, double* row) {
+    const at::Tensor values = tensor.is_neg() ? tensor.resolve_neg() : tensor;
+    cpu::Work work(1);
+    if (!add_to(work, values)) return false;
+    cpu::grad_stats(work, row);
+    return true;
+  }
+
+  autograd::SavedVariable y_;
+};
+
+// Whether two operands are walked in one order, and torch's add would give the sum their strides: as in empty_sum of
+// residual_layout.h.
+inline bool is_simple_pair(const at::Tensor& x, const at::Tensor& f) {
+  if (!is_plain(x) || !is_plain(f) || x.scalar_type() != f.scalar_type() || x.sizes() != f.sizes() || x.numel() == 0 ||
+      x.is_inference() || f.is_inference() || !dtype_of(x)) {
+    return false;
+  }
+  if (x.is_contiguous() && f.is_contiguous()) return true;
+  if (x.strides() != f.strides()) return false;
+  const auto sizes = x.sizes();
+  const bool is_ambiguous = (x.dim() == 4 || x.dim() == 5) && std::find(sizes.begin(), sizes.end(), 1) != sizes.end();
+  return !is_ambiguous && cpu::reduce_dims(sizes.data(), x.strides().data(), x.dim()).dense();
+}
+
+// torch 2.13 and newer count references to a node in the node itself, older ones beside it.
+template <typename NodePtr, typename Made>
+NodePtr owner_of(Made* node) {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<autograd::Node>>) {
+    return NodePtr(node);
+  } else {
+    return NodePtr::unsafe_steal_from_new(node);
+  }
+}
+
+// y = x + f, or max(x + f, 0), recorded for autograd; its raw row where `row` is not null. Only for a simple pair. Lets
+// the GIL go where the caller holds it.
+inline at::Tensor residual_add(const at::Tensor& x, const at::Tensor& f, bool relu, double* row,
+                               std::shared_ptr<Observer> observer) {
+  RECORD_FUNCTION("gradprobe::residual_add", std::vector<c10::IValue>({x, f, relu}));
+  using NodePtr = std::remove_cvref_t<decltype(x.grad_fn())>;
+  NodePtr node;
+  if (at::GradMode::is_enabled() && (x.requires_grad() || f.requires_grad())) {
+    auto* made = new ResidualAddBackward();
+    node = owner_of<NodePtr>(made);
+    made->set_next_edges(autograd::collect_next_edges(x, f));
+    made->relu = relu;
+    made->observer = std::move(observer);
+  }
+  at::Tensor y = x.is_contiguous() ? at::detail::empty_cpu(x.sizes(), x.scalar_type())
+                                   : at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type());
+  {
+    const pybind11::gil_scoped_release no_gil;
+    cpu::Partials partials(row == nullptr ? 0 : x.numel(), 1);
+    cpu::join(*dtype_of(x), x.const_data_ptr(), f.const_data_ptr(), y.mutable_data_ptr(), x.numel(), relu,
+              row == nullptr ? nullptr : &partials);
+    if (row != nullptr) partials.finish_row(0, row);
+  }
+  if (node) {
+    autograd::set_history(y, node);
+    if (relu) static_cast<ResidualAddBackward*>(node.get())->save(y);
+  }
+  return y;
+}
+
+}  // namespace gradprobe

@@ -1,0 +1,93 @@
+// Reading and checking the operators' arguments, alike for every device.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_aten.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "core/layout.h"
+#include "core/stats.h"
+
+namespace gradprobe {
+
+// Owns the handles of a Tensor[] argument.
+class TensorList {
+ public:
+  explicit TensorList(StableIValue argument) : list_(torch::stable::detail::to<StableListHandle>(argument)) {
+    size_t size = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &size));
+    handles_.reserve(size);
+    for (size_t k = 0; k < size; ++k) {
+      StableIValue element;
+      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, k, &element));
+      handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
+    }
+  }
+  ~TensorList() {
+    for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+    torch_delete_list(list_);
+  }
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+
+  int64_t size() const { return static_cast<int64_t>(handles_.size()); }
+  AtenTensorHandle operator[](int64_t k) const { return handles_[k]; }
+
+ private:
+  StableListHandle list_;
+  std::vector<AtenTensorHandle> handles_;
+};
+
+// The element type of an argument. `index`: of the tensor in a list, if it is in one.
+inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
+  if (dtype == aoti_torch_dtype_float32()) return cpu::Dtype::kFloat32;
+  if (dtype == aoti_torch_dtype_float16()) return cpu::Dtype::kFloat16;
+  if (dtype == aoti_torch_dtype_bfloat16()) return cpu::Dtype::kBFloat16;
+  if (dtype == aoti_torch_dtype_float64()) return cpu::Dtype::kFloat64;
+  STD_TORCH_CHECK(false, name, index < 0 ? "" : "[" + std::to_string(index) + "]",
+                  ": needed a dtype of float16, bfloat16, float32, float64, got ",
+                  torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(dtype)));
+}
+
+// The dimensions of a tensor as its memory is walked.
+inline cpu::Dims dims_of(AtenTensorHandle tensor) {
+  int64_t n_dims = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor, &n_dims));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor, &sizes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor, &strides));
+  return cpu::reduce_dims(sizes, strides, n_dims);
+}
+
+// Checks that `out` can take the rows of n_tensors tensors, its device apart.
+inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
+  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Double, "out: needed dtype float64, got ",
+                  torch::headeronly::toString(out.scalar_type()));
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n_tensors && out.size(1) == kStats, "out: needed shape [", n_tensors,
+                  ", ", kStats, "], got ",
+                  out.dim() == 2 ? "[" + std::to_string(out.size(0)) + ", " + std::to_string(out.size(1)) + "]"
+                                 : std::to_string(out.dim()) + " dimensions");
+  STD_TORCH_CHECK(out.is_contiguous(), "out: needed contiguous rows, got strides [", out.stride(0), ", ", out.stride(1),
+                  "]");
+}
+
+// Tells autograd that a tensor is being written, which the stable ABI has no call for: torch's own in-place operation
+// on none of the elements raises the version that all views of the memory share, and launches nothing.
+inline void count_write(const torch::stable::Tensor& written) {
+  AtenTensorHandle none = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_narrow(written.get(), 0, 0, 0, &none));
+  const torch::stable::Tensor view(none);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(view.get()));
+}
+
+}  // namespace gradprobe

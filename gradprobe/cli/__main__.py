@@ -1,0 +1,5 @@
+"""`python -m gradprobe.cli`, the same as the installed command."""
+
+from gradprobe.cli.commands import main
+
+main()

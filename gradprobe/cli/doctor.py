@@ -1,0 +1,78 @@
+"""What is installed and what works here, and what it costs where something does not."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from gradprobe import ops
+from gradprobe.ops import libraries
+
+_COSTS = {
+    "native": "statistics run as plain torch operations in float64, several passes over each gradient",
+    "triton": "on a GPU without the native part, statistics run as plain torch operations",
+    "hooks": "hooks run in Python, one call for each parameter and backward",
+}
+_COST_OF_NO_CUDA = "nothing on the CPU; on a GPU, Triton or plain torch operations serve"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The state of this installation; prints as a table.
+
+    Attributes:
+        versions: Package or program to version.
+        parts: Part of gradprobe to "ready" or the reason why not.
+        costs: Part that is not ready to what that costs.
+    """
+
+    versions: dict[str, str]
+    parts: dict[str, str]
+    costs: dict[str, str]
+
+    def as_dict(self) -> dict[str, dict[str, str]]:
+        """Gives the state as plain data."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("what", "state", "what it costs", title="gradprobe doctor", title_justify="left")
+        for name, value in self.versions.items():
+            table.add_row(name, value, "")
+        table.add_section()
+        for name, state in self.parts.items():
+            style = "green" if state == "ready" else "yellow"
+            table.add_row(name, f"[{style}]{state}[/]", self.costs.get(name, ""))
+        yield table
+
+
+def doctor() -> Diagnosis:
+    """Looks at this installation.
+
+    Returns:
+        Versions, and the state of each part.
+
+    Example:
+        >>> doctor().parts["reference"]
+        'ready'
+    """
+    versions = {name: _version(name) for name in ("gradprobe", "torch", "triton", "numpy")}
+    versions["python"] = platform.python_version()
+    versions["cuda of torch"] = torch.version.cuda or "none"
+    versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    parts = {**ops.backends(), "hooks": libraries.native_hooks()[1]}
+    costs = {name: _COSTS[name] for name, state in parts.items() if state != "ready"}
+    if parts["native"].startswith("ready for cpu"):
+        costs["native"] = _COST_OF_NO_CUDA
+    return Diagnosis(versions, parts, costs)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

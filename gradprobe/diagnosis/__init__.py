@@ -1,0 +1,1 @@
+"""Verdicts from snapshots. Needs no torch."""

@@ -1,0 +1,79 @@
+"""What the experiments share: a progress bar, checks of seeds, one thread for small networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gradprobe.errors import ArgumentError
+
+
+def bar(console: Console | None) -> Progress:
+    """Makes a bar with the share that is done, the time that passed and is left, and what was trained last.
+
+    Args:
+        console: where to draw it; None, or one that is no terminal, draws nothing.
+
+    Returns:
+        The bar, to be used in a ``with`` statement; it has no task yet.
+
+    Example:
+        >>> with bar(None) as progress:
+        ...     task = progress.add_task("", total=2)
+        ...     progress.update(task, advance=1, description="plain-20: epoch 1")
+    """
+    quiet = console is None or not console.is_terminal
+    # The speed is taken over many epochs, since those of different nets take different times.
+    return Progress(
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(quiet=True) if quiet else console,
+        disable=quiet,
+        speed_estimate_period=600.0,
+    )
+
+
+def check_seeds(name: str, seeds: Iterable[int]) -> None:
+    """Refuses what is no seed.
+
+    Args:
+        name: of the argument.
+        seeds: what came.
+
+    Raises:
+        ArgumentError: one is not a whole number from 0 to 2^32 - 1.
+
+    Example:
+        >>> check_seeds("seeds", [0, 2**32 - 1])
+    """
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ArgumentError(f"{name}: needed a whole number from 0 to 2^32 - 1, got {seed!r}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute on one thread inside the block; it has as many as before at the end.
+
+    Example:
+        >>> before = torch.get_num_threads()
+        >>> with one_thread():
+        ...     torch.get_num_threads()
+        1
+        >>> torch.get_num_threads() == before
+        True
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

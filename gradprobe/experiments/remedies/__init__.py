@@ -1,0 +1,1 @@
+"""Compares remedies: initialisation, normalisation, clipping and shortcuts."""

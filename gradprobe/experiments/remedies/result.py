@@ -1,0 +1,185 @@
+"""The matrix of remedies: its cells, what follows from them, and how it prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from gradprobe.diagnosis.diagnose import Verdict
+from gradprobe.experiments.remedies.networks import CHANNELS, GROUPS, WIDTH
+from gradprobe.report.words import number
+
+BATCH_SIZE = 64
+MAX_NORM = 1.0
+# A loss counts as fallen when it is below this share of the start and of what a constant answer reaches: a net whose
+# gradients arrive at the last layer only learns the constant answer.
+FELL_SHARE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One remedy on one net; norms are geometric means over the seeds.
+
+    Attributes:
+        remedy: parts of `PARTS` with + between.
+        activation: of every hidden layer.
+        depth: weight layers.
+        norms: of each weight's gradient at initialisation, from the input to the loss; after clipping where that is
+            part of the remedy. Zero where one seed's is zero.
+        total_norm: of the gradient of all parameters, at initialisation.
+        factor: of the norm per hidden layer towards the input, of a line through the log-norms; NaN where there is
+            none.
+        std_error: of the factor.
+        theory: the factor for wide layers and groups; None where there is no prediction.
+        verdict: of the gradient, the junctions and the loss at initialisation; the gravest of the seeds.
+        start_loss: over the training set, the mean over the seeds; normalised by each batch.
+        final_loss: the same after training.
+        n_fell: seeds whose loss fell.
+        nan_after: for each seed whose loss became NaN or infinite, the steps that it had done by then.
+    """
+
+    remedy: str
+    activation: str
+    depth: int
+    norms: tuple[float, ...]
+    total_norm: float
+    factor: float
+    std_error: float
+    theory: float | None
+    verdict: Verdict
+    start_loss: float
+    final_loss: float
+    n_fell: int
+    nan_after: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The first over the last norm; NaN where the last is zero."""
+        return self.norms[0] / self.norms[-1] if self.norms[-1] else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Remedies:
+    """What `remedies` found; prints as one table with what follows from it.
+
+    Attributes:
+        data: what the nets were trained on, in a line.
+        layers: ``"linear"`` or ``"conv"``.
+        seeds: of weights and order of the images.
+        steps: for which each net was trained.
+        learning_rate: of SGD with momentum.
+        momentum: of it.
+        weight_decay: of it.
+        constant_loss: of the best answer that makes no use of the image.
+        cells: for each activation and depth all remedies.
+    """
+
+    data: str
+    layers: str
+    seeds: tuple[int, ...]
+    steps: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    constant_loss: float
+    cells: tuple[Cell, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Gives the result as plain data, with the ratios and the conclusions."""
+        cells = [{**asdict(cell), "ratio": cell.ratio} for cell in self.cells]
+        return {**asdict(self), "cells": cells, "conclusions": list(self.conclusions)}
+
+    def of(self, remedy: str, activation: str, depth: int) -> Cell | None:
+        """Finds a cell, None where it was not asked for."""
+        wanted = (remedy, activation, depth)
+        return next((one for one in self.cells if (one.remedy, one.activation, one.depth) == wanted), None)
+
+    @property
+    def conclusions(self) -> tuple[str, ...]:
+        """What the numbers say, in sentences."""
+        sentences = []
+        nets = list(dict.fromkeys((cell.activation, cell.depth) for cell in self.cells))
+        whole = [
+            remedy
+            for remedy in dict.fromkeys(cell.remedy for cell in self.cells)
+            if all(cell.n_fell == len(self.seeds) for cell in self.cells if cell.remedy == remedy)
+        ]
+        sentences.append(
+            f"The loss fell on all {len(nets)} nets and with every seed with: {', '.join(whole)}."
+            if whole
+            else f"No remedy let the loss fall on all {len(nets)} nets with every seed."
+        )
+        pairs = [(cell, self._unclipped(cell)) for cell in self.cells]
+        clipped = [(cell, twin) for cell, twin in pairs if twin is not None and math.isfinite(cell.ratio)]
+        if clipped:
+            changes = [abs(cell.ratio / twin.ratio - 1) if twin.ratio else 0.0 for cell, twin in clipped]
+            cell, twin = max(clipped, key=lambda pair: pair[1].total_norm)
+            text = (
+                f"Clipping changes first/last by {max(changes):.1g} of it at most, and the total norm from "
+                f"{number(twin.total_norm)} to {number(cell.total_norm)} ({cell.remedy}, {cell.activation}, "
+                f"{cell.depth} layers)"
+            )
+            same = max(changes) < 1e-6
+            sentences.append(text + (": it changes the size of the step, not the ratio over depth." if same else "."))
+        told = [cell for cell in self.cells if cell.theory is not None and math.isfinite(cell.factor)]
+        if told:
+            worst = max(told, key=lambda cell: abs(cell.factor - (cell.theory or 0.0)))
+            sentences.append(
+                f"The factor per layer is at most {abs(worst.factor - (worst.theory or 0.0)):.2f} from that of theory, "
+                f"which is for wide layers and groups and for large batches ({worst.remedy}, {worst.activation}, "
+                f"{worst.depth} layers: {worst.factor:.2f}, theory {worst.theory:.2f})."
+            )
+        return tuple(sentences)
+
+    def _unclipped(self, cell: Cell) -> Cell | None:
+        parts = cell.remedy.split("+")
+        if "clipping" not in parts:
+            return None
+        return self.of("+".join(part for part in parts if part != "clipping") or "none", cell.activation, cell.depth)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table("remedy", "at the start", title="Remedies, at initialisation and after a short training")
+        table.title_justify = "left"
+        for head in ("first", "first/last", "per layer", "theory", "loss", "after", "fell", "NaN"):
+            table.add_column(head, justify="right", no_wrap=True)
+        net = ""
+        for cell in self.cells:
+            name = f"{cell.activation}, {cell.depth} layers"
+            if name != net:
+                table.add_section()
+                table.add_row(Text(name, style="bold"))
+                net = name
+            std_error = "" if math.isnan(cell.std_error) else f" ± {cell.std_error:.3f}"
+            table.add_row(
+                cell.remedy,
+                Text(cell.verdict, style="green" if cell.verdict == "healthy" else "bold red"),
+                number(cell.norms[0]),
+                number(cell.ratio),
+                "–" if math.isnan(cell.factor) else f"{cell.factor:.3f}{std_error}",
+                "–" if cell.theory is None else f"{cell.theory:.3f}",
+                number(cell.start_loss),
+                number(cell.final_loss),
+                f"{cell.n_fell}/{len(self.seeds)}",
+                ", ".join(map(str, cell.nan_after)) or "–",
+            )
+        yield table
+        nets = f"3x3 convolutions, {CHANNELS} channels" if self.layers == "conv" else f"fully connected, width {WIDTH}"
+        yield Text(
+            f"{self.data}; {nets}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} steps of SGD "
+            f"{self.learning_rate:g} with momentum {self.momentum:g}, weight decay {self.weight_decay:g}; clipping to "
+            f"{MAX_NORM:g}; groupnorm over {GROUPS} groups; without xavier or he, weights start as PyTorch starts "
+            "them. first, first/last: norm of the weight gradient next to the input, and over that next to the loss; "
+            "per layer: its factor towards the input, least squares over the hidden layers, ± standard error; theory: "
+            "the same in a plain fully connected net of wide layers and groups; fell: seeds whose loss ended below "
+            f"{FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, that of a constant answer; NaN: steps done "
+            "before the loss became NaN or infinite."
+        )
+        yield Text(
+            f"For scale: a factor of 0.5 per layer leaves 0.5^20 = {0.5**20:.1e} after 20 layers, one of 2 makes "
+            f"2^20 = {2**20:,}."
+        )
+        yield from (Text(sentence) for sentence in self.conclusions)

@@ -1,0 +1,1 @@
+"""Trains plain and residual networks by depth, and stores what happened."""

@@ -1,0 +1,182 @@
+"""The degradation sweep: trains every network of families x depths x seeds, into one file from which it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gradprobe import networks
+from gradprobe.errors import ArgumentError, StoreError
+from gradprobe.experiments import DEFAULT_EPOCHS
+from gradprobe.experiments.common import bar, check_seeds
+from gradprobe.experiments.data import Dataset, load
+from gradprobe.experiments.sweep import engines
+from gradprobe.experiments.sweep.store import RunWriter, start_run
+from gradprobe.experiments.train import EpochResult, Recipe, build
+from gradprobe.report.records import Cell
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+
+def sweep(
+    *,
+    out: str | Path,
+    data: str = "digits",
+    families: Sequence[str] = networks.FAMILIES,
+    depths: Sequence[int] = (20, 56),
+    seeds: Sequence[int] = (0,),
+    epochs: int = DEFAULT_EPOCHS,
+    batch_size: int | None = None,
+    jobs: int | None = None,
+    engine: str = "local",
+    console: Console | None = None,
+) -> Path:
+    """Trains the cells that the file does not have yet; a sweep that was cut at any moment goes on where it was.
+
+    Each cell trains on one thread and gives the same numbers whatever the number of jobs, and however often it was cut.
+
+    Args:
+        out: the SQLite file.
+        data: see `gradprobe.experiments.data.load`.
+        families: some of ``"plain"`` and ``"resnet"``.
+        depths: depths of `gradprobe.networks`.
+        seeds: whole numbers from 0 to 2^32 - 1.
+        epochs: passes over the training set; He et al. train for about 164.
+        batch_size: images per step; by default 64 for digits, else 128 as in the paper; all of them where there are
+            fewer.
+        jobs: cells that train at the same time; by default one per CPU.
+        engine: ``"local"`` (processes of this machine) or ``"ray"``.
+        console: where to draw the progress bar; None draws none. A console that is no terminal stays quiet.
+
+    Returns:
+        The file, for `gradprobe.experiments.sweep.store.open_run`.
+
+    Raises:
+        ArgumentError: an option is not one of those above; the message lists what there is.
+        StoreError: the file cannot be used; see `gradprobe.experiments.sweep.store.start_run`.
+        BackendError: the engine is not installed.
+        GradprobeError: a cell failed; what was recorded stays.
+
+    Source:
+        He et al. 2015, section 4.2.
+    """
+    families, depths, seeds = _checked("families", families), _checked("depths", depths), _checked("seeds", seeds)
+    check_seeds("seeds", seeds)
+    if jobs is not None and jobs < 1:
+        raise ArgumentError(f"jobs: needed at least 1, got {jobs}")
+    if engine not in engines.ENGINES:
+        raise ArgumentError(f"engine: needed one of {', '.join(engines.ENGINES)}, got {engine!r}")
+    dataset = load(data)
+    asked_size = batch_size if batch_size is not None else _default_batch_size(dataset)
+    recipe = Recipe(epochs, min(asked_size, len(dataset.train_x)))
+    sizes = {net: _size(*net, dataset) for net in product(families, depths)}
+    costs = {net: multiply_adds for net, (_, multiply_adds) in sizes.items()}
+    asked = list(product(families, depths, seeds))
+    with start_run(out, _config(dataset, recipe), _facts(dataset)) as run:
+        if run.meta["torch_version"] != torch.__version__:
+            raise StoreError(
+                f"{run.path}: made with torch {run.meta['torch_version']}, and this is torch {torch.__version__}, "
+                "which would not give the same numbers. Give another --out."
+            )
+        run.add_cells([(*cell, sizes[cell[:2]][0]) for cell in asked])
+        cells = [cell for cell in run.cells() if (cell.family, cell.depth, cell.seed) in set(asked)]
+        todo = [engines.Job(cell, dataset.spec, recipe) for cell in cells if cell.status == "pending"]
+        # The longest first, so that no long one is left alone at the end.
+        todo.sort(key=lambda job: -costs[job.cell.family, job.cell.depth])
+        run_engine: engines.Engine = engines.run_ray if engine == "ray" else engines.run_local
+        with _progress(console, run, cells, costs, epochs) as advance:
+            for job, result in run_engine(todo, jobs or engines.cpus(), run.checkpoint):
+                run.save(job.cell.id, result.epochs, result.layers, result.junctions, result.state, result.status)
+                advance(job.cell, result)
+        return run.path
+
+
+@contextmanager
+def _progress(
+    console: Console | None, run: RunWriter, cells: Sequence[Cell], costs: dict[tuple[str, int], int], epochs: int
+) -> Iterator[Callable[[Cell, EpochResult], None]]:
+    """A bar over all epochs of all cells, each weighted by what it costs; yields what to call after an epoch."""
+
+    def cost(cell: Cell) -> int:
+        return costs[cell.family, cell.depth]
+
+    # A finished cell counts whole, though a diverged one has fewer epochs.
+    done = sum(cost(c) * (epochs if c.status != "pending" else max(len(run.epochs(c.id)) - 1, 0)) for c in cells)
+    with bar(console) as progress:
+        task = progress.add_task("", total=sum(cost(cell) * epochs for cell in cells), completed=done)
+
+        def advance(cell: Cell, result: EpochResult) -> None:
+            last = result.epochs[-1]
+            missing = epochs - last.epoch if result.status == "diverged" else 0
+            text = (
+                f"{cell.name} seed {cell.seed}: epoch {last.epoch}/{epochs}, train error {last.train_error_pct:.1f} %"
+            )
+            progress.update(task, advance=cost(cell) * (1 + missing), description=text)
+
+        yield advance
+
+
+def _checked(name: str, values: Sequence[T]) -> tuple[T, ...]:
+    if not values:
+        raise ArgumentError(f"{name}: needed at least one, got none")
+    return tuple(dict.fromkeys(values))
+
+
+def _default_batch_size(data: Dataset) -> int:
+    return 64 if data.name == "digits" else 128
+
+
+def _config(data: Dataset, recipe: Recipe) -> dict[str, object]:
+    return {
+        "data": data.name,
+        "data_sha256": data.sha256,
+        "train_images": len(data.train_x),
+        "test_images": len(data.test_x),
+        "augmented": data.augmented,
+        **asdict(recipe),
+    }
+
+
+def _facts(data: Dataset) -> dict[str, str]:
+    return {
+        "gradprobe_version": _version(),
+        "torch_version": torch.__version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "data_spec": data.spec,
+    }
+
+
+def _version() -> str:
+    try:
+        return metadata.version("gradprobe")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _size(family: str, depth: int, data: Dataset) -> tuple[int, int]:
+    """The parameters of a net, and the multiply-adds of one image as a measure of what an epoch costs."""
+    multiply_adds = 0
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        nonlocal multiply_adds
+        multiply_adds += output.numel() * cast(Tensor, module.weight)[0].numel()
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = build(family, depth, data.in_channels, data.num_classes)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(count)
+        model.eval()(data.train_x[:1])
+    return networks.count_parameters(model), multiply_adds

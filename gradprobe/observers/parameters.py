@@ -1,0 +1,137 @@
+"""What a probe observes: the parameters of a model, each once, with all of its names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gradprobe.errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedParameter:
+    """One place where gradients are measured.
+
+    Attributes:
+        name: The first name under which the model knows it.
+        names: All names; more than one for a tied parameter.
+        kind: "parameter".
+        shape: Shape of the parameter.
+        numel: Number of elements of the parameter.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class ObservedParameters:
+    """The parameters of a model, in model order.
+
+    Attributes:
+        sites: One entry for each distinct parameter that requires a gradient.
+        parameters: The tensors, in the order of `sites`.
+        frozen: Names of the parameters that do not require a gradient.
+    """
+
+    sites: tuple[ObservedParameter, ...]
+    parameters: tuple[nn.Parameter, ...]
+    frozen: tuple[str, ...]
+
+
+def find_parameters(model: nn.Module) -> ObservedParameters:
+    """Lists the trainable parameters of a model, tied ones once.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The sites, the tensors in the same order, and the names of the frozen parameters.
+
+    Raises:
+        ArgumentError: The model has no parameter, only frozen ones, or one that is not materialised yet.
+
+    Example:
+        >>> found = find_parameters(nn.Linear(3, 2))
+        >>> [site.name for site in found.sites]
+        ['weight', 'bias']
+    """
+    names_of: dict[int, list[str]] = {}
+    tensor_of: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ArgumentError(
+                f"model: parameter {name!r} has no shape yet (a lazy module); run one forward pass before attach"
+            )
+        names_of.setdefault(id(parameter), []).append(name)
+        tensor_of[id(parameter)] = parameter
+    if not tensor_of:
+        raise ArgumentError(f"model: need at least one parameter; {type(model).__name__} has none")
+    trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad]
+    frozen = tuple(name for key, names in names_of.items() if key not in set(trainable) for name in names)
+    if not trainable:
+        raise ArgumentError(
+            f"model: need at least one parameter with requires_grad=True; "
+            f"all {len(tensor_of)} of {type(model).__name__} are frozen"
+        )
+    sites = tuple(
+        ObservedParameter(
+            name=names_of[key][0],
+            names=tuple(names_of[key]),
+            kind="parameter",
+            shape=tuple(tensor_of[key].shape),
+            numel=tensor_of[key].numel(),
+        )
+        for key in trainable
+    )
+    return ObservedParameters(sites, tuple(tensor_of[key] for key in trainable), frozen)
+
+
+def unstepped_parameters(optimizer: torch.optim.Optimizer, found: ObservedParameters) -> tuple[str, ...]:
+    """Names the parameters that an optimizer leaves as they are.
+
+    Args:
+        optimizer: The optimizer.
+        found: The parameters.
+
+    Returns:
+        First names of those in none of its groups, in model order.
+    """
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return tuple(
+        site.name for site, parameter in zip(found.sites, found.parameters, strict=True) if id(parameter) not in stepped
+    )
+
+
+def newly_trainable(model: nn.Module, known: ObservedParameters) -> tuple[str, ...]:
+    """Names parameters that require a gradient now and were frozen or absent when `known` was made.
+
+    Args:
+        model: The model that `known` was made from.
+        known: The earlier result of `find_parameters`.
+
+    Returns:
+        The names, in model order.
+    """
+    held = {id(parameter) for parameter in known.parameters}
+    return tuple(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and id(parameter) not in held
+    )
+
+
+def is_regular(gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Tells whether a gradient is a plain dense tensor of its parameter's dtype and device."""
+    return (
+        gradient.layout is torch.strided
+        and gradient.dtype is parameter.dtype
+        and gradient.device == parameter.device
+        and not gradient.is_complex()
+        and type(gradient) in (torch.Tensor, nn.Parameter)
+    )

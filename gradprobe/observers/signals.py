@@ -1,0 +1,85 @@
+"""What passes by between the parameters: wires activations and junctions to the buffer of the open step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradprobe.nn.residual import ResidualAdd
+from gradprobe.observers.activations import ActivationHooks
+from gradprobe.observers.junctions import JunctionHooks
+from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.snapshot.records import Events
+from gradprobe.snapshot.signals import SignalTable
+
+
+class SignalObserver:
+    """Observes the outputs of modules and residual junctions.
+
+    Args:
+        table: The sites, of the modules and junctions that follow.
+        activations: Modules to observe, by name.
+        junctions: Junctions to observe, by name.
+        device: Where the rows lie.
+        backend: Name of the backend, or "auto".
+    """
+
+    def __init__(
+        self,
+        table: SignalTable,
+        activations: Mapping[str, nn.Module],
+        junctions: Mapping[str, ResidualAdd],
+        device: torch.device,
+        backend: str,
+    ) -> None:
+        self.table = table
+        self._observed = np.zeros(table.n_sites, dtype=np.bool_)  # [S]
+        self._buffer = StepBuffer(table.n_sites, device, backend)
+        self._activations = ActivationHooks(tuple(activations.values()), self._buffer)
+        self._junctions = JunctionHooks(tuple(junctions.values()), self._buffer, table.first_junction_site)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switches what the hooks do.
+
+        Args:
+            enabled: Whether what passes by is observed.
+        """
+        self._buffer.enabled = enabled
+        self._activations.follow_gate()
+
+    def close(self, rows: torch.Tensor | None) -> Events | None:
+        """Ends a step.
+
+        Args:
+            rows: Where the sites' rows go, float64 [S, 6]; None where nobody wants them.
+
+        Returns:
+            What passed by, None where nobody wanted it or nothing did.
+        """
+        events = None
+        if rows is None or self._buffer.n_events == 0:
+            self._buffer.clear()
+        else:
+            events = self._buffer.close(rows)
+            self._observed |= events.measured.present
+        self._activations.start_step()
+        self._junctions.start_step()
+        return events
+
+    def silent(self) -> tuple[str, ...]:
+        """Names the modules that have returned nothing yet in a step that was observed."""
+        returned = {name for name, present in zip(self.table.names, self._observed, strict=True) if present}
+        return tuple(name for name in (*self.table.activations, *self.table.junctions) if name not in returned)
+
+    def unmeasured(self) -> tuple[str, ...]:
+        """Names the modules that returned tensors which no kernel takes."""
+        return tuple(self.table.activations[m] for m in sorted(self._activations.unmeasured))
+
+    def remove(self) -> None:
+        """Removes every hook, for good. Compiled graphs keep theirs, which do nothing from now on."""
+        self._buffer.retire()
+        self._activations.remove()
+        self._junctions.remove()

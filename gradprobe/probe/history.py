@@ -1,0 +1,130 @@
+"""The finished steps of a probe as snapshots: those in the ring, and those from before the model moved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+
+from gradprobe.observers.ring_buffer import FinishedStep, RingBuffer
+from gradprobe.observers.step_buffer import n_rows, unpack
+from gradprobe.observers.updates import UpdateObserver
+from gradprobe.snapshot.records import FloatArray
+from gradprobe.snapshot.signals import Signals, SignalTable
+from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
+
+InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
+
+_SEARCHED_AT_ONCE = 16  # steps: the search costs as much as closing one
+
+
+class History:
+    """Owns the record and reads it.
+
+    Args:
+        capacity: Number of steps kept.
+        rows_on: Number of site rows for each device.
+        table: Site names.
+        in_site_order: Puts the rows of all devices into the order of the table.
+        signals: The sites of activations and junctions, None where there are none.
+        updates: What the optimizer did in each step, None where that is not observed.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        rows_on: Mapping[torch.device, int],
+        table: SiteTable,
+        in_site_order: InSiteOrder,
+        signals: SignalTable | None,
+        updates: UpdateObserver | None,
+    ) -> None:
+        self._capacity = capacity
+        self._table = table
+        self._in_site_order = in_site_order
+        self._archive: deque[Snapshot] = deque(maxlen=capacity)
+        self._signals = signals
+        self._updates = updates
+        self._unseen: deque[int] = deque()  # positions not yet searched for non-finite values, oldest first
+        self._first_nonfinite: NonFinite | None = None
+        self.restart(rows_on)
+
+    def archive(self) -> None:
+        """Keeps what the record holds as snapshots; waits for the device."""
+        self.first_nonfinite()
+        kept = self.all()
+        self._archive.clear()
+        self._archive.extend(kept)
+        self.ring = RingBuffer(1, {})
+
+    def restart(self, rows_on: Mapping[torch.device, int]) -> None:
+        """Opens a new record.
+
+        Args:
+            rows_on: Number of site rows for each device.
+        """
+        n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
+        self.ring = RingBuffer(self._capacity, rows_on, n_signals)
+
+    def latest(self, wait: bool) -> Snapshot | None:
+        """Gives the newest finished step that has arrived, None where there is none.
+
+        Args:
+            wait: Wait for the device, so that the newest finished step has arrived.
+        """
+        for position in reversed(self.ring.positions()):
+            finished = self.ring.read(position, wait)
+            if finished is not None:
+                return self._snapshot(finished)
+        return self._archive[-1] if self._archive else None
+
+    def all(self) -> list[Snapshot]:
+        """Gives the finished steps that are kept, oldest first; waits for the device."""
+        finished = (self.ring.read(position, wait=True) for position in self.ring.positions())
+        snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
+        return snapshots[-self._capacity :]
+
+    def look_for_nonfinite(self) -> None:
+        """Notes the newest step, and now and then searches those that have arrived for values that are not finite."""
+        self._unseen.append(self.ring.newest)
+        if len(self._unseen) >= min(_SEARCHED_AT_ONCE, self.ring.capacity):
+            self._search(wait=False)
+
+    def first_nonfinite(self) -> NonFinite | None:
+        """Tells where the first value that is not finite was seen; waits for the device."""
+        self._search(wait=True)
+        return self._first_nonfinite
+
+    def _search(self, wait: bool) -> None:
+        while self._unseen and self._first_nonfinite is None:
+            is_finite = self.ring.is_finite(self._unseen[0], wait or len(self._unseen) == self.ring.capacity)
+            if is_finite is None:
+                return
+            position = self._unseen.popleft()
+            finished = None if is_finite else self.ring.read(position, wait=True)
+            if finished is not None:
+                self._first_nonfinite = self._snapshot(finished).first_nonfinite()
+        if self._first_nonfinite is not None:
+            self._unseen.clear()
+
+    def _snapshot(self, finished: FinishedStep) -> Snapshot:
+        slot = finished.slot
+        signals = None
+        if self._signals is not None and slot.events is not None:
+            n_sites, events = self._signals.n_sites, slot.events
+            if events.is_conditional:
+                events = events.seen(unpack(finished.signals, n_sites))
+            signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
+        return Snapshot(
+            step=slot.step,
+            loss=finished.loss,
+            provenance=slot.provenance,
+            skipped=finished.skipped,
+            table=self._table,
+            rows=self._in_site_order(finished.rows),
+            measured=slot.measured,
+            scale=finished.scale,
+            signals=signals,
+            parameter_updates=None if self._updates is None else self._updates.read(slot.step, wait=True),
+        )

@@ -1,0 +1,81 @@
+"""Checks of what a user hands to `attach` and to a probe: each error names the argument, the need and what came."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from gradprobe.errors import ArgumentError
+from gradprobe.observers.activations import Selection
+
+When = Literal["auto", "step", "backward", "hook"]
+MOMENTS: tuple[When, ...] = ("auto", "step", "backward", "hook")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `attach`, which describes each, takes beside the model.
+
+    Raises:
+        ArgumentError: One is not of its kind.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    params: bool
+    activations: Selection
+    junctions: bool
+    updates: bool
+    every: int
+    activations_every: int
+    updates_every: int
+    capacity: int
+    backend: str
+    when: When
+    grad_scaler: torch.amp.GradScaler | None
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None and not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(self.optimizer).__name__}")
+        if self.params is not True:
+            raise ArgumentError(
+                f"params: need True, since steps are told by the gradients of parameters; got {self.params!r}"
+            )
+        for name in ("junctions", "updates"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: need True or False; got {getattr(self, name)!r}")
+        if self.updates and self.optimizer is None:
+            raise ArgumentError("updates: need the optimizer that makes them, as optimizer=; got None")
+        for name in ("every", "activations_every", "updates_every", "capacity"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
+        if self.when not in MOMENTS:
+            raise ArgumentError(f"when: need one of {', '.join(MOMENTS)}; got {self.when!r}")
+        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise ArgumentError(
+                f"grad_scaler: need a torch.amp.GradScaler or None; got {type(self.grad_scaler).__name__}"
+            )
+
+
+def check_model(model: object) -> None:
+    """Raises ArgumentError where a model is no module."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
+
+
+def check_loss(loss: object) -> None:
+    """Raises ArgumentError where a loss is no real number, nor a tensor of one."""
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise ArgumentError(f"loss: need one real number; got a tensor of shape {tuple(loss.shape)}, {loss.dtype}")
+    elif loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float))):
+        raise ArgumentError(f"loss: need a number or a tensor of one element; got {type(loss).__name__}")
+
+
+def check_max_norm(max_norm: object) -> None:
+    """Raises ArgumentError where `max_norm` is no number."""
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
+        raise ArgumentError(f"max_norm: need a number; got {max_norm!r}")

@@ -1,0 +1,109 @@
+"""Statistics of one tensor, finished from its raw row on the host. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gradprobe.snapshot.records import FloatArray
+
+COLUMNS = ("norm", "rms", "abs_max", "abs_mean", "mean", "std", "zero_fraction", "nonfinite", "numel")
+SUM, SUM_ABS, SUM_SQ, ABS_MAX, N_ZERO, N_NONFINITE = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStats:
+    """Statistics of one tensor.
+
+    Attributes:
+        name: Site name.
+        kind: "parameter" for the gradient of a parameter; other kinds in `gradprobe.snapshot.signals`.
+        norm: Euclidean norm.
+        rms: Root of the mean square, which compares layers of different size.
+        abs_max: Largest magnitude.
+        abs_mean: Mean magnitude.
+        mean: Mean.
+        std: Standard deviation over the elements (the population's, divided by n), from the mean and the mean square;
+            below about 3e-4 of the mean it is rounding.
+        zero_fraction: Share of elements that are exactly zero.
+        nonfinite: Number of elements that are NaN or infinite.
+        numel: Number of elements.
+    """
+
+    name: str
+    kind: str
+    norm: float
+    rms: float
+    abs_max: float
+    abs_mean: float
+    mean: float
+    std: float
+    zero_fraction: float
+    nonfinite: int
+    numel: int
+
+
+def range_exponent(abs_max: FloatArray) -> FloatArray:
+    """Gives the power of two by which a raw row is scaled (`csrc/stats.h`).
+
+    Args:
+        abs_max: Largest magnitudes. [K]
+
+    Returns:
+        0, 600 or -600 for each. [K]
+
+    Source:
+        J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector", ACM TOMS 4 (1978).
+    """
+    extreme = np.isfinite(abs_max) & (abs_max > 0)
+    return np.where(extreme & (abs_max > 2.0**480), 600.0, np.where(extreme & (abs_max < 2.0**-480), -600.0, 0.0))
+
+
+def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | FloatArray) -> dict[str, FloatArray]:
+    """Turns raw rows into statistics.
+
+    Args:
+        rows: Raw rows. [K, 6]
+        numels: Number of elements of each tensor. [K]
+        scale: Factor on the tensors, one or one each. [K]
+
+    Returns:
+        Each statistic of `COLUMNS`. Values of shape [K].
+    """
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        unit = np.ldexp(1.0, range_exponent(rows[:, ABS_MAX]).astype(np.int64)) * scale  # [K]
+        n = np.maximum(numels, 1).astype(np.float64)
+        scaled_mean = rows[:, SUM] / n
+        variance = np.maximum(rows[:, SUM_SQ] / n - scaled_mean**2, 0.0)
+        variance = np.where(np.isfinite(rows[:, SUM_SQ]), variance, np.nan)
+        return {
+            "norm": np.sqrt(rows[:, SUM_SQ]) * unit,
+            "rms": np.sqrt(rows[:, SUM_SQ] / n) * unit,
+            "abs_max": rows[:, ABS_MAX] * scale,
+            "abs_mean": rows[:, SUM_ABS] / n * unit,
+            "mean": scaled_mean * unit,
+            "std": np.sqrt(variance) * unit,
+            "zero_fraction": rows[:, N_ZERO] / n,
+            "nonfinite": rows[:, N_NONFINITE].copy(),
+            "numel": numels.astype(np.float64),
+        }
+
+
+def site_stats(name: str, kind: str, columns: Mapping[str, FloatArray], k: int) -> SiteStats:
+    """Picks one tensor's statistics.
+
+    Args:
+        name: Site name.
+        kind: Kind of the site.
+        columns: Each statistic of `COLUMNS`. Values of shape [K].
+        k: Position of the tensor.
+
+    Returns:
+        Its statistics.
+    """
+    values = {name: float(column[k]) for name, column in columns.items()}
+    nonfinite, numel = int(values.pop("nonfinite")), int(values.pop("numel"))
+    return SiteStats(name, kind, **values, nonfinite=nonfinite, numel=numel)

@@ -1,0 +1,416 @@
+"""Builds the emulated kernels with a host compiler and calls them through ctypes.
+
+Modes: "plain"; "address" (address and undefined-behaviour sanitizers); "thread" (thread sanitizer). The sanitizers
+need their run-time library loaded before Python starts: `sanitizer_environment` is for a child process that loads such
+a build.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[2] / "csrc"
+KERNELS = ("grad_stats.cu", "scale.cu", "residual_add.cu", "branch_stats.cu")
+HARNESS = ("scheduler.cpp", "exports.cpp")
+
+ELEMENTS = ("f16", "bf16", "f32", "f64")
+ITEM_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+CHUNK_BYTES = 64 * 1024
+VECTOR_BYTES = 16
+
+_FLAGS = {
+    "plain": ["-O1"],
+    "address": [
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fsanitize-sections=emulated_shared",
+        "-fno-sanitize-recover=undefined",
+    ],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
+}
+_DEFINES = {"plain": [], "address": ["-DEMULATION_ASAN"], "thread": ["-DEMULATION_TSAN"]}
+_RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+
+
+def compiler() -> str | None:
+    """The host compiler, or None."""
+    return shutil.which("g++")
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequence[str] = KERNELS) -> Path:
+    """Builds the library of `mode` into `folder` from the kernels in `csrc`; parts that are there already are kept."""
+    library = folder / f"libkernels-{mode}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    common = [
+        "g++",
+        "-std=c++20",
+        "-fPIC",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        f"-I{HERE / 'include'}",
+        *_DEFINES[mode],
+    ]
+    jobs = []
+    built: list[str] = []
+    kept: list[str] = []
+    for source in [HERE / name for name in HARNESS] + [csrc / "cuda" / name for name in kernels]:
+        target = folder / f"{source.stem}-{mode}.o"
+        (kept if target.exists() else built).append(str(target))
+        if target.exists():
+            continue
+        # The scheduler's own switching between fibers must stay out of the thread sanitizer's sight.
+        instrumented = source.name != "scheduler.cpp"
+        flags = _FLAGS[mode] if instrumented else ["-O2", "-g"]
+        jobs.append([*common, *flags, f"-I{csrc / 'cuda'}", "-x", "c++", "-c", str(source), "-o", str(target)])
+    running = [subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for job in jobs]
+    for job, process in zip(jobs, running, strict=True):
+        output, _ = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(job)}\n{output}")
+    # Of inline functions that several objects have, the linker takes the first.
+    _run(["g++", "-shared", *_FLAGS[mode], *built, *kept, "-o", str(library)])
+    return library
+
+
+def keep_objects(source: Path, folder: Path, mode: str, rebuilt: Sequence[str]) -> None:
+    """Copies the objects of a build, but for those of the kernels named, into the folder of the next."""
+    if unknown := set(rebuilt) - {*HARNESS, *KERNELS}:
+        raise ValueError(f"no such sources: {unknown}")  # nothing would be compiled again
+    for name in (*HARNESS, *KERNELS):
+        if name not in rebuilt:
+            shutil.copy(source / f"{Path(name).stem}-{mode}.o", folder)
+
+
+def build_operators(folder: Path, torch_root: Path) -> Path:
+    """Builds a library that registers the operators as in csrc/stable/register_cuda.cpp, on CPU tensors.
+
+    The operators' namespace is gradprobe_emulated; their schemas are the caller's to define.
+    """
+    library = folder / "liboperators.so"
+    if library.exists():
+        return library
+    build(folder)
+    _run(
+        [
+            *("g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"),
+            *("-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"),
+            f'-DGRADPROBE_TORCH_DEVICE="{HERE / "torch_device.h"}"',
+            *(f"-I{HERE / 'include'}", f"-I{CSRC}", "-isystem", str(torch_root / "include")),
+            str(CSRC / "stable" / "register_cuda.cpp"),
+            *(str(folder / f"{Path(name).stem}-plain.o") for name in ("scheduler.cpp", *KERNELS)),
+            *(f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,-z,defs", "-o", str(library)),
+        ]
+    )
+    return library
+
+
+@cache
+def session_folder() -> Path:
+    """A folder for builds that lives as long as this process."""
+    folder = tempfile.mkdtemp(prefix="gradprobe-emulation-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+@cache
+def session_build(mode: str = "plain") -> Path:
+    """The library of `mode`, built once for this process."""
+    return build(session_folder(), mode)
+
+
+def run_sweep(library: Path, mode: str = "plain", *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs the named checks (see sweep.py) on a library in a process of their own."""
+    command = [sys.executable, "-m", "emulation.sweep", str(library), *options]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=HERE.parent,
+        env=sanitizer_environment(mode),
+        timeout=280,
+    )
+
+
+def sanitizer_environment(mode: str) -> dict[str, str]:
+    """The environment for a child process that loads a library of `mode`."""
+    environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    paths = []
+    for name in _RUNTIMES.get(mode, ()):
+        path = subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        paths.append(str(Path(path).resolve()))
+    if paths:
+        environment["LD_PRELOAD"] = " ".join(paths)
+    environment["ASAN_OPTIONS"] = "detect_leaks=0:exitcode=66:detect_stack_use_after_return=0"
+    environment["UBSAN_OPTIONS"] = "print_stacktrace=1:halt_on_error=1:exitcode=66"
+    environment["TSAN_OPTIONS"] = "halt_on_error=1:exitcode=66:report_signal_unsafe=0"
+    return environment
+
+
+# ---- Elements as the kernels see them
+
+
+def encode(values: NDArray[np.float64], element: str) -> NDArray[np.generic]:
+    """Rounds values to the element type; bfloat16 as its bit pattern in uint16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if element == "f64":
+            return values.astype(np.float64)
+        if element == "f16":
+            return values.astype(np.float16)
+        single = values.astype(np.float32)
+    if element == "f32":
+        return single
+    bits = single.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(single), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def decode(storage: NDArray[np.generic], element: str) -> NDArray[np.float64]:
+    """The values, exactly, as float64."""
+    if element == "bf16":
+        return (storage.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return storage.astype(np.float64)
+
+
+class _Span(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("numel", ctypes.c_int64), ("row", ctypes.c_int64)]
+
+
+@dataclass
+class Block:
+    """Device memory for one tensor, `offset` elements after a 16-byte boundary."""
+
+    storage: NDArray[np.generic]
+    element: str
+    offset: int = 0
+
+
+class KernelError(Exception):
+    """A launch failed, or the emulation found a violation."""
+
+
+class Kernels:
+    """The kernels of one built library.
+
+    Args:
+        library: what `build` gave.
+        guard_bytes: 0xFF bytes (NaN in every type) around each tensor. None under the address sanitizer, which knows
+            the exact ends.
+    """
+
+    def __init__(self, library: Path, guard_bytes: int = 64) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.emulated_error.restype = ctypes.c_char_p
+        self._library.emulated_allocate.restype = ctypes.c_void_p
+        self._library.emulated_allocate.argtypes = [ctypes.c_int64]
+        self._library.emulated_free.argtypes = [ctypes.c_void_p]
+        self._library.emulated_shared_bytes.restype = ctypes.c_uint64
+        self._library.emulated_launches.restype = ctypes.c_int64
+        self._library.emulated_seed.argtypes = [ctypes.c_uint64]
+        self._library.emulated_run_only.argtypes = [ctypes.c_int64]
+        self._guard_bytes = guard_bytes
+
+    def seed(self, value: int) -> None:
+        """Seeds the order of threads and blocks."""
+        self._library.emulated_seed(value)
+
+    def shared_bytes(self) -> int:
+        """Shared memory that the kernels declare, in all files."""
+        return int(self._library.emulated_shared_bytes())
+
+    def take_launches(self) -> int:
+        """Launches since the last call."""
+        return int(self._library.emulated_launches())
+
+    def run_only(self, first_block: int) -> None:
+        """Skips the blocks before `first_block` in larger grids, leaving zeros in scratch space; 0 runs all again."""
+        self._library.emulated_run_only(first_block)
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise KernelError(self._library.emulated_error().decode())
+
+    def grad_stats(
+        self, blocks: Sequence[Block], rows: Sequence[int] | None = None, n_rows: int | None = None
+    ) -> NDArray[np.float64]:
+        """Raw rows [n_rows, 6] of tensors of one type; tensor k goes to rows[k]. Rows that nobody writes stay NaN."""
+        with _Memory(self._library, self._guard_bytes) as memory:
+            spans = (_Span * max(1, len(blocks)))()
+            for k, block in enumerate(blocks):
+                spans[k] = _Span(memory.place(block), block.storage.size, k if rows is None else rows[k])
+            out = np.full((len(blocks) if n_rows is None else n_rows, 6), np.nan)
+            element = ELEMENTS.index(blocks[0].element) if blocks else 0
+            self._check(
+                self._library.emulated_grad_stats(
+                    spans, ctypes.c_int64(len(blocks)), element, ctypes.c_void_p(out.ctypes.data)
+                )
+            )
+            memory.check_untouched()
+        return out
+
+    def grad_stats_at(self, address: int, numel: int, element: str) -> NDArray[np.float64]:
+        """Raw row [1, 6] of a tensor that lies in the caller's own memory."""
+        out = np.full((1, 6), np.nan)
+        spans = (_Span * 1)(_Span(address, numel, 0))
+        self._check(
+            self._library.emulated_grad_stats(
+                spans, ctypes.c_int64(1), ELEMENTS.index(element), ctypes.c_void_p(out.ctypes.data)
+            )
+        )
+        return out
+
+    def scale(
+        self, blocks: Sequence[Block], coefficient: float, coefficient_element: str = "f32"
+    ) -> list[NDArray[np.generic]]:
+        """The tensors, of one element type, multiplied by a coefficient."""
+        with _Memory(self._library, self._guard_bytes) as memory:
+            spans = (_Span * max(1, len(blocks)))()
+            for k, block in enumerate(blocks):
+                spans[k] = _Span(memory.place(block), block.storage.size, 0)
+            number = encode(np.array([coefficient]), coefficient_element)
+            self._check(
+                self._library.emulated_scale(
+                    spans,
+                    ctypes.c_int64(len(blocks)),
+                    ELEMENTS.index(blocks[0].element) if blocks else 0,
+                    ctypes.c_void_p(number.ctypes.data),
+                    ELEMENTS.index(coefficient_element),
+                )
+            )
+            memory.check_untouched(written=range(len(blocks)))
+            return [np.frombuffer(memory.read(k), block.storage.dtype) for k, block in enumerate(blocks)]
+
+    def residual_add(
+        self, x: Block, f: Block, relu: bool, y_offset: int = 0, in_place: bool = False, counts: bool = True
+    ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+        """y, and its raw row [6], of NaN where it is not asked for; in place of x where asked."""
+        row = np.full(6, np.nan)
+        wanted = row if counts else None
+        y = self._join(x, f, y_offset, in_place, self._library.emulated_residual_add, int(relu), wanted)
+        return y, row
+
+    def residual_add_backward(
+        self, grad_y: Block, y: Block, grad_x_offset: int = 0, in_place: bool = False, counts: bool = True
+    ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+        """grad_x, and the raw rows [2, 6] of grad_y and grad_x, likewise; in place of grad_y where asked."""
+        rows = np.full((2, 6), np.nan)
+        wanted = rows if counts else None
+        grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, wanted)
+        return grad_x, rows
+
+    @contextmanager
+    def asking(self, flag: int) -> Iterator[None]:
+        """Has the kernels ask a flag of this value before they take statistics."""
+        self._library.emulated_ask(flag)
+        try:
+            yield
+        finally:
+            self._library.emulated_ask_nothing()
+
+    def branch_stats(self, branch: Block, shortcut: Block) -> NDArray[np.float64]:
+        """The raw rows [2, 6] of the branch's part, and of the products of both parts."""
+        rows = np.full((2, 6), np.nan)
+        with _Memory(self._library, self._guard_bytes) as memory:
+            addresses = [memory.place(branch), memory.place(shortcut)]
+            self._check(
+                self._library.emulated_branch_stats(
+                    *(ctypes.c_void_p(address) for address in addresses),
+                    ctypes.c_int64(branch.storage.size),
+                    ELEMENTS.index(branch.element),
+                    ctypes.c_void_p(rows.ctypes.data),
+                )
+            )
+            memory.check_untouched()
+        return rows
+
+    def _join(
+        self, a: Block, b: Block, offset: int, in_place: bool, function: Callable[..., int], *rest: object
+    ) -> NDArray[np.generic]:
+        with _Memory(self._library, self._guard_bytes) as memory:
+            addresses = [memory.place(a), memory.place(b)]
+            if not in_place:
+                unwritten = np.frombuffer(b"\xff" * a.storage.nbytes, a.storage.dtype)
+                addresses.append(memory.place(Block(unwritten, a.element, offset)))
+            target = 0 if in_place else 2
+            arguments = [*addresses[:2], addresses[target]]
+            self._check(
+                function(
+                    *(ctypes.c_void_p(address) for address in arguments),
+                    ctypes.c_int64(a.storage.size),
+                    ELEMENTS.index(a.element),
+                    *(ctypes.c_void_p(each.ctypes.data) if isinstance(each, np.ndarray) else each for each in rest),
+                )
+            )
+            memory.check_untouched(written=[target])
+            return np.frombuffer(memory.read(target), a.storage.dtype)
+
+
+class _Memory:
+    """Places tensors into allocations of the C library, so that the address sanitizer knows their ends."""
+
+    def __init__(self, library: ctypes.CDLL, guard_bytes: int) -> None:
+        self._library = library
+        self._guard_bytes = guard_bytes
+        self._placed: list[tuple[int, int, int, Block, bytes]] = []
+
+    def __enter__(self) -> _Memory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for address, *_rest in self._placed:
+            self._library.emulated_free(address)
+
+    def place(self, block: Block) -> int:
+        """Copies a tensor in; returns its address."""
+        before = self._guard_bytes + block.offset * ITEM_BYTES[block.element]
+        content = block.storage.tobytes()
+        total = before + len(content) + self._guard_bytes
+        address = self._library.emulated_allocate(total)
+        if address % VECTOR_BYTES != 0:
+            raise RuntimeError("the C library's allocations are not aligned to 16 bytes")
+        ctypes.memset(address, 0xFF, total)
+        ctypes.memmove(address + before, content, len(content))
+        self._placed.append((address, before, total, block, content))
+        return address + before
+
+    def read(self, at: int) -> bytes:
+        """The bytes of the tensor that was placed as number `at`."""
+        address, before, _, _, content = self._placed[at]
+        return ctypes.string_at(address + before, len(content))
+
+    def check_untouched(self, written: Sequence[int] = ()) -> None:
+        """Fails if a kernel has written outside the tensors that it may write to."""
+        for k, (address, before, total, _, content) in enumerate(self._placed):
+            now = ctypes.string_at(address, total)
+            after = before + len(content)
+            if now[:before].strip(b"\xff") or now[after:].strip(b"\xff"):
+                raise KernelError(f"tensor {k}: a kernel wrote outside it")
+            if k not in written and now[before:after] != content:
+                raise KernelError(f"tensor {k}: a kernel wrote to an input")

@@ -1,0 +1,49 @@
+"""The CPU kernels of every instruction set, outside torch and under the address and undefined-behaviour sanitizers."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = next(
+    (path for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if (path := shutil.which(name))), None
+)
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The check, compiled with the kernels; skips where there is no compiler or its sanitizers cannot be linked."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("cpu_core") / "check"
+    sources = [ROOT / "tests/csrc/cpu_core/check.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *SANITIZERS, f"-I{ROOT / 'csrc'}"]
+    command = [COMPILER, *flags, *map(str, sources), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 and "asan" in done.stderr and "cannot find" in done.stderr:
+        pytest.skip(f"{COMPILER} has no sanitizers: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    # The address sanitizer has to come before any library that the environment preloads.
+    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+
+
+def test_kernels_of_every_instruction_set_are_right_and_read_no_byte_too_many(program: Path) -> None:
+    checked = run(str(program))
+    assert checked.returncode == 0, (checked.stdout + checked.stderr)[-4000:]
+    assert "checked baseline" in checked.stdout
+    assert " 0 failures" in checked.stdout
+
+
+def test_the_sanitizer_sees_a_read_beyond_the_end(program: Path) -> None:
+    done = run(str(program), "beyond")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr

@@ -1,0 +1,243 @@
+"""The operators' CUDA registration: on CPU tensors with emulated kernels here, and on a GPU where there is one."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from emulation.harness import compiler
+from emulation.operators import emulated_operators
+from torch import Tensor
+
+from gradprobe import ops
+from gradprobe.ops import libraries, reference
+
+OPERATORS = ("grad_stats_into", "scale_")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Operator = Callable[..., None]
+
+
+@pytest.fixture
+def emulated() -> object:
+    if compiler() is None or sys.platform != "linux":
+        pytest.skip("the emulation needs g++ on Linux")
+    return emulated_operators()
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def target(request: pytest.FixtureRequest) -> tuple[object, torch.device]:
+    """The operators and the device that they run on."""
+    if request.param == "cuda":
+        return torch.ops.gradprobe, torch.device("cuda")
+    return request.getfixturevalue("emulated"), torch.device("cpu")
+
+
+def layouts(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Tensors of every layout that a gradient comes in."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    return [
+        random(7),
+        random(1).reshape(()),
+        random(0, 3),
+        random(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        random(30, 20).t(),
+        random(40, 30)[::2, 1::3],
+        random(1000)[3:],
+        random(70_000),
+    ]
+
+
+def assert_rows_match(out: Tensor, tensors: list[Tensor]) -> None:
+    needed = torch.empty(len(tensors), 6, dtype=torch.float64)
+    reference.grad_stats_into([t.cpu() for t in tensors], needed)
+    sums_abs = needed[:, 1:2]
+    got = out.cpu()
+    torch.testing.assert_close(got[:, 3:], needed[:, 3:], rtol=0, atol=0, equal_nan=True)
+    assert ((got[:, :1] - needed[:, :1]).abs() <= 1e-6 * sums_abs).all()
+    torch.testing.assert_close(got[:, 1:3], needed[:, 1:3], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_of_every_layout(target: tuple[object, torch.device], dtype: torch.dtype) -> None:
+    operators, device = target
+    tensors = [*layouts(dtype, device), torch.randn(5, 1, device=device).to(dtype).expand(5, 7)]
+    out = torch.full((len(tensors), 6), torch.nan, dtype=torch.float64, device=device)
+    operators.grad_stats_into(tensors, out)
+    assert_rows_match(out, tensors)
+
+
+def test_mixed_dtypes_go_to_their_own_rows(target: tuple[object, torch.device]) -> None:
+    operators, device = target
+    tensors = [tensor for row in zip(*(layouts(dtype, device) for dtype in DTYPES), strict=True) for tensor in row]
+    ring = torch.full((3, len(tensors), 6), torch.nan, dtype=torch.float64, device=device)
+    operators.grad_stats_into(tensors, ring[1])
+    assert_rows_match(ring[1], tensors)
+    assert ring[0].isnan().all()
+    assert ring[2].isnan().all()
+
+
+@pytest.mark.parametrize("coefficient_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling_of_every_layout(
+    target: tuple[object, torch.device], dtype: torch.dtype, coefficient_dtype: torch.dtype
+) -> None:
+    operators, device = target
+    tensors = layouts(dtype, device)
+    storages = [tensor.clone(memory_format=torch.preserve_format) for tensor in tensors]
+    coefficient = torch.tensor(1 / 3, dtype=coefficient_dtype, device=device)
+    operators.scale_(tensors, coefficient)
+    for tensor, before in zip(tensors, storages, strict=True):
+        torch.testing.assert_close(tensor, before.mul_(coefficient), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda o, d: o.grad_stats_into([torch.ones(2, device=d), torch.ones(2, dtype=torch.int32, device=d)],
+                                        torch.empty(2, 6, dtype=torch.float64, device=d)),
+         r"tensors\[1\]: needed a dtype of float16, bfloat16, float32, float64"),
+        (lambda o, d: o.grad_stats_into([torch.ones(2, device=d)], torch.empty(1, 6, device=d)),
+         "out: needed dtype float64"),
+        (lambda o, d: o.grad_stats_into([torch.ones(2, device=d)], torch.empty(2, 6, dtype=torch.float64, device=d)),
+         r"out: needed shape \[1, 6\], got \[2, 6\]"),
+        (lambda o, d: o.grad_stats_into([torch.ones(2, device=d)] * 2,
+                                        torch.empty(6, 2, dtype=torch.float64, device=d).t()),
+         "out: needed contiguous rows"),
+        (lambda o, d: o.scale_([torch.ones(1, device=d).expand(4)], torch.ones((), device=d)),
+         r"tensors\[0\]: needed elements that do not overlap"),
+        (lambda o, d: o.scale_([torch.ones(1, device=d)], torch.ones(2, device=d)),
+         "coefficient: needed one element, got 2"),
+        (lambda o, d: o.scale_([torch.ones(1, device=d)], torch.ones((), dtype=torch.float16, device=d)),
+         "coefficient: needed dtype float32 or float64, got Half"),
+    ],
+    ids=["dtype", "out-dtype", "out-shape", "out-strides", "overlap", "coefficient-shape", "coefficient-dtype"],
+)  # fmt: skip
+def test_bad_arguments_are_named(
+    target: tuple[object, torch.device], call: Callable[[object, torch.device], None], message: str
+) -> None:
+    operators, device = target
+    with pytest.raises(RuntimeError, match=message):
+        call(operators, device)
+
+
+def test_no_tensors_are_no_work(target: tuple[object, torch.device]) -> None:
+    operators, device = target
+    operators.grad_stats_into([], torch.empty(0, 6, dtype=torch.float64, device=device))
+    operators.scale_([], torch.ones((), device=device))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck_passes(target: tuple[object, torch.device], name: str) -> None:
+    operators, device = target
+    tensors = [torch.randn(n, device=device) for n in (3, 50_000)]
+    rows = torch.empty(2, 6, dtype=torch.float64, device=device)
+    second = rows if name == "grad_stats_into" else torch.tensor(0.5, device=device)
+    torch.library.opcheck(getattr(operators, name).default, (tensors, second))
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "driver", "reason"),
+    [
+        ("nvcc release 13.0, V13.0.88", 13000, None),
+        ("nvcc release 12.1, V12.1.105", 13010, None),
+        ("nvcc release 13.0, V13.0.88", 12040, "built for CUDA 13, but the driver is for CUDA 12.4: update it"),
+    ],
+    ids=["equal", "newer", "older"],
+)
+def test_a_driver_too_old_is_a_reason(
+    nvcc: str, driver: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    assert libraries._driver_too_old({"nvcc": nvcc}) == reason
+
+
+# ---- What only a GPU can show.
+
+
+@pytest.mark.gpu
+def test_work_is_enqueued_on_the_current_stream() -> None:
+    """On a busy side stream the result must not be there before the stream gets to it, and must be right after."""
+    x = torch.zeros(1 << 24, device="cuda")
+    out = torch.full((1, 6), torch.nan, dtype=torch.float64, device="cuda")
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.fill_(1.0)
+        torch.ops.gradprobe.grad_stats_into([x], out)
+    stream.synchronize()
+    assert out[0, 0].item() == x.numel()
+
+
+@pytest.mark.gpu
+def test_no_synchronisation() -> None:
+    tensors = [torch.randn(n, device="cuda") for n in (5, 100_000, 3)]
+    out = torch.empty(3, 6, dtype=torch.float64, device="cuda")
+    coefficient = torch.tensor(0.5, device="cuda")
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.gradprobe.grad_stats_into(tensors, out)
+        torch.ops.gradprobe.scale_(tensors, coefficient)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_measures_what_is_there_when_it_replays() -> None:
+    tensors = [torch.ones(n, device="cuda") for n in (5, 100_000, 3)]
+    out = torch.empty(3, 6, dtype=torch.float64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.ops.gradprobe.grad_stats_into(tensors, out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.gradprobe.grad_stats_into(tensors, out)
+    noise = [
+        torch.full((1 << 16,), torch.nan, device="cuda") for _ in range(50)
+    ]  # over any scratch space that was given back
+    for value in (2.0, 3.0):
+        for tensor in tensors:
+            tensor.fill_(value)
+        graph.replay()
+        assert out[:, 0].tolist() == [value * tensor.numel() for tensor in tensors]
+    del noise
+
+
+@pytest.mark.gpu
+def test_no_allocation_in_steady_state() -> None:
+    tensors = [torch.randn(100_000, device="cuda") for _ in range(50)]
+    out = torch.empty(50, 6, dtype=torch.float64, device="cuda")
+    torch.ops.gradprobe.grad_stats_into(tensors, out)
+    before = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved()
+    for _ in range(20):
+        torch.ops.gradprobe.grad_stats_into(tensors, out)
+    assert (torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved()) == before
+
+
+@pytest.mark.gpu
+def test_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = torch.full((50_000,), 2.0, device="cuda:1")
+    out = torch.empty(1, 6, dtype=torch.float64, device="cuda:1")
+    with torch.cuda.device(0):
+        torch.ops.gradprobe.grad_stats_into([x], out)
+    assert out[0, 0].item() == 100_000
+    with pytest.raises(RuntimeError, match=r"tensors\[1\]: needed device cuda:1"):
+        torch.ops.gradprobe.grad_stats_into(
+            [x, x.to("cuda:0")], torch.empty(2, 6, dtype=torch.float64, device="cuda:1")
+        )
+
+
+@pytest.mark.gpu
+def test_auto_takes_the_native_kernels() -> None:
+    assert ops.resolve("auto", torch.device("cuda")).name == "native"

@@ -1,0 +1,172 @@
+"""The rules, on snapshots made by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from helpers.diagnose_cases import FALLING, FLAT, course, rules_of, snapshot
+
+from gradprobe.diagnosis.diagnose import diagnose, flow_verdict, verdict
+from gradprobe.diagnosis.findings import Thresholds
+from gradprobe.errors import ArgumentError
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ([1.2, 0.56], "healthy"),  # plain-20 with BN
+        ([240.0, 0.53], "exploding"),  # plain-56 with BN, at initialisation
+        ([6.0e5, 0.47], "exploding"),  # plain-110 with BN
+        ([2.5, 1.4], "healthy"),  # ResNet-56 with BN
+        ([2.1e-6, 6.0e-3], "vanishing"),  # plain-56 without BN
+        ([1.7e-11, 5.5e-3], "vanishing"),  # plain-110 without BN
+        ([1e-9, 1e-9], "healthy"),  # small everywhere is a small loss, not a vanishing gradient
+        ([0.0, 0.0], "vanishing"),
+        ([1e-3, 1e3], "healthy"),  # the ratio alone does not make it vanishing
+        ([math.nan, 1.0], "non-finite"),
+        ([1.0, math.inf], "non-finite"),
+        ([], "healthy"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_verdict_on_norms_over_depth(norms: list[float], expected: str) -> None:
+    assert flow_verdict(norms) == expected
+
+
+def test_a_finding_names_sites_steps_evidence_and_source() -> None:
+    (finding,) = diagnose([snapshot(step, [1e-9, 2e-7, 1e-2]) for step in (3, 4, 5)])
+    assert (finding.rule, finding.where, finding.title) == ("vanishing", "backward", "vanishing (backward)")
+    assert finding.sites == ("layer0.weight", "layer1.weight")
+    assert finding.steps == (3, 5)
+    assert finding.evidence == {"norm_first": 1e-9, "norm_last": 1e-2, "ratio": pytest.approx(1e-7)}
+    assert "1.00e-09 at layer0.weight" in finding.message
+    assert "AUTOTRAINER" in finding.source
+
+
+def test_a_passing_dip_is_no_finding_but_one_nan_is() -> None:
+    sound = [snapshot(step, [1.0, 1.0]) for step in range(4)]
+    assert diagnose([*sound, snapshot(4, [1e-9, 1.0])]) == []
+    assert verdict(sound) == "healthy"
+    (finding,) = diagnose([*sound, snapshot(4, [math.nan, 1.0], nonfinite=1), *sound[:1]])
+    assert (finding.rule, finding.sites, finding.steps) == ("non-finite", ("layer0.weight",), (4, 4))
+    assert verdict([*sound, snapshot(4, [math.nan, 1.0], nonfinite=1)]) == "non-finite"
+
+
+def test_a_gradient_that_explodes_first_and_then_vanishes_is_exploding() -> None:
+    exploding, vanishing, sound = [240.0, 0.53], [1e-9, 0.2], [1.0, 1.0]
+    history = [snapshot(step, norms) for step, norms in enumerate([exploding] * 3 + [sound] * 2 + [vanishing] * 15)]
+    (finding,) = diagnose(history)
+    assert (finding.title, finding.steps, finding.sites) == ("exploding (backward)", (0, 2), ("layer0.weight",))
+    assert finding.evidence == {
+        "norm_first": 240.0,
+        "norm_last": 0.53,
+        "ratio": pytest.approx(453, rel=1e-3),
+        "vanishing_steps": 15.0,
+    }
+    assert "in 15 later steps it vanishes" in finding.message
+    assert [one.title for one in diagnose(history[3:])] == ["vanishing (backward)"]
+    assert [one.title for one in diagnose(history[3:] + history[:3])] == ["vanishing (backward)"]
+
+
+def test_thresholds_can_be_set() -> None:
+    norms = [10.0, 1.0]
+    assert flow_verdict(norms) == "healthy"
+    assert flow_verdict(norms, Thresholds(exploding_ratio=5.0)) == "exploding"
+
+
+def test_a_model_of_vectors_alone_is_judged_by_them() -> None:
+    assert verdict([snapshot(0, [1e-9, 1.0], ndim=1)]) == "vanishing"
+
+
+def test_an_empty_history_is_healthy() -> None:
+    assert diagnose([]) == []
+    assert verdict([]) == "healthy"
+
+
+class TestCourse:
+    def test_ratios_over_depth_are_no_fault_while_the_loss_falls(self) -> None:
+        assert rules_of(course(FALLING, [1e-9, 1.0])) == []
+        assert rules_of(course(FLAT, [1e-9, 1.0])) == ["vanishing", "not learning"]
+        assert rules_of(course(FLAT, [1e3, 1.0])) == ["exploding", "not learning"]
+        assert rules_of(course(FALLING[:5], [1e3, 1.0])) == ["exploding"]  # too early to tell
+
+    def test_a_low_loss_that_stays_is_no_finding_without_its_start(self) -> None:
+        assert rules_of(course([0.01 + 1e-4 * (-1) ** step for step in range(40)], first=5000)) == []
+
+    def test_a_loss_that_blew_up_and_came_down_is_told(self) -> None:
+        losses = [2.3, 2e3, 3e13, 68.0, *[80.0 + (-1) ** step for step in range(36)]]
+        assert rules_of(course(losses))[0] == "loss blow-up"
+        (finding,) = [finding for finding in diagnose(course(losses)) if finding.rule == "loss blow-up"]
+        assert finding.steps == (1, 2)
+        assert finding.evidence == {"loss": 2e3, "loss_at_start": 2.3}
+        assert finding.remedies[0] == "a lower learning rate or a warm-up"
+
+    def test_a_huge_loss_that_falls_is_the_scale_of_the_task(self) -> None:
+        huge = [1e5 * loss for loss in FALLING]
+        assert rules_of(course(huge)) == []
+        (finding,) = diagnose(course(huge[:5]))  # too early to tell; its first step counts, not those that are lower
+        assert (finding.rule, finding.steps) == ("loss blow-up", (0, 0))
+
+    def test_a_loss_that_is_no_number_is_told(self) -> None:
+        assert rules_of(course([*FALLING[:30], math.nan])) == ["loss blow-up"]
+
+    def test_a_spike_is_named_with_its_step_and_a_slow_rise_is_none(self) -> None:
+        history = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(30)]
+        (finding,) = diagnose([*history, snapshot(30, [9.0]), *history[:5]])
+        assert (finding.rule, finding.steps) == ("spike", (30, 30))
+        assert finding.evidence["value"] == pytest.approx(9.0)
+        rising = [1.0 + 0.001 * (-1) ** step + 0.1 * max(0, step - 25) for step in range(60)]
+        assert rules_of([snapshot(step, [norm]) for step, norm in enumerate(rising)]) == []
+
+    def test_a_spike_after_constant_steps(self) -> None:
+        (finding,) = diagnose(course([1.0] * 25 + [5.0], first=500))
+        assert (finding.rule, finding.steps, finding.evidence["sigma"]) == ("spike", (525, 525), 0.0)
+        assert rules_of(course([-100.0 + 0.1 * (-1) ** step for step in range(30)] + [-99.0], first=500)) == []
+
+    def test_a_step_that_a_scaler_skipped_is_no_fault_and_hides_none(self) -> None:
+        first = replace(snapshot(0, [math.inf], nonfinite=1), skipped=True)
+        sound = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(1, 40)]
+        assert diagnose([first, *sound]) == []
+        (finding,) = diagnose([first, *sound, snapshot(40, [99.0])])
+        assert (finding.rule, finding.steps) == ("spike", (40, 40))
+        assert rules_of([replace(one, skipped=True) for one in (first, first)] + sound[:1]) == ["non-finite"]
+
+    def test_a_run_that_learns_in_its_first_steps_is_learning(self) -> None:
+        assert rules_of(course([2.3] + [0.01] * 39)) == []
+        assert rules_of(course([2.3 * 0.5**step for step in range(40)])) == []
+
+    def test_a_high_loss_late_in_a_run_is_no_blow_up_and_losses_given_late_are_no_start(self) -> None:
+        assert rules_of(course([5e3 + 10.0 * (-1) ** step for step in range(40)], first=5000)) == []
+        late = [snapshot(step, [1.0]) for step in range(60)]
+        assert rules_of(late + course([0.01 + 1e-4 * (-1) ** step for step in range(40)], [1.0], first=60)) == []
+
+    def test_a_negative_loss_hides_no_ratio(self) -> None:
+        falling = [-2.3 - 0.01 * step for step in range(40)]
+        assert rules_of(course(falling, [1e3, 1.0])) == ["exploding"]
+
+    def test_snapshots_of_different_probes_are_refused(self) -> None:
+        with pytest.raises(ArgumentError, match="snapshots: needed the history of one probe"):
+            diagnose([snapshot(0, [1.0]), snapshot(1, [1.0, 1.0])])
+
+    @pytest.mark.parametrize(("name", "value"), [("window", 1), ("spike_warm_up", 0), ("spike_window", 0)])
+    def test_limits_that_make_no_sense_are_refused(self, name: str, value: int) -> None:
+        with pytest.raises(ArgumentError, match=f"{name}: needed at least"):
+            Thresholds(**{name: value})
+
+    def test_layers_of_zeros_are_dying_and_a_lone_embedding_is_not(self) -> None:
+        assert rules_of([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(9)]) == []  # not long enough
+        assert rules_of([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(10)]) == ["dying"]
+        history = [snapshot(step, [1.0] * 6) for step in range(10)]
+        for one in history:
+            one.rows[0, 4] = 0.9
+        assert diagnose(history) == []
+        few = [snapshot(step, [1.0] * 3) for step in range(10)]
+        for one in few:
+            one.rows[0, 4] = 0.9
+        assert diagnose(few) == []
+        assert rules_of([snapshot(step, [1.0] * 4, zeros=0.8, loss=loss) for step, loss in enumerate(FALLING)]) == []
+
+    def test_a_parameter_that_never_gets_a_gradient_is_silent(self) -> None:
+        (finding,) = diagnose([snapshot(step, [1.0, 0.0, 1.0, 1.0, 1.0]) for step in range(12)])
+        assert (finding.rule, finding.sites, finding.steps) == ("silent site", ("layer1.weight",), (0, 11))
+        assert rules_of([snapshot(step, [1.0, float(step > 0), 1.0]) for step in range(12)]) == []

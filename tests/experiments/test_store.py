@@ -1,0 +1,350 @@
+"""The sweep's file: what comes out is what went in, whole epochs only, and nothing that is not ours is touched."""
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gradprobe.errors import StoreError
+from gradprobe.experiments.sweep.store import EpochRow, JunctionRow, LayerRow, open_run, start_run
+
+CONFIG = {"data": "digits", "epochs": 3, "learning_rate": 0.1}
+CELLS = [("plain", 8, 0, 75_002), ("resnet", 8, 0, 75_002)]
+STATE = bytes(range(256)) * 4096
+
+
+def epoch_row(epoch, **changes):
+    return replace(EpochRow(epoch, 2.3, 90.0, 89.5, 1.25), **changes)
+
+
+def layer_row(epoch, position=0, **changes):
+    return replace(LayerRow(epoch, position, f"layer{position}.weight", 0.5, 0.01, 0.2, 0.0, 0, 144), **changes)
+
+
+def junction_row(position=0, epoch=0, **changes):
+    return replace(JunctionRow(epoch, position, f"stages.{position}.join", 0.5, 0.25, -0.1, 2 / 3), **changes)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run.sqlite"
+
+
+def write(path, config=CONFIG, cells=CELLS):
+    """Makes a run whose first cell has two of its epochs."""
+    with start_run(path, config, {"torch_version": "2.13.0"}) as run:
+        run.add_cells(cells)
+        layers = [layer_row(0), layer_row(1), layer_row(1, 1)]
+        run.save(1, [epoch_row(0), epoch_row(1)], layers, [junction_row(), junction_row(1)], STATE)
+
+
+def test_what_was_written_is_read(path):
+    write(path)
+    with open_run(path) as run:
+        assert run.config == CONFIG
+        assert run.meta["torch_version"] == "2.13.0"
+        assert run.meta["schema_version"] == "2"
+        assert [(c.id, c.name, c.seed, c.parameters, c.status) for c in run.cells()] == [
+            (1, "plain-8", 0, 75_002, "pending"),
+            (2, "resnet-8", 0, 75_002, "pending"),
+        ]
+        assert run.epochs(1) == [epoch_row(0), epoch_row(1)]
+        assert run.epochs(2) == []
+        assert run.layers(1, 1) == [layer_row(1), layer_row(1, 1)]
+        assert run.layers(1, 7) == []
+        assert run.junctions(1, 0) == [junction_row(), junction_row(1)]
+        assert run.junctions(1, 1) == run.junctions(2, 0) == []
+
+
+def test_the_file_is_marked_as_ours_and_in_wal_mode(path):
+    write(path)
+    database = sqlite3.connect(path)
+    try:
+        assert database.execute("PRAGMA application_id").fetchone() == (0x67725072,)
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    finally:
+        database.close()
+
+
+def test_divergence_survives_the_file(path):
+    with start_run(path, CONFIG, {}) as run:
+        run.add_cells(CELLS)
+        row = epoch_row(1, train_loss=math.nan, test_error_pct=math.inf)
+        layer = layer_row(1, norm_l2=math.nan, abs_max=math.inf, rms=1e-300, nonfinite=144)
+        junction = junction_row(shortcut_norm_l2=math.inf, branch_norm_l2=math.nan)
+        run.save(1, [row], [layer], [junction], b"", "diverged")
+    with open_run(path) as run:
+        (epoch,), (layer,), (junction,) = run.epochs(1), run.layers(1, 1), run.junctions(1, 0)
+        assert run.cells()[0].status == "diverged"
+    assert math.isnan(epoch.train_loss)
+    assert epoch.test_error_pct == math.inf
+    assert math.isnan(layer.norm_l2)
+    assert (layer.abs_max, layer.rms, layer.nonfinite) == (math.inf, 1e-300, 144)
+    assert junction.shortcut_norm_l2 == math.inf
+    assert math.isnan(junction.branch_norm_l2)
+
+
+def test_a_cell_goes_on_from_its_last_checkpoint_only(path):
+    write(path)
+    with start_run(path, CONFIG, {}) as run:
+        assert run.checkpoint(1) == STATE
+        assert run.checkpoint(2) is None
+        run.save(1, [epoch_row(2)], [layer_row(2)], [], b"second")
+        assert run.checkpoint(1) == b"second"
+
+
+def test_a_finished_cell_leaves_no_checkpoint_and_gives_its_space_back(path):
+    write(path)
+    with_checkpoint = path.stat().st_size
+    with start_run(path, CONFIG, {}) as run:
+        run.save(1, [epoch_row(2)], [layer_row(2)], [], b"last", "done")
+        assert run.checkpoint(1) is None
+        assert [cell.status for cell in run.cells()] == ["done", "pending"]
+    assert path.stat().st_size < with_checkpoint - len(STATE) // 2
+
+
+def test_an_epoch_is_recorded_whole_or_not_at_all(path):
+    write(path)
+    with start_run(path, CONFIG, {}) as run:
+        with pytest.raises(StoreError, match="UNIQUE constraint"):
+            run.save(1, [epoch_row(2)], [layer_row(2)], [junction_row(0, 1), junction_row(0, 1)], b"second", "done")
+        assert [row.epoch for row in run.epochs(1)] == [0, 1]
+        assert run.layers(1, 2) == run.junctions(1, 1) == []
+        assert run.checkpoint(1) == STATE
+        assert run.cells()[0].status == "pending"
+
+
+def test_cells_may_be_added_and_keep_their_number(path):
+    write(path)
+    with start_run(path, CONFIG, {}) as run:
+        run.add_cells([("plain", 20, 1, 269_722), *CELLS])
+        assert [(cell.id, cell.name) for cell in run.cells()] == [(1, "plain-8"), (2, "resnet-8"), (3, "plain-20")]
+        assert len(run.epochs(1)) == 2
+
+
+def test_another_configuration_is_refused_with_the_options_that_differ(path):
+    write(path)
+    before = path.read_bytes()
+    with pytest.raises(StoreError) as raised:
+        start_run(path, {**CONFIG, "epochs": 4, "momentum": 0.9}, {})
+    assert "epochs is 3 in the file and 4 now" in str(raised.value)
+    assert "momentum is None in the file and 0.9 now" in str(raised.value)
+    assert "learning_rate" not in str(raised.value)
+    assert path.read_bytes() == before
+    start_run(path, CONFIG, {}).close()
+
+
+def test_the_head_is_that_of_the_first_sweep(path):
+    write(path)
+    with start_run(path, CONFIG, {"torch_version": "9.9"}) as run:
+        assert run.meta["torch_version"] == "2.13.0"
+
+
+def test_a_run_is_read_while_it_is_written(path):
+    with start_run(path, CONFIG, {}) as writer:
+        writer.add_cells(CELLS)
+        with open_run(path) as reader:
+            assert reader.epochs(1) == []
+            writer.save(1, [epoch_row(0), epoch_row(1)], [], [], STATE)
+            assert len(reader.epochs(1)) == 2
+
+
+def test_a_second_writer_is_refused_and_the_lock_ends_with_the_first(path):
+    with start_run(path, CONFIG, {}), pytest.raises(StoreError, match="another sweep is writing this file"):
+        start_run(path, CONFIG, {})
+    start_run(path, CONFIG, {}).close()
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_the_lock_ends_when_its_holder_is_killed(path):
+    script = (
+        "import sys, time; from gradprobe.experiments.sweep.store import start_run;"
+        f"run = start_run({str(path)!r}, {CONFIG!r}, {{}}); run.add_cells({CELLS!r});"
+        "print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StoreError, match="another sweep"):
+            start_run(path, CONFIG, {})
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    with open_run(path) as run:
+        assert len(run.cells()) == 2
+    start_run(path, CONFIG, {}).close()
+
+
+def test_an_empty_file_is_a_new_run(path):
+    path.touch()
+    write(path)
+    with open_run(path) as run:
+        assert len(run.cells()) == 2
+
+
+def test_missing_folders_are_made(tmp_path):
+    write(tmp_path / "a" / "b" / "run.sqlite")
+    assert (tmp_path / "a" / "b" / "run.sqlite").stat().st_size
+
+
+@pytest.fixture
+def old_path(path):
+    """A run of the version that recorded no junctions, half done."""
+    write(path)
+    with sqlite3.connect(path) as database:
+        database.execute("DROP TABLE junction")
+        database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
+    database.close()
+    return path
+
+
+def test_an_older_file_is_read_as_it_is(old_path):
+    before = old_path.read_bytes()
+    with open_run(old_path) as run:
+        assert run.epochs(1) == [epoch_row(0), epoch_row(1)]
+        assert run.junctions(1, 0) == []
+    assert old_path.read_bytes() == before
+
+
+def test_an_older_file_is_gone_on_with(old_path):
+    with open_run(old_path) as reader:
+        with start_run(old_path, CONFIG, {}) as run:
+            assert run.checkpoint(1) == STATE
+            run.save(1, [epoch_row(2)], [layer_row(2)], [junction_row(0, 1)], b"second")
+        assert reader.junctions(1, 0) == []
+        assert reader.junctions(1, 1) == [junction_row(0, 1)]
+        assert reader.epochs(1) == [epoch_row(0), epoch_row(1), epoch_row(2)]
+
+
+def test_an_older_file_that_is_refused_stays_old(old_path):
+    before = old_path.read_bytes()
+    with pytest.raises(StoreError, match="epochs is 3 in the file and 9 now"):
+        start_run(old_path, {**CONFIG, "epochs": 9}, {})
+    assert old_path.read_bytes() == before
+
+
+def foreign_text(path):
+    path.write_text("the notes of somebody else\n" * 200)
+
+
+def foreign_short(path):
+    path.write_text("x")
+
+
+def foreign_database(path):
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE theirs(x)")
+    database.close()
+
+
+def foreign_empty_database(path):
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA application_id = 77")
+    database.close()
+
+
+def newer_schema(path):
+    write(path)
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE meta SET value = '3' WHERE key = 'schema_version'")
+    database.close()
+
+
+def damaged_pages(path):
+    write(path)
+    content = bytearray(path.read_bytes())
+    content[4096:] = os.urandom(len(content) - 4096)
+    path.write_bytes(content)
+
+
+def cut_short(path):
+    write(path)
+    path.write_bytes(path.read_bytes()[:6000])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (foreign_text, "a file that is no SQLite database"),
+        (foreign_short, "a file that is no SQLite database"),
+        (foreign_database, "found another SQLite database"),
+        (foreign_empty_database, "found another SQLite database"),
+        (newer_schema, "schema version 3; this gradprobe reads versions 1 to 2"),
+        (damaged_pages, "malformed|damaged"),
+        (cut_short, "malformed|damaged"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_file_that_is_not_a_sound_run_of_ours_is_refused_and_left_as_it_is(path, make, message):
+    make(path)
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=message):
+        start_run(path, CONFIG, {})
+    with pytest.raises(StoreError), open_run(path) as run:
+        run.cells(), run.epochs(1), run.layers(1, 1)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("use", [open_run, lambda path: start_run(path, CONFIG, {})], ids=["open", "start"])
+def test_too_long_a_name_is_refused(tmp_path, use):
+    with pytest.raises(StoreError, match=r"^.*a{300}: cannot be used: File name too long$"):
+        use(tmp_path / ("a" * 300))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [":memory:", "file:x?mode=ro", "ä b#%?.sqlite", "-", "x\n"])
+def test_any_name_is_the_name_of_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(Path(name))
+    with start_run(name, CONFIG, {}) as run:
+        assert run.checkpoint(1) == STATE
+    with open_run(name) as run:
+        assert len(run.cells()) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_is_refused(tmp_path):
+    for use in (lambda: start_run(tmp_path, CONFIG, {}), lambda: open_run(tmp_path)):
+        with pytest.raises(StoreError, match="needed a file, found a folder"):
+            use()
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot make its folder"):
+        start_run(tmp_path / "file" / "run.sqlite", CONFIG, {})
+
+
+def test_reading_a_run_that_is_not_there_says_how_to_make_it(path):
+    with pytest.raises(StoreError, match="there is no such file; gradprobe sweep --out"):
+        open_run(path)
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, a folder in which nobody can write")
+def test_a_place_where_nobody_can_write_is_refused():
+    with pytest.raises(StoreError, match=r"/proc/run\.sqlite: cannot write in its folder"):
+        start_run("/proc/run.sqlite", CONFIG, {})
+
+
+def test_a_file_without_permission_is_refused_and_a_report_still_reads_it(path):
+    write(path)
+    path.chmod(0o444)
+    path.parent.chmod(0o555)
+    if os.access(path.parent, os.W_OK):
+        pytest.skip("this user can write everywhere")
+    try:
+        with pytest.raises(StoreError, match="cannot write in its folder"):
+            start_run(path, CONFIG, {})
+        with open_run(path) as run:
+            assert len(run.cells()) == 2
+    finally:
+        path.parent.chmod(0o755)

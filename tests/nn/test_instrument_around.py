@@ -1,0 +1,209 @@
+"""What others do with an instrumented model: wrap its methods, script, trace and copy it, instrument it again."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from importlib import import_module, reload
+from pathlib import Path
+from types import MethodType
+
+import helpers.inline_cases as cases
+import pytest
+import torch
+from helpers.inline_cases import OneLayer
+from torch import nn
+
+import gradprobe
+from gradprobe.nn import instrument as instrumentation
+
+TOKENS = torch.linspace(-2, 2, 4 * 5 * 8).reshape(4, 5, 8).sin()
+
+
+class InComprehension(OneLayer):
+    """The code of `forward` itself names no junction: an inner one does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x + layer(x) for layer in (self.layer, self.layer)]).sum(0)
+
+
+@pytest.mark.parametrize("block", [InComprehension, cases.Decorated, cases.Methods])
+def test_a_second_time_is_refused_and_changes_nothing(block: Callable[[int], nn.Module]) -> None:
+    model = block(8)
+    expected = model(TOKENS)
+    report = gradprobe.instrument(model)
+    with pytest.raises(gradprobe.ArgumentError, match="one that is not instrumented yet"):
+        gradprobe.instrument(model)
+    assert torch.equal(model(TOKENS), expected)
+    report.undo()
+    assert torch.equal(model(TOKENS), expected)
+    assert not any(isinstance(module, instrumentation.InlineAdd) for module in model.modules())
+
+
+def wrap(model: nn.Module) -> None:
+    """As libraries put mixed precision or offloading around a model."""
+    model.forward = functools.partial(lambda forward, *args: forward(*args), model.forward)  # type: ignore[method-assign]
+
+
+def test_a_method_that_is_wrapped_keeps_its_junctions_until_it_is_free() -> None:
+    model = cases.TimmBlock(8)
+    expected = model(TOKENS)
+    report = gradprobe.instrument(model)
+    ours = model.forward
+    wrap(model)
+    with pytest.raises(gradprobe.ArgumentError, match="one that is not instrumented yet"):
+        gradprobe.instrument(model)
+    with pytest.warns(gradprobe.GradprobeWarning, match="forward of TimmBlock has been replaced .* stay until"):
+        report.undo()
+    assert torch.equal(model(TOKENS), expected)
+    model.forward = ours  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report.undo()
+    assert "forward" not in vars(model)
+    assert "residual_add" not in dict(model.named_children())
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda model: functools.partial(type(model).forward, model),
+        lambda model: MethodType(functools.partial(type(model).forward), model),
+    ],
+    ids=["partial", "bound-partial"],
+)
+def test_a_forward_that_is_not_the_classs_is_left_alone(own: Callable[[nn.Module], object]) -> None:
+    model = cases.TimmBlock(8)
+    expected = model(TOKENS)
+    model.forward = own(model)  # type: ignore[method-assign, assignment]
+    assert gradprobe.instrument(model).unseen == {"": "has a forward of its own, other than its class's"}
+    assert torch.equal(model(TOKENS), expected)
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(cases.TimmBlock(8), cases.DecoderLayer(8))
+    find = instrumentation.find_additions
+
+    def failing(module: nn.Module, *arguments: object) -> object:
+        if isinstance(module, cases.DecoderLayer):
+            raise KeyboardInterrupt
+        return find(module, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(instrumentation, "find_additions", failing)
+    with pytest.raises(KeyboardInterrupt):
+        gradprobe.instrument(model)
+    assert "forward" not in vars(model[0])
+    assert "residual_add" not in dict(model[0].named_children())
+
+
+class AnyName(OneLayer):
+    """Says None to every name that it does not know."""
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x)
+
+
+def test_a_module_without_a_free_name_is_reported() -> None:
+    assert gradprobe.instrument(AnyName(8)).unseen == {"": "has an attribute of any name, so that none is free"}
+
+
+TRANSLATIONS: dict[str, Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+    "scripted": lambda model, batch: torch.jit.script(model),
+    "traced": torch.jit.trace,
+    "fx": lambda model, batch: torch.fx.symbolic_trace(model),
+    "exported": lambda model, batch: torch.export.export(model, (batch,)).module(),
+    "vmap": lambda model, batch: lambda batch: torch.vmap(model)(batch.unsqueeze(0)),
+}
+
+
+@pytest.mark.parametrize("probed", [False, True], ids=["alone", "probed"])
+@pytest.mark.parametrize("how", TRANSLATIONS)
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in-place"])
+def test_translations_give_the_same_numbers(in_place: bool, how: str, probed: bool) -> None:
+    model = cases.BasicBlock(8, 8).eval() if in_place else cases.Parallel(8)
+    batch = torch.randn(4, 8, 3, 3) if in_place else TOKENS
+    expected = TRANSLATIONS[how](model, batch)(batch)
+    gradprobe.instrument(model)
+    if probed:
+        gradprobe.attach(model)
+    assert torch.equal(TRANSLATIONS[how](model, batch)(batch), expected)
+
+
+def test_a_function_that_is_reloaded_in_place_runs_its_new_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As notebooks reload modules: what refers to the old function runs the new code."""
+    text = "from inline_cases import OneLayer\nclass Block(OneLayer):\n  def forward(self, x):\n    return x + {}\n"
+    path = tmp_path / "reloaded.py"
+    path.write_text(text.format("self.layer(x)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    reloaded = import_module("reloaded")
+    forward = reloaded.Block.forward
+    model = reloaded.Block(8)
+    gradprobe.instrument(model).undo()
+    path.write_text(text.format("2 * self.layer(x)  # changed"))
+    forward.__code__ = reload(reloaded).Block.forward.__code__
+    expected = model(TOKENS)
+    assert gradprobe.instrument(model).junctions == ("residual_add",)
+    assert torch.equal(model(TOKENS), expected)
+
+
+def add_layer(self: OneLayer, x: torch.Tensor) -> torch.Tensor:
+    return x + self.layer(x)
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "kind"),
+    [
+        (staticmethod(lambda x: x + x.relu()), "staticmethod"),
+        (functools.partialmethod(add_layer), "partialmethod"),
+        (property(lambda self: functools.partial(add_layer, self)), "property"),
+        (Unhashable(), "Unhashable"),
+    ],
+)
+def test_a_forward_that_is_no_function_is_reported(forward: object, kind: str) -> None:
+    model = type("Block", (OneLayer,), {"forward": forward})(8)
+    expected = model(TOKENS)
+    assert gradprobe.instrument(model).unseen == {"": f"is no Python function but {kind}"}
+    assert torch.equal(model(TOKENS), expected)
+
+
+class Added(OneLayer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x)
+
+
+class GoesOverABlock(nn.Module):
+    """Runs the children of a block itself, as a feature extractor does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Added(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in self.block.children():
+            x = x + child(x)
+        return x
+
+
+def test_a_block_whose_children_another_one_runs_gets_no_more_of_them() -> None:
+    model = GoesOverABlock()
+    expected = model(TOKENS)
+    report = gradprobe.instrument(model)
+    reason = "has its children gone over in forward of GoesOverABlock, where one more would be met too"
+    assert (report.junctions, report.unseen) == (("residual_add",), {"block": reason})
+    assert torch.equal(model(TOKENS), expected)

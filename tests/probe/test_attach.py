@@ -1,0 +1,233 @@
+"""What attaching says, leaves alone and refuses: coverage, no trace in training, bad input."""
+
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from helpers.probe_cases import RejectReads, loss_of, mlp, norms_of, run_through, sgd, true_norms
+from torch import nn
+
+import gradprobe
+
+pytestmark = pytest.mark.usefixtures("probe_warnings_are_errors")
+
+
+class TestCoverage:
+    def test_a_parameter_that_never_fires_is_named_in_one_warning(self, any_hooks: str) -> None:
+        model = mlp()
+        model.unused = nn.Linear(2, 2)
+        model[0].bias.requires_grad_(False)
+        with gradprobe.attach(model) as probe:
+            run_through(model)
+            with pytest.warns(
+                gradprobe.GradprobeWarning, match=r"no gradient for 2 of 7 sites: unused\.weight, unused\.bias"
+            ):
+                probe.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                run_through(model)
+                probe.step()
+            model[0].bias.requires_grad_(True)
+            coverage = probe.coverage()
+        assert probe.coverage().unknown == ()  # detached, it looks at no model
+        assert coverage.silent == ("unused.weight", "unused.bias")
+        assert coverage.frozen == ("0.bias",)
+        assert coverage.unknown == ("0.bias",)
+        assert coverage.observed == ("0.weight", "2.weight", "2.bias", "4.weight", "4.bias")
+        snapshot = probe.latest()
+        assert snapshot is not None
+        assert "unused.weight" not in snapshot
+        with pytest.raises(KeyError, match="had no gradient in step 1"):
+            snapshot["unused.weight"]
+
+    def test_a_step_without_any_gradient_is_loud_and_not_recorded(self) -> None:
+        model = mlp()
+        with gradprobe.attach(model) as probe:
+            with pytest.warns(gradprobe.GradprobeWarning, match="step 0: no parameter has a gradient") as told:
+                probe.step()
+            assert told[0].filename == __file__
+            loss_of(model).backward()
+            probe.step()
+        assert [snapshot.step for snapshot in probe.history()] == [1]
+
+    def test_gradients_that_no_hook_saw_are_listed(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            with pytest.warns(gradprobe.GradprobeWarning, match=r"no hook fired for 6 of 6 sites: 0\.weight") as told:
+                optimizer.step()
+            assert told[0].filename == __file__  # the user's line, not one of torch or ours
+            assert probe.coverage().unhooked == tuple(name for name, _ in model.named_parameters())
+        assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
+
+
+class TestAttachChangesNothing:
+    @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
+    def test_resnet_20_trains_to_the_same_bits(self, clip: bool, any_hooks: str) -> None:
+        x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        y = torch.arange(16) % 10
+
+        def train(probed: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+            torch.manual_seed(0)
+            model = gradprobe.networks.resnet(20)
+            optimizer = sgd(model, momentum=0.9, weight_decay=1e-4)
+            probe = gradprobe.attach(model, optimizer=optimizer) if probed else None
+            for _ in range(50):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x + 0.1 * torch.randn_like(x)), y)
+                loss.backward()
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                if probe is not None:
+                    probe.step(loss=loss)
+            if probe is not None:
+                assert len(probe.history()) == 50
+                probe.detach()
+            return model.state_dict(), torch.get_rng_state()
+
+        with_probe, rng_with = train(True)
+        without, rng_without = train(False)
+        assert torch.equal(rng_with, rng_without)
+        for name, value in without.items():
+            assert torch.equal(value, with_probe[name]), name
+
+    def test_detach_leaves_no_hook_and_lets_everything_go(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        probe = gradprobe.attach(model, optimizer=optimizer, when="backward")
+        loss_of(model).backward()
+        optimizer.step()
+        probe.detach()
+        probe.detach()
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+        assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+        loss_of(model).backward()
+        optimizer.step()
+        assert len(probe.history()) == 1
+        gone = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model[0].weight)]
+        del model, optimizer
+        gc.collect()
+        assert [reference() for reference in gone] == [None] * 3
+        assert len(probe.history()) == 1
+
+    def test_a_probe_that_nobody_keeps_dies_with_its_model(self, any_hooks: str) -> None:
+        model = mlp()
+        probe = weakref.ref(gradprobe.attach(model))
+        loss_of(model).backward()
+        gc.collect()
+        assert probe() is not None
+        reference = weakref.ref(model)
+        del model
+        gc.collect()
+        assert reference() is None
+        assert probe() is None
+
+    @pytest.mark.parametrize("how", ["step", "optimizer", "clip", "scaler"])
+    def test_no_value_is_read_on_the_host_during_training(self, how: str, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        scaler = torch.amp.GradScaler("cpu") if how == "scaler" else None
+        with gradprobe.attach(model, optimizer=None if how == "step" else optimizer, grad_scaler=scaler) as probe:
+            loss = loss_of(model)
+            with RejectReads():
+                (scaler.scale(loss) if scaler else loss).backward()
+                if how == "clip":
+                    probe.clip_grad_norm_(1.0)
+                if scaler is None:
+                    optimizer.step()
+                probe.step(loss=loss)
+            assert probe.latest() is not None
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"optimizer": "sgd"}, "optimizer: need a torch.optim.Optimizer or None; got str"),
+            ({"every": 0}, "every: need an integer of at least 1; got 0"),
+            ({"every": True}, "every: need an integer of at least 1; got True"),
+            ({"capacity": 2.5}, "capacity: need an integer of at least 1; got 2.5"),
+            ({"backend": "fpga"}, "backend: needed one of auto, native, triton, reference, got 'fpga'"),
+            ({"when": "later"}, "when: need one of auto, step, backward, hook; got 'later'"),
+            ({"grad_scaler": 2}, "grad_scaler: need a torch.amp.GradScaler or None; got int"),
+            ({"params": False}, "params: need True"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_arguments(self, arguments: dict[str, object], message: str) -> None:
+        model = mlp()
+        with pytest.raises(gradprobe.ArgumentError, match="^" + message.replace("(", r"\(")):
+            gradprobe.attach(model, **arguments)  # type: ignore[arg-type]
+        gradprobe.attach(model).detach()  # a refused attach leaves nothing behind
+
+    def test_a_record_too_large_for_the_machine_leaves_nothing_behind(self) -> None:
+        model = nn.Sequential(nn.Linear(2, 2), gradprobe.networks.resnet(8))
+        with pytest.raises(RuntimeError, match="memory"):
+            gradprobe.attach(model, activations=True, capacity=10**13)
+        assert not any(module._forward_hooks for module in model.modules())
+        assert all(module.tap is None for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd))
+        gradprobe.attach(model).detach()
+
+    def test_what_is_not_there_yet_says_so(self) -> None:
+        with pytest.raises(NotImplementedError, match="process_group: not available"):
+            gradprobe.attach(mlp(), process_group=object())
+
+    def test_models(self) -> None:
+        with pytest.raises(gradprobe.ArgumentError, match=r"need a torch\.nn\.Module; got int"):
+            gradprobe.attach(3)  # type: ignore[arg-type]
+        with pytest.raises(gradprobe.ArgumentError, match="at least one parameter; ReLU has none"):
+            gradprobe.attach(nn.ReLU())
+        with pytest.raises(gradprobe.ArgumentError, match="all 2 of Linear are frozen"):
+            gradprobe.attach(nn.Linear(1, 1).requires_grad_(False))
+        with pytest.raises(gradprobe.ArgumentError, match="'weight' has no shape yet"):
+            gradprobe.attach(nn.LazyLinear(2))
+
+    def test_attaching_twice(self) -> None:
+        model = mlp()
+        with (
+            gradprobe.attach(model),
+            pytest.raises(gradprobe.ArgumentError, match=r"has a probe already; call its detach\(\) first"),
+        ):
+            gradprobe.attach(model)
+        gradprobe.attach(model).detach()
+
+    def test_an_optimizer_of_some_parameters_only(self) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            assert probe.coverage().unstepped == ("0.weight", "0.bias", "4.weight", "4.bias")
+        with gradprobe.attach(model, optimizer=sgd(model)) as probe:
+            assert probe.coverage().unstepped == ()
+
+    def test_parts_that_are_given_to_the_optimizer_later(self) -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model[4].parameters(), lr=0.1)
+        with gradprobe.attach(model, optimizer=optimizer) as probe:
+            optimizer.add_param_group({"params": list(model[2].parameters())})
+            assert probe.coverage().unstepped == ("0.weight", "0.bias")
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+        assert probe.coverage().unstepped == ()
+
+    def test_an_optimizer_of_another_model(self) -> None:
+        with pytest.raises(gradprobe.ArgumentError, match="it steps none of them"):
+            gradprobe.attach(mlp(), optimizer=sgd(mlp()))
+
+    @pytest.mark.parametrize("loss", [torch.ones(2), "0.5", True, torch.ones(1, dtype=torch.complex64)], ids=repr)
+    def test_losses(self, loss: object) -> None:
+        with gradprobe.attach(mlp()) as probe, pytest.raises(gradprobe.ArgumentError, match=r"^loss: need"):
+            probe.step(loss=loss)  # type: ignore[arg-type]
+
+    def test_use_after_detach(self) -> None:
+        probe = gradprobe.attach(mlp())
+        probe.detach()
+        with pytest.raises(gradprobe.GradprobeError, match="detached"):
+            probe.step()
+        with pytest.raises(gradprobe.GradprobeError, match="detached"):
+            probe.clip_grad_norm_(1.0)
