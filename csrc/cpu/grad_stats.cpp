@@ -3,10 +3,10 @@
 #include <cstdint>
 
 #include "core/half.h"
-#include "cpu/isa.h"
-#include "cpu/kernels.h"
 #include "core/layout.h"
 #include "core/stats.h"
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 #define GRADPROBE_PER_ISA "cpu/grad_stats_lanes.h"
 #include "cpu/each_isa.h"

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "core/chunks.h"
-#include "cpu/float_env.h"
-#include "cpu/kernels.h"
 #include "core/layout.h"
 #include "core/stats.h"
+#include "cpu/float_env.h"
+#include "cpu/kernels.h"
 
 namespace gradprobe::cpu {
 

@@ -5,11 +5,11 @@
 
 #include <cstdint>
 
-#include "cpu/float_env.h"
 #include "core/half.h"
+#include "core/stats.h"
+#include "cpu/float_env.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "core/stats.h"
 
 #define GRADPROBE_PER_ISA "cpu/residual_loops.h"
 #include "cpu/each_isa.h"

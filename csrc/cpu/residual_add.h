@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cpu/kernels.h"
 #include "core/stats.h"
+#include "cpu/kernels.h"
 
 namespace gradprobe::cpu {
 

@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "core/chunks.h"
+#include "core/stats.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/residual_add.h"
-#include "core/stats.h"
 
 namespace gradprobe::cpu {
 

@@ -3,9 +3,9 @@
 #include <cstdint>
 
 #include "core/half.h"
+#include "core/layout.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
-#include "core/layout.h"
 
 #define GRADPROBE_PER_ISA "cpu/scale_loops.h"
 #include "cpu/each_isa.h"

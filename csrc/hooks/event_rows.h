@@ -22,9 +22,9 @@
 #include <unordered_map>
 #include <vector>
 
+#include "core/stats.h"
 #include "cpu/parallel.h"
 #include "hooks/plain_tensor.h"
-#include "core/stats.h"
 
 namespace gradprobe {
 

@@ -20,10 +20,10 @@
 #include <utility>
 #include <vector>
 
+#include "core/stats.h"
 #include "cpu/parallel.h"
 #include "hooks/plain_tensor.h"
 #include "hooks/signals.h"
-#include "core/stats.h"
 
 namespace gradprobe {
 namespace {

@@ -19,9 +19,9 @@
 #include <vector>
 
 #include "cpu/residual_pass.h"
+#include "hooks/event_rows.h"
 #include "hooks/plain_tensor.h"
 #include "hooks/residual_node.h"
-#include "hooks/event_rows.h"
 
 namespace gradprobe {
 

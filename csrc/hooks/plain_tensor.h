@@ -9,8 +9,8 @@
 #include <cstdint>
 #include <optional>
 
-#include "cpu/kernels.h"
 #include "core/layout.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace gradprobe {

@@ -27,10 +27,10 @@
 #include <vector>
 
 #include "cpu/residual_pass.h"
+#include "hooks/event_rows.h"
 #include "hooks/junction_call.h"
 #include "hooks/plain_tensor.h"
 #include "hooks/residual_node.h"
-#include "hooks/event_rows.h"
 
 namespace gradprobe {
 namespace {

@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "core/layout.h"
 #include "core/stats.h"
+#include "cpu/kernels.h"
 
 namespace gradprobe {
 

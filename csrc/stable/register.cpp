@@ -10,11 +10,11 @@
 
 #include <cstdint>
 
-#include "stable/arguments.h"
 #include "core/chunks.h"
-#include "cpu/kernels.h"
 #include "core/layout.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "stable/arguments.h"
 
 namespace gradprobe {
 namespace {

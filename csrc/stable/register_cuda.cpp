@@ -18,9 +18,9 @@
 #include <tuple>
 #include <vector>
 
-#include "stable/arguments.h"
 #include "core/layout.h"
 #include "cuda/launch.h"
+#include "stable/arguments.h"
 #include "stable/residual_layout.h"
 #include GRADPROBE_TORCH_DEVICE
 

@@ -10,13 +10,13 @@
 #include <optional>
 #include <tuple>
 
-#include "stable/arguments.h"
 #include "core/chunks.h"
+#include "core/stats.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/residual_pass.h"
+#include "stable/arguments.h"
 #include "stable/residual_layout.h"
-#include "core/stats.h"
 
 namespace gradprobe {
 namespace {

@@ -12,11 +12,11 @@
 #include <random>
 #include <vector>
 
+#include "core/layout.h"
+#include "core/stats.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
-#include "core/layout.h"
 #include "cpu/residual_add.h"
-#include "core/stats.h"
 
 using namespace gradprobe;
 using namespace gradprobe::cpu;

@@ -1,4 +1,5 @@
-// In the place of csrc/stable/torch_device.h: the registration of the CUDA kernels, on CPU tensors and emulated kernels.
+// In the place of csrc/stable/torch_device.h: the registration of the CUDA kernels, on CPU tensors and emulated
+// kernels.
 #pragma once
 
 #include <torch/headeronly/core/DeviceType.h>
