@@ -13,9 +13,9 @@ import torch
 
 from gradprobe import ops
 from gradprobe.observers.event_rows import PythonEventRows
+from gradprobe.ops.rows import ABS_MAX
 from gradprobe.snapshot.records import FloatArray, IntArray
 
-_ABS_MAX = ops.STATS.index("abs_max")
 _NOT_WRITTEN = -1.0  # no tensor's largest magnitude
 
 _captured: list[GraphRows] = []  # a graph writes there, and asks the flag, for as long as it lives
@@ -87,7 +87,7 @@ class GraphRows(PythonEventRows):
             self._sites_there = torch.from_numpy(sites).to(self._device)
             self._numels_there = torch.from_numpy(numels).to(self._device, torch.float64)
         rows = rows[1 : 1 + len(sites)]
-        is_written = rows[:, _ABS_MAX] != _NOT_WRITTEN
+        is_written = rows[:, ABS_MAX] != _NOT_WRITTEN
         of_sites = torch.zeros(n_sites, dtype=torch.float64, device=self._device)
         of_sites.index_add_(0, self._sites_there, self._numels_there * is_written)
         return sites, of_dtypes, torch.where(is_written.unsqueeze(1), rows, 0.0), of_sites
@@ -97,4 +97,4 @@ class GraphRows(PythonEventRows):
         self._rows_of.clear()
         self._aside = None
         for block in self._blocks:
-            block[:, _ABS_MAX].fill_(_NOT_WRITTEN)
+            block[:, ABS_MAX].fill_(_NOT_WRITTEN)

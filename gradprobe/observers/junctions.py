@@ -37,7 +37,7 @@ from gradprobe.ops.residual import (
     RESIDUAL_BRANCH_STATS,
     residual_add,
 )
-from gradprobe.ops.rows import raw_rows
+from gradprobe.ops.row_math import raw_rows
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
 N_SITES = len(JUNCTION_KINDS)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gradprobe import ops
+from gradprobe.ops.rows import N_NONFINITE, STATS
 from gradprobe.snapshot.records import Events, FloatArray, Measured, Provenance
 
-N_NONFINITE = ops.STATS.index("n_nonfinite")
 LOSS, SCALE, SKIPPED, SIGNAL_SCALE = range(4)  # columns of the extra row that each step has on the first device
 
 
@@ -79,7 +78,7 @@ class RingBuffer:
         self._rings: dict[torch.device, torch.Tensor] = {}
         self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + S + 1, 6] on the host
         for device, n_rows in rows_on.items():
-            step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(ops.STATS))
+            step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(STATS))
             if device.type == "cpu":
                 # Written now, not at first use: memory that the system lacks is missed here, and no step waits for it.
                 ring = mirror = torch.zeros(capacity, *step_shape, dtype=torch.float64, device="cpu")

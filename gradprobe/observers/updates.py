@@ -10,8 +10,8 @@ import torch
 from gradprobe.observers.gradients import GradientReducer
 from gradprobe.observers.parameters import is_regular
 from gradprobe.observers.ring_buffer import RingBuffer, Slot
+from gradprobe.ops.rows import SUM
 from gradprobe.snapshot.records import Measured, Provenance
-from gradprobe.snapshot.stats import SUM
 from gradprobe.snapshot.updates import Updates
 
 _UNSCALED = Provenance("unscaled", "local", "pre-clip")

@@ -1,26 +1,26 @@
-"""Six statistics of each tensor in one pass, and multi-tensor scaling: public functions and the choice of a backend.
+"""The operators: six statistics of each tensor in one pass, multi-tensor scaling, residual adds.
 
-Every backend writes the same raw rows. A row [6] holds, in the order of `STATS`, `sum(x) * 2**-e`, `sum(|x|) * 2**-e`,
-`sum(x**2) * 2**-2e`, `max(|x|)`, the number of zeros and the number of NaN and infinite elements. `e` is a function of
-`max(|x|)`: zero unless a float64 tensor's largest magnitude lies outside [2**-480, 2**480], and never zero-ing or
-overflowing a square. `true_rows` and `norms` undo it.
+Public names are loaded on first use: `gradprobe.ops.rows`, the layout of a row, needs no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from gradprobe.ops.dispatch import Backend, backends, resolve
+    from gradprobe.ops.row_math import merge_rows, norms, true_rows
+    from gradprobe.ops.rows import STATS
+    from gradprobe.ops.statistics import counting_if, dense_values, grad_stats, grad_stats_into, scale_
 
-from gradprobe.errors import ArgumentError, BackendError
-from gradprobe.ops import libraries, reference
-from gradprobe.ops.reference import FLOAT_DTYPES, STATS
-from gradprobe.ops.rows import merge_rows, norms, true_rows
-from gradprobe.ops.schemas import COUNT_IF, GRAD_STATS_INTO, SCALE
-from gradprobe.ops.triton import launcher as triton_launcher
+_HOMES = {
+    "dispatch": ("Backend", "backends", "resolve"),
+    "row_math": ("merge_rows", "norms", "true_rows"),
+    "rows": ("STATS",),
+    "statistics": ("counting_if", "dense_values", "grad_stats", "grad_stats_into", "scale_"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "STATS",
@@ -37,274 +37,10 @@ __all__ = [
     "true_rows",
 ]
 
-_COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
 
-# ---- Backends.
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of the operators.
-
-    Attributes:
-        name: "native", "triton" or "reference".
-        grad_stats_into: writes raw rows of K tensors into a [K, 6] float64 tensor on their device.
-        scale_: multiplies tensors in place by a one-element tensor on their device.
-    """
-
-    name: str
-    grad_stats_into: Callable[[Sequence[Tensor], Tensor], None]
-    scale_: Callable[[Sequence[Tensor], Tensor], None]
-
-
-_REFERENCE = Backend("reference", reference.grad_stats_into, reference.scale_)
-
-_TRITON = Backend("triton", triton_launcher.grad_stats_into, triton_launcher.scale_)
-
-
-def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
-    if not torch.compiler.is_compiling():
-        module, _ = libraries.native_hooks()
-        if module is not None and module.grad_stats_into(tensors, out):  # plain, on the CPU: needs no dispatcher
-            return
-    GRAD_STATS_INTO(tensors, out)
-
-
-_NATIVE = Backend("native", _native_grad_stats_into, SCALE)
-
-
-def _native_reason(device_type: str) -> str:
-    """Returns "ready" if the compiled part can serve the device type, else the reason why not."""
-    return libraries.parts().get(device_type, f"has no kernels for {device_type} tensors")
-
-
-def _triton_reason(device_type: str) -> str:
-    """Returns "ready" if the Triton kernels can serve the device type, else the reason why not."""
-    return triton_launcher.unavailable(device_type) or "ready"
-
-
-# In the order of preference. The reference serves every device.
-_CHOICES: dict[str, tuple[Backend, Callable[[str], str]]] = {
-    "native": (_NATIVE, _native_reason),
-    "triton": (_TRITON, _triton_reason),
-    "reference": (_REFERENCE, lambda device_type: "ready"),
-}
-
-
-def backends() -> dict[str, str]:
-    """Lists the backends and whether they can run here.
-
-    Returns:
-        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" where only its CPU
-        part is there.
-
-    Example:
-        >>> backends()["reference"]
-        'ready'
-    """
-    parts = libraries.parts()
-    if parts["cpu"] == parts["cuda"]:
-        of_native = parts["cpu"]
-    elif parts["cpu"] == "ready":
-        of_native = f"ready for cpu; cuda: {parts['cuda']}"
-    else:
-        of_native = f"cpu: {parts['cpu']}; cuda: {parts['cuda']}"
-    return {"native": of_native, "triton": _triton_reason("cuda"), "reference": "ready"}
-
-
-def resolve(backend: str, device: torch.device) -> Backend:
-    """Chooses the backend for tensors on a device.
-
-    Args:
-        backend: "auto" for the best that is ready (native, then Triton, then reference), or a name, which is never
-            replaced by another.
-        device: where the tensors are.
-
-    Returns:
-        The backend.
-
-    Raises:
-        ArgumentError: no backend of that name.
-        BackendError: the named backend cannot run on that device; the message says why.
-
-    Example:
-        >>> resolve("reference", torch.device("cpu")).name
-        'reference'
-    """
-    if backend != "auto" and backend not in _CHOICES:
-        names = ", ".join(("auto", *_CHOICES))
-        raise ArgumentError(f"backend: needed one of {names}, got {backend!r}")
-    for name, (choice, reason_of) in _CHOICES.items():
-        if backend not in ("auto", name):
-            continue
-        reason = reason_of(device.type)
-        if reason == "ready":
-            return choice
-        if backend == name:
-            raise BackendError(f"backend {name!r} cannot run on {device.type}: {reason}")
-    raise BackendError(f"no backend can run on {device.type}")
-
-
-# ---- Public functions.
-
-
-def _plain(tensors: Iterable[Tensor], needed: tuple[torch.dtype, ...], *, writable: bool) -> list[Tensor]:
-    """Checks tensors and turns them into dense ones; complex ones are handled by the caller."""
-    if isinstance(tensors, Tensor):
-        raise ArgumentError("tensors: needed a sequence of tensors, got one Tensor; put it into a list")
-    checked: list[Tensor] = []
-    for k, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise ArgumentError(f"tensors[{k}]: needed a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in needed:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in needed)
-            raise ArgumentError(
-                f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
-            )
-        if checked and tensor.device != checked[0].device:
-            raise ArgumentError(
-                f"tensors[{k}]: needed device {checked[0].device}, that of tensors[0], got {tensor.device}"
-            )
-        if tensor.layout == torch.sparse_coo:
-            # A product reaches duplicates of an index one by one, their sum included; statistics need the sum itself.
-            tensor = tensor._values() if writable else tensor.detach().coalesce().values()
-        elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-            tensor = tensor.values()
-        elif tensor.layout != torch.strided:
-            raise ArgumentError(f"tensors[{k}]: needed a strided or sparse layout, got {tensor.layout}")
-        checked.append(tensor)
-    return checked
-
-
-def _absolute(tensor: Tensor) -> Tensor:
-    """Absolute values of a complex tensor; of half precision in float32, whose range holds sqrt(2) * 65504."""
-    return tensor.to(torch.complex64).abs() if tensor.dtype == torch.complex32 else tensor.abs()
-
-
-def dense_values(tensor: Tensor) -> Tensor:
-    """Gives the values whose statistics count, as a real dense tensor.
-
-    Args:
-        tensor: any layout, of float16, bfloat16, float32, float64 or complex dtype.
-
-    Returns:
-        The specified values of a sparse tensor, duplicates summed; the absolute values of a complex one; the tensor
-        itself otherwise.
-
-    Raises:
-        ArgumentError: a tensor of another dtype or layout.
-
-    Example:
-        >>> dense_values(torch.tensor([3 + 4j]))
-        tensor([5.])
-    """
-    (plain,) = _plain([tensor], FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
-    return _absolute(plain.detach()) if plain.is_complex() else plain
-
-
-def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
-    """Takes six statistics of each tensor, reading every element once.
-
-    Right to 1e-6 for every magnitude that the dtypes hold, subnormal numbers included, whether or not
-    `torch.set_flush_denormal` is on. NaN and infinity propagate into sums and maximum and are counted.
-
-    Args:
-        tensors: K tensors on one device, any shape and layout, of float16, bfloat16, float32, float64 or complex dtype,
-            mixed as they come. Of sparse tensors the specified values are taken, duplicates summed; of complex ones the
-            absolute values.
-        backend: "auto", "native", "triton" or "reference"; see `backends`.
-
-    Returns:
-        [K, 6] float64 on the tensors' device, columns in the order of `STATS`. Rows of empty tensors are zero. A sum
-        beyond the range of float64 is infinite here; take `norms` of raw rows where that matters.
-
-    Raises:
-        ArgumentError: a tensor of another dtype, layout or device, or no tensor at all; the message names its index.
-        BackendError: the named backend cannot run there.
-
-    Example:
-        >>> grad_stats([torch.tensor([3.0, -4.0, 0.0]), torch.tensor([1e-25, float("inf")])])
-        tensor([[-1.,  7., 25.,  4.,  1.,  0.],
-                [inf, inf, inf, inf,  0.,  1.]], dtype=torch.float64)
-    """
-    plain = _plain(tensors, FLOAT_DTYPES + _COMPLEX_DTYPES, writable=False)
-    if not plain:
-        return torch.zeros(0, len(STATS), dtype=torch.float64)
-    real = [_absolute(t.detach()) if t.is_complex() else t for t in plain]
-    device = real[0].device
-    out = torch.empty(len(real), len(STATS), dtype=torch.float64, device=device)
-    resolve(backend, device).grad_stats_into(real, out)
-    return true_rows(out)
-
-
-def grad_stats_into(tensors: Sequence[Tensor], out: Tensor, backend: Backend) -> None:
-    """Writes raw rows into `out`: the hot path, with the checks that the backend itself makes.
-
-    Args:
-        tensors: list of K dense tensors of float16, bfloat16, float32 or float64 on the device of `out`.
-        out: [K, 6] float64, contiguous; may be a view of a larger tensor.
-        backend: what `resolve` gave for that device.
-
-    Raises:
-        RuntimeError: a tensor or `out` is not as needed; the message names it and what came.
-
-    Example:
-        >>> out = torch.empty(1, 6, dtype=torch.float64)
-        >>> grad_stats_into([torch.tensor([3.0, -4.0])], out, resolve("auto", out.device))
-        >>> norms(out).tolist()
-        [5.0]
-    """
-    backend.grad_stats_into(tensors, out)
-
-
-@contextmanager
-def counting_if(flag: Tensor) -> Iterator[None]:
-    """Has the kernels that are launched inside the block ask a flag each time they run, before they take statistics.
-
-    Args:
-        flag: One int32 on their device, which must outlive the CUDA graphs that hold the launches.
-    """
-    COUNT_IF(flag, True)
-    try:
-        yield
-    finally:
-        COUNT_IF(flag, False)
-
-
-def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "auto") -> None:
-    """Multiplies tensors in place by a coefficient that stays on the device, as gradient clipping needs it.
-
-    Each product is rounded once, as `tensor.mul_(coefficient)` rounds it: computed in float64 for float64 tensors, in
-    float32 for the other dtypes.
-
-    Args:
-        tensors: tensors on one device, of float16, bfloat16, float32, float64 or complex dtype, any layout without
-            overlapping elements.
-        coefficient: one element, float32 or float64, on the same device.
-        backend: "auto", "native", "triton" or "reference"; see `backends`.
-
-    Raises:
-        ArgumentError: an argument is not as needed; the message names it and what came.
-        BackendError: the named backend cannot run there.
-
-    Example:
-        >>> x = torch.tensor([1.0, 2.0])
-        >>> scale_([x], torch.tensor(0.5))
-        >>> x
-        tensor([0.5000, 1.0000])
-    """
-    plain = _plain(tensors, FLOAT_DTYPES + _COMPLEX_DTYPES, writable=True)
-    if coefficient.dtype not in (torch.float32, torch.float64) or coefficient.numel() != 1:
-        raise ArgumentError(
-            "coefficient: needed one float32 or float64 element, "
-            f"got {str(coefficient.dtype).removeprefix('torch.')} of shape {list(coefficient.shape)}"
-        )
-    if not plain:
-        return
-    if coefficient.device != plain[0].device:
-        raise ArgumentError(f"coefficient: needed device {plain[0].device}, got {coefficient.device}")
-    with torch.no_grad():
-        # Lazily conjugated and negated tensors are scaled through their base: the coefficient is real.
-        bases = [t.conj() if t.is_conj() else torch._neg_view(t) if t.is_neg() else t for t in plain]
-        real = [torch.view_as_real(t) if t.is_complex() else t for t in bases]
-        resolve(backend, coefficient.device).scale_(real, coefficient)
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'gradprobe.ops' has no attribute {name!r}")
+    value: object = getattr(import_module(f"gradprobe.ops.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

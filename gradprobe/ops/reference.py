@@ -14,9 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gradprobe.errors import ArgumentError
-
-# The columns of a row.
-STATS = ("sum", "sum_abs", "sum_sq", "abs_max", "n_zero", "n_nonfinite")
+from gradprobe.ops.rows import STATS, range_exponent
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -33,30 +31,6 @@ _PIECE_NUMEL = 1 << 19
 # Tensors up to the first size share tables of up to the second: there the calls of torch take longer than the work.
 _SMALL_NUMEL = 1 << 12
 _TABLE_NUMEL = 1 << 16
-
-
-def range_exponent(abs_max: Tensor) -> Tensor:
-    """The exponent `e` of rows whose largest magnitudes are given; their sums are of `x * 2**-e`.
-
-    Args:
-        abs_max: largest magnitudes, any shape, float64.
-
-    Returns:
-        600, -600 or 0 per entry, float64, same shape.
-
-    Source: the three ranges are those of J. L. Blue, "A portable Fortran program to find the Euclidean norm of a
-        vector", ACM TOMS 4 (1978).
-
-    Example:
-        >>> range_exponent(torch.tensor([0.0, 1e-200, 1.0, 1e200], dtype=torch.float64)).tolist()
-        [0.0, -600.0, 0.0, 600.0]
-    """
-    bits = abs_max.contiguous().view(torch.int64)
-    finite = bits < _BITS[torch.float64][2]
-    large = finite & (abs_max > 2.0**480)
-    # Compared as integers: a subnormal abs_max is small, not zero, also where denormals are flushed.
-    small = (bits > 0) & (bits < ((1023 - 480) << 52))
-    return large.double() * 600.0 - small.double() * 600.0
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -116,7 +90,7 @@ def _rows(
     abs_max = torch.where(torch.isnan(abs_max), torch.nan, abs_max)  # a NaN loses its payload
     # With a NaN or infinity among them, finite elements are scaled down so that they cannot overflow: the sums are
     # non-finite anyway.
-    exponent = torch.where(torch.isfinite(abs_max), range_exponent(abs_max), 600.0)
+    exponent = torch.where(torch.isfinite(abs_max), range_exponent(abs_max), 600)
     factor = torch.where(exponent > 0, 2.0**-600, torch.where(exponent < 0, 2.0**600, one)).unsqueeze(1)
     sums = torch.zeros(3, 1, dtype=torch.float64, device=device)
     for table in tables():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradprobe.errors import ArgumentError
-from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap, range_exponent
-from gradprobe.ops.rows import empty_rows, raw_rows
+from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap
+from gradprobe.ops.row_math import empty_rows, raw_rows
+from gradprobe.ops.rows import ABS_MAX, range_exponent
 from gradprobe.ops.triton import launcher as triton_launcher
 
 
@@ -147,7 +148,7 @@ def branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
     _check_operands(branch, shortcut, "branch", "shortcut")
     rows = raw_rows([branch.detach(), shortcut.detach()])
     # with float64 the sum may leave the range that doubles have
-    exponent = range_exponent(rows[:, 3].sqrt().prod())
+    exponent = range_exponent(rows[:, ABS_MAX].sqrt().prod()).double()
     factor = torch.exp2(-exponent)
     products = (branch.detach().double() * factor) * (shortcut.detach().double() * factor)
     zero = torch.zeros_like(factor)

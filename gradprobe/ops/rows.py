@@ -1,108 +1,53 @@
-"""Arithmetic on raw rows: true values, norms, the row of several tensors together."""
+"""The layout of a row of statistics, defined once for device and host. Needs no torch.
+
+A raw row [6] holds, in the order of `STATS`, `sum(x) * 2**-e`, `sum(|x|) * 2**-e`, `sum(x**2) * 2**-2e`, `max(|x|)`,
+the number of zeros and the number of NaN and infinite elements, with `e = range_exponent(max(|x|))`: zero unless a
+float64 tensor's largest magnitude lies outside [2**-480, 2**480], where squares would underflow or overflow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
-from gradprobe.ops.reference import STATS, range_exponent
-from gradprobe.ops.schemas import GRAD_STATS_INTO
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATS = ("sum", "sum_abs", "sum_sq", "abs_max", "n_zero", "n_nonfinite")
+SUM, SUM_ABS, SUM_SQ, ABS_MAX, N_ZERO, N_NONFINITE = range(len(STATS))
+
+# 2**480, 2**-480 and infinity as the bits of float64. Compared as integers, a subnormal number is small and not zero,
+# also while denormals are flushed.
+_LARGE, _SMALL, _INFINITY = (1023 + 480) << 52, (1023 - 480) << 52, 0x7FF << 52
+
+Array = TypeVar("Array", "npt.NDArray[np.float64]", "Tensor")
 
 
-def true_rows(rows: Tensor) -> Tensor:
-    """Turns raw rows into rows of true values.
+def range_exponent(abs_max: Array) -> Array:
+    """Returns the power of two by which the sums of a raw row are scaled.
 
     Args:
-        rows: [..., 6] float64, as `grad_stats_into` writes them.
+        abs_max: Largest magnitudes, float64, any shape, an array or a tensor on any device.
 
     Returns:
-        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not
-        suffer from that.
+        600, -600 or 0 for each, as integers of the same shape. 0 if the magnitude is zero or not finite.
+
+    Source:
+        The three ranges are those of J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",
+        ACM TOMS 4 (1978).
 
     Example:
-        >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601
-        True
+        >>> range_exponent(np.array([0.0, 1e-200, 1.0, 1e200])).tolist()
+        [0, -600, 0, 600]
     """
-    factor = torch.exp2(range_exponent(rows[..., 3]))
-    sums = rows[..., :2] * factor.unsqueeze(-1)
-    # The squared factor itself may be out of range: in two steps.
-    sum_sq = rows[..., 2:3] * factor.unsqueeze(-1) * factor.unsqueeze(-1)
-    return torch.cat((sums, sum_sq, rows[..., 3:]), dim=-1)
+    if isinstance(abs_max, np.ndarray):
+        bits = np.ascontiguousarray(abs_max).view(np.int64)
+    else:
+        import torch
 
-
-def norms(rows: Tensor) -> Tensor:
-    """Euclidean norms from raw rows, exact also where the sum of squares leaves the range of float64.
-
-    Args:
-        rows: [..., 6] float64, as `grad_stats_into` writes them.
-
-    Returns:
-        [...] float64.
-
-    Example:
-        >>> from gradprobe.ops import reference
-        >>> raw = torch.empty(1, 6, dtype=torch.float64)
-        >>> reference.grad_stats_into([torch.tensor([3e300, 4e300], dtype=torch.float64)], raw)
-        >>> f"{norms(raw).item():.6e}"
-        '5.000000e+300'
-    """
-    return rows[..., 2].sqrt() * torch.exp2(range_exponent(rows[..., 3]))
-
-
-def merge_rows(rows: Tensor) -> Tensor:
-    """Gives the raw rows that the tensors of a group have together, in a fixed order of summation.
-
-    Args:
-        rows: [S, M, 6] float64, raw rows of S groups of M tensors. A row of zeros adds nothing.
-
-    Returns:
-        [S, 6] float64, raw rows.
-
-    Example:
-        >>> row = torch.tensor([[1.0, 7.0, 25.0, 4.0, 0.0, 0.0], [2.0, 2.0, 4.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
-        >>> merge_rows(row.unsqueeze(0)).tolist()
-        [[3.0, 9.0, 29.0, 4.0, 1.0, 0.0]]
-    """
-    abs_max = rows[..., 3].amax(dim=1)  # [S]; a NaN stays
-    # A row without an exponent beside one with a large one is scaled down; beside a small one it decides itself. Next
-    # to NaN or infinity the finite sums do not matter.
-    shift = range_exponent(rows[..., 3]) - range_exponent(abs_max).unsqueeze(1)  # [S, M]
-    shift = torch.where(rows[..., 3] == 0, 0.0, shift.clamp(max=0.0))
-    factor = torch.exp2(shift)
-    sums = (rows[..., :2] * factor.unsqueeze(-1)).sum(dim=1)
-    sum_sq = (rows[..., 2] * factor * factor).sum(dim=1)
-    counts = rows[..., 4:].sum(dim=1)
-    return torch.cat((sums, sum_sq.unsqueeze(1), abs_max.unsqueeze(1), counts), dim=1)
-
-
-def empty_rows(n_tensors: int, like: Tensor) -> Tensor:
-    """Returns rows to be written.
-
-    Args:
-        n_tensors: K.
-        like: A tensor of the device, or a fake one.
-
-    Returns:
-        [K, 6] float64, not initialised.
-    """
-    return torch.empty(n_tensors, len(STATS), dtype=torch.float64, device=like.device)
-
-
-def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Takes the statistics of tensors into new rows, with the kernels of their device.
-
-    Args:
-        tensors: K tensors as `grad_stats_into` takes them, at least one.
-
-    Returns:
-        [K, 6] float64, raw rows.
-
-    Example:
-        >>> raw_rows([torch.tensor([3.0, -4.0])]).tolist()
-        [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
-    """
-    rows = empty_rows(len(tensors), tensors[0])
-    GRAD_STATS_INTO(list(tensors), rows)
-    return rows
+        bits = abs_max.contiguous().view(torch.int64)
+    is_large = (bits > _LARGE) & (bits < _INFINITY)
+    is_small = (bits > 0) & (bits < _SMALL)
+    return is_large * 600 - is_small * 600

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradprobe.ops import reference
 from gradprobe.ops.autograd import count_writes
-from gradprobe.ops.reference import STATS
+from gradprobe.ops.rows import STATS
 
 SCHEMAS = (
     "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()",

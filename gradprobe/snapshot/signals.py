@@ -9,8 +9,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from gradprobe.ops.rows import ABS_MAX, SUM_ABS, SUM_SQ, range_exponent
 from gradprobe.snapshot.records import JUNCTION_KINDS, Events, FloatArray
-from gradprobe.snapshot.stats import SiteStats, finish_rows, range_exponent, site_stats
+from gradprobe.snapshot.stats import SiteStats, finish_rows, site_stats
 
 ACTIVATION_KINDS = ("activation", "activation_grad")
 _GRADIENT_KINDS = frozenset({"activation_grad", "junction_grad", "shortcut_grad", "branch_grad"})
@@ -135,6 +136,12 @@ class Signals:
     events: Events
     scale: float
 
+    @property
+    def scaled_abs_mean(self) -> FloatArray:
+        """Mean magnitude at each site before loss scaling is undone. For dtypes up to float32. Shape [S]."""
+        # Rows of float16, bfloat16 and float32 have no range exponent.
+        return self.rows[:, SUM_ABS] / np.maximum(self.events.measured.numels, 1)
+
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
         """Each statistic for all S sites, absent ones included. Values of shape [S]."""
@@ -199,9 +206,9 @@ class Signals:
         measured = self.events.measured
         if not measured.present[dot] or measured.numels[shortcut] != measured.numels[branch]:
             return math.nan
-        sums, abs_max = self.rows[[shortcut, branch, dot], 2], self.rows[[shortcut, branch, dot], 3]
+        sums, abs_max = self.rows[[shortcut, branch, dot], SUM_SQ], self.rows[[shortcut, branch, dot], ABS_MAX]
         norms = np.sqrt(sums[:2])
-        exponents = range_exponent(abs_max).astype(np.int64)
+        exponents = range_exponent(abs_max)
         if not norms.all():
             return math.nan
         with np.errstate(invalid="ignore", over="ignore"):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gradprobe.ops.rows import ABS_MAX, N_NONFINITE, N_ZERO, SUM, SUM_ABS, SUM_SQ, range_exponent
 from gradprobe.snapshot.records import FloatArray
 
 COLUMNS = ("norm", "rms", "abs_max", "abs_mean", "mean", "std", "zero_fraction", "nonfinite", "numel")
-SUM, SUM_ABS, SUM_SQ, ABS_MAX, N_ZERO, N_NONFINITE = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +46,6 @@ class SiteStats:
     numel: int
 
 
-def range_exponent(abs_max: FloatArray) -> FloatArray:
-    """Gives the power of two by which a raw row is scaled (`csrc/stats.h`).
-
-    Args:
-        abs_max: Largest magnitudes. [K]
-
-    Returns:
-        0, 600 or -600 for each. [K]
-
-    Source:
-        J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector", ACM TOMS 4 (1978).
-    """
-    extreme = np.isfinite(abs_max) & (abs_max > 0)
-    return np.where(extreme & (abs_max > 2.0**480), 600.0, np.where(extreme & (abs_max < 2.0**-480), -600.0, 0.0))
-
-
 def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | FloatArray) -> dict[str, FloatArray]:
     """Turns raw rows into statistics.
 
@@ -74,7 +58,7 @@ def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | 
         Each statistic of `COLUMNS`. Values of shape [K].
     """
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        unit = np.ldexp(1.0, range_exponent(rows[:, ABS_MAX]).astype(np.int64)) * scale  # [K]
+        unit = np.ldexp(1.0, range_exponent(rows[:, ABS_MAX])) * scale  # [K]
         n = np.maximum(numels, 1).astype(np.float64)
         scaled_mean = rows[:, SUM] / n
         variance = np.maximum(rows[:, SUM_SQ] / n - scaled_mean**2, 0.0)

@@ -10,7 +10,6 @@ from gradprobe.diagnosis.findings import Finding, Thresholds, finding
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals
 from gradprobe.snapshot.snapshot import Snapshot
-from gradprobe.snapshot.stats import SUM_ABS
 
 _KINDS = ("activation_grad", "junction_grad")  # the others at a junction are these or sums of them
 
@@ -55,9 +54,7 @@ def precision_loss(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Fi
 def _subnormal_shares(signals: Signals) -> FloatArray:
     """Least share of what is not zero that is below the smallest normal number, for each site. Shape [S]."""
     measured = signals.events.measured
-    # a row of float16, bfloat16 or float32 is never scaled to keep its range, so this is the mean as it came
-    mean = signals.rows[:, SUM_ABS] / np.maximum(measured.numels, 1)
     nonzero = 1.0 - signals.columns["zero_fraction"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # float64's smallest number divides to inf
-        shares = 1.0 - mean / signals.events.smallest_normal / nonzero
+        shares = 1.0 - signals.scaled_abs_mean / signals.events.smallest_normal / nonzero
     return np.where(measured.present & np.isfinite(shares), shares, 0.0)

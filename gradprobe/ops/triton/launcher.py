@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gradprobe.errors import BackendError
-from gradprobe.ops.reference import STATS, check_no_overlap, check_rows, check_tensors
+from gradprobe.ops.reference import check_no_overlap, check_rows, check_tensors
+from gradprobe.ops.rows import STATS
 
 # dtype -> name that the kernels know, columns of a tile (16 bytes for each of 128 threads), rows of a tile.
 _TILES = {

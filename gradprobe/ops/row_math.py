@@ -1,0 +1,108 @@
+"""Arithmetic on raw rows on the device: true values, norms, one row for several tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradprobe.ops.rows import ABS_MAX, N_ZERO, STATS, SUM_SQ, range_exponent
+from gradprobe.ops.schemas import GRAD_STATS_INTO
+
+
+def true_rows(rows: Tensor) -> Tensor:
+    """Turns raw rows into rows of true values.
+
+    Args:
+        rows: [..., 6] float64, as `grad_stats_into` writes them.
+
+    Returns:
+        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not
+        suffer from that.
+
+    Example:
+        >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601
+        True
+    """
+    factor = torch.exp2(range_exponent(rows[..., ABS_MAX]).double())
+    sums = rows[..., :SUM_SQ] * factor.unsqueeze(-1)
+    # The squared factor itself may be out of range: in two steps.
+    sum_sq = rows[..., SUM_SQ : SUM_SQ + 1] * factor.unsqueeze(-1) * factor.unsqueeze(-1)
+    return torch.cat((sums, sum_sq, rows[..., ABS_MAX:]), dim=-1)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """Euclidean norms from raw rows, exact also where the sum of squares leaves the range of float64.
+
+    Args:
+        rows: [..., 6] float64, as `grad_stats_into` writes them.
+
+    Returns:
+        [...] float64.
+
+    Example:
+        >>> from gradprobe.ops import reference
+        >>> raw = torch.empty(1, 6, dtype=torch.float64)
+        >>> reference.grad_stats_into([torch.tensor([3e300, 4e300], dtype=torch.float64)], raw)
+        >>> f"{norms(raw).item():.6e}"
+        '5.000000e+300'
+    """
+    return rows[..., SUM_SQ].sqrt() * torch.exp2(range_exponent(rows[..., ABS_MAX]).double())
+
+
+def merge_rows(rows: Tensor) -> Tensor:
+    """Gives the raw rows that the tensors of a group have together, in a fixed order of summation.
+
+    Args:
+        rows: [S, M, 6] float64, raw rows of S groups of M tensors. A row of zeros adds nothing.
+
+    Returns:
+        [S, 6] float64, raw rows.
+
+    Example:
+        >>> row = torch.tensor([[1.0, 7.0, 25.0, 4.0, 0.0, 0.0], [2.0, 2.0, 4.0, 2.0, 1.0, 0.0]], dtype=torch.float64)
+        >>> merge_rows(row.unsqueeze(0)).tolist()
+        [[3.0, 9.0, 29.0, 4.0, 1.0, 0.0]]
+    """
+    abs_max = rows[..., ABS_MAX].amax(dim=1)  # [S]; a NaN stays
+    # A row without an exponent beside one with a large one is scaled down; beside a small one it decides itself. Next
+    # to NaN or infinity the finite sums do not matter.
+    shift = range_exponent(rows[..., ABS_MAX]) - range_exponent(abs_max).unsqueeze(1)  # [S, M]
+    shift = torch.where(rows[..., ABS_MAX] == 0, 0, shift.clamp(max=0))
+    factor = torch.exp2(shift.double())
+    sums = (rows[..., :SUM_SQ] * factor.unsqueeze(-1)).sum(dim=1)
+    sum_sq = (rows[..., SUM_SQ] * factor * factor).sum(dim=1)
+    counts = rows[..., N_ZERO:].sum(dim=1)
+    return torch.cat((sums, sum_sq.unsqueeze(1), abs_max.unsqueeze(1), counts), dim=1)
+
+
+def empty_rows(n_tensors: int, like: Tensor) -> Tensor:
+    """Returns rows to be written.
+
+    Args:
+        n_tensors: K.
+        like: A tensor of the device, or a fake one.
+
+    Returns:
+        [K, 6] float64, not initialised.
+    """
+    return torch.empty(n_tensors, len(STATS), dtype=torch.float64, device=like.device)
+
+
+def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Takes the statistics of tensors into new rows, with the kernels of their device.
+
+    Args:
+        tensors: K tensors as `grad_stats_into` takes them, at least one.
+
+    Returns:
+        [K, 6] float64, raw rows.
+
+    Example:
+        >>> raw_rows([torch.tensor([3.0, -4.0])]).tolist()
+        [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
+    """
+    rows = empty_rows(len(tensors), tensors[0])
+    GRAD_STATS_INTO(list(tensors), rows)
+    return rows
