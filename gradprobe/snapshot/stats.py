@@ -62,6 +62,7 @@ def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | 
         n = np.maximum(numels, 1).astype(np.float64)
         scaled_mean = rows[:, SUM] / n
         variance = np.maximum(rows[:, SUM_SQ] / n - scaled_mean**2, 0.0)
+        variance = np.where(numels > 1, variance, 0.0)  # of one element the difference above is rounding alone
         variance = np.where(np.isfinite(rows[:, SUM_SQ]), variance, np.nan)
         return {
             "norm": np.sqrt(rows[:, SUM_SQ]) * unit,
