@@ -59,6 +59,13 @@ class Options:
                 f"grad_scaler: need a torch.amp.GradScaler or None; got {type(self.grad_scaler).__name__}"
             )
 
+    @property
+    def measured_at(self) -> When:
+        """When gradients are measured, "auto" resolved."""
+        if self.when != "auto":
+            return self.when
+        return "step" if self.optimizer is not None else "backward"
+
 
 def check_model(model: object) -> None:
     """Raises ArgumentError where a model is no module."""

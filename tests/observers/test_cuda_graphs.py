@@ -12,6 +12,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.observers import cuda_graphs as graph_rows
+from gradprobe.ops import statistics
 
 pytestmark = pytest.mark.usefixtures("python_hooks", "graphs_on_the_cpu")
 
@@ -159,13 +160,13 @@ def test_a_skipped_step_asks_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(every=2)
     training.step()
     flags = []
-    ask = graph_rows.ops.COUNT_IF
+    ask = statistics.COUNT_IF
 
     def asked(flag: torch.Tensor, on: bool) -> None:
         flags.append(flag)
         ask(flag, on)
 
-    monkeypatch.setattr(graph_rows.ops, "COUNT_IF", asked)
+    monkeypatch.setattr(statistics, "COUNT_IF", asked)
     with Capture(monkeypatch, training.state()) as graph:
         training.step()
     assert graph.unasked == []

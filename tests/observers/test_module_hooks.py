@@ -67,7 +67,7 @@ def test_a_hook_of_somebody_else_may_come_and_go() -> None:
     with gradprobe.attach(model, activations=True, every=2) as probe:
         step(model, probe)
         calls: list[int] = []
-        handle = model[0].register_forward_hook(lambda *_: calls.append(probe._step))
+        handle = model[0].register_forward_hook(lambda *_: calls.append(probe._recorder._open.number))
         for _ in range(3):
             step(model, probe)
         handle.remove()

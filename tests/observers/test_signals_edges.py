@@ -323,8 +323,8 @@ def test_a_probe_detached_while_paused_stays_off() -> None:
     with probe.paused():
         probe.detach()
     loss.backward()  # of a graph from before
-    assert probe._signal_observer is not None
-    assert not probe._signal_observer._buffer.enabled
+    assert probe._recorder._signal_observer is not None
+    assert not probe._recorder._signal_observer._buffer.enabled
 
 
 def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
