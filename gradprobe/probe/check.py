@@ -1,4 +1,4 @@
-"""One backward pass through an untrained or trained model: how does the gradient arrive at each layer?"""
+"""Sends one batch through a model and back, and reports the gradient that reaches each layer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class InputSpec:
     high: int = 2
 
     def draw(self, batch_size: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-        """Draws a batch. Returns a tensor of shape [batch_size, *shape]."""
+        """Draws a batch, a tensor of shape [batch_size, *shape]."""
         shape = (batch_size, *self.shape)
         if self.dtype.is_floating_point or self.dtype.is_complex:
             return torch.randn(shape, generator=generator, dtype=self.dtype).to(device)
@@ -66,7 +66,7 @@ class InputSpec:
 
 
 def parse_input(text: str) -> InputSpec:
-    """Reads an input from text.
+    """Parses the description of an input.
 
     Args:
         text: `3,32,32` for float32 of that shape; `int64[0:1000]:16` for 16 integers from 0 to 999; `float64:3,8,8`.
@@ -75,7 +75,7 @@ def parse_input(text: str) -> InputSpec:
         The input.
 
     Raises:
-        ArgumentError: The text is no such thing.
+        ArgumentError: The text has another form.
 
     Example:
         >>> parse_input("int64[0:1000]:16")
@@ -83,10 +83,10 @@ def parse_input(text: str) -> InputSpec:
     """
     match = _SPEC.match(text.replace(" ", ""))
     if match is None or not text.strip():
-        raise ArgumentError(f"input: need SHAPE or DTYPE:SHAPE or DTYPE[LOW:HIGH]:SHAPE, as 3,32,32; got {text!r}")
+        raise ArgumentError(f"input: need SHAPE, DTYPE:SHAPE or DTYPE[LOW:HIGH]:SHAPE, e.g. 3,32,32; got {text!r}")
     dtype = DTYPES.get(match["dtype"] or "float32")
     if dtype is None:
-        raise ArgumentError(f"input: need a dtype of {', '.join(DTYPES)}; got {match['dtype']!r} in {text!r}")
+        raise ArgumentError(f"input: need one of the dtypes {', '.join(DTYPES)}; got {match['dtype']!r} in {text!r}")
     shape = tuple(int(size) for size in match["shape"].split(",")) if match["shape"] else ()
     if match["low"] is None:
         return InputSpec(shape, dtype)
@@ -101,15 +101,15 @@ class LayerFlow:
     """The gradient of one parameter.
 
     Attributes:
-        depth: Position of its module in the order of execution.
-        name: Site name.
+        depth: Position of its module in order of execution.
+        name: Name of the parameter.
         norm: Euclidean norm.
         rms: Root of the mean square.
         abs_max: Largest magnitude.
         zero_fraction: Share of exact zeros.
         nonfinite: Number of NaN and infinite elements.
         numel: Number of elements.
-        status: Verdict on this layer against the last one; "no gradient" where none arrived.
+        status: Verdict on this layer compared with the last one; "no gradient" if none arrived.
     """
 
     depth: int
@@ -125,14 +125,14 @@ class LayerFlow:
 
 @dataclass(frozen=True, slots=True)
 class FlowReport:
-    """What `check_gradient_flow` saw; prints as a table.
+    """The result of `check_gradient_flow`. Prints as a table.
 
     Attributes:
         model: Class name of the model.
-        layers: Parameters in the order of execution.
+        layers: Parameters in order of execution.
         findings: What is wrong.
-        verdict: The gravest rule that found something, such as "vanishing" or "exploding", or "healthy"; for an
-            untrained model, at initialisation.
+        verdict: The gravest rule that fired, such as "vanishing" or "exploding", or "healthy". Of an untrained model it
+            is the verdict at initialisation.
         snapshot: The measurement.
     """
 
@@ -143,7 +143,7 @@ class FlowReport:
     snapshot: Snapshot
 
     def as_dict(self) -> dict[str, Any]:
-        """Gives the report as plain data; NaN and infinity stay as Python floats."""
+        """Returns the report as plain data. NaN and infinity stay Python floats."""
         return {
             "model": self.model,
             "verdict": self.verdict,
@@ -187,15 +187,15 @@ def check_gradient_flow(
     *,
     batch_size: int = 1,
 ) -> FlowReport:
-    """Sends one random batch forward and a random gradient back, and measures what arrives at each parameter.
+    """Sends one random batch forward and a random gradient back, and measures the gradient of each parameter.
 
-    The loss is a fixed random projection of the outputs, scaled by the root of their number: unlike their plain sum it
-    has no direction that a softmax or a normalisation at the end would cancel. The model is left as it was: weights,
-    buffers, gradients, mode and random numbers.
+    The loss is a fixed random projection of the outputs, divided by the root of their number. A plain sum would not do:
+    a softmax or a normalisation at the end cancels its gradient. The model is left unchanged: weights, buffers,
+    gradients, mode and random numbers.
 
     Args:
-        model: Any module; measured in the mode (train or eval) that it is in.
-        input_shape: Shape of one example without the batch, as (3, 32, 32); or text for `parse_input`; or an
+        model: Any module, measured in its present mode (train or eval).
+        input_shape: Shape of one example without the batch, e.g. (3, 32, 32); or text for `parse_input`; or an
             `InputSpec`; or a sequence of these for several inputs.
         batch_size: Examples in the batch.
 
@@ -203,11 +203,10 @@ def check_gradient_flow(
         The report.
 
     Raises:
-        ArgumentError: An argument is not what was needed, the model cannot take such an input, or its output has no
-            gradient.
+        ArgumentError: An argument is invalid, the model cannot take such an input, or its output has no gradient.
 
     Source:
-        The check of section 8 of the lesson; rules of AUTOTRAINER (Zhang et al., ICSE 2021).
+        Rules of AUTOTRAINER (Zhang et al., ICSE 2021).
 
     Example:
         >>> from gradprobe import networks
@@ -237,8 +236,8 @@ def check_gradient_flow(
 
 
 def _report(model: nn.Module, snapshot: Snapshot, silent: Sequence[str], order: Mapping[str, int]) -> FlowReport:
-    # weights, biases and scales differ in size and in role: each is compared with the last of its own sort
-    last_norms = {_sort(name, snapshot): snapshot[name].norm for name in snapshot}
+    # Weights, biases and scales differ in size and in role: each is compared with the last one of its role.
+    last_norms = {_role(name, snapshot): snapshot[name].norm for name in snapshot}
     layers = []
     for name in snapshot.table.names:
         depth = _depth(name, order)
@@ -246,7 +245,7 @@ def _report(model: nn.Module, snapshot: Snapshot, silent: Sequence[str], order: 
             layers.append(LayerFlow(depth, name, 0.0, 0.0, 0.0, 0.0, 0, 0, "no gradient"))
             continue
         site = snapshot[name]
-        status = "non-finite" if site.nonfinite else layer_status(site.norm, last_norms[_sort(name, snapshot)])
+        status = "non-finite" if site.nonfinite else layer_status(site.norm, last_norms[_role(name, snapshot)])
         layers.append(
             LayerFlow(
                 depth, name, site.norm, site.rms, site.abs_max, site.zero_fraction, site.nonfinite, site.numel, status
@@ -265,7 +264,9 @@ def _specs(input_shape: Any) -> list[InputSpec]:
             return [InputSpec(tuple(input_shape))]
         if not any(isinstance(size, (int, float)) for size in input_shape):
             return [spec for part in input_shape for spec in _specs(part)]
-    raise ArgumentError(f"input_shape: need sizes as (3, 32, 32), text or InputSpec, or several; got {input_shape!r}")
+    raise ArgumentError(
+        f"input_shape: need sizes such as (3, 32, 32), text, an InputSpec, or a sequence of these; got {input_shape!r}"
+    )
 
 
 def _forward(model: nn.Module, inputs: list[torch.Tensor], batch_size: int) -> Any:
@@ -275,7 +276,7 @@ def _forward(model: nn.Module, inputs: list[torch.Tensor], batch_size: int) -> A
         shapes = ", ".join(f"{tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in inputs)
         hint = ""
         if batch_size == 1 and "more than 1 value per channel" in str(error):
-            hint = "; batch normalisation needs batch_size of at least 2 here"
+            hint = "; batch normalisation needs a batch_size of at least 2 here"
         reason = str(error).splitlines()[0]
         raise ArgumentError(
             f"input_shape: {type(model).__name__} cannot take inputs of shape {shapes}: {reason}{hint}"
@@ -344,7 +345,7 @@ def _execution_order(model: nn.Module) -> Iterator[dict[str, int]]:
             handle.remove()
 
 
-def _sort(site: str, snapshot: Snapshot) -> tuple[str, bool]:
+def _role(site: str, snapshot: Snapshot) -> tuple[str, bool]:
     return site.rpartition(".")[2], snapshot.table.ndims[snapshot.table.index[site]] > 1
 
 

@@ -1,4 +1,4 @@
-"""What a probe sees of its model, and loud words where it sees nothing."""
+"""What a probe observes of its model, and warnings about what it cannot observe."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gradprobe.snapshot.records import Measured
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What a probe sees of its model.
+    """What a probe observes of its model.
 
     Attributes:
-        observed: Sites that had a gradient in at least one measured step.
-        silent: Sites that never had one; of the modules whose outputs are observed, those that returned nothing.
-        unmeasured: Modules that returned tensors which the kernels do not take, such as a subclass; junctions that work
-            in place, or that another probe observes.
-        unhooked: Sites with a gradient although no hook of theirs fired, as after a replayed CUDA graph.
+        observed: Parameters that had a gradient in at least one measured step.
+        silent: Parameters that never had one, and observed modules that returned nothing.
+        unhooked: Parameters with a gradient whose hook did not fire, as after a replayed CUDA graph.
+        unmeasured: Modules that returned tensors the kernels cannot read, such as subclasses; residual adds that work
+            in place or that another probe observes.
         frozen: Parameters that did not require a gradient at attach.
-        unstepped: Sites that the optimizer given to attach does not step now; another one may.
-        unknown: Parameters that require one now but were frozen or absent at attach; attach again to see them.
-        tied: Sites with more than one name, by first name.
+        unstepped: Parameters that the optimizer given to attach does not step; another optimizer may.
+        unknown: Parameters that require a gradient but were frozen or absent at attach; attach again to observe them.
+        tied: All names of each parameter that has more than one, by its first name.
         steps: Number of measured steps.
     """
 
@@ -45,24 +45,24 @@ class Coverage:
 
 
 class CoverageLog:
-    """Notes in each measured step what had a gradient, and warns once of each kind of blindness.
+    """Notes which parameters have a gradient in each measured step, and warns once about each kind of gap.
 
     Args:
         found: The K parameters.
-        passing: Activations and junctions, None where none are observed.
-        unobserved: Names of junctions that cannot be observed.
-        optimizer: Closes the steps, or None.
+        signals: The observer of activations and residual adds, None if none are observed.
+        unobserved: Names of residual adds that cannot be observed.
+        optimizer: The optimizer that closes the steps, or None.
     """
 
     def __init__(
         self,
         found: ObservedParameters,
-        passing: SignalObserver | None,
+        signals: SignalObserver | None,
         unobserved: tuple[str, ...],
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         self._sites = found.sites
-        self._signal_observer = passing
+        self._signal_observer = signals
         self._unobserved = unobserved
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._unstepped: tuple[str, ...] = ()
@@ -77,8 +77,8 @@ class CoverageLog:
 
         Args:
             step: Its number.
-            measured: Which sites had a gradient.
-            is_complete: All had one.
+            measured: Which parameters had a gradient.
+            is_complete: All of them had one.
         """
         self.n_measured += 1
         if is_complete and self._all_observed:
@@ -93,7 +93,7 @@ class CoverageLog:
 
         Args:
             step: Number of the step.
-            unhooked: Which sites. [K]
+            unhooked: Which parameters. [K]
         """
         if unhooked.any():
             self._unhooked |= unhooked
@@ -105,7 +105,7 @@ class CoverageLog:
                 )
 
     def note_no_gradient(self, step: int) -> None:
-        """Warns of a step that was closed without a gradient.
+        """Warns about a step that was closed without any gradient.
 
         Args:
             step: Its number.
@@ -117,38 +117,38 @@ class CoverageLog:
         )
 
     def note_capture(self, step: int) -> None:
-        """Warns of a step that ends while a CUDA graph is captured: replaying the graph ends none.
+        """Warns about a step that ends during the capture of a CUDA graph: replaying the graph does not end a step.
 
         Args:
             step: Its number.
         """
         self._warn(
             "capture",
-            f"step {step}: its end is captured in a CUDA graph, and no replay closes a step. Call step() after each "
-            "replay; gradients are then measured as they are, what passes between the parameters by the graph itself",
+            f"step {step}: its end is captured in a CUDA graph, and replaying the graph does not close a step. Call "
+            "step() after each replay: gradients are measured there, activations and residual adds inside the graph",
         )
 
-    def note_passing(self, step: int) -> None:
-        """Warns of modules that return nothing, after the first step in which they are observed.
+    def note_silent_modules(self, step: int) -> None:
+        """Warns about modules that returned nothing, after the first step in which they are observed.
 
         Args:
             step: Its number.
         """
-        if self._signal_observer is None or "passing" in self._told:
+        if self._signal_observer is None or "silent modules" in self._told:
             return
         silent = self._signal_observer.silent()
         if not silent:
-            self._told.add("passing")
+            self._told.add("silent modules")
             return
         self._warn(
-            "passing",
+            "silent modules",
             f"step {step}: {len(silent)} of {self._signal_observer.table.n_modules} observed modules returned nothing: "
-            f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They are not called as modules, or were "
+            f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They were not called as modules, were "
             "compiled before attach, or took or returned nothing that can be measured",
         )
 
     def note_unstepped(self, found: ObservedParameters) -> None:
-        """Notes what the optimizer does not step now: it may have got groups since.
+        """Notes which parameters the optimizer does not step; it may have got new groups since attach.
 
         Args:
             found: The parameters as they were at attach.
@@ -158,11 +158,11 @@ class CoverageLog:
             self._unstepped = unstepped_parameters(optimizer, found)
 
     def report(self, found: ObservedParameters, model: nn.Module | None) -> Coverage:
-        """Tells what was seen so far.
+        """Returns what was observed so far.
 
         Args:
             found: The parameters as they were at attach.
-            model: The model as it is now, None where it is gone or let go.
+            model: The model in its present state, None if it is gone or the probe is detached.
 
         Returns:
             The coverage.
@@ -189,7 +189,7 @@ class CoverageLog:
 
     def _listed(self, chosen: npt.NDArray[np.bool_]) -> str:
         names = [site.name for site, is_chosen in zip(self._sites, chosen, strict=True) if is_chosen]
-        return f"{len(names)} of {len(chosen)} sites: {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
+        return f"{len(names)} of {len(chosen)} parameters: {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
 
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._told:

@@ -1,4 +1,4 @@
-"""Watches a gradient scaler: are the gradients scaled now, and did it skip the optimizer's step?"""
+"""Watches a gradient scaler: whether gradients are scaled at the moment, and whether it skipped a step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.amp.grad_scaler import OptState
 
 
 class ScalerWatch:
-    """Wraps `unscale_` and `step` of one scaler object until `remove`.
+    """Wraps `unscale_` and `step` of one scaler until `remove`.
 
     Args:
         scaler: The scaler in use.
-        optimizer: The optimizer whose steps count; None for any.
+        optimizer: The optimizer whose steps are watched; None for all.
         on_unscaled: Called after the scaler has unscaled gradients.
         on_stepping: Called before each `scaler.step`.
         on_stepped: Called after each `scaler.step` with a device tensor that is non-zero if the step was skipped.
@@ -52,10 +52,10 @@ class ScalerWatch:
         scaler.step = step_and_tell  # type: ignore[method-assign]
 
     def inverse_scale(self) -> torch.Tensor | None:
-        """Gives the factor that undoes the scale of the gradients as they are now, on the device.
+        """Returns the factor that unscales the gradients in their present state.
 
         Returns:
-            A 0-d tensor, or None where the gradients are not scaled.
+            A 0-d tensor on the device, or None if the gradients are not scaled.
         """
         states = self._scaler._per_optimizer_states
         stages = [state["stage"] for key, state in states.items() if self._watched in (None, key)]
@@ -64,20 +64,20 @@ class ScalerWatch:
         return self._inverse()
 
     def take_inverse_of_backward(self) -> torch.Tensor | None:
-        """Gives, once a step, the factor that undoes the scale of what its backward computed, on the device.
+        """Returns the factor that unscales what the backward of this step computed. Call it once per step.
 
         Returns:
-            A 0-d tensor, or None where the loss was not scaled.
+            A 0-d tensor on the device, or None if the loss was not scaled.
         """
         before_update, self._before_update = self._before_update, None
         return self._inverse() if before_update is None else before_update
 
     def forget_backward(self) -> None:
-        """Notes that the step which the scaler lets happen now is closed already."""
+        """Notes that the step that the scaler is about to make is already closed."""
         self._before_update = None
 
     def remove(self) -> None:
-        """Gives the scaler its own methods back."""
+        """Restores the methods of the scaler."""
         del self._scaler.unscale_
         del self._scaler.step
 

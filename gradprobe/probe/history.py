@@ -1,4 +1,4 @@
-"""The finished steps of a probe as snapshots: those in the ring, and those from before the model moved."""
+"""The finished steps of a probe as snapshots: those in the ring buffer, and those from before the model moved."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
 
 InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
-_SEARCHED_AT_ONCE = 16  # steps: the search costs as much as closing one
+_SEARCHED_AT_ONCE = 16  # steps; one search costs as much as closing a step
 
 
 class History:
-    """Owns the record and reads it.
+    """Owns the ring buffer and turns its rows into snapshots.
 
     Args:
-        capacity: Number of steps kept.
-        rows_on: Number of site rows for each device.
-        table: Site names.
+        capacity: Number of steps to keep.
+        rows_on: Number of parameter rows on each device.
+        table: Names of the parameters.
         in_site_order: Puts the rows of all devices into the order of the table.
-        signals: The sites of activations and junctions, None where there are none.
-        updates: What the optimizer did in each step, None where that is not observed.
+        signals: The sites of activations and residual adds, None if there are none.
+        updates: The updates of each step, None if they are not observed.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class History:
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
         self._signals = signals
         self._updates = updates
-        self._unseen: deque[int] = deque()  # positions not yet searched for non-finite values, oldest first
+        self._unseen: deque[int] = deque()  # positions in the ring not yet searched for non-finite values, oldest first
         self._first_nonfinite: NonFinite | None = None
         self.restart(rows_on)
 
     def archive(self) -> None:
-        """Keeps what the record holds as snapshots; waits for the device."""
+        """Replaces the contents of the ring by snapshots. Waits for the device."""
         self.first_nonfinite()
         kept = self.all()
         self._archive.clear()
@@ -59,19 +59,19 @@ class History:
         self.ring = RingBuffer(1, {})
 
     def restart(self, rows_on: Mapping[torch.device, int]) -> None:
-        """Opens a new record.
+        """Opens a new ring.
 
         Args:
-            rows_on: Number of site rows for each device.
+            rows_on: Number of parameter rows on each device.
         """
         n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
         self.ring = RingBuffer(self._capacity, rows_on, n_signals)
 
     def latest(self, wait: bool) -> Snapshot | None:
-        """Gives the newest finished step that has arrived, None where there is none.
+        """Returns the newest finished step that has arrived on the host, None if there is none.
 
         Args:
-            wait: Wait for the device, so that the newest finished step has arrived.
+            wait: Wait for the device, so that the step finished last has arrived.
         """
         for position in reversed(self.ring.positions()):
             finished = self.ring.read(position, wait)
@@ -80,19 +80,19 @@ class History:
         return self._archive[-1] if self._archive else None
 
     def all(self) -> list[Snapshot]:
-        """Gives the finished steps that are kept, oldest first; waits for the device."""
+        """Returns the finished steps still kept, oldest first. Waits for the device."""
         finished = (self.ring.read(position, wait=True) for position in self.ring.positions())
         snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
         return snapshots[-self._capacity :]
 
     def look_for_nonfinite(self) -> None:
-        """Notes the newest step, and now and then searches those that have arrived for values that are not finite."""
+        """Queues the newest step, and from time to time searches the queue for non-finite values."""
         self._unseen.append(self.ring.newest)
         if len(self._unseen) >= min(_SEARCHED_AT_ONCE, self.ring.capacity):
             self._search(wait=False)
 
     def first_nonfinite(self) -> NonFinite | None:
-        """Tells where the first value that is not finite was seen; waits for the device."""
+        """Returns where the first non-finite value was seen. Waits for the device."""
         self._search(wait=True)
         return self._first_nonfinite
 

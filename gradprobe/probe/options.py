@@ -1,4 +1,4 @@
-"""Checks of what a user hands to `attach` and to a probe: each error names the argument, the need and what came."""
+"""The options of `attach`, and checks of user input: each error names the argument, what was needed and what came."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MOMENTS: tuple[When, ...] = ("auto", "step", "backward", "hook")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `attach`, which describes each, takes beside the model.
+    """The options of `attach`, which describes them.
 
     Raises:
-        ArgumentError: One is not of its kind.
+        ArgumentError: An option is invalid.
     """
 
     optimizer: torch.optim.Optimizer | None
@@ -41,13 +41,13 @@ class Options:
             raise ArgumentError(f"optimizer: need a torch.optim.Optimizer or None; got {type(self.optimizer).__name__}")
         if self.params is not True:
             raise ArgumentError(
-                f"params: need True, since steps are told by the gradients of parameters; got {self.params!r}"
+                f"params: need True, since the gradients of parameters mark the steps; got {self.params!r}"
             )
         for name in ("junctions", "updates"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: need True or False; got {getattr(self, name)!r}")
         if self.updates and self.optimizer is None:
-            raise ArgumentError("updates: need the optimizer that makes them, as optimizer=; got None")
+            raise ArgumentError("updates: need the optimizer that makes them; pass it as optimizer=")
         for name in ("every", "activations_every", "updates_every", "capacity"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -68,13 +68,13 @@ class Options:
 
 
 def check_model(model: object) -> None:
-    """Raises ArgumentError where a model is no module."""
+    """Raises ArgumentError if a model is not a module."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
 
 
 def check_loss(loss: object) -> None:
-    """Raises ArgumentError where a loss is no real number, nor a tensor of one."""
+    """Raises ArgumentError if a loss is neither a real number nor a tensor with one."""
     if isinstance(loss, torch.Tensor):
         if loss.numel() != 1 or loss.is_complex():
             raise ArgumentError(f"loss: need one real number; got a tensor of shape {tuple(loss.shape)}, {loss.dtype}")
@@ -83,6 +83,6 @@ def check_loss(loss: object) -> None:
 
 
 def check_max_norm(max_norm: object) -> None:
-    """Raises ArgumentError where `max_norm` is no number."""
+    """Raises ArgumentError if `max_norm` is not a number."""
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
         raise ArgumentError(f"max_norm: need a number; got {max_norm!r}")

@@ -46,36 +46,37 @@ def attach(
     grad_scaler: torch.amp.GradScaler | None = None,
     process_group: object | None = None,
 ) -> Probe:
-    """Attaches a probe to a model. It changes neither the training nor the random numbers.
+    """Attaches a probe to a model. The training and the random numbers stay as they are, bit for bit.
 
     Args:
         model: Any module with at least one trainable parameter.
-        optimizer: Closes a step each time it steps; without one, call `Probe.step()` once per step.
-        params: Observe the gradients of the parameters.
-        activations: Observe outputs of modules and the gradients that come back to them: True for every module without
-            children that is no junction, a list of patterns of module names such as `["layer1.*", "head"]`, or a
+        optimizer: The optimizer of the training; each of its steps closes a step of the probe. Without one, call
+            `Probe.step()` once per training step.
+        params: Observe the gradients of the parameters. Only True is supported.
+        activations: Which module outputs to observe, with the gradients at those outputs: True for every module without
+            children except residual adds, a list of module name patterns such as `["layer1.*", "head"]`, or a
             function of name and module.
-        junctions: Observe the residual junctions, which are the `gradprobe.nn.ResidualAdd` modules of the model.
-        updates: Observe how far the optimizer moves each parameter. Takes a copy of the parameters for the time of its
-            step.
-        every: Measure each step whose number is a multiple of this.
-        activations_every: Of those steps, observe activations and junctions where the number is a multiple of this.
-        updates_every: Of those steps, observe updates where the number is a multiple of this.
-        capacity: Number of measured steps kept, newest first to stay.
+        junctions: Observe the residual adds, i.e. the `gradprobe.nn.ResidualAdd` modules of the model.
+        updates: Observe how far the optimizer moves each parameter. Copies the parameters for the duration of its step.
+        every: Measure the steps whose number is a multiple of this.
+        activations_every: Of the measured steps, observe activations and residual adds in those whose number is a
+            multiple of this.
+        updates_every: Of the measured steps, observe updates in those whose number is a multiple of this.
+        capacity: Number of measured steps to keep; the oldest are dropped first.
         backend: "auto", or a name from `gradprobe.backends()`.
-        when: When gradients are measured: "step" as the optimizer is about to use them; "backward" at the end of each
-            backward, before anything else can change them; "hook" each as it becomes ready, for optimizers that step
-            inside backward; "auto" is "step" with an optimizer and "backward" without.
-        grad_scaler: The gradient scaler in use; numbers are then given unscaled, and skipped steps are marked.
+        when: When to measure the gradients: "step" just before the optimizer uses them; "backward" at the end of each
+            backward, before anything else can change them; "hook" each one as soon as it is ready, for optimizers that
+            step inside backward; "auto" means "step" with an optimizer and "backward" without.
+        grad_scaler: The gradient scaler in use. Numbers are then reported unscaled, and skipped steps are marked.
         process_group: Not available yet.
 
     Returns:
-        The probe; also a context manager that detaches at its end.
+        The probe. It is also a context manager that detaches on exit.
 
     Raises:
-        ArgumentError: An argument is not what was needed, or the model has a probe already.
-        BackendError: The backend cannot run on the model's device.
-        NotImplementedError: Something was asked for that is not available yet.
+        ArgumentError: An argument is invalid, or the model already has a probe.
+        BackendError: The back end cannot run on the model's device.
+        NotImplementedError: `process_group` was given.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -111,7 +112,7 @@ class Probe:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         if model in _attached:
-            raise ArgumentError("model: has a probe already; call its detach() first")
+            raise ArgumentError("model: already has a probe; call its detach() first")
         self._model = weakref.ref(model)
         self._description = f"when={options.measured_at!r}, every={options.every}"
         self._recorder = StepRecorder(model, options)
@@ -119,15 +120,16 @@ class Probe:
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
-        """Closes the step: what was measured becomes a snapshot. Called for you where an optimizer was given.
+        """Closes the step and records it as a snapshot. If `attach` got an optimizer, its step does this for you.
 
-        With an optimizer it may still be called, just before or after the optimizer's step, to add the loss.
+        With an optimizer, call it just before or after the optimizer's step to add the loss.
 
         Args:
-            loss: The loss of the step, with one element; it is not waited for.
+            loss: The loss of the step, one element. A tensor on a device is not waited for.
 
         Raises:
-            ArgumentError: The loss is no number, or the probe is detached.
+            ArgumentError: The loss is not one real number.
+            GradprobeError: The probe is detached.
         """
         self._check_attached()
         check_loss(loss)
@@ -138,26 +140,26 @@ class Probe:
             self._recorder.add_loss(loss)
 
     def latest(self, wait: bool = False) -> Snapshot | None:
-        """Gives the newest finished step.
+        """Returns the newest finished step.
 
         Args:
-            wait: Wait for the device, so that the last closed step is there; otherwise it may be an earlier one.
+            wait: Wait for the device, so that the step closed last is returned; otherwise it may be an earlier one.
 
         Returns:
-            The snapshot, or None where no step is finished.
+            The snapshot, or None if no step is finished.
         """
         return self._recorder.history.latest(wait)
 
     def history(self) -> list[Snapshot]:
-        """Gives the finished steps that are kept, oldest first; waits for the device."""
+        """Returns the finished steps still kept, oldest first. Waits for the device."""
         return self._recorder.history.all()
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Gives the history as one tidy table: a row for each step and site, a column for each statistic."""
+        """Returns the history as a tidy table: one row per step and observed tensor, one column per statistic."""
         return to_pandas(self.history())
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
-        """Writes the history to a new file, one JSON object for each step and site.
+        """Writes the history to a new file, one JSON object per step and observed tensor.
 
         Args:
             path: File to create.
@@ -168,16 +170,16 @@ class Probe:
         sinks.write_jsonl(self.history(), path)
 
     def findings(self) -> list[Finding]:
-        """Applies the rules of `gradprobe.diagnosis.diagnose` to the history."""
+        """Applies the rules of `gradprobe.diagnosis` to the history."""
         return diagnose(self.history())
 
     def first_nonfinite(self) -> NonFinite | None:
-        """Tells where NaN or infinity was first seen, in the order of execution, since attach; waits for the device.
+        """Returns where NaN or infinity was first seen since attach, in order of execution. Waits for the device.
 
-        Known also when the step itself is no longer kept. With `activations=True` it names the module.
+        It is remembered after its step has left the history. With `activations=True` it names the module.
 
         Returns:
-            The step, the site and the module, or None where everything was finite.
+            The step, the tensor and the module, or None if everything was finite.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -190,24 +192,25 @@ class Probe:
         return self._recorder.history.first_nonfinite()
 
     def coverage(self) -> Coverage:
-        """Tells what the probe has seen, and what it cannot see."""
+        """Returns what the probe has observed, and what it cannot observe."""
         model = None if self._is_detached else self._model()
         return self._recorder.coverage.report(self._recorder.parameters, model)
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> torch.Tensor:
-        """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, with the norms that the probe takes anyway.
+        """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, reusing the norms that the probe measures.
 
-        The step's snapshot then holds the gradients from before clipping.
+        The snapshot of the step holds the gradients before clipping.
 
         Args:
             max_norm: Largest total norm allowed.
-            error_if_nonfinite: Raise if the total norm is NaN or infinite; this waits for the device.
+            error_if_nonfinite: Raise if the total norm is NaN or infinite. This waits for the device.
 
         Returns:
-            The total norm before clipping, 0-d, in the gradients' dtype but at least float32.
+            The total norm before clipping, 0-d, in the widest dtype of the gradients but at least float32.
 
         Raises:
-            ArgumentError: `max_norm` is no number, or the probe is detached.
+            ArgumentError: `max_norm` is not a number.
+            GradprobeError: The probe is detached.
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
 
         Example:
@@ -223,7 +226,7 @@ class Probe:
 
     @contextmanager
     def paused(self) -> Iterator[Probe]:
-        """Measures nothing inside the block. Steps are still counted, so that their numbers stay the training's."""
+        """Pauses measuring inside the block. Steps are still counted, so step numbers stay those of the training."""
         self._recorder.pause(1)
         try:
             yield self
@@ -231,7 +234,7 @@ class Probe:
             self._recorder.pause(-1)
 
     def detach(self) -> None:
-        """Removes every hook. What was measured stays readable. Calling it again does nothing."""
+        """Removes every hook. The history stays readable. Further calls do nothing."""
         if self._is_detached:
             return
         self._is_detached = True

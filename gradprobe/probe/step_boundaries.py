@@ -1,4 +1,4 @@
-"""When a step ends: as the optimizer steps, as the gradient scaler keeps it from stepping, or as the user says."""
+"""Decides when a step ends: the optimizer steps, the gradient scaler skips its step, or the user closes it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Around = Callable[[torch.optim.Optimizer, bool, bool], None]
 
 
 class StepBoundaries:
-    """Watches an optimizer and a gradient scaler, and calls back at the end of each step.
+    """Watches an optimizer and a gradient scaler, and reports the end of each step.
 
     Args:
         optimizer: Closes a step each time it steps, or None. Its hooks keep the owner of `close` alive.
         grad_scaler: The gradient scaler in use, or None.
-        hooks: What fired since the last reset.
-        close: Called at the end of each step with the loss, if the user gave one, and with the scaler's verdict:
-            non-zero if the optimizer's step is skipped. Returns whether the step is closed.
-        around: Called just before and just after each step of the optimizer, with the optimizer, whether it is after,
-            and whether the step of the probe is still open.
+        hooks: The hooks on the parameters, which know whether a backward has run.
+        close: Called at the end of each step with the loss, if the user gave one, and with a number that is non-zero if
+            the scaler skipped the optimizer's step. Returns whether the step was closed.
+        around: Called just before and just after each step of the optimizer, with the optimizer, whether this is the
+            call after the step, and whether the step of the probe is still open.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class StepBoundaries:
         self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
         self._optimizer_stepped = False
         self._step_depth = 0
-        self._skipped: torch.Tensor | float = 0.0  # the verdict of a scaler that steps an optimizer unknown here
+        self._skipped: torch.Tensor | float = 0.0  # from a scaler whose optimizer the probe does not know
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         self._handles: list[RemovableHandle] = []
         if optimizer is not None:
@@ -59,14 +59,14 @@ class StepBoundaries:
             )
 
     def closed_by_optimizer(self) -> bool:
-        """Tells, once, whether the step that the user closes now is one that the optimizer has closed just before."""
+        """Tells, once, whether the optimizer has just closed the step that the user is closing."""
         if self._closed_by != "optimizer" or self._hooks.has_fired():
             return False
         self._closed_by = "nobody"
         return True
 
     def close_by_user(self, loss: torch.Tensor | float | None) -> None:
-        """Closes the step; an optimizer's step that follows belongs to it.
+        """Closes the step. The optimizer's next step then belongs to it.
 
         Args:
             loss: The loss of the step.
@@ -75,34 +75,34 @@ class StepBoundaries:
             self._closed_by = "user"
 
     def inverse_scale(self) -> torch.Tensor | None:
-        """Gives the factor that undoes the scale of the gradients as they are now, on the device.
+        """Returns the factor that unscales the gradients in their present state.
 
         Returns:
-            A 0-d tensor, or None where the gradients are not scaled.
+            A 0-d tensor on the device, or None if the gradients are not scaled.
         """
         inverse = self._scaler.inverse_scale() if self._scaler is not None else None
         optimizer = self._optimizer() if self._optimizer is not None else None
-        fused_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer undoes the scale itself
+        fused_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
         if inverse is None and isinstance(fused_scale, torch.Tensor):
             return fused_scale.double().reciprocal()
         return inverse
 
     def take_inverse_of_backward(self) -> torch.Tensor | None:
-        """Gives, once a step, the factor that undoes the scale of what its backward computed, on the device.
+        """Returns the factor that unscales what the backward of this step computed. Call it once per step.
 
         Returns:
-            A 0-d tensor, or None where the loss was not scaled.
+            A 0-d tensor on the device, or None if the loss was not scaled.
         """
         return None if self._scaler is None else self._scaler.take_inverse_of_backward()
 
     def remove(self) -> None:
-        """Gives optimizer and scaler back as they were."""
+        """Removes the hooks from the optimizer and restores the scaler."""
         for handle in self._handles:
             handle.remove()
         if self._scaler is not None:
             self._scaler.remove()
         self._hooks = PythonGradientHooks((), None)
-        self._close = _nobody_closes  # else owner and boundaries would keep each other alive
+        self._close = _nobody_closes  # otherwise the owner and this object keep each other alive
         self._around = None
 
     def _take_skipped(self) -> torch.Tensor | float:
@@ -114,7 +114,7 @@ class StepBoundaries:
     ) -> None:
         if not self._is_outermost(after):
             return
-        # a closure runs its backward inside the step, so that the gradients are there only afterwards
+        # With a closure, backward runs inside the step: gradients exist only afterwards.
         has_closure = any(callable(value) for value in (*args, *kwargs.values()))
         if has_closure == after:
             self._optimizer_stepped = True
@@ -123,11 +123,11 @@ class StepBoundaries:
             self._around(optimizer, after, has_closure and not after)
 
     def _is_outermost(self, after: bool) -> bool:
-        # torch runs the hooks again where a subclass's step calls its parent's
+        # If a subclass's step calls its parent's, torch runs the hooks again for the inner call.
         if after:
             self._step_depth = max(0, self._step_depth - 1)
             return self._step_depth == 0
-        if self._hooks.has_fired():  # a new backward: an earlier step has raised and not come back
+        if self._hooks.has_fired():  # a backward since: an earlier step raised and never reached its post hook
             self._step_depth = 0
         self._step_depth += 1
         return self._step_depth == 1
@@ -140,12 +140,12 @@ class StepBoundaries:
     def _on_scaler_stepped(self, found_inf: torch.Tensor) -> None:
         if self._optimizer is None:
             self._skipped = found_inf
-        elif not self._optimizer_stepped:  # the scaler did not let it
+        elif not self._optimizer_stepped:  # the scaler skipped it
             self._close_by_optimizer(found_inf)
 
     def _close_by_optimizer(self, found_inf: torch.Tensor | None) -> None:
         if self._closed_by == "user" and not self._hooks.has_fired():
-            self._closed_by = "nobody"  # the user closed it just before
+            self._closed_by = "nobody"  # the user has just closed it
             return
         skipped = self._take_skipped()
         if self._close(None, skipped if found_inf is None else found_inf):

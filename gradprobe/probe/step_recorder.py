@@ -271,7 +271,7 @@ class StepRecorder:
         events = None
         if self._signal_observer is not None and self._are_signals_due():
             events = self._signal_observer.close(self.history.ring.signal_rows())
-            self.coverage.note_passing(step)
+            self.coverage.note_silent_modules(step)
         slot = Slot(step, self._open.provenance, measured, events)
         self.history.ring.commit(slot, loss, self._open.scale, skipped, signal_scale)
         self.history.look_for_nonfinite()

@@ -22,7 +22,7 @@ class TestCoverage:
         with gradprobe.attach(model) as probe:
             run_through(model)
             with pytest.warns(
-                gradprobe.GradprobeWarning, match=r"no gradient for 2 of 7 sites: unused\.weight, unused\.bias"
+                gradprobe.GradprobeWarning, match=r"no gradient for 2 of 7 parameters: unused\.weight, unused\.bias"
             ):
                 probe.step()
             with warnings.catch_warnings():
@@ -59,7 +59,9 @@ class TestCoverage:
             gradients = torch.autograd.grad(loss_of(model), list(model.parameters()))
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient
-            with pytest.warns(gradprobe.GradprobeWarning, match=r"no hook fired for 6 of 6 sites: 0\.weight") as told:
+            with pytest.warns(
+                gradprobe.GradprobeWarning, match=r"no hook fired for 6 of 6 parameters: 0\.weight"
+            ) as told:
                 optimizer.step()
             assert told[0].filename == __file__  # the user's line, not one of torch or ours
             assert probe.coverage().unhooked == tuple(name for name, _ in model.named_parameters())
@@ -193,7 +195,7 @@ class TestBadInput:
         model = mlp()
         with (
             gradprobe.attach(model),
-            pytest.raises(gradprobe.ArgumentError, match=r"has a probe already; call its detach\(\) first"),
+            pytest.raises(gradprobe.ArgumentError, match=r"already has a probe; call its detach\(\) first"),
         ):
             gradprobe.attach(model)
         gradprobe.attach(model).detach()
