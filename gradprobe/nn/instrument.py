@@ -74,12 +74,12 @@ class InlineAdd(ResidualAdd):
             tensor([2., 2.])
         """
         left, right = (x, f) if self.shortcut_first else (f, x)
-        if self.tap is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
+        if self.observer is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
             added: Tensor = _WRITTEN[self.written](left, right)
             return added
         if self.written in ("+=", "add_"):
-            return self.tap.in_place(x, f, into_x=self.shortcut_first)
-        y = self.tap(x, f, self.relu)
+            return self.observer.in_place(x, f, into_x=self.shortcut_first)
+        y = self.observer(x, f, self.relu)
         return y if self.shortcut_first or x.stride() == f.stride() else _restrided(y, _strides_of_sum(left, right))
 
 

@@ -1,4 +1,4 @@
-"""Modules that gradprobe can look into."""
+"""Residual additions as modules that a probe can observe."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from gradprobe.ops.residual import residual_add, residual_add_
 __all__ = ["ResidualAdd"]
 
 
-class Tap(Protocol):
-    """What a probe puts into a junction to observe it."""
+class ResidualObserver(Protocol):
+    """The object that a probe puts into a `ResidualAdd` to observe it; it adds in the module's place."""
 
     def __call__(self, x: Tensor, f: Tensor, relu: bool) -> Tensor:
-        """Joins x and f as `residual_add` does."""
+        """Adds x and f as `residual_add` does."""
 
     def in_place(self, x: Tensor, f: Tensor, into_x: bool) -> Tensor:
-        """Adds one operand to the other, and gives that."""
+        """Adds one operand into the other and returns the one written to."""
 
 
 class ResidualAdd(nn.Module):
-    """The junction of a residual block as a module, so that it has a name in the model.
+    """The addition of a residual block as a module, so that it has a name in the model.
 
     Args:
-        relu: whether to take the positive part of the sum.
-        inplace: whether to write the result into the branch's, `f`, which nothing needs afterwards where the branch
-            ends in a convolution or in batch normalisation. (The shortcut mostly is needed: by the first layer of the
-            branch, on the way back.) A probe does not observe the junction then.
+        relu: Whether to apply a ReLU to the sum.
+        inplace: Whether to write the result into the branch's output `f`. That is safe if the branch ends in a
+            convolution or batch normalization, whose backward does not need its output. (The shortcut `x` is usually
+            still needed by the backward of the branch's first layer.) A probe does not observe an in-place residual
+            add.
 
     Example:
         >>> import torch
@@ -39,24 +40,27 @@ class ResidualAdd(nn.Module):
         ResidualAdd(relu=True)
     """
 
+    # Set while a probe is attached. A class attribute, so that modules pickled by earlier versions still load; typed in
+    # a comment, since torch.jit.script takes annotations of a module's class as TorchScript types.
+    observer = None  # type: ResidualObserver | None
+
     def __init__(self, relu: bool = False, inplace: bool = False) -> None:
         super().__init__()
         self.relu = relu
         self.inplace = inplace
-        self.tap: Tap | None = None  # a probe's, while one is attached
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
-        """Joins shortcut and branch.
+        """Adds the shortcut and the branch.
 
         Args:
-            x: what passes by the shortcut, any shape and strided layout.
-            f: what comes out of the branch, of the same shape; overwritten where `inplace`.
+            x: Output of the shortcut, any shape and strided layout.
+            f: Output of the branch, of the same shape; overwritten if `inplace`.
 
         Returns:
-            `x + f`, or `torch.relu(x + f)`; `f` itself where `inplace`.
+            `x + f`, or `torch.relu(x + f)`; `f` itself if `inplace`.
 
         Raises:
-            ArgumentError: as `gradprobe.residual_add` or, where `inplace`, `gradprobe.residual_add_(f, x)` raises it.
+            ArgumentError: As raised by `gradprobe.residual_add` or, if `inplace`, by `gradprobe.residual_add_(f, x)`.
 
         Example:
             >>> import torch
@@ -65,13 +69,10 @@ class ResidualAdd(nn.Module):
         """
         if self.inplace:
             return residual_add_(f, x, self.relu)
-        return residual_add(x, f, self.relu) if self.tap is None else self.tap(x, f, self.relu)
+        return residual_add(x, f, self.relu) if self.observer is None else self.observer(x, f, self.relu)
 
     def extra_repr(self) -> str:
-        """Says whether there is a ReLU, and whether it works in place.
-
-        Returns:
-            The arguments of the constructor.
+        """Returns the constructor's arguments for the module's `repr`.
 
         Example:
             >>> ResidualAdd().extra_repr()

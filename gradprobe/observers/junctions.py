@@ -55,7 +55,7 @@ def junction_modules(model: nn.Module) -> tuple[dict[str, ResidualAdd], tuple[st
         or are observed by another probe.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, ResidualAdd)}
-    free = {name: module for name, module in found.items() if module.tap is None and not module.inplace}
+    free = {name: module for name, module in found.items() if module.observer is None and not module.inplace}
     return free, tuple(name for name in found if name not in free)
 
 
@@ -82,7 +82,7 @@ class JunctionHooks:
         self.leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
         self.native = native_hooks_of("JunctionHooks", buffer, len(modules), first_site)
         for j, module in enumerate(modules):
-            module.tap = JunctionObserver(self, j)
+            module.observer = JunctionObserver(self, j)
 
     def start_step(self) -> None:
         """Begins a step."""
@@ -121,7 +121,7 @@ class JunctionHooks:
     def remove(self) -> None:
         """Takes the hooks out of the modules, for good."""
         for module in self._modules:
-            module.tap = None
+            module.observer = None
         self._modules = ()
         remove_all(self.leaf_hooks)
 
@@ -182,7 +182,7 @@ class JunctionObserver:
         return target
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _no_tap, ()  # a copy or a pickle of the module is plain
+        return _no_observer, ()  # a copy or a pickle of the module is plain
 
 
 class _JunctionCall:
@@ -292,5 +292,5 @@ def _kept(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.detach() if gradient.requires_grad else gradient
 
 
-def _no_tap() -> None:
+def _no_observer() -> None:
     return None

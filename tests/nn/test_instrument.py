@@ -337,6 +337,13 @@ def test_pickles_of_model_and_state() -> None:
     assert len(gradprobe.instrument(loaded).junctions) == 4
 
 
+def test_a_residual_add_pickled_by_an_earlier_version_loads() -> None:
+    module = ResidualAdd()
+    module.tap = None  # the observer's former name, in the state of every pickle
+    loaded = pickle.loads(pickle.dumps(module))
+    assert torch.equal(loaded(TOKENS, TOKENS), 2 * TOKENS)
+
+
 @pytest.mark.parametrize("name", ["torchvision-basic", "timm", "transformers", "torch-norm-last"])
 def test_it_compiles_without_a_graph_break(name: str) -> None:
     batch = MODELS[name][1]

@@ -174,7 +174,7 @@ def test_paused_and_detached() -> None:
     train(model, optimizer, 1)
     assert probe.latest().activations.keys() == snapshot.activations.keys()
     assert not any(module._forward_hooks for module in model.modules())
-    assert all(module.tap is None for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd))
+    assert all(module.observer is None for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd))
     dead = weakref.ref(model), weakref.ref(probe)
     del model, probe, optimizer
     assert [ref() for ref in dead] == [None, None]

@@ -103,7 +103,7 @@ def test_detach_from_within_a_backward(by: str) -> None:
     out.sum().backward()
     model(torch.randn(2, 3)).sum().backward()
     assert not any(module._forward_hooks for module in model.modules())
-    assert model[1].join.tap is None
+    assert model[1].join.observer is None
     assert probes[0].history() == []
 
 

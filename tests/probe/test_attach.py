@@ -174,7 +174,8 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match="memory"):
             gradprobe.attach(model, activations=True, capacity=10**13)
         assert not any(module._forward_hooks for module in model.modules())
-        assert all(module.tap is None for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd))
+        residual_adds = [module for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd)]
+        assert all(module.observer is None for module in residual_adds)
         gradprobe.attach(model).detach()
 
     def test_what_is_not_there_yet_says_so(self) -> None:
