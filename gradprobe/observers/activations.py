@@ -149,7 +149,7 @@ class ActivationHooks:
                 hook = _GradientHook(weakref.ref(self), 2 * m + 1)
                 if hook in (tensor._backward_hooks or {}).values():  # returned before: its input, say
                     continue
-                handle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+                handle = tensor.register_hook(hook)
                 if tensor.is_leaf:
                     self._leaf_hooks.append(handle)
 

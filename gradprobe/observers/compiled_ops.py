@@ -1,5 +1,3 @@
-# torch.library is untyped.
-# mypy: disable-error-code="no-untyped-call"
 """GradientHooks inside a compiled graph: an operator with an effect, in an identity with a derivative.
 
 Hooks on tensors would break the graph. The operator stays in it, in its place among the others, forward and backward;
@@ -59,7 +57,7 @@ def observe_output(output: Any, inputs: tuple[Any, ...], buffer: int, site: int)
         if not (output.is_floating_point() or output.is_complex()):
             return output
         if output.requires_grad and not _shares_memory(output, inputs):
-            return _Observed.apply(output, buffer, site)
+            return _Observed.apply(output, buffer, site)  # type: ignore[no-untyped-call]
         _OBSERVE(output, buffer, site)
         return output
     if type(output) is dict:
@@ -88,7 +86,7 @@ def observe_junction(x: Tensor, f: Tensor, relu: bool, buffer: int, first: int) 
     """
     dtype = torch.promote_types(x.dtype, f.dtype)
     passage = _GraphJunctionCall(buffer, first)
-    y: Tensor = _ObservedJunction.apply(x.to(dtype), f.to(dtype), relu, passage)
+    y: Tensor = _ObservedJunction.apply(x.to(dtype), f.to(dtype), relu, passage)  # type: ignore[no-untyped-call]
     passage.hook_branch(edges_into(x, y.grad_fn, [1]))
     return y
 

@@ -107,7 +107,7 @@ class PythonGradientHooks:
         self._seen: list[tuple[int, int] | None] = [None] * len(self._parameters)
         self._handles: list[RemovableHandle] = []
         for k, parameter in enumerate(self._parameters):
-            handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))  # type: ignore[no-untyped-call]
+            handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))
             _run_first(parameter._post_accumulate_grad_hooks, handle.id)
             self._handles.append(handle)
 

@@ -114,7 +114,7 @@ class JunctionHooks:
 
     def hook(self, tensor: torch.Tensor, on_gradient: Callable[[torch.Tensor], None]) -> None:
         """Calls back with the gradient at a tensor, within this step."""
-        handle = tensor.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        handle = tensor.register_hook(on_gradient)
         if tensor.is_leaf:
             self.leaf_hooks.append(handle)
 

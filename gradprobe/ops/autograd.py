@@ -1,5 +1,3 @@
-# torch.autograd.forward_ad is untyped.
-# mypy: disable-error-code="no-untyped-call"
 """Derivatives of our operators as autograd asks for them: in a network's blocks, cheaply; under `torch.func`, rightly.
 
 `torch.library.register_autograd` costs twice as much for each call (25 µs more there and back), refuses

@@ -56,7 +56,7 @@ def parts() -> dict[str, str]:
         reason = "gradprobe._C is missing" if state == "built" else state
         return {"cpu": reason, "cuda": reason}
     try:
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         reason = f"{library.name} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}"
         return {"cpu": reason, "cuda": reason}

@@ -1,5 +1,3 @@
-# torch.library is untyped.
-# mypy: disable-error-code="no-untyped-call"
 """The residual junction as one pass each way: y = x + f or max(x + f, 0), and one gradient for both branches.
 
 `torch.ops.gradprobe.residual_add` and the operators beside it are functions, but for `residual_add_`: they write to no

@@ -1,5 +1,3 @@
-# torch.library is untyped.
-# mypy: disable-error-code="no-untyped-call"
 """The operators as torch knows them: schema, fake, autograd and the reference kernel, each defined once for all.
 
 `torch.ops.gradprobe.grad_stats_into` and `torch.ops.gradprobe.scale_` work under `torch.compile` and on every device:
