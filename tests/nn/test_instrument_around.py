@@ -140,7 +140,10 @@ def test_a_function_that_is_reloaded_in_place_runs_its_new_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As notebooks reload modules: what refers to the old function runs the new code."""
-    text = "from helpers.inline_cases import OneLayer\nclass Block(OneLayer):\n  def forward(self, x):\n    return x + {}\n"
+    text = (
+        "from helpers.inline_cases import OneLayer\n"
+        "class Block(OneLayer):\n  def forward(self, x):\n    return x + {}\n"
+    )
     path = tmp_path / "reloaded.py"
     path.write_text(text.format("self.layer(x)"))
     monkeypatch.syspath_prepend(tmp_path)
