@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from gradprobe.ops.residual import residual_add, residual_add_
 
 __all__ = ["ResidualAdd"]
+
+# The ways a model can write an addition, as functions; the operands may be anything that Python can add.
+_WRITTEN: dict[str, Callable[[Any, Any], Any]] = {
+    "+": operator.add,
+    "+=": operator.iadd,
+    "add": lambda left, right: left.add(right),
+    "add_": lambda left, right: left.add_(right),
+    "torch.add": torch.add,
+}
 
 
 class ResidualObserver(Protocol):
@@ -32,7 +44,6 @@ class ResidualAdd(nn.Module):
             add.
 
     Example:
-        >>> import torch
         >>> join = ResidualAdd(relu=True)
         >>> join(torch.tensor([1.0, -3.0]), torch.tensor([1.0, 2.0]))
         tensor([2., 0.])
@@ -63,7 +74,6 @@ class ResidualAdd(nn.Module):
             ArgumentError: As raised by `gradprobe.residual_add` or, if `inplace`, by `gradprobe.residual_add_(f, x)`.
 
         Example:
-            >>> import torch
             >>> ResidualAdd()(torch.tensor([1.0]), torch.tensor([2.0]))
             tensor([3.])
         """
@@ -79,3 +89,70 @@ class ResidualAdd(nn.Module):
             'relu=False'
         """
         return f"relu={self.relu}" + (", inplace=True" if self.inplace else "")
+
+
+class InlineAdd(ResidualAdd):
+    """Replaces an addition that a model writes inline; created by `instrument`.
+
+    Args:
+        shortcut_first: Whether the shortcut is the left operand.
+        written: How the model writes it: "+", "+=", "add", "add_" or "torch.add".
+
+    Example:
+        >>> InlineAdd(shortcut_first=True, written="+")(torch.ones(2), torch.ones(1))
+        tensor([2., 2.])
+    """
+
+    def __init__(self, shortcut_first: bool, written: str) -> None:
+        super().__init__()
+        self.shortcut_first = shortcut_first
+        self.written = written
+
+    @torch.jit.unused  # torch.jit.script compiles the methods of the model's class, which do not call this module
+    def forward(self, x: Tensor, f: Tensor) -> Tensor:
+        """Adds the way the model did, through the observer if a probe is attached.
+
+        Args:
+            x: Output of the shortcut.
+            f: Output of the branch.
+
+        Returns:
+            The sum, with the strides that torch would give it; the left operand itself if the addition is in place. A
+            probe observes it only if both operands are plain tensors of the same shape with at least one dimension.
+
+        Example:
+            >>> InlineAdd(shortcut_first=True, written="+")(torch.ones(2), torch.ones(2))
+            tensor([2., 2.])
+        """
+        left, right = (x, f) if self.shortcut_first else (f, x)
+        if self.observer is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
+            added: Tensor = _WRITTEN[self.written](left, right)
+            return added
+        if self.written in ("+=", "add_"):
+            return self.observer.in_place(x, f, into_x=self.shortcut_first)
+        y = self.observer(x, f, self.relu)
+        return y if self.shortcut_first or x.stride() == f.stride() else _restrided(y, _strides_of_sum(left, right))
+
+
+def _is_plain(tensor: object) -> bool:
+    """Tells whether a tensor is an ordinary strided floating-point tensor with at least one dimension."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and tensor.dim() > 0
+    )
+
+
+def _strides_of_sum(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Returns the strides of torch's `left + right`, which depend on the order of the operands."""
+    empty = [torch.empty_strided(tensor.shape, tensor.stride(), device="meta") for tensor in (left, right)]
+    return (empty[0] + empty[1]).stride()
+
+
+def _restrided(y: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Copies a tensor to these strides if it has others, under which later kernels might round differently."""
+    if y.stride() == strides:
+        return y
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)

@@ -15,7 +15,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.nn import ResidualAdd
-from gradprobe.nn.instrument import InlineAdd
+from gradprobe.nn.residual import InlineAdd
 
 IMAGES = torch.linspace(-2, 2, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8).sin()
 TOKENS = torch.linspace(-2, 2, 4 * 5 * 8).reshape(4, 5, 8).sin()
@@ -166,11 +166,14 @@ def test_a_projected_shortcut_is_the_shortcut() -> None:
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (cases.Chain, "is a container, where one more child would be run with the others"),
-        (cases.OverChildren, "goes over its children in forward, where one more would be met too"),
-        (cases.OutsideFunction, "adds in dropout_add, a function outside of it"),
-        (cases.TwoInputs, "adds its input y to what it makes of x: only a caller knows if one is a shortcut"),
-        (cases.Unclear, "its operands pass 2 and 3 layers: neither is clearly the shortcut"),
+        (cases.Chain, "is a container that would run one more child along with the others"),
+        (cases.OverChildren, "iterates over its children in forward, which would run one more child too"),
+        (cases.OutsideFunction, "adds in dropout_add, a function outside the module"),
+        (
+            cases.TwoInputs,
+            "adds its input y to a tensor made from x: only the caller knows whether one is the shortcut",
+        ),
+        (cases.Unclear, "its operands come through 2 and 3 layers: neither is clearly the shortcut"),
     ],
 )
 def test_what_is_left_alone_is_reported(block: Callable[[int], nn.Module], reason: str) -> None:
@@ -195,8 +198,8 @@ def test_a_block_out_of_reach_is_measured_at_its_boundaries() -> None:
     model = nn.Sequential(nn.Linear(8, 8), namespace["Hidden"](8), scripted, compiled)
     report = gradprobe.instrument(model)
     assert report.unseen == {
-        "1": "has no source that could be read",
-        "2": "is scripted, and takes no hooks",
+        "1": "has no readable source",
+        "2": "is scripted and takes no hooks",
         "3": "is compiled",
     }
     assert report.blocks == ("1", "3")
@@ -213,7 +216,7 @@ def test_another_source_than_the_code_is_no_source(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     model = import_module("changing").Net(2, 2)
     path.write_text(text.format(" + 1"))
-    assert gradprobe.instrument(model).unseen == {"": "runs other code than its source says"}
+    assert gradprobe.instrument(model).unseen == {"": "runs code that differs from its source"}
 
 
 def test_broadcasting_and_other_operands_stay_additions() -> None:
@@ -377,11 +380,11 @@ def instrumented() -> nn.Module:
         (lambda: [nn.Linear(2, 2)], "model: need a torch.nn.Module; got list"),
         (
             lambda: torch.jit.script(nn.Linear(2, 2)),
-            "model: need one that runs as Python, .* got a compiled or scripted",
+            "model: need one that runs as Python .* got a compiled or scripted",
         ),
-        (lambda: torch.compile(nn.Linear(2, 2)), "model: need one that runs as Python, .* got a compiled or scripted"),
-        (compiled_in_place, "model: need one that runs as Python, .* got a compiled or scripted"),
-        (instrumented, "model: need one that is not instrumented yet; got one where it has them: undo"),
+        (lambda: torch.compile(nn.Linear(2, 2)), "model: need one that runs as Python .* got a compiled or scripted"),
+        (compiled_in_place, "model: need one that runs as Python .* got a compiled or scripted"),
+        (instrumented, "model: need one that is not instrumented yet; got an instrumented one: undo it"),
     ],
     ids=["list", "scripted", "compiled", "compiled-in-place", "instrumented"],
 )

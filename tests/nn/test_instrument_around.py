@@ -17,6 +17,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.nn import instrument as instrumentation
+from gradprobe.nn.residual import InlineAdd
 
 TOKENS = torch.linspace(-2, 2, 4 * 5 * 8).reshape(4, 5, 8).sin()
 
@@ -38,7 +39,7 @@ def test_a_second_time_is_refused_and_changes_nothing(block: Callable[[int], nn.
     assert torch.equal(model(TOKENS), expected)
     report.undo()
     assert torch.equal(model(TOKENS), expected)
-    assert not any(isinstance(module, instrumentation.InlineAdd) for module in model.modules())
+    assert not any(isinstance(module, InlineAdd) for module in model.modules())
 
 
 def wrap(model: nn.Module) -> None:
@@ -54,7 +55,9 @@ def test_a_method_that_is_wrapped_keeps_its_junctions_until_it_is_free() -> None
     wrap(model)
     with pytest.raises(gradprobe.ArgumentError, match="one that is not instrumented yet"):
         gradprobe.instrument(model)
-    with pytest.warns(gradprobe.GradprobeWarning, match="forward of TimmBlock has been replaced .* stay until"):
+    with pytest.warns(
+        gradprobe.GradprobeWarning, match="forward of TimmBlock has been replaced .* stay until you restore it"
+    ):
         report.undo()
     assert torch.equal(model(TOKENS), expected)
     model.forward = ours  # type: ignore[method-assign]
@@ -77,7 +80,7 @@ def test_a_forward_that_is_not_the_classs_is_left_alone(own: Callable[[nn.Module
     model = cases.TimmBlock(8)
     expected = model(TOKENS)
     model.forward = own(model)  # type: ignore[method-assign, assignment]
-    assert gradprobe.instrument(model).unseen == {"": "has a forward of its own, other than its class's"}
+    assert gradprobe.instrument(model).unseen == {"": "has a forward that overrides its class's on the instance"}
     assert torch.equal(model(TOKENS), expected)
 
 
@@ -111,7 +114,9 @@ class AnyName(OneLayer):
 
 
 def test_a_module_without_a_free_name_is_reported() -> None:
-    assert gradprobe.instrument(AnyName(8)).unseen == {"": "has an attribute of any name, so that none is free"}
+    assert gradprobe.instrument(AnyName(8)).unseen == {
+        "": "has an attribute of every name, so none is free for a new child"
+    }
 
 
 TRANSLATIONS: dict[str, Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -181,7 +186,7 @@ class Unhashable:
 def test_a_forward_that_is_no_function_is_reported(forward: object, kind: str) -> None:
     model = type("Block", (OneLayer,), {"forward": forward})(8)
     expected = model(TOKENS)
-    assert gradprobe.instrument(model).unseen == {"": f"is no Python function but {kind}"}
+    assert gradprobe.instrument(model).unseen == {"": f"is a {kind}, not a Python function"}
     assert torch.equal(model(TOKENS), expected)
 
 
@@ -207,6 +212,6 @@ def test_a_block_whose_children_another_one_runs_gets_no_more_of_them() -> None:
     model = GoesOverABlock()
     expected = model(TOKENS)
     report = gradprobe.instrument(model)
-    reason = "has its children gone over in forward of GoesOverABlock, where one more would be met too"
+    reason = "has its children iterated over in forward of GoesOverABlock, which would run one more child too"
     assert (report.junctions, report.unseen) == (("residual_add",), {"block": reason})
     assert torch.equal(model(TOKENS), expected)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradprobe
-from gradprobe.nn.instrument import InlineAdd
+from gradprobe.nn.residual import InlineAdd
 
 pytestmark = pytest.mark.usefixtures("any_hooks")
 

@@ -254,7 +254,7 @@ class Processor:
         return x + block.a(x)
 
 
-@is_unseen("adds in Processor.__call__, a function outside of it")
+@is_unseen("adds in Processor.__call__, a function outside the module")
 class ProcessedByAnObject(Layers):
     def setup(self) -> None:
         self.processor = Processor()
@@ -600,37 +600,37 @@ class Losses(Layers):
 # What is reported
 
 
-@is_unseen("adds by add in a form that is not exchanged")
+@is_unseen("adds by add in a form that cannot be replaced")
 class Factor(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(x, self.a(x), alpha=2)
 
 
-@is_unseen("adds by add_ in a form that is not exchanged")
+@is_unseen("adds by add_ in a form that cannot be replaced")
 class FactorInPlace(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x).add_(x, alpha=2)
 
 
-@is_unseen("adds by add in a form that is not exchanged")
+@is_unseen("adds by add in a form that cannot be replaced")
 class Keyword(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return x.add(other=self.a(x))
 
 
-@is_unseen("adds by sum in a form that is not exchanged")
+@is_unseen("adds by sum in a form that cannot be replaced")
 class Sum(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return sum([x, self.a(x)])  # type: ignore[return-value]
 
 
-@is_unseen("adds by addcmul in a form that is not exchanged")
+@is_unseen("adds by addcmul in a form that cannot be replaced")
 class ScaledBranch(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(x, self.scale, self.a(x))
 
 
-@is_unseen("adds in place to a part or an attribute of something")
+@is_unseen("adds in place to a slice or an attribute")
 class Part(Layers):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -638,7 +638,7 @@ class Part(Layers):
         return x
 
 
-@is_unseen("adds in place to a part or an attribute of something")
+@is_unseen("adds in place to a slice or an attribute")
 class Attribute(Layers):
     def forward(self, x: Tensor) -> Tensor:
         self.kept = self.b(x)
@@ -651,13 +651,13 @@ class Added(Layers):
         return x + self.a(x)
 
 
-@is_unseen("adds in Added.forward, a function outside of it")
+@is_unseen("adds in Added.forward, a function outside the module")
 class AddsInItsParent(Added):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 
-@is_unseen("adds in Added.forward, a function outside of it")
+@is_unseen("adds in Added.forward, a function outside the module")
 class AddsInAnotherClass(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * Added.forward(self, x)  # type: ignore[arg-type]
@@ -670,14 +670,14 @@ def traced_by_nothing(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapper
 
 
-@is_unseen("adds in BehindADecorator.forward, a function outside of it")
+@is_unseen("adds in BehindADecorator.forward, a function outside the module")
 class BehindADecorator(Layers):
     @traced_by_nothing
     def forward(self, x: Tensor) -> Tensor:
         return x + self.a(x)
 
 
-@is_unseen("adds in functions.dropout_add, a function outside of it")
+@is_unseen("adds in functions.dropout_add, a function outside the module")
 class FunctionOfAPackage(Layers):
     def forward(self, x: Tensor) -> Tensor:
         return functions.dropout_add(self.a(x), x)
@@ -719,7 +719,7 @@ class InputsBesideTheStream(Layers):
         return self.a(x + point_embedding) + options.get("scale", 0.0)
 
 
-@is_unseen("adds its inputs x and y: only a caller knows if one is a shortcut")
+@is_unseen("adds its inputs x and y: only the caller knows whether one is the shortcut")
 class TwoInputs(Layers):
     def forward(self, x: Tensor, y: Tensor | float = 0.0) -> Tensor:
         return self.norm(x + y)
