@@ -1,7 +1,7 @@
-"""Methods whose additions call a module instead: the same source, compiled again with those places exchanged.
+"""Recompiles a method's source with some of its additions replaced by module calls.
 
 Everything else stays as it was: control flow, defaults, closures, decorators, line numbers in tracebacks. A method is
-left alone unless its source, compiled unchanged, gives the very code that runs now.
+left alone unless its source, compiled unchanged, yields exactly the code that runs now.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import CellType, CodeType, FunctionType
 from gradprobe.errors import GradprobeError
 
 Span = tuple[int, int, int, int]  # first line, first column, last line, last column
-Place = tuple[str, Span]  # method, where in its source
+Place = tuple[str, Span]  # method, position in its source
 
 _FEATURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names), 0
@@ -28,19 +28,19 @@ _FEATURES = functools.reduce(
 
 
 class Unreadable(GradprobeError):
-    """A method cannot be rewritten; the message says why, in words that follow a module's name."""
+    """A method cannot be rewritten; the message is the predicate of a sentence about its module ("has no ...")."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A method as it was written.
+    """The source of a method.
 
     Attributes:
-        function: The function that holds the body.
-        wrappers: What decorators made of it, innermost first.
-        tree: What of its file decides how it is compiled: the imports, and the statement that it stands in.
-        definition: The method in it.
-        self_name: What the method calls its module; empty in a function.
+        function: The function with the body.
+        wrappers: The functions that decorators wrapped around it, innermost first.
+        tree: The statements of its file that affect how it compiles: imports, and the statement that contains it.
+        definition: The method's definition in `tree`.
+        self_name: The method's name for its module, usually "self"; empty for a function.
     """
 
     function: FunctionType
@@ -50,13 +50,13 @@ class Source:
     self_name: str
 
     def outside(self, name: str) -> object:
-        """Looks up what a name stands for that the function itself does not bind.
+        """Looks up a name that the function uses but does not bind.
 
         Args:
-            name: As the function writes it.
+            name: The name as written in the function.
 
         Returns:
-            The object; None where there is none, or the name is the function's own.
+            The object; None if there is none or the function binds the name itself.
 
         Example:
             >>> read(span_of, is_method=False).outside("ast") is ast
@@ -70,13 +70,13 @@ class Source:
         return self.function.__globals__.get(name, getattr(builtins, name, None))
 
     def mangled(self, name: str) -> str:
-        """Gives the name of an attribute as the function's class makes it.
+        """Applies Python's name mangling to an attribute.
 
         Args:
-            name: As the function writes it.
+            name: The attribute as written in the function.
 
         Returns:
-            The same, unless it is private to the class.
+            The attribute's real name, which differs if it is private to the class.
 
         Example:
             >>> import torch
@@ -91,10 +91,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What takes the place of an addition `left + right`, `left += right`, `left.add_(right)` and the like.
+    """The module call that replaces an addition.
 
     Attributes:
-        child: Name of the module that is called.
+        child: Name of the called module.
         shortcut_first: Whether the left operand is the shortcut.
     """
 
@@ -103,10 +103,10 @@ class Exchange:
 
 
 def span_of(node: ast.expr | ast.stmt) -> Span:
-    """Gives where a node stands in its file.
+    """Returns the position of a node in its file.
 
     Args:
-        node: From the tree of a `Source`.
+        node: A node of a `Source`'s tree.
 
     Returns:
         First line and column, last line and column.
@@ -122,14 +122,14 @@ def read(function: object, is_method: bool = True) -> Source:
     """Reads the source of a method, or of a function.
 
     Args:
-        function: As the class holds it, decorators included.
-        is_method: Whether its first argument is a module.
+        function: The function as stored in the class, decorators included.
+        is_method: Whether its first parameter is a module.
 
     Returns:
         The source.
 
     Raises:
-        Unreadable: There is no source, or not the one that runs.
+        Unreadable: There is no source, or it is not the source of the code that runs.
 
     Example:
         >>> import torch
@@ -141,7 +141,7 @@ def read(function: object, is_method: bool = True) -> Source:
         wrappers.insert(0, function)
         function = vars(function)["__wrapped__"]
     if not isinstance(function, FunctionType):
-        raise Unreadable(f"is no Python function but {type(function).__name__}")
+        raise Unreadable(f"is a {type(function).__name__}, not a Python function")
     for wrapper, inner in zip(wrappers, [function, *wrappers], strict=False):
         if len(_cells_with(wrapper, inner)) != 1:
             raise Unreadable(f"is wrapped by a decorator that does not show what it calls ({wrapper.__code__.co_name})")
@@ -149,38 +149,38 @@ def read(function: object, is_method: bool = True) -> Source:
     return Source(function, tuple(wrappers), tree, definition, self_name)
 
 
-@functools.lru_cache(maxsize=4096)  # by the code too: what reloads files puts another one into the same function
+@functools.lru_cache(maxsize=4096)  # keyed by the code too: autoreloaders replace a function's code in place
 def _read(function: FunctionType, code: CodeType, is_method: bool) -> tuple[ast.Module, ast.FunctionDef, str]:
     try:
         lines, _ = inspect.findsource(function)
         statements = _statements("".join(lines))
     except (OSError, SyntaxError, TypeError, ValueError) as error:
-        raise Unreadable("has no source that could be read") from error
+        raise Unreadable("has no readable source") from error
     definition, within = _find(statements, code)
     positional = [*definition.args.posonlyargs, *definition.args.args]
     if is_method and not positional:
-        raise Unreadable("takes its module by no name of its own")
+        raise Unreadable("has no named parameter for its module")
     self_name = positional[0].arg if is_method else ""
     for node in ast.walk(definition):
         is_bound = isinstance(node, ast.Name) and node.id == self_name and not isinstance(node.ctx, ast.Load)
         is_inner = isinstance(node, ast.arg) and node.arg == self_name and node is not positional[0]
         if is_method and (is_bound or is_inner):
-            raise Unreadable(f"gives {self_name} another meaning")
+            raise Unreadable(f"rebinds {self_name}")
     tree = ast.Module([*(node for node in statements if node is within or _imports(node))], [])
     if not _are_same(_compiled(tree, code), code):
-        raise Unreadable("runs other code than its source says")
+        raise Unreadable("runs code that differs from its source")
     return tree, definition, self_name
 
 
 def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionType:
-    """Makes the method anew, with additions exchanged for calls of modules.
+    """Builds a copy of a method in which module calls replace some additions.
 
     Args:
         source: The method.
-        exchanges: What takes the place of the addition at a place.
+        exchanges: Position of each addition to its replacement.
 
     Returns:
-        A function with the same arguments, decorators included.
+        A function with the same signature and decorators.
 
     Example:
         >>> from torch import nn
@@ -207,7 +207,7 @@ def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionTyp
 
 @functools.lru_cache(maxsize=1024)
 def _rewritten_code(source: Source, code: CodeType, exchanges: tuple[tuple[Span, Exchange], ...]) -> CodeType:
-    """One code object for all modules with the same exchanges, so that compilers see one function."""
+    """Compiles one code object for all modules with the same replacements, so that torch.compile sees one function."""
     copies: dict[int, ast.AST] = {}
     tree = copy.deepcopy(source.tree, copies)
     _Exchanger(source.self_name, dict(exchanges)).generic_visit(copies[id(source.definition)])
@@ -215,7 +215,7 @@ def _rewritten_code(source: Source, code: CodeType, exchanges: tuple[tuple[Span,
 
 
 class _Exchanger(ast.NodeTransformer):
-    """Exchanges additions; the operands are evaluated in the same order as before."""
+    """Replaces additions by module calls that evaluate the operands in the original order."""
 
     def __init__(self, self_name: str, exchanges: Mapping[Span, Exchange]) -> None:
         self._self_name = self_name
@@ -256,30 +256,30 @@ def _statements(text: str) -> tuple[ast.stmt, ...]:
 
 
 def _find(statements: Sequence[ast.stmt], code: CodeType) -> tuple[ast.FunctionDef, ast.stmt]:
-    """Finds the definition that a code object was compiled from, and the statement of the file that holds it."""
+    """Finds the definition that a code object was compiled from, and the top-level statement that contains it."""
     for statement in statements:
         for node in ast.walk(statement):
             if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 if first == code.co_firstlineno:
                     return node, statement
-    raise Unreadable("is no plain function in its source")
+    raise Unreadable("is not a plain function in its source")
 
 
 def _imports(statement: ast.stmt) -> bool:
-    """Tells whether a statement of a file imports names for the whole file: calls on those compile otherwise."""
+    """Tells whether a statement imports names at module level: method calls on imported names compile differently."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return False
     return any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(statement))
 
 
 def _compiled(tree: ast.Module, before: CodeType) -> CodeType:
-    """Compiles what a source keeps of its file, and takes the code of one function out of it."""
+    """Compiles a source's tree and returns the code of one function in it."""
     code = compile(tree, before.co_filename, "exec", flags=before.co_flags & _FEATURES, dont_inherit=True)
     for inner in _codes_in(code):
         if (inner.co_name, inner.co_firstlineno) == (before.co_name, before.co_firstlineno):
             return inner
-    raise Unreadable("is no plain function in its source")
+    raise Unreadable("is not a plain function in its source")
 
 
 def _codes_in(code: CodeType) -> Iterator[CodeType]:
@@ -290,7 +290,7 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 def _are_same(a: CodeType, b: CodeType) -> bool:
-    """Tells whether two code objects do the same; where they stand may differ."""
+    """Tells whether two code objects do the same, at whatever position in the file."""
     attributes = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_flags")
     return all(getattr(a, name) == getattr(b, name) for name in attributes) and all(
         _are_same(x, y) if isinstance(x, CodeType) and isinstance(y, CodeType) else type(x) is type(y) and x == y
@@ -299,7 +299,7 @@ def _are_same(a: CodeType, b: CodeType) -> bool:
 
 
 def _cells_with(wrapper: FunctionType, inner: FunctionType) -> list[str]:
-    """Names the free variables of a wrapper that hold what it wraps."""
+    """Returns the free variables of a wrapper that hold the function it wraps."""
     held = zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True)
     return [name for name, cell in held if _content(cell) is inner]
 
@@ -313,7 +313,7 @@ def _content(cell: CellType) -> object:
 
 
 def _alike(function: FunctionType, code: CodeType, closure: tuple[CellType, ...]) -> FunctionType:
-    """Makes a function with other code, all else as it was."""
+    """Copies a function with different code and closure."""
     made = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
     functools.update_wrapper(made, function)
     del made.__wrapped__  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""Residual additions that a model writes inline: finding them in its source, and having them call a module."""
+"""Finds the residual additions that a model writes inline by following values through its source."""

@@ -1,4 +1,4 @@
-"""How the tests in a method come out, as far as attributes of its module decide them before it runs."""
+"""Evaluates the conditions in a method that attributes of its module decide before it runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradprobe.nn.inline.values import Value, attribute
+from gradprobe.nn.inline.values import attribute
 from gradprobe.nn.rewrite import Source
+from gradprobe.nn.shortcuts import Value
 
 _COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], object]] = {
     ast.Is: operator.is_,
@@ -29,15 +30,15 @@ _COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], object]] = {
 
 
 def outcome(test: ast.expr, source: Source, names: Mapping[str, Value]) -> bool | None:
-    """Tells how a test comes out.
+    """Evaluates a condition.
 
     Args:
         test: Any expression.
-        source: The function that it stands in.
-        names: What the names of that stand for.
+        source: The function that contains it.
+        names: The values of that function's variables.
 
     Returns:
-        True or False; None where attributes of modules do not decide.
+        True or False; None if attributes of modules do not decide it.
 
     Example:
         >>> from gradprobe.nn.rewrite import read
@@ -52,14 +53,14 @@ def outcome(test: ast.expr, source: Source, names: Mapping[str, Value]) -> bool 
 
 
 class _Test:
-    """Computes expressions of constants and attributes; LookupError where they have anything else."""
+    """Evaluates expressions of constants and attributes; raises LookupError for anything else."""
 
     def __init__(self, source: Source, names: Mapping[str, Value]) -> None:
         self._source = source
         self._names = names
 
     def value(self, node: ast.expr) -> object:
-        """Computes an expression."""
+        """Evaluates an expression."""
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
@@ -99,7 +100,7 @@ class _Test:
         return True
 
     def _read(self, node: ast.expr) -> object:
-        """Reads a module, or what attributes of it lead to."""
+        """Reads a module or a chain of attributes that starts at one."""
         if isinstance(node, ast.Attribute):
             if node.attr in _set_by(self._source.definition):
                 raise LookupError
@@ -112,7 +113,7 @@ class _Test:
 
 
 class _Tensor:
-    """Stands for a tensor: it is not None, and its numbers decide nothing."""
+    """Stands for a tensor, which is not None and whose values are unknown."""
 
     def __bool__(self) -> bool:
         raise TypeError
@@ -120,6 +121,6 @@ class _Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _set_by(definition: ast.FunctionDef) -> frozenset[str]:
-    """Collects the attributes that a function sets: what they are before tells nothing."""
+    """Collects the attributes that a function sets, whose values before the call decide nothing."""
     nodes = (node for node in ast.walk(definition) if isinstance(node, ast.Attribute))
     return frozenset(node.attr for node in nodes if isinstance(node.ctx, ast.Store))

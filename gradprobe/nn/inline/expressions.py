@@ -26,16 +26,16 @@ from gradprobe.nn.inline.known import (
     UNRELATED,
     is_no_stream,
 )
-from gradprobe.nn.inline.values import NOTHING, Path, Value, described, joined, made_from, path_through
+from gradprobe.nn.inline.values import NOTHING, described, joined, made_from, path_through
 from gradprobe.nn.rewrite import Source, span_of
-from gradprobe.nn.shortcuts import Addition, judge
+from gradprobe.nn.shortcuts import Addition, Path, Value, judge
 
 if TYPE_CHECKING:
     from gradprobe.nn.inline.flow import Reader
 
-_MANY = 8  # more arguments than `*` mostly stands for
-_NOT_THERE = Value()  # an attribute that is None, which nothing can call
-# Functions that add two tensors, and how that is written.
+_MANY = 8  # arguments assumed for `*args`: more than most calls pass
+_NOT_THERE = Value()  # an attribute that is None, and so cannot be called
+# Functions that add two tensors, and the name under which `InlineAdd` does the same.
 _ADDING: Sequence[tuple[object, str]] = ((torch.add, "torch.add"), (operator.add, "+"), (operator.iadd, "+="))
 
 
@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
 
 class Closure(NamedTuple):
-    """A function that a method defines, and where."""
+    """A function defined inside a method, and the scope that defines it."""
 
     definition: ast.FunctionDef | ast.Lambda
     within: Expressions
@@ -59,11 +59,11 @@ class Expressions:
     """Follows values through expressions.
 
     Args:
-        reader: Collects what is found.
+        reader: Collects the findings.
         source: The method.
         method: Its name.
-        names: What its names stand for at the start.
-        why_not: Why additions in it cannot be exchanged, if so.
+        names: The values of its variables at the start.
+        why_not: Why additions in it cannot be replaced, if they cannot.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Expressions:
         self.why_not = why_not
 
     def value(self, node: ast.expr | None) -> Value:
-        """Describes the value of an expression, and notes the additions in it."""
+        """Returns the value of an expression and records the additions in it."""
         if node is None or isinstance(node, ast.Constant):
             return NOTHING
         follow: Callable[[ast.expr], Value] | None = getattr(self, f"_{type(node).__name__.lower()}", None)
@@ -86,7 +86,7 @@ class Expressions:
         return joined([self.value(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)])
 
     def bind(self, target: ast.expr, value: Value) -> None:
-        """Gives a value to a name, or to what a target stands for."""
+        """Assigns a value to a target."""
         if isinstance(target, ast.Name):
             self.names[target.id] = value
         elif isinstance(target, (ast.Tuple, ast.List)):
@@ -106,7 +106,7 @@ class Expressions:
                 self.reader.kept[inner.attr] = joined([self.reader.kept.get(inner.attr, NOTHING), value])
 
     def add(self, at: ast.expr | ast.stmt, left: Value, right: Value, written: str, why_not: str = "") -> Value:
-        """Describes a sum, and notes it where it is residual, or why it cannot be exchanged then."""
+        """Returns the value of a sum; if it is residual, records it or the reason why it cannot be replaced."""
         if left.is_sequence or right.is_sequence or (left.is_outputs and right.is_outputs):
             return replace(joined([left, right]), is_sequence=True)
         place = (self.method, span_of(at))
@@ -116,7 +116,9 @@ class Expressions:
         if why_not := self.why_not or why_not:
             verdict = why_not if isinstance(verdict, Addition) else None
         if self.reader.is_again and not (isinstance(verdict, Addition) and not verdict.is_projected):
-            verdict = findings.additions.get(place)  # a cell adds what it makes of the round before: no projection
+            verdict = findings.additions.get(
+                place
+            )  # a recurrent cell adds results of the previous round: not a projection
         if isinstance(verdict, str):
             findings.refused[place] = verdict
             total = replace(total, sums=total.sums | {place})
@@ -127,7 +129,7 @@ class Expressions:
             is_projected = before.is_projected and verdict.is_projected
             findings.additions[place] = replace(verdict, is_projected=is_projected, written=written)
             branch = right if verdict.shortcut_first else left
-            for inner in branch.sums:  # of branches, joined before they meet the shortcut
+            for inner in branch.sums:  # sums of parallel branches, before the shortcut is added
                 if inner not in findings.additions or findings.additions[inner].is_projected:
                     findings.additions.pop(inner, None)
                     findings.refused.pop(inner, None)
@@ -151,7 +153,7 @@ class Expressions:
         return self.closure(node)
 
     def closure(self, definition: ast.FunctionDef | ast.Lambda) -> Value:
-        """Describes a function that the method defines, and notes the additions in it, whoever calls it."""
+        """Returns the value of a function that the method defines and records the additions in it."""
         closure = Closure(definition, self)
         self.reader.call_closure(closure, (), {})
         return Value(held=closure)
@@ -216,7 +218,7 @@ class Expressions:
         return NOTHING if node.attr in UNRELATED else base
 
     def _of_module(self, module: nn.Module, name: str) -> Value:
-        """Describes an attribute of a module."""
+        """Returns the value of a module's attribute."""
         try:
             held = values.attribute(module, self.source.mangled(name))
         except AttributeError:
@@ -276,13 +278,13 @@ class Expressions:
         return self._function(node, name, callee, given, by_name)
 
     def _named(self, owner: ast.expr, name: ast.expr) -> Value:
-        """Describes `getattr(owner, name)`."""
+        """Returns the value of `getattr(owner, name)`."""
         return self._attribute(ast.Attribute(owner, str(name.value))) if isinstance(name, ast.Constant) else Value()
 
     def _function(
         self, node: ast.Call, name: str, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]
     ) -> Value:
-        """Describes what anything but a module gives back."""
+        """Returns the result of calling anything except a module."""
         operands = [*given, *by_name.values()]
         held = callee.held
         if callable(held) and _is_followed(type(held).__call__):
@@ -297,10 +299,10 @@ class Expressions:
         if _is_followed(held):
             found = self.reader.call_function(held, given, by_name)
             return made_from(operands, Path(opaque=1)) if found is None else found
-        if isinstance(held, type):  # tuple, enumerate, zip: or what holds outputs
+        if isinstance(held, type):  # tuple, enumerate, zip, or a class of outputs
             return joined(operands)
         through = joined([value for value in given if self._may_be_called(value)])
-        if name not in ("iter", "next", "sorted"):  # handed to a function that calls it, as a checkpoint does
+        if name not in ("iter", "next", "sorted"):  # passed to a function that calls it, such as checkpoint
             tensors = [value for value in given if value.paths]
             if through.modules:
                 return self._called(through, tensors, by_name)
@@ -320,7 +322,7 @@ class Expressions:
         return bool(value.modules and not is_self) or isinstance(value.held, (Closure, FunctionType))
 
     def _called(self, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]) -> Value:
-        """Describes what modules, or methods of them, give back."""
+        """Returns the result of calling modules or their methods."""
         operands = [*given, *by_name.values()]
         method = "forward" if callee.method in (None, "__call__") else callee.method
         if method in CHILDREN:
@@ -337,19 +339,19 @@ class Expressions:
         return made_from(operands, path_through(callee.modules))
 
     def _children(self, module: nn.Module) -> Value:
-        """Describes the children of a module that a method goes through."""
+        """Returns the children of a module over which a method iterates."""
         if values.is_container(module):
             return Value(modules=(module,))
-        where = f"goes over its children in {self.method}"
+        where = f"iterates over its children in {self.method}"
         if module is not self.module:
-            where = f"has its children gone over in {self.method} of {type(self.module).__name__}"
-        self.reader.findings.walked[module] = f"{where}, where one more would be met too"
+            where = f"has its children iterated over in {self.method} of {type(self.module).__name__}"
+        self.reader.findings.walked[module] = f"{where}, which would run one more child too"
         return Value(modules=tuple(module.children()))
 
     def _added(
         self, node: ast.Call, name: str, callee: Value, given: Sequence[Value], by_name: Mapping[str, Value]
     ) -> Value | None:
-        """Describes what a call gives that adds; None where it does something else."""
+        """Returns the result of a call that adds; None if the call does something else."""
         target = node.func.value if isinstance(node.func, ast.Attribute) else None
         is_method = target is not None and callee.held is None and not callee.modules
         operands = [callee, *given] if is_method else [*given]
@@ -369,18 +371,18 @@ class Expressions:
             return None
         total, *rest = [*operands, *by_name.values()] or [NOTHING]
         for operand in rest:
-            total = self.add(node, total, operand, name, f"adds by {name} in a form that is not exchanged")
+            total = self.add(node, total, operand, name, f"adds by {name} in a form that cannot be replaced")
         return total
 
 
 def elements(value: Value) -> Value:
-    """Describes an element of what a loop goes through.
+    """Returns the value of an element of an iterable.
 
     Args:
-        value: A tensor, or something with modules in it.
+        value: A tensor, or a value with modules in it.
 
     Returns:
-        The same with children in place of containers.
+        The same value with the children in place of containers.
 
     Example:
         >>> elements(Value(modules=(nn.ModuleList([nn.ReLU()]),))).modules
@@ -394,7 +396,7 @@ def elements(value: Value) -> Value:
 
 @functools.lru_cache(maxsize=4096)
 def _names_of_outputs(definition: ast.FunctionDef) -> frozenset[str]:
-    """Collects the names of a function of which it reads an attribute that no tensor has."""
+    """Collects the variables of a function of which it reads an attribute that no tensor has."""
     return frozenset(
         node.value.id
         for node in ast.walk(definition)
@@ -403,7 +405,7 @@ def _names_of_outputs(definition: ast.FunctionDef) -> frozenset[str]:
 
 
 def _of_object(held: object, name: str) -> Value:
-    """Describes an attribute of a function, a class, a package or whatever else is no module."""
+    """Returns the value of an attribute of an object that is not an `nn.Module`: a function, a class, a package."""
     if name in UNRELATED and not isinstance(held, ModuleType):
         return NOTHING
     found = inspect.getattr_static(held, name, None)
@@ -413,7 +415,7 @@ def _of_object(held: object, name: str) -> Value:
 
 
 def _bound(held: object, owner: object) -> object:
-    """Takes a function out of a static or class method."""
+    """Unwraps a static or class method."""
     if isinstance(held, staticmethod):
         return held.__func__
     return MethodType(held.__func__, owner) if isinstance(held, classmethod) else held
@@ -428,7 +430,7 @@ def _name_of(node: ast.expr, held: object) -> str:
 
 
 def _is_followed(held: object) -> TypeGuard[FunctionType]:
-    """Tells whether something is a function of the model's, and not one of a library whose names say enough."""
+    """Tells whether an object is a function of the model's code, not of a library known by its functions' names."""
     return isinstance(held, FunctionType) and (held.__module__ or "").partition(".")[0] not in LIBRARIES
 
 

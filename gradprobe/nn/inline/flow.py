@@ -1,9 +1,9 @@
-"""Which additions in a module's methods join a shortcut and a branch, read off the source; nothing is run.
+"""Finds the additions in a module's methods that join a shortcut and a branch, from the source alone; nothing is run.
 
-Each value is described by the tensors it was made from and by how many layers (modules with parameters of their own,
-and functions such as `linear` or `matmul`) lie in between. `a + b` is residual where both were made from one tensor,
-one of them through no layer, or through a projection: at most half as many as the other, and no activation. Both sides
-of an `if` are followed, unless attributes of the module decide it; loops are followed twice.
+Each value is described by the tensors it was made from and the number of layers in between (modules with parameters of
+their own, and functions such as `linear` or `matmul`). `a + b` is residual if both were made from one tensor and one of
+them through no layer, or through a projection: at most half as many layers as the other, and no activation. Both sides
+of an `if` are followed unless attributes of the module decide it; loops are followed twice.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import nn
 
 from gradprobe.nn.inline.decided import outcome
 from gradprobe.nn.inline.expressions import Call, Closure, Expressions, elements
-from gradprobe.nn.inline.values import NEW, NOTHING, Input, Path, Value, attribute, joined, made_from
+from gradprobe.nn.inline.values import NEW, NOTHING, attribute, joined, made_from
 from gradprobe.nn.rewrite import Place, Source, Unreadable, read
-from gradprobe.nn.shortcuts import Addition
+from gradprobe.nn.shortcuts import Addition, Input, Path, Value
 
-_MAX_DEPTH = 8  # of methods that call each other
+_MAX_DEPTH = 8  # of nested calls
 
 
 @dataclass
 class Findings:
-    """What the source of a module says.
+    """The result of following a module's source.
 
     Attributes:
-        additions: The residual ones, in the order of the source.
-        refused: Why others, which look residual, are left alone.
-        calls: What the module hands to other modules.
-        walked: Modules whose children are gone over, and where.
+        additions: The residual additions, in source order.
+        refused: Additions that look residual but cannot be replaced, and why.
+        calls: Calls of other modules.
+        walked: Modules over whose children a method iterates, and which method.
     """
 
     additions: dict[Place, Addition] = field(default_factory=dict)
@@ -47,10 +47,10 @@ def find_additions(module: nn.Module, handed: Sequence[Call] = ()) -> Findings:
 
     Args:
         module: Any module.
-        handed: The calls of its methods that are known.
+        handed: The known calls of its methods.
 
     Returns:
-        The additions, those refused, and what goes to other modules.
+        The additions, those refused, and the calls of other modules.
 
     Raises:
         Unreadable: The forward cannot be rewritten.
@@ -79,17 +79,17 @@ class Reader:
     def __init__(self, module: nn.Module) -> None:
         self.findings = Findings()
         self.module = module
-        self.kept: dict[str, Value] = {}  # by attributes of the module that its methods set
-        self.since = next(NEW)  # tensors that are made from here on are made in the module
-        self.is_again = False  # in the second round of a loop
+        self.kept: dict[str, Value] = {}  # attributes that the module's methods set
+        self.since = next(NEW)  # tensors with this number or a higher one are created in the module
+        self.is_again = False  # whether this is the second round of a loop
         self._self = Value(modules=(module,))
         self._stack: list[ast.FunctionDef | ast.Lambda] = []
 
     def run(self, handed: Sequence[Call]) -> None:
-        """Follows the forward, and what else others call.
+        """Follows the forward and the other methods that are called from outside.
 
         Args:
-            handed: The calls of its methods that are known.
+            handed: The known calls of its methods.
 
         Raises:
             Unreadable: The forward cannot be rewritten.
@@ -123,11 +123,11 @@ class Reader:
             Unreadable: It cannot be rewritten.
         """
         if method in vars(self.module):
-            raise Unreadable(f"has a {method} of its own, other than its class's")
+            raise Unreadable(f"has a {method} that overrides its class's on the instance")
         return read(attribute(self.module, method))
 
     def call_method(self, method: str, values: Sequence[Value], by_name: Mapping[str, Value]) -> Value | None:
-        """Follows a method that another one calls.
+        """Follows a call of a method of the module.
 
         Args:
             method: Its name.
@@ -135,7 +135,7 @@ class Reader:
             by_name: Arguments by name.
 
         Returns:
-            What it gives back; None where it cannot be followed.
+            Its result; None if it cannot be followed.
         """
         if (source := self._source_or_none(method)) is None:
             return None
@@ -143,7 +143,7 @@ class Reader:
         return self._follow(source.definition, Statements(self, source, method, names))
 
     def _source_or_none(self, method: str) -> Source | None:
-        """Reads a method; where that cannot be done, it is reported."""
+        """Reads a method; None if it cannot be read, which is recorded."""
         try:
             return self.source(method)
         except AttributeError:
@@ -157,7 +157,7 @@ class Reader:
     def call_function(
         self, function: FunctionType, values: Sequence[Value], by_name: Mapping[str, Value]
     ) -> Value | None:
-        """Follows a function outside of the module: what it adds cannot be exchanged, but can be reported.
+        """Follows a function outside the module: its additions cannot be replaced, only reported.
 
         Args:
             function: Any function.
@@ -165,7 +165,7 @@ class Reader:
             by_name: Arguments by name.
 
         Returns:
-            What it gives back; None where it cannot be followed.
+            Its result; None if it cannot be followed.
         """
         try:
             source = read(function, is_method=False)
@@ -173,11 +173,11 @@ class Reader:
             return None
         within = f"{function.__module__}.{function.__qualname__}"
         names = self._arguments(source.definition.args, values, by_name)
-        why_not = f"adds in {function.__qualname__}, a function outside of it"
+        why_not = f"adds in {function.__qualname__}, a function outside the module"
         return self._follow(source.definition, Statements(self, source, within, names, why_not))
 
     def call_closure(self, closure: Closure, values: Sequence[Value], by_name: Mapping[str, Value]) -> Value | None:
-        """Follows a function that is defined within one that this follows.
+        """Follows a call of a function defined inside a method.
 
         Args:
             closure: The function.
@@ -185,7 +185,7 @@ class Reader:
             by_name: Arguments by name.
 
         Returns:
-            What it gives back; None where it cannot be followed.
+            Its result; None if it cannot be followed.
         """
         definition, within = closure
         names = {**within.names, **self._arguments(definition.args, values, by_name)}
@@ -205,7 +205,7 @@ class Reader:
     def _arguments(
         self, arguments: ast.arguments, values: Sequence[Value], by_name: Mapping[str, Value], is_input: bool = False
     ) -> dict[str, Value]:
-        """Describes arguments: each is a tensor of its own, made from what is given."""
+        """Returns the values of a function's parameters: each is a new tensor made from the argument."""
         positional = _positional(arguments)
         given = {**dict(zip(positional, values, strict=False)), **by_name}
         named = [*positional, *(argument.arg for argument in arguments.kwonlyargs)]
@@ -226,20 +226,13 @@ class Statements(Expressions):
     """Follows values through the statements of a method."""
 
     def result(self, body: Iterable[ast.stmt]) -> Value:
-        """Follows the body of a function.
-
-        Args:
-            body: Its statements.
-
-        Returns:
-            What it gives back.
-        """
+        """Follows the body of a function and returns its result."""
         self._returned: list[Value] = []
         self._run(body)
         return joined(self._returned)
 
     def _run(self, statements: Iterable[ast.stmt]) -> bool:
-        """Follows statements; tells whether the end is reached."""
+        """Follows statements and tells whether the end is reached."""
         return all(self._statement(statement) for statement in statements)
 
     def _statement(self, node: ast.stmt) -> bool:
@@ -306,9 +299,7 @@ class Statements(Expressions):
     def _augmented(self, node: ast.AugAssign) -> None:
         old, operand = self.value(node.target), self.value(node.value)
         if isinstance(node.op, ast.Add):
-            why_not = (
-                "" if isinstance(node.target, ast.Name) else "adds in place to a part or an attribute of something"
-            )
+            why_not = "" if isinstance(node.target, ast.Name) else "adds in place to a slice or an attribute"
             total = self.add(node, old, operand, "+=", why_not)
         else:
             is_product = isinstance(node.op, ast.Mult) and bool(old.paths and operand.paths)
@@ -328,7 +319,7 @@ class Statements(Expressions):
         return bool(ends)
 
     def _loop(self, node: ast.For | ast.While) -> bool:
-        """Follows a loop twice, for what a round keeps for the next one; each is taken to run."""
+        """Follows a loop twice, for values carried from one round to the next; assumes that it runs."""
         ends: list[Mapping[str, Value]] = []
         is_again = self.reader.is_again
         for round_ in range(2):

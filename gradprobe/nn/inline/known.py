@@ -1,4 +1,4 @@
-"""What names say: functions and methods of tensors, and variables that hold no part of the residual stream."""
+"""Known names: of functions and tensor methods, and of variables that are not part of the residual stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-# What a tensor, or a function of that name, gives without any gradient for its argument.
+# Attributes, methods and functions whose result carries no gradient to their argument.
 UNRELATED = frozenset(
     re.findall(
         r"\w+",
@@ -17,7 +17,7 @@ UNRELATED = frozenset(
         randn new_zeros new_ones new_empty new_full new_tensor len range isinstance hasattr int bool""",
     )
 )
-# Functions that mix what they are given, or apply parameters that they are handed.
+# Functions that count as a layer: they mix elements or apply parameters passed to them.
 LAYERS = frozenset(
     re.findall(
         r"\w+",
@@ -26,7 +26,7 @@ LAYERS = frozenset(
         layer_norm rms_norm batch_norm instance_norm group_norm embedding fft fft2 fftn rfft rfft2 rfftn""",
     )
 )
-# Functions that bend what they are given: without one in between, two layers are as good as one.
+# Nonlinear functions: two linear layers without one in between are equivalent to one.
 ACTIVATIONS = frozenset(
     re.findall(
         r"\w+",
@@ -34,26 +34,26 @@ ACTIVATIONS = frozenset(
         sigmoid logsigmoid tanh hardtanh hardswish hardsigmoid glu""",
     )
 )
-# Methods by which something else comes to refer to their argument.
+# Methods that store their argument in the object.
 MUTATORS = frozenset(["append", "extend", "insert", "update", "setdefault", "appendleft"])
-# Methods that give what they were called on, or what it holds.
+# Methods whose result is made from the object they are called on.
 METHODS = frozenset(name for kind in (torch.Tensor, list, dict) for name in dir(kind))
-# Methods by which a module's children are gone over.
+# Methods that iterate over a module's children.
 CHILDREN = frozenset(["children", "named_children", "items", "values"])
-# Packages whose functions are known by their names, and hold no layers of the model.
+# Packages whose functions are known by name and contain no layers of the model.
 LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "einops"}
 _NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length|len|id|idx|index|bucket|loss)(es|s)?$")
 
 
 @functools.cache
 def is_no_stream(name: str) -> bool:
-    """Tells whether a variable of a name has no part of the residual stream.
+    """Tells whether a variable is not part of the residual stream, judging by its name.
 
     Args:
-        name: Of a variable.
+        name: Name of a variable.
 
     Returns:
-        True for what is added to scores, for sizes and indices, which come along with tensors, and for losses.
+        True for masks and biases, sizes, indices and losses.
 
     Example:
         >>> is_no_stream("attention_mask"), is_no_stream("hidden_states")

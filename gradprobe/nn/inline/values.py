@@ -1,95 +1,31 @@
-"""What is known of a value without running anything: the tensors it was made from, the modules it may be."""
+"""Values of a method as far as they are known without running it, and how operations combine them."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import operator
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from gradprobe.nn.inline.known import ACTIVATIONS
-from gradprobe.nn.rewrite import Place
-
-
-class Input(NamedTuple):
-    """An argument of a module's forward, as a tensor that others are made from."""
-
-    module: int
-    name: str
-
-
-class Path(NamedTuple):
-    """The shortest way by which one tensor was made from another.
-
-    Attributes:
-        layers: Number of layers on it: modules with parameters of their own, and functions like `linear` or `matmul`.
-        opaque: Number of calls of what cannot be looked into, and may have layers.
-        bends: Number of activations on it.
-        gates: Number of products with other tensors on it.
-    """
-
-    layers: int = 0
-    opaque: int = 0
-    bends: int = 0
-    gates: int = 0
-
-    def then(self, path: Path) -> Path:
-        """Goes on by another way.
-
-        Args:
-            path: The other.
-
-        Returns:
-            Both.
-
-        Example:
-            >>> Path(layers=1).then(Path(layers=2, bends=1))
-            Path(layers=3, opaque=0, bends=1, gates=0)
-        """
-        return Path(*map(operator.add, self, path))
-
+from gradprobe.nn.shortcuts import Path, Value
 
 NO_LAYER = Path()
 
 
-@dataclass(frozen=True)
-class Value:
-    """A value in a method.
-
-    Attributes:
-        paths: Tensors that it was made from, itself included, and how.
-        modules: Modules that it may be, or hold.
-        method: Method of those modules that it is.
-        held: Another object that it is: a function, a class, a package.
-        sums: Additions that it is the result of, through no layer.
-        is_sequence: Whether it is a tuple or a list.
-        is_outputs: Whether it is used as what holds several outputs is.
-    """
-
-    paths: Mapping[Hashable, Path] = field(default_factory=dict)
-    modules: tuple[nn.Module, ...] = ()
-    method: str | None = None
-    held: object = None
-    sums: frozenset[Place] = frozenset()
-    is_sequence: bool = False
-    is_outputs: bool = False
-
-
 NOTHING = Value()
-NEW = itertools.count()  # tensors that nothing else is known of
+NEW = itertools.count()  # numbers for tensors of unknown origin
 
 
 def joined(values: Iterable[Value]) -> Value:
-    """Describes what may be any of several values, or holds them.
+    """Returns the union of values: a value that may be any of them, or contains them.
 
     Args:
-        values: Any number.
+        values: Any number of values.
 
     Returns:
         Their union.
@@ -117,11 +53,11 @@ def joined(values: Iterable[Value]) -> Value:
 
 
 def made_from(values: Iterable[Value], path: Path = NO_LAYER) -> Value:
-    """Describes the result of an operation, each time that it is done as another one.
+    """Returns the result of an operation; a new tensor for each call if the operation has layers.
 
     Args:
-        values: Its operands.
-        path: What it passes.
+        values: The operands.
+        path: The operation.
 
     Returns:
         The result.
@@ -141,13 +77,13 @@ def made_from(values: Iterable[Value], path: Path = NO_LAYER) -> Value:
 
 
 def described(held: object) -> Value:
-    """Describes an object that is there before the model runs.
+    """Returns the value for an object that exists before the model runs.
 
     Args:
-        held: Anything.
+        held: Any object.
 
     Returns:
-        What it is, or the modules in it.
+        Its value, with the modules in it if it is a list, tuple or dict.
 
     Example:
         >>> described([nn.ReLU(), None]).modules
@@ -170,17 +106,17 @@ def described(held: object) -> Value:
 
 
 def attribute(module: nn.Module, name: str) -> object:
-    """Reads an attribute of a module without running any code of it.
+    """Reads an attribute of a module without running any of its code.
 
     Args:
         module: Any module.
-        name: Of a child, a parameter, a buffer, a method, or whatever else the module or its class holds.
+        name: Name of a child, parameter, buffer, method or other attribute of the module or its class.
 
     Returns:
-        What is there; functions, properties and the like as the class holds them.
+        The attribute; functions, properties and other descriptors as stored in the class.
 
     Raises:
-        AttributeError: There is nothing.
+        AttributeError: There is no such attribute.
 
     Example:
         >>> attribute(nn.Linear(2, 3), "out_features")
@@ -197,13 +133,13 @@ def attribute(module: nn.Module, name: str) -> object:
 
 
 def path_through(modules: Iterable[nn.Module]) -> Path:
-    """Counts what a tensor passes in modules, everything in them taken as one chain.
+    """Returns the path through modules, treating everything in them as one chain.
 
     Args:
         modules: Any modules.
 
     Returns:
-        The number of modules with parameters of their own, and of those that bend.
+        The number of modules with parameters of their own, and of activations.
 
     Example:
         >>> path_through([nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.BatchNorm2d(4)])
@@ -216,7 +152,7 @@ def path_through(modules: Iterable[nn.Module]) -> Path:
 
 @functools.cache
 def _bends(kind: Any) -> bool:
-    """Tells whether a class is an activation, or names one in its forward."""
+    """Tells whether a module class is an activation or calls one in its forward."""
     if kind.__module__.rpartition(".")[2] in ("activation", "activations", "rnn"):
         return True
     code = getattr(kind.forward, "__code__", None)
@@ -224,13 +160,13 @@ def _bends(kind: Any) -> bool:
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Tells whether a module does nothing but run its children one after another.
+    """Tells whether a module only runs its children one after another.
 
     Args:
         module: Any module.
 
     Returns:
-        True for `Sequential` and for what inherits its forward.
+        True for `Sequential` and for classes that inherit its forward.
 
     Example:
         >>> is_chain(nn.Sequential())
@@ -240,7 +176,7 @@ def is_chain(module: nn.Module) -> bool:
 
 
 def is_torchs_layer(module: nn.Module) -> bool:
-    """Tells whether a module is one of torch's that holds no others.
+    """Tells whether a module is a torch module without children.
 
     Args:
         module: Any module.
@@ -256,7 +192,7 @@ def is_torchs_layer(module: nn.Module) -> bool:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Tells whether a module's children are found by going through them, so that one more would be met too.
+    """Tells whether a module is a container, whose children callers iterate over.
 
     Args:
         module: Any module.
@@ -272,7 +208,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Tells whether a module looks rows up, so that no gradient reaches its argument.
+    """Tells whether a module is a table lookup, through which no gradient reaches its argument.
 
     Args:
         module: Any module.
@@ -285,19 +221,3 @@ def is_lookup(module: nn.Module) -> bool:
         True
     """
     return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-
-
-def is_tensor(value: object) -> bool:
-    """Tells whether a value is a tensor.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        True for tensors and parameters.
-
-    Example:
-        >>> is_tensor(3)
-        False
-    """
-    return isinstance(value, torch.Tensor)
