@@ -1,4 +1,4 @@
-"""The exceptions and the warning that gradprobe raises, so that callers can catch them by kind."""
+"""The exceptions and the warning that gradprobe raises."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import warnings
 
 
 class GradprobeError(Exception):
-    """Base of every error that gradprobe raises on purpose."""
+    """Base class of the errors that gradprobe raises on purpose."""
 
 
 class ArgumentError(GradprobeError, ValueError):
-    """An argument is not what was needed; the message names it, the need and what came."""
+    """An argument is invalid; the message names it, says what was needed and what was given."""
 
 
 class BackendError(GradprobeError, RuntimeError):
-    """A backend was asked for that cannot run here; the message gives the reason."""
+    """The requested backend cannot run here; the message says why."""
 
 
 class StoreError(GradprobeError, OSError):
-    """A file of results cannot be read or written, or is not one of ours."""
+    """A results file cannot be read or written, or was not written by gradprobe."""
 
 
 class GradprobeWarning(UserWarning):
-    """The probe is blind to something that the user would expect it to see."""
+    """The probe does not see something that the user would expect it to see."""
 
 
-def warn_blind(message: str) -> None:
-    """Gives a `GradprobeWarning` at the line of the user's code that led to it.
+def warn_user(message: str) -> None:
+    """Issues a `GradprobeWarning` that points to the line of user code that led to it.
 
     Args:
-        message: What the probe does not see.
+        message: The warning, which says what the probe does not see or do.
     """
     level = 1
     frame = sys._getframe()

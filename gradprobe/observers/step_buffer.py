@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gradprobe import ops
-from gradprobe.errors import warn_blind
+from gradprobe.errors import warn_user
 from gradprobe.observers import cuda_graphs
 from gradprobe.observers.cuda_graphs import GraphRows
 from gradprobe.observers.event_rows import EventRows, PythonEventRows, make_rows
@@ -91,7 +91,7 @@ class StepBuffer:
             return False
         if not self._has_told:
             self._has_told = True
-            warn_blind(
+            warn_user(
                 f"{self.rows.n_events:,} tensors have passed by since a step was last closed: outputs and gradients of "
                 "modules are not observed until it is. Call step() once per step, or give attach the optimizer"
             )

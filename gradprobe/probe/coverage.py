@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gradprobe.errors import warn_blind
+from gradprobe.errors import warn_user
 from gradprobe.observers.parameters import ObservedParameters, newly_trainable, unstepped_parameters
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.snapshot.records import Measured
@@ -194,4 +194,4 @@ class CoverageLog:
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._told:
             self._told.add(topic)
-            warn_blind(message)
+            warn_user(message)
