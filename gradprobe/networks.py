@@ -1,4 +1,4 @@
-"""The networks of the depth problem: plain and residual nets of the same depth, and a deep CNN without normalisation.
+"""Networks that show what depth does: plain and residual ones of equal depth, and a deep CNN without normalization.
 
 Sources: He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), section 4.2 for the CIFAR
 layout and table 1 for the ImageNet layout.
@@ -47,28 +47,28 @@ def plain(
     norm: Norm = "batch",
     init: Init = "he",
 ) -> nn.Module:
-    """Builds the plain net of a depth: the residual net of the same depth without its shortcuts.
+    """Builds a plain network: the residual network of the same depth without its shortcuts.
 
     Args:
-        depth: weight layers along the longest path. 6n+2 (8, 14, 20, …, 1202) is He et al.'s CIFAR layout; 18, 34, 50,
-            101 and 152 are their ImageNet layout. 50 and 152 are both: they are the ImageNet nets unless
-            ``layout="cifar"`` is asked for.
+        depth: Weight layers along the longest path. 6n+2 (8, 14, 20, …, 1202) is He et al.'s CIFAR layout; 18, 34, 50,
+            101 and 152 are their ImageNet layout. 50 and 152 fit both and mean the ImageNet networks unless
+            ``layout="cifar"`` is given.
         layout: ``"cifar"`` (3x3 stem, widths 16/32/64) or ``"imagenet"`` (7x7 stem, max-pool, four stages); by default
-            what the depth says.
-        in_channels: channels of the input images.
-        num_classes: outputs; by default 10 (CIFAR layout) or 1000 (ImageNet layout).
-        width: channels of the first stage; by default 16 or 64. Each later stage doubles it.
-        norm: ``"batch"`` puts a batch normalisation after every convolution, which then has no bias of its own;
-            ``"none"`` leaves the normalisation out and gives the convolution a bias.
-        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"`` (PyTorch's own) for the weights; biases
-            start as PyTorch starts them.
+            the one that the depth implies.
+        in_channels: Channels of the input images.
+        num_classes: Number of outputs; by default 10 (CIFAR layout) or 1000 (ImageNet layout).
+        width: Channels of the first stage; by default 16 or 64. Each later stage doubles it.
+        norm: ``"batch"`` adds batch normalization after every convolution, which then has no bias; ``"none"`` omits it
+            and gives the convolutions a bias.
+        init: Initialization of the weights: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"``
+            (PyTorch's). Biases keep PyTorch's initialization.
 
     Returns:
-        A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights come from
-        torch's global random stream.
+        A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights are drawn
+        from torch's global random generator.
 
     Raises:
-        ArgumentError: an option is not one of those above; the message lists what there is.
+        ArgumentError: An option is not one of the above; the message lists the valid ones.
 
     Example:
         >>> count_parameters(plain(56))
@@ -87,26 +87,26 @@ def resnet(
     norm: Norm = "batch",
     init: Init = "he",
 ) -> nn.Module:
-    """Builds the residual net of a depth.
+    """Builds a residual network.
 
     The CIFAR layout has parameter-free shortcuts (option A: stride 2 and zero-padded channels), so it has exactly the
-    parameters of the plain net; the ImageNet layout has projections where the shape changes (option B), and bottlenecks
-    from 50 layers on.
+    parameters of the plain network. The ImageNet layout has projections where the shape changes (option B), and
+    bottleneck blocks from 50 layers on.
 
     Args:
-        depth: as for `plain`.
-        layout: as for `plain`.
-        in_channels: as for `plain`.
-        num_classes: as for `plain`.
-        width: as for `plain`.
-        norm: as for `plain`; with ``"none"`` the activations double with every block at initialisation.
-        init: as for `plain`.
+        depth: As for `plain`.
+        layout: As for `plain`.
+        in_channels: As for `plain`.
+        num_classes: As for `plain`.
+        width: As for `plain`.
+        norm: As for `plain`; with ``"none"`` the activations double with every block at initialization.
+        init: As for `plain`.
 
     Returns:
         A module that maps [N, in_channels, H, W] to logits [N, num_classes].
 
     Raises:
-        ArgumentError: an option is not one of those of `plain`; the message lists what there is.
+        ArgumentError: As for `plain`.
 
     Example:
         >>> count_parameters(resnet(20))
@@ -118,19 +118,19 @@ def resnet(
 
 
 def deep_cnn(num_layers: int = 20, *, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> nn.Module:
-    """Builds 3x3 convolutions and ReLUs with nothing to keep their gradients alive: no norm, PyTorch's own init.
+    """Builds a stack of 3x3 convolutions and ReLUs whose gradients vanish: no normalization, PyTorch's initialization.
 
     Args:
-        num_layers: convolutions, at least 1.
-        in_channels: channels of the input images.
-        num_classes: outputs.
-        width: channels of every convolution.
+        num_layers: Number of convolutions, at least 1.
+        in_channels: Channels of the input images.
+        num_classes: Number of outputs.
+        width: Channels of every convolution.
 
     Returns:
         A module that maps [N, in_channels, H, W] to logits [N, num_classes].
 
     Raises:
-        ArgumentError: a size is not a whole number of at least 1.
+        ArgumentError: A size is not a whole number of at least 1.
 
     Example:
         >>> deep_cnn(50)(torch.zeros(1, 3, 32, 32)).shape
@@ -141,21 +141,21 @@ def deep_cnn(num_layers: int = 20, *, in_channels: int = 3, num_classes: int = 1
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Counts the numbers that training can change, tied ones once."""
+    """Counts the trainable elements of a model, tied parameters once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def default_layout(depth: int) -> Layout:
-    """The layout that a depth stands for where none is asked for: ImageNet's five depths, else CIFAR's 6n+2.
+    """Returns the layout that a depth implies: "imagenet" for its five depths, "cifar" for any other 6n+2.
 
     Args:
-        depth: weight layers.
+        depth: Number of weight layers.
 
     Returns:
         ``"cifar"`` or ``"imagenet"``.
 
     Raises:
-        ArgumentError: no layout has that depth.
+        ArgumentError: No layout has that depth.
 
     Example:
         >>> default_layout(56), default_layout(50)
@@ -171,11 +171,11 @@ def default_layout(depth: int) -> Layout:
 
 
 def initialise(model: nn.Module, init: Init) -> None:
-    """Draws the weights of all convolutions and linear layers anew, from torch's global random stream.
+    """Reinitializes the weights of all convolutions and linear layers from torch's global random generator.
 
     Args:
-        model: any module, the layer itself included; changed in place.
-        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform), or ``"default"``, which leaves them as PyTorch drew.
+        model: Any module, a single layer included; changed in place.
+        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform), or ``"default"``, which keeps PyTorch's weights.
 
     Source:
         He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS), equation 16.
@@ -208,9 +208,9 @@ def _build(
 ) -> nn.Module:
     natural = default_layout(depth)
     layout = natural if layout is None else layout
-    for name, value, there_is in (("layout", layout, LAYOUTS), ("norm", norm, NORMS), ("init", init, INITS)):
-        if value not in there_is:
-            raise ArgumentError(f"{name}: needed one of {_listed(there_is)}, got {value!r}")
+    for name, value, allowed in (("layout", layout, LAYOUTS), ("norm", norm, NORMS), ("init", init, INITS)):
+        if value not in allowed:
+            raise ArgumentError(f"{name}: needed one of {_listed(allowed)}, got {value!r}")
     if layout == "imagenet" and natural != "imagenet":
         raise ArgumentError(f"depth: the ImageNet layout has {_listed(IMAGENET_DEPTHS)}, got {depth}")
     if layout == "cifar" and depth % 6 != 2:
@@ -252,7 +252,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, norm: N
 
 
 class _PadShortcut(nn.Module):
-    """Option A: every second pixel, and zeros for the channels that are new."""
+    """Option A: takes every second pixel and pads the new channels with zeros."""
 
     def __init__(self, new_channels: int) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class _PadShortcut(nn.Module):
 
 
 class _Block(nn.Module):
-    """A stack of normalised convolutions with ReLUs between, and what a shortcut adds before the last ReLU."""
+    """Normalized convolutions with ReLUs in between; the shortcut, if any, is added before the last ReLU."""
 
     def __init__(self, convs: list[nn.Sequential], shortcut: nn.Module | None) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ def _basic_convs(in_channels: int, channels: int, stride: int, norm: Norm) -> li
 
 
 def _bottleneck_convs(in_channels: int, channels: int, stride: int, norm: Norm) -> list[nn.Sequential]:
-    # The stride is in the first 1x1 convolution, as in the paper.
+    # The first 1x1 convolution has the stride, as in the paper.
     return [
         _conv(in_channels, channels, 1, stride, norm),
         _conv(channels, channels, 3, 1, norm),
@@ -300,7 +300,7 @@ def _stages(
     width: int,
     norm: Norm,
 ) -> nn.Sequential:
-    """The body of both layouts: each stage after the first doubles the channels and halves the map."""
+    """Builds the body of both layouts: each stage after the first doubles the channels and halves the resolution."""
     stages: list[nn.Module] = []
     in_channels = width
     for index, blocks in enumerate(blocks_per_stage):

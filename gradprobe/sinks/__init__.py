@@ -1,4 +1,4 @@
-"""Where snapshots can be written."""
+"""Writers of snapshots."""
 
 from gradprobe.sinks.jsonl import write_jsonl
 

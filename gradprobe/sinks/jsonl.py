@@ -1,4 +1,4 @@
-"""Snapshots as JSON lines."""
+"""Writes snapshots as JSON Lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from gradprobe.snapshot.stats import COLUMNS
 
 
 def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> None:
-    """Writes snapshots to a new file: one line for each step and site, strict JSON in UTF-8.
+    """Writes snapshots to a new file of strict JSON in UTF-8, one line per step and site.
 
-    Numbers that JSON does not have are written as the strings "nan", "inf" and "-inf".
+    A site is one place where statistics are taken: a parameter, an activation or an operand of a residual add. NaN and
+    infinities, which JSON lacks, are written as the strings "nan", "inf" and "-inf".
 
     Args:
         snapshots: Any number of snapshots.
-        path: File to create.
+        path: The file to create.
 
     Raises:
         StoreError: The file exists or cannot be written.
@@ -31,7 +32,7 @@ def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> Non
                 for line in _lines(snapshot):
                     file.write(json.dumps(strict(line), allow_nan=False) + "\n")
     except FileExistsError as error:
-        raise StoreError(f"path: need a file that does not exist yet; {path} does") from error
+        raise StoreError(f"path: need a file that does not exist yet; {path} exists") from error
     except OSError as error:
         raise StoreError(f"path: cannot write {path}: {error.strerror}") from error
 

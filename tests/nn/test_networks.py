@@ -1,4 +1,4 @@
-"""The networks: sizes as published, shapes, options, and errors that list what there is."""
+"""The networks: published sizes, shapes, options, and errors that list the valid options."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from torch import nn
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
 
-# He et al. 2015, table 6 in full numbers: bias-free convolutions, affine normalisation, option-A shortcuts.
+# He et al. 2015, table 6, exact: bias-free convolutions, affine normalization, option-A shortcuts.
 CIFAR_PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
-# The standard ImageNet nets with 1000 classes and projections where the shape changes.
+# The standard ImageNet networks with 1000 classes and projections where the shape changes.
 IMAGENET_PARAMETERS = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
 
 
@@ -20,17 +20,17 @@ def on_meta(make, *args, **options):
 
 @pytest.mark.parametrize(("depth", "parameters"), CIFAR_PARAMETERS.items())
 @pytest.mark.parametrize("make", [networks.plain, networks.resnet], ids=["plain", "resnet"])
-def test_cifar_nets_have_the_published_number_of_parameters(make, depth, parameters):
+def test_cifar_networks_have_the_published_number_of_parameters(make, depth, parameters):
     assert networks.count_parameters(on_meta(make, depth)) == parameters
 
 
 @pytest.mark.parametrize(("depth", "parameters"), IMAGENET_PARAMETERS.items())
-def test_imagenet_nets_have_the_known_number_of_parameters(depth, parameters):
+def test_imagenet_networks_have_the_known_number_of_parameters(depth, parameters):
     assert networks.count_parameters(on_meta(networks.resnet, depth)) == parameters
 
 
 @pytest.mark.parametrize("depth", networks.IMAGENET_DEPTHS)
-def test_a_plain_imagenet_net_is_the_residual_one_without_projections(depth):
+def test_a_plain_imagenet_network_is_the_residual_one_without_projections(depth):
     residual = {name: p.shape for name, p in on_meta(networks.resnet, depth).named_parameters()}
     plain = {name: p.shape for name, p in on_meta(networks.plain, depth).named_parameters()}
     assert plain == {name: shape for name, shape in residual.items() if ".shortcut." not in name}
@@ -45,7 +45,7 @@ def test_depth_counts_the_weight_layers(make, depth):
 
 
 @pytest.mark.parametrize("depth", [50, 152])
-def test_a_depth_that_both_layouts_have_is_imagenet_unless_cifar_is_asked_for(depth):
+def test_a_depth_of_both_layouts_is_imagenet_unless_cifar_is_requested(depth):
     stem = on_meta(networks.resnet, depth).stem[0]
     assert stem.kernel_size == (7, 7)
     stem = on_meta(networks.resnet, depth, layout="cifar").stem[0]
@@ -62,7 +62,7 @@ def test_any_image_size_gives_logits(make, depth, classes, size):
 
 @pytest.mark.parametrize("norm", networks.NORMS)
 @pytest.mark.parametrize("init", networks.INITS)
-def test_options_reach_the_net(norm, init):
+def test_options_reach_the_network(norm, init):
     model = networks.resnet(14, in_channels=1, num_classes=7, width=5, norm=norm, init=init)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -80,7 +80,7 @@ def test_init_has_the_variance_of_its_paper(init, expected_std):
     assert weights.std().item() == pytest.approx(expected_std, rel=0.03)
 
 
-def test_a_block_whose_branch_is_zero_passes_its_input_on():
+def test_a_block_whose_branch_is_zero_returns_its_input():
     model = networks.resnet(20, width=4)
     block = model.stages[0][1]
     nn.init.zeros_(block.convs[-1][1].weight)
@@ -99,7 +99,7 @@ def test_the_parameter_free_shortcut_takes_every_second_pixel_and_pads_with_zero
     assert not y[:, 6:].any()
 
 
-def test_the_same_seed_gives_plain_and_residual_nets_the_same_weights():
+def test_plain_and_residual_networks_of_one_seed_have_the_same_weights():
     torch.manual_seed(3)
     plain = networks.plain(20)
     torch.manual_seed(3)
@@ -115,7 +115,7 @@ def first_and_last_gradient(model, images, labels):
 
 
 def test_gradients_at_initialisation_are_those_of_the_literature():
-    """Plain with normalisation explodes towards the input, residual does not, plain without it vanishes."""
+    """The normalized plain network explodes towards the input, the residual one does not, the bare one vanishes."""
     torch.manual_seed(0)
     images, labels = torch.rand(64, 1, 8, 8) - 0.5, torch.randint(0, 10, (64,))
     ratio = {}
@@ -142,7 +142,7 @@ def test_deep_cnn_is_the_lessons_stack():
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 19, 57, -4, True, "20", 20.0, None])
-def test_an_unknown_depth_is_refused_with_what_there_is(depth):
+def test_an_unknown_depth_is_refused_with_the_valid_ones(depth):
     with pytest.raises(ArgumentError, match=r"depth: needed 6n\+2 .*18, 34, 50, 101, 152, got"):
         networks.resnet(depth)
 
@@ -160,17 +160,17 @@ def test_an_unknown_depth_is_refused_with_what_there_is(depth):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_wrong_option_is_refused_by_name(options, message):
+def test_an_invalid_option_is_rejected_by_name(options, message):
     with pytest.raises(ArgumentError) as raised:
         networks.plain(20, **options)
     assert str(raised.value) == message
 
 
-def test_the_cifar_layout_refuses_an_imagenet_depth():
+def test_the_cifar_layout_rejects_an_imagenet_depth():
     with pytest.raises(ArgumentError, match=r"the CIFAR layout has 6n\+2 .*got 34"):
         networks.plain(34, layout="cifar")
 
 
-def test_deep_cnn_refuses_no_layers():
+def test_deep_cnn_rejects_zero_layers():
     with pytest.raises(ArgumentError, match="num_layers: needed a whole number of at least 1, got 0"):
         networks.deep_cnn(0)
