@@ -1,4 +1,4 @@
-"""Networks that show what depth does: plain and residual ones of equal depth, and a deep CNN without normalization.
+"""Networks that show what depth does: plain and residual ones of equal depth, and a deep CNN without normalisation.
 
 Sources: He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), section 4.2 for the CIFAR
 layout and table 1 for the ImageNet layout.
@@ -58,10 +58,10 @@ def plain(
         in_channels: Channels of the input images.
         num_classes: Number of outputs; by default 10 (CIFAR layout) or 1000 (ImageNet layout).
         width: Channels of the first stage; by default 16 or 64. Each later stage doubles it.
-        norm: ``"batch"`` adds batch normalization after every convolution, which then has no bias; ``"none"`` omits it
+        norm: ``"batch"`` adds batch normalisation after every convolution, which then has no bias; ``"none"`` omits it
             and gives the convolutions a bias.
-        init: Initialization of the weights: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"``
-            (PyTorch's). Biases keep PyTorch's initialization.
+        init: Initialisation of the weights: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"``
+            (PyTorch's). Biases keep PyTorch's initialisation.
 
     Returns:
         A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights are drawn
@@ -99,7 +99,7 @@ def resnet(
         in_channels: As for `plain`.
         num_classes: As for `plain`.
         width: As for `plain`.
-        norm: As for `plain`; with ``"none"`` the activations double with every block at initialization.
+        norm: As for `plain`; with ``"none"`` the activations double with every block at initialisation.
         init: As for `plain`.
 
     Returns:
@@ -118,7 +118,7 @@ def resnet(
 
 
 def deep_cnn(num_layers: int = 20, *, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> nn.Module:
-    """Builds a stack of 3x3 convolutions and ReLUs whose gradients vanish: no normalization, PyTorch's initialization.
+    """Builds a stack of 3x3 convolutions and ReLUs whose gradients vanish: no normalisation, PyTorch's initialisation.
 
     Args:
         num_layers: Number of convolutions, at least 1.
@@ -171,7 +171,7 @@ def default_layout(depth: int) -> Layout:
 
 
 def initialise(model: nn.Module, init: Init) -> None:
-    """Reinitializes the weights of all convolutions and linear layers from torch's global random generator.
+    """Reinitialises the weights of all convolutions and linear layers from torch's global random generator.
 
     Args:
         model: Any module, a single layer included; changed in place.
@@ -264,7 +264,7 @@ class _PadShortcut(nn.Module):
 
 
 class _Block(nn.Module):
-    """Normalized convolutions with ReLUs in between; the shortcut, if any, is added before the last ReLU."""
+    """Normalised convolutions with ReLUs in between; the shortcut, if any, is added before the last ReLU."""
 
     def __init__(self, convs: list[nn.Sequential], shortcut: nn.Module | None) -> None:
         super().__init__()

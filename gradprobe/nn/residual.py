@@ -39,7 +39,7 @@ class ResidualAdd(nn.Module):
     Args:
         relu: Whether to apply a ReLU to the sum.
         inplace: Whether to write the result into the branch's output `f`. That is safe if the branch ends in a
-            convolution or batch normalization, whose backward does not need its output. (The shortcut `x` is usually
+            convolution or batch normalisation, whose backward does not need its output. (The shortcut `x` is usually
             still needed by the backward of the branch's first layer.) A probe does not observe an in-place residual
             add.
 

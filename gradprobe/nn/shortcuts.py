@@ -31,7 +31,7 @@ class Path(NamedTuple):
 
     Attributes:
         layers: Number of layers: modules with parameters of their own, and functions such as `linear` or `matmul`.
-        opaque: Number of calls whose code cannot be analyzed and may contain layers.
+        opaque: Number of calls whose code cannot be analysed and may contain layers.
         bends: Number of activations.
         gates: Number of products with other tensors.
     """

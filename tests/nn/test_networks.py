@@ -7,7 +7,7 @@ from torch import nn
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
 
-# He et al. 2015, table 6, exact: bias-free convolutions, affine normalization, option-A shortcuts.
+# He et al. 2015, table 6, exact: bias-free convolutions, affine normalisation, option-A shortcuts.
 CIFAR_PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274}
 # The standard ImageNet networks with 1000 classes and projections where the shape changes.
 IMAGENET_PARAMETERS = {18: 11_689_512, 34: 21_797_672, 50: 25_557_032, 101: 44_549_160, 152: 60_192_808}
@@ -115,7 +115,7 @@ def first_and_last_gradient(model, images, labels):
 
 
 def test_gradients_at_initialisation_are_those_of_the_literature():
-    """The normalized plain network explodes towards the input, the residual one does not, the bare one vanishes."""
+    """The normalised plain network explodes towards the input, the residual one does not, the bare one vanishes."""
     torch.manual_seed(0)
     images, labels = torch.rand(64, 1, 8, 8) - 0.5, torch.randint(0, 10, (64,))
     ratio = {}
