@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: `commands` defines the commands, `target` reads MODULE:CALLABLE, `output` prints."""

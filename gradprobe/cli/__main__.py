@@ -1,4 +1,4 @@
-"""`python -m gradprobe.cli`, the same as the installed command."""
+"""Runs the command line as `python -m gradprobe.cli`."""
 
 from gradprobe.cli.commands import main
 

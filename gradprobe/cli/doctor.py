@@ -1,4 +1,4 @@
-"""What is installed and what works here, and what it costs where something does not."""
+"""Which parts of gradprobe work on this machine, and what you lose without the others."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from gradprobe import ops
 from gradprobe.ops import libraries
 
 _COSTS = {
-    "native": "statistics run as plain torch operations in float64, several passes over each gradient",
-    "triton": "on a GPU without the native part, statistics run as plain torch operations",
-    "hooks": "hooks run in Python, one call for each parameter and backward",
+    "native": "statistics use plain torch operations in float64: several passes over each gradient",
+    "triton": "on a GPU without the native part, statistics use plain torch operations",
+    "hooks": "hooks run in Python: one call per parameter and backward pass",
 }
-_COST_OF_NO_CUDA = "nothing on the CPU; on a GPU, Triton or plain torch operations serve"
+_COST_OF_NO_CUDA = "nothing on the CPU; on a GPU, statistics use Triton or plain torch operations"
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Installation:
     """The state of this installation; prints as a table.
 
     Attributes:
-        versions: Package or program to version.
-        parts: Part of gradprobe to "ready" or the reason why not.
-        costs: Part that is not ready to what that costs.
+        versions: Version of each package or program.
+        parts: "ready" for each part of gradprobe, or the reason why it is not.
+        costs: What you lose, for each part that is not ready.
     """
 
     versions: dict[str, str]
@@ -36,11 +36,11 @@ class Diagnosis:
     costs: dict[str, str]
 
     def as_dict(self) -> dict[str, dict[str, str]]:
-        """Gives the state as plain data."""
+        """Returns the state as plain data."""
         return asdict(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("what", "state", "what it costs", title="gradprobe doctor", title_justify="left")
+        table = Table("part", "state", "what you lose without it", title="gradprobe doctor", title_justify="left")
         for name, value in self.versions.items():
             table.add_row(name, value, "")
         table.add_section()
@@ -50,11 +50,11 @@ class Diagnosis:
         yield table
 
 
-def doctor() -> Diagnosis:
-    """Looks at this installation.
+def doctor() -> Installation:
+    """Examines this installation.
 
     Returns:
-        Versions, and the state of each part.
+        The versions, and the state of each part.
 
     Example:
         >>> doctor().parts["reference"]
@@ -68,7 +68,7 @@ def doctor() -> Diagnosis:
     costs = {name: _COSTS[name] for name, state in parts.items() if state != "ready"}
     if parts["native"].startswith("ready for cpu"):
         costs["native"] = _COST_OF_NO_CUDA
-    return Diagnosis(versions, parts, costs)
+    return Installation(versions, parts, costs)
 
 
 def _version(package: str) -> str:

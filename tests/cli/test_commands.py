@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line per error, and JSON that says what the table says."""
+"""The command line: exit codes, one line per error, and JSON that matches the tables."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from gradprobe.experiments.sweep.store import EpochRow, LayerRow, open_run, star
 
 @pytest.fixture
 def gradprobe(monkeypatch, capsys):
-    """Runs a command as the installed script does; gives its exit code, output and error output."""
+    """Runs a command as the installed script does; returns its exit code, stdout and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["gradprobe", *map(str, arguments)])
@@ -27,7 +27,7 @@ def gradprobe(monkeypatch, capsys):
 
 @pytest.fixture
 def run_file(tmp_path):
-    """A finished sweep of two nets, one of them degraded, without any training."""
+    """The file of a finished sweep of two networks, one of them degraded, made without training."""
     path = tmp_path / "run.sqlite"
     with start_run(path, {"data": "digits", "epochs": 1}, {"torch_version": "2.13.0"}) as run:
         run.add_cells([("plain", 20, 0, 269_722), ("plain", 56, 0, 853_018)])
@@ -46,7 +46,7 @@ def run_file(tmp_path):
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A user's file with models in the working folder."""
+    """A user's file of models in the working directory."""
     (tmp_path / "mymodels.py").write_text(
         "import torch\n"
         "from torch import nn\n"
@@ -86,7 +86,7 @@ def test_check_finds_the_vanishing_gradient_of_the_lesson(gradprobe):
     assert "features.0.weight" in out
 
 
-def test_check_is_satisfied_with_a_residual_net(gradprobe):
+def test_check_finds_a_residual_network_healthy(gradprobe):
     code, out, _ = gradprobe("check", "gradprobe.networks:resnet(20)", "--input", "3,16,16", "--batch", "8", "--json")
     assert code == 0
     flow = json.loads(out)
@@ -112,7 +112,7 @@ def test_a_check_can_be_repeated(gradprobe):
         ("mymodels:Two()", ["int64[0:100]:5", "8"], 3),
     ],
 )
-def test_check_takes_models_classes_and_functions(gradprobe, module, target, inputs, layers):
+def test_check_accepts_models_classes_and_functions(gradprobe, module, target, inputs, layers):
     options = [word for text in inputs for word in ("--input", text)]
     code, out, err = gradprobe("check", target, *options, "--json")
     assert code in (0, 1), err
@@ -129,8 +129,11 @@ def test_check_takes_models_classes_and_functions(gradprobe, module, target, inp
         ("nowhere.py:net", "target: there is no file nowhere.py"),
         ("mymodels:nothing", "target: mymodels has no nothing; got 'mymodels:nothing'"),
         ("mymodels:broken", "target: mymodels:broken raised ValueError: first line second line"),
-        ("mymodels:number", "target: mymodels:number gave a int; needed a torch.nn.Module"),
-        ("mymodels:constant", "target: mymodels:constant is a int; needed a model or what makes one"),
+        ("mymodels:number", "target: needed a torch.nn.Module; mymodels:number returned an object of type int"),
+        (
+            "mymodels:constant",
+            "target: needed a model or a callable that returns one; mymodels:constant is of type int",
+        ),
         ("mymodels:Make.net(4", "target: needed a name, with literal arguments if any, got 'Make.net(4'"),
         ("mymodels:Make.net(*[4])", "target: needed a name, with literal arguments if any"),
         ("mymodels:Make.net(**{'width': 4})", "target: needed a name, with literal arguments if any"),
@@ -145,7 +148,7 @@ def test_a_wrong_target_is_one_line(gradprobe, module, target, message):
     assert err.count("\n") == 1
 
 
-def test_arguments_of_a_target_are_never_run(gradprobe, module, tmp_path):
+def test_arguments_of_a_target_are_never_executed(gradprobe, module, tmp_path):
     trap = tmp_path / "trap"
     code, _, err = gradprobe(
         "check", f"mymodels:Make.net(__import__('pathlib').Path({str(trap)!r}).touch())", "--input", "4"
@@ -189,7 +192,7 @@ def test_bad_usage_ends_with_2_and_no_traceback(gradprobe, tmp_path, monkeypatch
 
 
 def test_a_foreign_file_is_one_line_and_stays_as_it_is(tmp_path):
-    """As a program of its own, for what only happens there."""
+    """Runs the command line in its own process, where an uncaught exception would show."""
     path = tmp_path / "thesis.sqlite"
     path.write_text("not a database at all")
     for command in (["sweep", "--out", str(path)], ["report", str(path)]):
@@ -208,14 +211,14 @@ def test_report_prints_the_table(gradprobe, run_file):
         assert text in out
 
 
-def test_report_json_says_the_same_to_a_program(gradprobe, run_file):
+def test_report_json_has_the_same_content(gradprobe, run_file):
     code, out, _ = gradprobe("report", run_file, "--json")
     assert code == 0
     assert "plain-56" in out
     assert json.loads(out)["config"]["data"] == "digits"
 
 
-def test_report_writes_what_is_asked_for(gradprobe, run_file, tmp_path):
+def test_report_writes_the_requested_files(gradprobe, run_file, tmp_path):
     pytest.importorskip("altair", reason="needs altair, which gradprobe[report] installs")
     pytest.importorskip("vl_convert", reason="needs vl-convert, which gradprobe[report] installs")
     page, tables, charts = tmp_path / "page.html", tmp_path / "tables", tmp_path / "charts"
@@ -251,7 +254,7 @@ def test_doctor_says_which_parts_are_ready(gradprobe):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Notes the jobs of a sweep instead of training them."""
+    """Records the jobs of a sweep instead of training them."""
     noted = []
 
     def run(jobs, workers, checkpoint):
@@ -262,7 +265,7 @@ def no_training(monkeypatch):
     return noted
 
 
-def test_sweep_takes_its_options(gradprobe, no_training, tmp_path):
+def test_sweep_applies_its_options(gradprobe, no_training, tmp_path):
     out = tmp_path / "new" / "run.sqlite"
     options = ["--families", "resnet, plain", "--depths", "8,14", "--seeds", "3,1", "--epochs", "7", "--jobs", "2"]
     code, printed, _ = gradprobe("sweep", *options, "--out", out)
@@ -282,7 +285,7 @@ def test_sweep_json_is_the_reports(gradprobe, no_training, tmp_path):
     assert json.loads(printed) == json.loads(gradprobe("report", out, "--json")[1])
 
 
-def test_ctrl_c_says_how_to_go_on(gradprobe, monkeypatch, tmp_path):
+def test_ctrl_c_says_how_to_resume(gradprobe, monkeypatch, tmp_path):
     def interrupted(jobs, workers, checkpoint):
         raise KeyboardInterrupt
         yield
@@ -290,13 +293,28 @@ def test_ctrl_c_says_how_to_go_on(gradprobe, monkeypatch, tmp_path):
     monkeypatch.setattr(engines, "run_local", interrupted)
     code, _, err = gradprobe("sweep", "--depths", "8", "--out", tmp_path / "run.sqlite")
     assert code == 130
-    assert "stopped; the same command goes on where it was" in err
+    assert "stopped; run the same command again to resume" in err
 
 
 @pytest.mark.parametrize(
     "command", [[], ["sweep"], ["report"], ["check"], ["explain"], ["identity"], ["remedies"], ["doctor"]], ids=" ".join
 )
-def test_help_exits_with_0(gradprobe, command):
+def test_help_exits_with_0_and_shows_an_example(gradprobe, command):
     code, out, _ = gradprobe(*command, "--help")
     assert code == 0
     assert "Usage" in out
+    assert " ".join(["Example: gradprobe", *command]) in out
+
+
+@pytest.mark.parametrize("command", [["--help"], ["sweep", "--help"], ["explain"], ["report"]], ids=" ".join)
+def test_commands_that_compute_nothing_do_not_import_torch(run_file, command):
+    arguments = [*command, str(run_file)] if command == ["report"] else command
+    program = (
+        "import sys\n"
+        "from gradprobe.cli.commands import app\n"
+        f"app({arguments!r}, standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout

@@ -1,4 +1,4 @@
-"""`doctor` and `backends` say what works here."""
+"""`doctor` and `backends` report which parts work on this machine."""
 
 import sys
 
@@ -9,20 +9,20 @@ from gradprobe.cli.doctor import doctor
 from gradprobe.ops import libraries
 
 
-def test_every_part_is_ready_or_says_why_and_what_it_costs(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_every_part_is_ready_or_says_why_and_what_you_lose(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(libraries, "native_hooks", lambda: (None, "not built"))
-    diagnosis = doctor()
-    assert diagnosis.parts["hooks"] == "not built"
-    assert "Python" in diagnosis.costs["hooks"]
-    for part, state in diagnosis.parts.items():
+    installation = doctor()
+    assert installation.parts["hooks"] == "not built"
+    assert "Python" in installation.costs["hooks"]
+    for part, state in installation.parts.items():
         assert state
-        assert (part in diagnosis.costs) == (state != "ready")
+        assert (part in installation.costs) == (state != "ready")
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(diagnosis)
+        console.print(installation)
     text = " ".join(capture.get().split())
     assert "not built" in text
-    assert diagnosis.versions["torch"] in text
+    assert installation.versions["torch"] in text
 
 
 def test_hooks_built_against_another_torch_are_not_loaded(monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -32,7 +32,7 @@ def test_hooks_built_against_another_torch_are_not_loaded(monkeypatch) -> None: 
     assert "built against torch 2.12.1+cpu, and this is torch" in reason
 
 
-def test_hooks_that_were_not_built_give_the_builds_reason(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_hooks_that_were_not_built_report_the_builds_reason(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(libraries, "build_info", lambda: {"hooks": "no C++ compiler was found"})
     monkeypatch.setitem(sys.modules, "gradprobe._hooks", None)
     assert libraries.native_hooks.__wrapped__() == (None, "no C++ compiler was found")
