@@ -207,7 +207,7 @@ def check(
     batch: Annotated[int, typer.Option(help="Examples in the batch.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Run one batch through a model and check that a gradient reaches every layer; exit status 1 if not.
+    """Check the gradient at every layer of a model with one batch; exit status 1 if something is wrong.
 
     Example: gradprobe check 'gradprobe.networks:deep_cnn(50)' --input 3,32,32
     """
