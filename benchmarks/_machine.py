@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine that it ran on, and asks of it."""
+"""Names the machine that a benchmark runs on, and sets its memory allocator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """Names the processor as the system does."""
+    """Returns the processor's name as the system reports it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -16,7 +16,7 @@ def processor() -> str:
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep what is freed: else pages come and go with whatever lies at the end of the heap."""
+    """Tells glibc to keep freed memory: otherwise page faults depend on what lies at the end of the heap."""
     if platform.libc_ver()[0] == "glibc":
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 2**30)

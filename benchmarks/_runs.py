@@ -1,4 +1,4 @@
-"""The labelled runs of benchmarks/diagnosis.py: small nets that are healthy, and nets with a fault planted."""
+"""The labelled runs of benchmarks/diagnosis.py: small networks that are healthy or have a planted fault."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import nn
 
 import gradprobe
 
-Fault = str  # title of a finding: the rule, with where in brackets
+Fault = str  # title of a finding: the rule, and the pass in brackets where it needs one
 
 
 @dataclass(frozen=True)
 class Run:
-    """A net, how it is trained, and what is wrong with it.
+    """A network, how it is trained, and the fault it has.
 
     Attributes:
-        name: What it is.
-        build: Makes the net.
-        fault: What was planted, None for a healthy run.
-        follows: Faults that may follow from it.
-        learning_rate: Of SGD with momentum 0.9.
-        disturb: Changes a batch, given its images and the step.
-        alter: Changes the net, before the step given.
-        activations: Observe what passes forward.
-        dtype: Of autocast, None without.
+        name: Name in the table.
+        build: Builds the network.
+        fault: The planted fault, None for a healthy run.
+        follows: Faults that may follow from the planted one.
+        learning_rate: Learning rate of SGD with momentum 0.9.
+        disturb: Changes the images of a batch, given the step.
+        alter: Changes the network before a step, given the step.
+        activations: Whether to observe activations.
+        dtype: Dtype of autocast, None for no autocast.
         weights: Dtype of the parameters.
+        loss_factor: Factor on the loss; the learning rate is divided by it.
         n_steps: Number of steps.
-        loss_factor: On the loss; the rate makes up for it.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
 
 
 class Text(nn.Module):
-    """Reads pixels as words of a large vocabulary, most of which never occur."""
+    """Reads pixels as words of a large vocabulary, most of which never appear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class BranchTimesZero(nn.Module):
 
 
 class Highway(nn.Module):
-    """Layers whose outputs a sigmoid mixes with their inputs; the gates start almost closed."""
+    """Layers whose output is mixed with their input by a sigmoid gate; the gates start almost closed."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class ReZero(nn.Module):
 
 
 class WayAround(nn.Module):
-    """A stack of sigmoid layers between a first and a last layer that a shortcut joins: both ends get a gradient."""
+    """A stack of sigmoid layers with a shortcut around it: the first and the last layer both get a gradient."""
 
     def __init__(self, depth: int) -> None:
         super().__init__()
@@ -163,9 +163,10 @@ def mlp(
     bias: float = 0.0,
     first_gain: float = 1.0,
 ) -> nn.Module:
-    """A stack of equal layers; weights drawn with standard deviation gain / sqrt(fan_in), or torch's own for None.
+    """Builds a stack of equal layers.
 
-    The second layer's biases can be shifted, and the first layer's weights multiplied.
+    Weights have standard deviation gain / sqrt(fan_in), or torch's initialisation if gain is None; `bias` shifts the
+    second layer's biases, `first_gain` scales the first layer's weights.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for k in range(depth):
@@ -178,7 +179,7 @@ def mlp(
 
 
 def cnn(depth: int, gain: float, bias: float = 0.0) -> nn.Module:
-    """A stack of equal convolutions with ReLU; the second layer's biases can be shifted."""
+    """Builds a stack of equal convolutions with ReLU; `bias` shifts the second layer's biases."""
     layers: list[nn.Module] = []
     for k in range(depth):
         conv = nn.Conv2d(16 if k else 1, 16, 3, padding=1)
@@ -189,9 +190,9 @@ def cnn(depth: int, gain: float, bias: float = 0.0) -> nn.Module:
 
 
 HE = math.sqrt(2.0)  # gain for ReLU, He et al. 2015
-STILL = ("updates too small", "not learning")
-# zeros for what is too small, noise for what is not
-THROWN = (  # by steps that are too long
+STILL = ("updates too small", "not learning")  # follow from steps that hardly move the weights
+# Faults that follow from steps that are too large.
+THROWN = (
     "non-finite",
     "loss blow-up",
     "updates too large",
@@ -204,13 +205,20 @@ THROWN = (  # by steps that are too long
     "spike",
     "not learning",
 )
-UNDERFLOW = ("dying", "silent site", "layer drift", "vanishing (backward)", "not learning", "spike")
-SMALL = ("poor initialisation", *STILL)  # weights that are too small
-CUT = ("vanishing (backward)", "silent site", *STILL)  # dead units let nothing through
+UNDERFLOW = (
+    "dying",
+    "silent site",
+    "layer drift",
+    "vanishing (backward)",
+    "not learning",
+    "spike",
+)  # follow from float16 underflow
+SMALL = ("poor initialisation", *STILL)  # follow from weights that are too small
+CUT = ("vanishing (backward)", "silent site", *STILL)  # follow from dead units, which pass no gradient
 
 
 def nan_at(images: torch.Tensor, step: int) -> torch.Tensor:
-    """One pixel of one batch is no number."""
+    """Sets one pixel of one batch to NaN."""
     images = images.clone()
     if step == 23:
         images[3, 0, 4, 4] = math.nan
@@ -218,18 +226,18 @@ def nan_at(images: torch.Tensor, step: int) -> torch.Tensor:
 
 
 def outlier_at(images: torch.Tensor, step: int) -> torch.Tensor:
-    """One batch is far brighter than all others."""
+    """Makes one batch far brighter than all others."""
     return images * 100 if step == 31 else images
 
 
 def cut_branch(model: nn.Module, step: int) -> None:
-    """One of two branches is multiplied by zero from a step on."""
+    """Multiplies one of two branches by zero from step 25 on."""
     if step == 25:
         model.factor = 0.0
 
 
 def kill_layer(model: nn.Module, step: int) -> None:
-    """The second layer's units die, as by a step that was too long."""
+    """Kills the second layer's units at step 25, as a step that is too large would."""
     if step == 25:
         torch.nn.init.constant_(model[3].bias, -30.0)
 

@@ -1,12 +1,14 @@
-"""What `gradprobe.attach` adds to a training step, against the ways that people measure gradients by hand.
+"""Measures the time that `gradprobe.attach` adds to a training step, against a hook written by hand.
 
-Two models: 1,000 small parameters (500 Linear(16), where the cost per tensor shows) and a ResNet-20. In each round
-every way is installed in turn, in random order, for two steps that are not timed and sixteen that are, so that a
-machine whose speed drifts slows all of them alike; sixteen, because finished steps are searched for NaN sixteen at
-once. Times are CPU times of the one thread that does everything, without Python's cyclic collector; a way's time in a
-round is the mean of its steps, compared with the bare step of the same round. Medians with the quartiles over the
-rounds; the ratio, of parameters against parameters, with the interval that holds it in 90 % of resampled runs.
-"Skipped" are steps that `every` leaves out.
+There are two models: 1,000 small parameters (500 Linear(16), which show the cost per tensor) and a ResNet-20. In each
+round, every way of measuring is installed in turn, in random order, for two warm-up steps and sixteen timed ones, so
+that a drift in the machine's speed affects all ways alike. (Sixteen, because finished steps are searched for NaN in
+batches of sixteen.) Times are CPU times of the only thread, with Python's cyclic garbage collector off. A way's time in
+a round is the mean of its timed steps, minus the bare step of the same round.
+
+Columns: time added to the bare step in ms (median over the rounds, and quartiles), and that median as a share of the
+bare step. "skipped" are steps that `every` does not measure. The last line is the ratio of attach, with parameters
+only, to the hook written by hand, with a bootstrapped 90 % interval.
 
     python benchmarks/attach_overhead.py [--rounds 150]
 """
@@ -28,7 +30,7 @@ from torch import nn
 import gradprobe
 from gradprobe.ops.libraries import native_hooks
 
-WARM_UP, TIMED = 2, 16  # steps of a visit
+WARM_UP, TIMED = 2, 16  # steps per way and round
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def main() -> None:
 
 
 def compare(title: str, model: nn.Module, x: torch.Tensor, rounds: int) -> None:
-    """Times the ways in turn and prints what each adds to the bare step."""
+    """Times the ways in turn and prints the time that each adds to the bare step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
 
     def step() -> None:
@@ -93,7 +95,7 @@ def compare(title: str, model: nn.Module, x: torch.Tensor, rounds: int) -> None:
 
 
 def python_hooks(model: nn.Module) -> Callable[[], None]:
-    """Registers the hook that most scripts use, keeping the norm of each gradient."""
+    """Registers the hook that most scripts use, which keeps the norm of each gradient."""
     norms: dict[int, torch.Tensor] = {}
 
     def keep(parameter: torch.Tensor) -> None:

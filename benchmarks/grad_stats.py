@@ -1,16 +1,18 @@
-"""Times gradprobe's statistics on one CPU thread against a pure read of the same bytes and against torch._foreach_norm.
+"""Times the statistics on one CPU thread against a pure read of the same bytes and against torch._foreach_norm.
 
     python benchmarks/grad_stats.py [--rounds 31] [--check]
 
-All contenders take turns in one run, in an order that rotates, and each ratio is taken within a round: what neighbours
-on the machine do to it, they do to all. Times are the thread's own CPU time, from Python, calls included. The pure read
-is a loop in C++ that only ORs the bytes together in registers, in one stream and in four, compiled for this processor;
-of the two the faster counts.
+The contenders take turns in one run, in rotating order, and each ratio is taken within a round, so that other load on
+the machine affects all of them alike. Times are CPU times of the thread and include the call from Python. The pure read
+is a C++ loop, compiled for this processor, that only ORs the bytes together in registers, in one stream or in four; the
+faster of the two counts.
+
+Columns: time per call in ms and throughput in GB/s, each as the median over the rounds with quartiles.
 
 --check exits with 1 unless, for float32, statistics from memory take at most 1.15 times the pure read, throughput in
 cache is at least 1.5 times that of torch._foreach_norm (six statistics against its one), and 1,000 small tensors take
-less than 0.4 ms. In cache means one tensor of 16 KiB to 1 MiB, and 4 MiB in 1 to 256 tensors, the size of a small
-model's gradient.
+less than 0.4 ms. "In cache" means one tensor of 16 KiB to 1 MiB, or 4 MiB (a small model's gradient) in 1 to 256
+tensors.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def stats_of(tensors: list[torch.Tensor]) -> Contender:
 
 
 def take_turns(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of CPU per call, one entry per round."""
+    """Returns each contender's CPU seconds per call, one entry per round."""
     repeats = {}
     for name, call in contenders.items():
         call()
@@ -130,7 +132,7 @@ def ratios(above: list[float], below: list[float]) -> list[float]:
 
 
 def from_memory(readers: ctypes.CDLL, dtype: torch.dtype, rounds: int) -> float:
-    """Time of the statistics over that of the faster pure read, 256 MiB."""
+    """Returns the time of the statistics of 256 MiB over that of the faster pure read."""
     x = torch.randn(256 * MIB // dtype.itemsize).to(dtype)
     contenders = readers_of(readers, x) | {"gradprobe, 6 statistics": stats_of([x])}
     if dtype == torch.float32:
@@ -144,7 +146,7 @@ def from_memory(readers: ctypes.CDLL, dtype: torch.dtype, rounds: int) -> float:
 
 
 def against_foreach_norm(title: str, tensors: list[torch.Tensor], rounds: int) -> tuple[float, float]:
-    """Throughput over that of torch._foreach_norm, and milliseconds per call."""
+    """Returns the throughput over that of torch._foreach_norm, and the milliseconds per call."""
     contenders: dict[str, Contender] = {
         "gradprobe, 6 statistics": stats_of(tensors),
         "torch._foreach_norm": lambda: torch._foreach_norm(tensors),
@@ -158,17 +160,17 @@ def against_foreach_norm(title: str, tensors: list[torch.Tensor], rounds: int) -
 
 
 def gradients(depth: int) -> list[torch.Tensor]:
-    """What backward leaves in a residual net on random images."""
+    """Returns the gradients of a residual network on random images."""
     torch.manual_seed(0)
-    net = networks.resnet(depth)
-    torch.nn.functional.cross_entropy(net(torch.randn(32, 3, 32, 32)), torch.randint(0, 10, (32,))).backward()
-    return [p.grad for p in net.parameters() if p.grad is not None]
+    network = networks.resnet(depth)
+    torch.nn.functional.cross_entropy(network(torch.randn(32, 3, 32, 32)), torch.randint(0, 10, (32,))).backward()
+    return [p.grad for p in network.parameters() if p.grad is not None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     load = f"{os.getloadavg()[0]:.1f}"

@@ -2,13 +2,15 @@
 
     python benchmarks/kernels.py [--rounds 31] [--backend native|triton] [--json] [--check]
 
-Every row is one set of tensors. Contenders take turns in one run, in an order that rotates; a call is timed between two
-CUDA events, after a write over the L2 cache, so that inputs come from memory. GB/s counts the bytes that the operation
-has to move: every element once for the statistics, twice for the scaling. The copy of as many bytes (half read, half
-written) is what the memory of this machine gives.
+The contenders take turns in one run, in rotating order. A call is timed between two CUDA events, after a write that
+flushes the L2 cache, so that its inputs come from memory.
 
---check exits with 1 unless, for the sets of 64 MiB and more that are not float64, the statistics and the scaling
-reach 80 % of the copy's GB/s: what docs/kernels.md predicts. Without a CUDA device it says so and exits with 0, or with
+Columns: the set of tensors (dtype, number and size), the contender, the time per call in µs (median over the rounds,
+with quartiles) and GB/s. GB/s counts the bytes that the operation has to move: each element once for the statistics,
+twice for the scaling. The copy moves as many bytes (half read, half written) and shows what the memory can do.
+
+--check exits with 1 unless, for sets of at least 64 MiB that are not float64, the statistics and the scaling reach
+80 % of the copy's GB/s, as docs/kernels.md predicts. Without a CUDA device the script says so and exits with 0, or with
 2 under --check.
 """
 
@@ -27,7 +29,7 @@ from gradprobe import networks, ops
 from gradprobe.errors import BackendError
 
 MIB = 2**20
-CACHE_BYTES = 256 * MIB  # more than any L2 cache of today
+CACHE_BYTES = 256 * MIB  # more than the L2 cache of any current GPU
 
 Contender = Callable[[], object]
 
@@ -37,12 +39,12 @@ class Result:
     """Time of one contender on one set of tensors.
 
     Attributes:
-        tensors: the set.
-        contender: what ran.
-        n_bytes: bytes that it has to move.
-        time_us: median over the rounds, in microseconds.
-        low_us: lower quartile.
-        high_us: upper quartile.
+        tensors: Name of the set.
+        contender: Name of the contender.
+        n_bytes: Bytes that it has to move.
+        time_us: Median time over the rounds, in microseconds.
+        low_us: Lower quartile.
+        high_us: Upper quartile.
     """
 
     tensors: str
@@ -54,12 +56,12 @@ class Result:
 
     @property
     def gb_per_s(self) -> float:
-        """Throughput, in 1e9 bytes a second."""
+        """Throughput in 1e9 bytes per second."""
         return self.n_bytes / self.time_us / 1e3
 
 
 def sets_of_tensors(device: torch.device) -> dict[str, list[torch.Tensor]]:
-    """Sets from one tensor to thousands; names say dtype, number and size."""
+    """Returns sets of one to thousands of tensors by name: dtype, number and size."""
 
     def random(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(shape, device=device).mul_(1e-3).to(dtype)
@@ -70,8 +72,8 @@ def sets_of_tensors(device: torch.device) -> dict[str, list[torch.Tensor]]:
         for n_bytes in (64 * MIB, 1024 * MIB)
     }
     sets["float32, 1 of 1024 MiB, all 1e-25"] = [torch.full((256 * MIB,), 1e-25, device=device)]
-    for name, net in (("ResNet-56", networks.resnet(56)), ("ResNet-50", networks.resnet(50))):
-        shapes = [p.shape for p in net.parameters()]
+    for name, network in (("ResNet-56", networks.resnet(56)), ("ResNet-50", networks.resnet(50))):
+        shapes = [p.shape for p in network.parameters()]
         sets[f"float32, {name}'s {len(shapes)}"] = [random(shape, torch.float32) for shape in shapes]
     sets["float32, 1000 of 1 KiB"] = [random((256,), torch.float32) for _ in range(1000)]
     sets["bfloat16, 500 of 1 MiB"] = [random((MIB // 2,), torch.bfloat16) for _ in range(500)]
@@ -79,10 +81,10 @@ def sets_of_tensors(device: torch.device) -> dict[str, list[torch.Tensor]]:
 
 
 def contenders_for(tensors: list[torch.Tensor], backend: ops.Backend) -> dict[str, tuple[Contender, int]]:
-    """What takes turns, each with the bytes that it has to move."""
+    """Returns the contenders, each with the number of bytes that it has to move."""
     n_bytes = sum(t.numel() * t.element_size() for t in tensors)
     out = torch.empty(len(tensors), len(ops.STATS), dtype=torch.float64, device=tensors[0].device)
-    # Not 1: that would move nothing. The reciprocal brings the values back.
+    # A factor of 1 would skip the work; the reciprocal restores the values.
     factors = [torch.tensor(value, device=tensors[0].device) for value in (2.0, 0.5)]
     turn = [0]
 
@@ -116,7 +118,7 @@ def take_turns(name: str, tensors: list[torch.Tensor], backend: ops.Backend, rou
         for k in range(len(names)):
             each = names[(k + turn) % len(names)]
             over_cache.zero_()
-            # Behind this the call is enqueued before it starts: what is timed is the device, not Python.
+            # Delays the device until the call is enqueued, so that Python is not timed.
             torch.cuda._sleep(2_000_000)
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -132,7 +134,7 @@ def take_turns(name: str, tensors: list[torch.Tensor], backend: ops.Backend, rou
 
 
 def missed(results: list[Result]) -> list[str]:
-    """What falls short of docs/kernels.md, one line each."""
+    """Returns one line for each result that falls short of docs/kernels.md."""
     lines = []
     for result in results:
         large = result.n_bytes >= 64 * MIB and not result.tensors.startswith("float64")
@@ -147,11 +149,11 @@ def missed(results: list[Result]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Times the GPU kernels.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--backend", default="native", choices=("native", "triton"))
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a prediction of docs/kernels.md fails")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a prediction of docs/kernels.md fails")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("skipped: torch sees no CUDA device", file=sys.stderr)

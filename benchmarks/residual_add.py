@@ -1,11 +1,15 @@
-"""`residual_add` with a ReLU, forward and backward, against `torch.relu(x + f)` with and without statistics beside it.
+"""Times `residual_add` with a ReLU, forward and backward, against `torch.relu(x + f)`, with and without statistics.
 
-Statistics are the six of `gradprobe.STATS`: of the result on the way forward, of the gradient that comes in and of the
-one that goes out on the way back. "beside" takes them by `grad_stats_into`, two calls; "fused" are those of a probe's
-junction, in the pass itself. The operands are other modules' outputs, whose statistics a probe has already.
+The statistics are the six of `gradprobe.STATS`, of three tensors: the result in the forward pass, and the incoming and
+outgoing gradients in the backward pass. "separate" computes them in two calls of `grad_stats_into`; "fused" computes
+them in the same pass as the sum, as in a residual add that a probe observes. The operands count as outputs of other
+modules, whose statistics the probe already has.
 
-Times are CPU time of one thread, so that a busy machine hardly counts. The ways run in turn within each round; ratios
-are taken round by round, medians with the quartiles.
+Times are CPU times of one thread, which other load on the machine hardly affects. The variants run in turn within each
+round, and ratios are taken within a round.
+
+Columns: time per forward and backward pass in µs (median over the rounds, and quartiles), and its ratio to that of
+`relu(x + f)` without and with separate statistics (median and quartiles).
 
     python benchmarks/residual_add.py [--rounds 200]
 """
@@ -46,7 +50,7 @@ def main() -> None:
 
 
 def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> None:
-    """Times the ways in turn, and prints each against two others."""
+    """Times the variants in turn and prints each against bare torch and against torch with statistics."""
     leaf_x, leaf_f, grad_y = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(3))
     leaf_x.requires_grad_()
     leaf_f.requires_grad_()
@@ -56,7 +60,7 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
     if module is None:
         raise SystemExit(f"the C++ hooks are needed: {reason}")
     log = module.EventRows(MOST_EVENTS)
-    taps = module.JunctionHooks(log, 1, 0)
+    hooks = module.JunctionHooks(log, 1, 0)
 
     def operands() -> tuple[Tensor, Tensor]:
         return leaf_x.view_as(leaf_x), leaf_f.view_as(leaf_f)
@@ -78,17 +82,17 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
 
     def ours_and_statistics() -> None:
         x, f = operands()
-        taps.start_step()
+        hooks.start_step()
         log.clear()
         log.remember(x, rows[:1])
         log.remember(f, rows[1:2])
-        torch.autograd.grad(taps.join(0, x, f, True), (x, f), grad_y)
+        torch.autograd.grad(hooks.join(0, x, f, True), (x, f), grad_y)
 
     ways: dict[str, Callable[[], None]] = {
         "relu(x + f)": torch_alone,
-        "relu(x + f), statistics beside": torch_and_statistics,
+        "relu(x + f), separate statistics": torch_and_statistics,
         "residual_add": ours_alone,
-        "residual_add, statistics fused": ours_and_statistics,
+        "residual_add, fused statistics": ours_and_statistics,
     }
     repeats = max(1, 2**21 // leaf_x.numel())
     times_us: dict[str, list[float]] = {way: [] for way in ways}
@@ -102,17 +106,17 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
     print(f"\n{title}")
     print(
         f"{'forward + backward':34}{'µs: median':>12}{'quartiles':>18}"
-        f"{'of bare torch':>24}{'of torch + statistics':>26}"
+        f"{'to bare torch':>24}{'to torch + statistics':>26}"
     )
-    bare, beside = (np.array(times_us[way]) for way in list(ways)[:2])
+    bare, separate = (np.array(times_us[way]) for way in list(ways)[:2])
     for way, taken in times_us.items():
         low, middle, high = np.percentile(taken, [25, 50, 75])
-        columns = [ratio(np.array(taken) / other) for other in (bare, beside)]
+        columns = [ratio(np.array(taken) / other) for other in (bare, separate)]
         print(f"{way:34}{middle:12.0f}{f'{low:.0f} … {high:.0f}':>18}{columns[0]:>24}{columns[1]:>26}")
 
 
 def ratio(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> str:
-    """Median and quartiles of ratios taken round by round."""
+    """Formats the median and quartiles of one ratio per round."""
     low, middle, high = np.percentile(ratios, [25, 50, 75])
     return f"{middle:.2f} ({low:.2f} … {high:.2f})"
 

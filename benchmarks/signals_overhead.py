@@ -1,17 +1,19 @@
-"""What observing activations and residual junctions adds to a training step, against the ways of others.
+"""Measures the time that observing activations and residual adds adds to a training step, against ordinary hooks.
 
-A ResNet-56, batch 64, on handwritten digits enlarged to CIFAR's size: forward, backward, SGD. Every way has its own
-copy of the network, and takes a step in its turn, in random order, so that what else the machine does hits all alike.
-A round is ten steps of each way: as many as every=10 has from one that it measures to the next. Each step is compared
-with the bare step of its turn; of each of the ten the median over the rounds is taken, since a step may stall for as
-long as it likes, and of the ten medians the mean. The interval holds that in 90 % of resampled runs. A second bare copy
-shows how much of a difference is none.
+The step is forward, backward and SGD of a ResNet-56, batch 64, on handwritten digits enlarged to CIFAR's size. Every
+way of observing has its own copy of the network, and the ways take steps in turn, in random order, so that other load
+on the machine affects all of them alike. A round is ten steps of each way: the distance between measured steps of
+every=10. Each step is divided by the bare step of the same turn. Each of the ten positions takes its median over the
+rounds, since a single step may stall for long; the result is the mean of the ten medians.
 
-Memory that is freed is kept. By default glibc hands much of it back and takes it again, in a pattern that differs from
-one process to the next: bare steps then have from none to 18,000 page faults, up to 10 % of the step, with or without a
-probe. Where a step's tensors lie is left to chance, by blocks of random size that are taken before it: at one place
-backward takes 10 % longer than at another (Mytkowicz et al. 2009, "Producing Wrong Data Without Doing Anything
-Obviously Wrong!").
+Columns: the share of the bare step that a way adds, and its bootstrapped 90 % interval. A second bare copy shows how
+large a difference noise alone makes.
+
+Freed memory is kept. By default glibc returns much of it to the system and requests it again, in a pattern that differs
+between processes: bare steps then have between 0 and 18,000 page faults, up to 10 % of the step, with or without a
+probe. The addresses of a step's tensors are randomised by blocks of random size allocated before it, since backward
+takes up to 10 % longer at some addresses than at others (Mytkowicz et al. 2009, "Producing Wrong Data Without Doing
+Anything Obviously Wrong!").
 
     python benchmarks/signals_overhead.py [--rounds 20] [--threads N] [--ways "all, every=10" ...]
 """
@@ -36,14 +38,14 @@ from gradprobe.observers.activations import select_modules
 from gradprobe.observers.junctions import junction_modules
 
 BATCH = 64
-STEPS = 10  # of a round
-LARGEST_SHIFT = 2**18  # numbers of float32
+STEPS = 10  # per way and round
+LARGEST_SHIFT = 2**18  # float32 elements
 
 Install = Callable[[nn.Module, torch.optim.Optimizer], object]
 
 
 def empty_forward_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Registers hooks that do nothing, where the probe has its own: what torch itself asks for a module with a hook."""
+    """Registers empty hooks on the modules that a probe hooks: the cost of hooks in torch itself."""
 
     def ignore(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         pass
@@ -53,7 +55,7 @@ def empty_forward_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 
 def full_backward_hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Registers what most people write to see gradients between layers."""
+    """Registers the hooks that most scripts use to see gradients between layers."""
     norms: dict[int, float] = {}
 
     def keep(module: nn.Module, grad_input: object, grad_output: tuple[torch.Tensor, ...]) -> None:
@@ -76,8 +78,8 @@ WAYS: dict[str, Install] = {
     "forward hooks that do nothing": empty_forward_hooks,
     "full backward hooks, .norm().item()": full_backward_hooks,
     "parameters": attach(junctions=False),
-    "parameters, junctions": attach(),
-    "parameters, junctions, activations": attach(activations=True),
+    "parameters, residual adds": attach(),
+    "parameters, residual adds, activations": attach(activations=True),
     "all, every=10": attach(activations=True, every=10),
 }
 
@@ -86,7 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="all by default")
+    parser.add_argument(
+        "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="ways to compare; all by default"
+    )
     arguments = parser.parse_args()
     keep_memory()
     torch.set_num_threads(arguments.threads)
@@ -125,11 +129,11 @@ def main() -> None:
             for way in generator.permutation(ways):
                 taken_ms[way][number, k] = step_ms(way)
         gc.collect()
-    taken_ms = {way: taken[1:] for way, taken in taken_ms.items()}  # the first round is to warm up
+    taken_ms = {way: taken[1:] for way, taken in taken_ms.items()}  # the first round warms up
     bare = taken_ms.pop(BARE)
     resampled = generator.integers(0, len(bare), (2000, len(bare)))
     print(f"\nbare step: {np.median(bare):.1f} ms, {len(bare)} rounds of {STEPS} steps")
-    print(f"{'observed':40}{'added':>10}{'90 % interval':>20}")
+    print(f"{'way':40}{'added':>10}{'90 % interval':>20}")
     for way, taken in taken_ms.items():
         added = taken / bare - 1  # [rounds, STEPS]
         least, most = np.percentile(np.median(added[resampled], axis=1).mean(axis=1), [5, 95])
