@@ -1,4 +1,4 @@
-"""Models that add inline, in the styles of well-known libraries, and in styles that cannot be helped."""
+"""Models that add inline: in the styles of well-known libraries, and in styles that cannot be replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """As torchvision writes it."""
+    """A block as torchvision writes it."""
 
     def __init__(self, inplanes: int, planes: int, stride: int = 1) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """With a normalisation of its own class, and `add_`."""
+    """A bottleneck with a subclassed normalisation and `add_`."""
 
     def __init__(self, inplanes: int, planes: int) -> None:
         super().__init__()
@@ -59,14 +59,14 @@ class Bottleneck(nn.Module):
 
 
 class NormAct(nn.BatchNorm2d):
-    """A normalisation that may do more."""
+    """A normalisation that overrides forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 class Attention(nn.Module):
-    """One head."""
+    """Attention with one head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class TimmBlock(nn.Module):
 
 
 class TimmViT(nn.Module):
-    """Adds positions too, which is no junction."""
+    """Also adds positions, which is not a residual addition."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class TimmViT(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """As transformers writes it: optional arguments, tuples."""
+    """A layer as the transformers library writes it: optional arguments, tuples."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
 
 
 class BertOutput(nn.Module):
-    """Joins what its caller hands it."""
+    """Adds two tensors that its caller passes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class BertLayer(nn.Module):
 
 
 class Parallel(nn.Module):
-    """Two branches, joined before they meet the shortcut."""
+    """Adds two branches before adding the shortcut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class DenseNet(nn.Module):
 
 
 class Positions(nn.Module):
-    """Additions that are no junctions: of positions, biases, constants, two branches, two projections."""
+    """Additions that are not residual: of positions, biases, constants, two branches, two projections."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Positions(nn.Module):
 
 
 class Root(nn.Module):
-    """Adds in the root, on both sides and nested, with names that are taken."""
+    """Adds in the root module, with the shortcut on either side, nested."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class DataDependent(nn.Module):
 
 
 class Methods(nn.Module):
-    """Adds in methods that forward calls, once within `__mangled` names."""
+    """Adds in methods that forward calls, once with a `__mangled` name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models that add in place to what is referred to elsewhere too, and meet it again there."""
+"""Models that add in place to a tensor and then read it through another reference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class InPlaceKeptByMethod(OneLayer):
 
 
 class InPlaceFlag(OneLayer):
-    """Reads what was overwritten only where an attribute, which may change, says so."""
+    """Reads the overwritten tensor only if an attribute, which may change, says so."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -94,7 +94,7 @@ class Keeping(OneLayer):
 
 
 class InPlaceKeptByChild(OneLayer):
-    """As an auxiliary loss reads what a layer has kept."""
+    """Reads a tensor that a child keeps, as an auxiliary loss does."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -107,7 +107,7 @@ class InPlaceKeptByChild(OneLayer):
 
 
 class InPlaceEinsum(OneLayer):
-    """Of one operand, which gives a view."""
+    """An einsum of one operand returns a view."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
@@ -138,7 +138,7 @@ class InPlaceFinally(OneLayer):
 
 
 class InPlaceHooked(OneLayer):
-    """The hook is on the tensor as it was."""
+    """Registers a hook on the tensor before the addition."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
@@ -148,7 +148,7 @@ class InPlaceHooked(OneLayer):
 
 
 class InPlaceView(OneLayer):
-    """Writes to a view, and reads the whole."""
+    """Writes to a view and reads the whole tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)

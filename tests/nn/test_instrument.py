@@ -1,4 +1,4 @@
-"""Residual additions that models write inline: what is found, and that nothing but the names of modules changes."""
+"""Residual additions that models write inline: which are found, and that only the modules' names change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradprobe.nn.residual import InlineAdd
 IMAGES = torch.linspace(-2, 2, 4 * 3 * 8 * 8).reshape(4, 3, 8, 8).sin()
 TOKENS = torch.linspace(-2, 2, 4 * 5 * 8).reshape(4, 5, 8).sin()
 
-# name: model, batch, junctions
+# Name: model, batch, names of the residual adds.
 MODELS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor, list[str]]] = {
     "torchvision-basic": (
         lambda: nn.Sequential(nn.Conv2d(3, 8, 1), cases.BasicBlock(8, 8), cases.BasicBlock(8, 4, stride=2)),
@@ -75,7 +75,7 @@ def first_tensor(output: object) -> torch.Tensor:
 
 
 def trained(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs in both modes, gradients and weights of a few steps."""
+    """Returns outputs in both modes, gradients and weights of a few training steps."""
     seen = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(3):
@@ -97,7 +97,7 @@ def are_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_junctions_are_found_and_measured(name: str) -> None:
+def test_residual_adds_are_found_and_measured(name: str) -> None:
     _, batch, expected = MODELS[name]
     model = built(name)
     report = gradprobe.instrument(model)
@@ -138,7 +138,7 @@ def test_undo_leaves_no_trace(name: str) -> None:
     gradprobe.instrument(model)
 
 
-def test_what_each_operand_is() -> None:
+def test_x_is_the_shortcut_and_f_the_branch() -> None:
     model = built("timm")
     gradprobe.instrument(model)
     probe = gradprobe.attach(model)
@@ -176,7 +176,7 @@ def test_a_projected_shortcut_is_the_shortcut() -> None:
         (cases.Unclear, "its operands come through 2 and 3 layers: neither is clearly the shortcut"),
     ],
 )
-def test_what_is_left_alone_is_reported(block: Callable[[int], nn.Module], reason: str) -> None:
+def test_an_addition_left_alone_is_reported(block: Callable[[int], nn.Module], reason: str) -> None:
     def net() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 8), block(8), nn.Linear(8, 1))
@@ -191,7 +191,7 @@ def test_what_is_left_alone_is_reported(block: Callable[[int], nn.Module], reaso
         assert are_equal(trained(model, TOKENS), trained(net(), TOKENS))
 
 
-def test_a_block_out_of_reach_is_measured_at_its_boundaries() -> None:
+def test_an_unreadable_block_is_measured_at_its_boundaries() -> None:
     namespace: dict[str, type[nn.Module]] = {"Base": cases.TimmBlock}
     exec("class Hidden(Base):\n    def forward(self, x):\n        return x + self.mlp(self.norm2(x))", namespace)
     scripted, compiled = torch.jit.script(cases.TimmBlock(8)), torch.compile(cases.TimmBlock(8), backend="eager")
@@ -209,7 +209,7 @@ def test_a_block_out_of_reach_is_measured_at_its_boundaries() -> None:
     assert {"1", "3"} == set(probe.latest().activations)
 
 
-def test_another_source_than_the_code_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_differs_from_the_code_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "from torch.nn import Linear\nclass Net(Linear):\n  def forward(self, x):\n    return super().forward(x){}\n"
     path = tmp_path / "changing.py"
     path.write_text(text.format(""))
@@ -219,7 +219,7 @@ def test_another_source_than_the_code_is_no_source(tmp_path: Path, monkeypatch: 
     assert gradprobe.instrument(model).unseen == {"": "runs code that differs from its source"}
 
 
-def test_broadcasting_and_other_operands_stay_additions() -> None:
+def test_broadcasting_and_other_operands_still_add() -> None:
     class Scalar(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -281,7 +281,7 @@ def test_mixed_precision_rounds_as_before(name: str) -> None:
     assert are_equal(outputs(True), outputs(False))
 
 
-def test_options_of_a_forward_stay() -> None:
+def test_options_of_a_forward_still_work() -> None:
     model = cases.DecoderLayer(8)
     mask = torch.full((5, 5), -1e9).triu(1)
     expected = [model(TOKENS), model(TOKENS, mask), model(TOKENS, attention_mask=mask, output_attentions=True)]
@@ -358,7 +358,7 @@ def test_it_compiles_without_a_graph_break(name: str) -> None:
     assert torch.allclose(first_tensor(compiled(batch)), expected, atol=1e-6)
 
 
-def test_nothing_to_find_is_said() -> None:
+def test_a_model_without_residual_additions_says_so() -> None:
     assert str(gradprobe.instrument(cases.DenseNet())) == "no residual additions found"
 
 

@@ -1,4 +1,4 @@
-"""What others do with an instrumented model: wrap its methods, script, trace and copy it, instrument it again."""
+"""Instrumented models that are wrapped, scripted, traced, exported, reloaded or instrumented again."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TOKENS = torch.linspace(-2, 2, 4 * 5 * 8).reshape(4, 5, 8).sin()
 
 
 class InComprehension(OneLayer):
-    """The code of `forward` itself names no junction: an inner one does."""
+    """The addition is in an inner code object, not in that of `forward` itself."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack([x + layer(x) for layer in (self.layer, self.layer)]).sum(0)
 
 
 @pytest.mark.parametrize("block", [InComprehension, cases.Decorated, cases.Methods])
-def test_a_second_time_is_refused_and_changes_nothing(block: Callable[[int], nn.Module]) -> None:
+def test_instrumenting_twice_is_an_error_and_changes_nothing(block: Callable[[int], nn.Module]) -> None:
     model = block(8)
     expected = model(TOKENS)
     report = gradprobe.instrument(model)
@@ -43,11 +43,11 @@ def test_a_second_time_is_refused_and_changes_nothing(block: Callable[[int], nn.
 
 
 def wrap(model: nn.Module) -> None:
-    """As libraries put mixed precision or offloading around a model."""
+    """Wraps a model's forward as libraries for mixed precision or offloading do."""
     model.forward = functools.partial(lambda forward, *args: forward(*args), model.forward)  # type: ignore[method-assign]
 
 
-def test_a_method_that_is_wrapped_keeps_its_junctions_until_it_is_free() -> None:
+def test_a_wrapped_method_keeps_its_residual_adds_until_it_is_restored() -> None:
     model = cases.TimmBlock(8)
     expected = model(TOKENS)
     report = gradprobe.instrument(model)
@@ -76,7 +76,7 @@ def test_a_method_that_is_wrapped_keeps_its_junctions_until_it_is_free() -> None
     ],
     ids=["partial", "bound-partial"],
 )
-def test_a_forward_that_is_not_the_classs_is_left_alone(own: Callable[[nn.Module], object]) -> None:
+def test_a_forward_overridden_on_the_instance_is_left_alone(own: Callable[[nn.Module], object]) -> None:
     model = cases.TimmBlock(8)
     expected = model(TOKENS)
     model.forward = own(model)  # type: ignore[method-assign, assignment]
@@ -101,7 +101,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -
 
 
 class AnyName(OneLayer):
-    """Says None to every name that it does not know."""
+    """Returns None for every attribute that it does not have."""
 
     def __getattr__(self, name: str) -> object:
         try:
@@ -144,7 +144,7 @@ def test_translations_give_the_same_numbers(in_place: bool, how: str, probed: bo
 def test_a_function_that_is_reloaded_in_place_runs_its_new_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As notebooks reload modules: what refers to the old function runs the new code."""
+    """Reloads as notebooks do: references to the old function run the new code."""
     text = (
         "from helpers.inline_cases import OneLayer\n"
         "class Block(OneLayer):\n  def forward(self, x):\n    return x + {}\n"
@@ -183,7 +183,7 @@ class Unhashable:
         (Unhashable(), "Unhashable"),
     ],
 )
-def test_a_forward_that_is_no_function_is_reported(forward: object, kind: str) -> None:
+def test_a_forward_that_is_not_a_function_is_reported(forward: object, kind: str) -> None:
     model = type("Block", (OneLayer,), {"forward": forward})(8)
     expected = model(TOKENS)
     assert gradprobe.instrument(model).unseen == {"": f"is a {kind}, not a Python function"}
@@ -195,8 +195,8 @@ class Added(OneLayer):
         return x + self.layer(x)
 
 
-class GoesOverABlock(nn.Module):
-    """Runs the children of a block itself, as a feature extractor does."""
+class IteratesOverABlock(nn.Module):
+    """Runs a block's children itself, as a feature extractor does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,10 +208,10 @@ class GoesOverABlock(nn.Module):
         return x
 
 
-def test_a_block_whose_children_another_one_runs_gets_no_more_of_them() -> None:
-    model = GoesOverABlock()
+def test_a_block_whose_children_another_module_runs_gets_no_new_child() -> None:
+    model = IteratesOverABlock()
     expected = model(TOKENS)
     report = gradprobe.instrument(model)
-    reason = "has its children iterated over in forward of GoesOverABlock, which would run one more child too"
+    reason = "has its children iterated over in forward of IteratesOverABlock, which would run one more child too"
     assert (report.junctions, report.unseen) == (("residual_add",), {"block": reason})
     assert torch.equal(model(TOKENS), expected)

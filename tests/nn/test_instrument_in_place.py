@@ -1,4 +1,4 @@
-"""Additions that a model writes in place stay in place, and are measured."""
+"""Additions that a model writes in place stay in place and are measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALIASES = [case for name, case in inspect.getmembers(cases, inspect.isclass) if 
 
 
 def outcome(model: nn.Module) -> list[torch.Tensor]:
-    """The output, and the gradients of the parameters."""
+    """Returns the output and the gradients of the parameters."""
     y = model(TOKENS.clone())
     y.square().mean().backward()
     return [y.detach(), *(parameter.grad for parameter in model.parameters())]
@@ -34,7 +34,7 @@ def net(block: Callable[[int], nn.Module]) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("case", ALIASES)
-def test_what_refers_to_it_elsewhere_meets_the_sum(case: type[OneLayer]) -> None:
+def test_other_references_to_the_target_see_the_sum(case: type[OneLayer]) -> None:
     expected = outcome(net(case))
     model = net(case)
     assert gradprobe.instrument(model).junctions == ("1.residual_add",)
@@ -45,7 +45,7 @@ def test_what_refers_to_it_elsewhere_meets_the_sum(case: type[OneLayer]) -> None
 
 
 class Joined(nn.Module):
-    """y = x + F(x), in place on either side."""
+    """y = x + F(x), written in place on either side."""
 
     def __init__(self, written: str, shortcut_first: bool) -> None:
         super().__init__()
@@ -59,9 +59,9 @@ class Joined(nn.Module):
 
 @pytest.mark.parametrize("shortcut_first", [False, True], ids=["branch-first", "shortcut-first"])
 @pytest.mark.parametrize("written", ["+=", "add_"])
-@pytest.mark.parametrize("of_views", [False, True], ids=["", "views"])  # as linear layers give them in 3 dimensions
+@pytest.mark.parametrize("of_views", [False, True], ids=["", "views"])  # as linear layers return for 3 dimensions
 @pytest.mark.parametrize("how", ["eager", "checkpointed", "compiled"])
-def test_it_is_measured_as_one_that_makes_a_new_tensor(
+def test_it_is_measured_like_an_addition_that_creates_a_new_tensor(
     how: str, of_views: bool, written: str, shortcut_first: bool
 ) -> None:
     batch = TOKENS if of_views else TOKENS.view(20, 8)
@@ -95,7 +95,7 @@ def test_a_compiled_model_keeps_its_numbers() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outcome(compiled), expected, strict=True))
 
 
-def test_torch_still_refuses_what_it_refuses() -> None:
+def test_torchs_own_errors_stay() -> None:
     joint = InlineAdd(shortcut_first=True, written="+=")
     gradprobe.attach(nn.Sequential(nn.Linear(1, 1), joint))
     leaf = torch.ones(2, requires_grad=True)
@@ -107,7 +107,7 @@ def test_torch_still_refuses_what_it_refuses() -> None:
 
 
 @pytest.mark.parametrize("shortcut_first", [False, True], ids=["branch-first", "shortcut-first"])
-def test_the_dtype_stays_that_of_the_target(shortcut_first: bool) -> None:
+def test_the_result_keeps_the_dtype_of_the_target(shortcut_first: bool) -> None:
     joint = InlineAdd(shortcut_first, "+=")
     model = nn.Sequential(nn.Linear(1, 1), joint)
     probe = gradprobe.attach(model)

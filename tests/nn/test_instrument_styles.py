@@ -1,4 +1,4 @@
-"""Ways in which models write additions: which are junctions, which are none, and which are reported."""
+"""Styles in which models write additions: which are residual, which are not, and which are only reported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNSEEN: dict[type[Layers], str] = {}
 
 
 class Layers(nn.Module):
-    """What the styles are made of."""
+    """The layers of which the styles are built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,21 +33,21 @@ class Layers(nn.Module):
         self.setup()
 
     def setup(self) -> None:
-        """Makes what one style needs besides."""
+        """Creates the additional layers of a style."""
 
 
-def has(junctions: int) -> Callable[[type[Layers]], type[Layers]]:
-    """Says that a class has some additions that are residual, and none that is not seen."""
-    return lambda style: (FOUND.update({style: junctions}), style)[1]
+def has(n_found: int) -> Callable[[type[Layers]], type[Layers]]:
+    """Marks a class with the number of its residual additions, all of which are found."""
+    return lambda style: (FOUND.update({style: n_found}), style)[1]
 
 
 def is_unseen(reason: str) -> Callable[[type[Layers]], type[Layers]]:
-    """Says that a class has a residual addition that is left alone, and why."""
+    """Marks a class whose residual addition is left alone, for this reason."""
     return lambda style: (UNSEEN.update({style: reason}), style)[1]
 
 
 def outcome(model: nn.Module) -> list[Tensor]:
-    """The output, and the gradients of the parameters."""
+    """Returns the output and the gradients of the parameters."""
     torch.manual_seed(1)
     y = model(TOKENS.clone())
     y.square().mean().backward()
@@ -59,12 +59,12 @@ def net(style: type[Layers]) -> nn.Module:
     return style()
 
 
-# What is found where in a forward
+# Where in a forward the additions are
 
 
 @has(1)
 class LoopOfPostNorm(Layers):
-    """Every round adds to what the round before has normalised."""
+    """Every round adds to the normalised result of the previous round."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.several:
@@ -84,7 +84,7 @@ class StackOfPostNorm(Layers):
 
 @has(1)
 class StreamFromLookup(Layers):
-    """The stream begins at an embedding of the model itself."""
+    """The residual stream starts at an embedding inside the model."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.table((x > 0).long().sum(-1))
@@ -101,7 +101,7 @@ class TwoNamesOfOneValue(Layers):
 
 @has(0)
 class OneMethodOnTwoValues(Layers):
-    """As heads are split: keys and queries come out of one method, but not of one tensor."""
+    """Splits heads: keys and queries come from one method, but not from one tensor."""
 
     def split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], 2, 4)
@@ -111,12 +111,12 @@ class OneMethodOnTwoValues(Layers):
         return q.flatten(-2) + self.norm(k.flatten(-2))
 
 
-# What lies between the operands and what they have in common
+# What lies between the operands and their common tensor
 
 
 @has(0)
 class Adapter(Layers):
-    """A layer, and beside it one of low rank: two branches, none of them bent."""
+    """A layer and a low-rank adapter: two branches without an activation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) + 2 * self.norm(self.b(torch.dropout(x, 0.1, self.training)))
@@ -124,7 +124,7 @@ class Adapter(Layers):
 
 @has(0)
 class Experts(Layers):
-    """Two branches of different length, both bent."""
+    """Two branches of different length, both with activations."""
 
     def setup(self) -> None:
         self.routed = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
@@ -142,7 +142,7 @@ class Projection(Layers):
 
 @has(0)
 class ScoresOfTwoKinds(Layers):
-    """Of content and of position, as in relative attention."""
+    """Adds scores of content and position, as relative attention does."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k = self.a(x), self.b(x)
@@ -158,7 +158,7 @@ class PositionsBesideAttention(Layers):
 
 @has(0)
 class MixedInTime(Layers):
-    """Weighted elementwise, on both sides."""
+    """Both operands are weighted elementwise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x * self.scale + x.roll(1, 1) * (1 - self.scale))
@@ -184,7 +184,7 @@ class BranchWithoutParameters(Layers):
 
 @has(0)
 class GatedMixture(Layers):
-    """As recurrent cells keep their state: what both operands are made of first is the gate."""
+    """Keeps state as recurrent cells do: the nearest tensor that both operands share is the gate."""
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.sigmoid(self.a(x))
@@ -193,7 +193,7 @@ class GatedMixture(Layers):
 
 @has(0)
 class MixedInTimeWithState(Layers):
-    """What came before, long since, is one of the two as it was."""
+    """One operand contains a much earlier tensor unchanged."""
 
     def forward(self, x: Tensor) -> Tensor:
         state = x
@@ -206,7 +206,7 @@ class MixedInTimeWithState(Layers):
 
 @has(1)
 class SideInput(Layers):
-    """The branch takes what the stream was made of, too."""
+    """The branch also uses the tensor from which the stream was made."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
@@ -216,7 +216,7 @@ class SideInput(Layers):
 
 @has(2)
 class GatesOfOneCondition(Layers):
-    """As in diffusion transformers: what scales, shifts and gates the branches comes out of one layer."""
+    """One layer computes the scales, shifts and gates of the branches, as in diffusion transformers."""
 
     def setup(self) -> None:
         self.modulation = nn.Linear(8, 48)
@@ -235,7 +235,7 @@ class ConditionedBlock(Layers):
 
 @has(3)
 class HandsOnACondition(Layers):
-    """Each block adds what it makes of the condition, which the blocks before have added too."""
+    """Each block adds a function of the condition, as the previous blocks did."""
 
     def setup(self) -> None:
         self.blocks = nn.ModuleList(ConditionedBlock() for _ in range(3))
@@ -248,7 +248,7 @@ class HandsOnACondition(Layers):
 
 
 class Processor:
-    """Runs a module, and is none."""
+    """Runs a module but is not a module itself."""
 
     def __call__(self, block: Layers, x: Tensor) -> Tensor:
         return x + block.a(x)
@@ -265,7 +265,7 @@ class ProcessedByAnObject(Layers):
 
 @has(1)
 class PositionsByConvolution(Layers):
-    """As speech models have them: called positions, and made of what they are added to."""
+    """Positions as in speech models: computed from the tensor to which they are added."""
 
     def setup(self) -> None:
         self.conv = nn.Conv1d(8, 8, 3, padding=1)
@@ -280,7 +280,7 @@ class PositionsByConvolution(Layers):
 
 @has(1)
 class BranchOfListedModules(Layers):
-    """Some of which have no parameters."""
+    """Some of the modules have no parameters."""
 
     def setup(self) -> None:
         self.chain = nn.ModuleList([nn.Linear(8, 8), nn.Tanh()])
@@ -306,7 +306,7 @@ class ShortcutOfNoModules(Layers):
 
 @has(0)
 class Cell(Layers):
-    """Adds what it makes of the input and of its state, which it has made of the input before."""
+    """Adds functions of the input and of a state computed from earlier inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = c = torch.zeros_like(x)
@@ -317,7 +317,7 @@ class Cell(Layers):
         return h
 
 
-# What names stand for
+# What names refer to
 
 
 @has(1)
@@ -335,7 +335,7 @@ class ImportedFunctions(Layers):
 
 @has(1)
 class StaticMethodBefore(Layers):
-    """What a static method gives is still the stream."""
+    """The result of a static method is still the residual stream."""
 
     @staticmethod
     def flat(x: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ class Properties(Layers):
 
 @has(1)
 class PlainList(Layers):
-    """Modules that are registered elsewhere."""
+    """The list holds modules that are registered elsewhere."""
 
     def setup(self) -> None:
         self.chain = [self.a, self.b]
@@ -387,8 +387,8 @@ class DictionaryOfModules(Layers):
 
 
 @has(2)
-class WhatCannotBeLookedInto(Layers):
-    """May have layers, as the branch of an addition has."""
+class OpaqueCalls(Layers):
+    """The calls may contain layers, as a branch does."""
 
     def setup(self) -> None:
         self.branch = functools.partial(lambda layer, x: layer(x), self.a)
@@ -400,7 +400,7 @@ class WhatCannotBeLookedInto(Layers):
 
 
 class Sublayer(nn.Module):
-    """Joins what it is given a function of."""
+    """Adds its input and a function of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -422,7 +422,7 @@ class HandsOnFunctions(Layers):
 
 @has(1)
 class InnerFunction(Layers):
-    """As mmcv checkpoints a block."""
+    """Checkpoints a block the way mmcv does."""
 
     def forward(self, x: Tensor) -> Tensor:
         def inner(x: Tensor) -> Tensor:
@@ -502,12 +502,12 @@ class ModuleOnTheWay(Layers):
         return x + branch(x)
 
 
-# What is no sum of tensors, or does not run
+# Additions that are not sums of tensors, or do not run
 
 
 @has(0)
 class Outputs(Layers):
-    """Tuples, as long as some do not ask for classes of outputs."""
+    """Adds tuples of outputs."""
 
     def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.a(x), self.b(x)
@@ -562,7 +562,7 @@ class DecidedByTheConfiguration(Layers):
 
 @has(1)
 class DecidedByItself(Layers):
-    """What an attribute is before the method sets it decides nothing."""
+    """An attribute that the method sets does not decide its conditions."""
 
     state: Tensor | None = None
 
@@ -577,7 +577,7 @@ class DecidedByItself(Layers):
 
 @has(1)
 class DecidedByAProperty(Layers):
-    """Which is asked for, but not run before the model runs."""
+    """The property must not run before the model does."""
 
     @property
     def residual(self) -> bool:
@@ -597,7 +597,7 @@ class Losses(Layers):
         return loss + 0.1 * y.square().mean()
 
 
-# What is reported
+# Additions that are only reported
 
 
 @is_unseen("adds by add in a form that cannot be replaced")
@@ -684,7 +684,7 @@ class FunctionOfAPackage(Layers):
 
 
 class functions:
-    """Stands for a package."""
+    """Stands in for a package."""
 
     @staticmethod
     def dropout_add(out: Tensor, residual: Tensor) -> Tensor:
@@ -713,7 +713,7 @@ class MethodOutOfReach(Layers):
 
 @has(0)
 class InputsBesideTheStream(Layers):
-    """Positions by another name, and what options say."""
+    """Positions under another name, and a number from the options."""
 
     def forward(self, x: Tensor, point_embedding: Tensor | float = 0.0, **options: Any) -> Tensor:
         return self.a(x + point_embedding) + options.get("scale", 0.0)
@@ -736,7 +736,7 @@ def test_residual_additions_are_found_and_no_others(style: type[Layers]) -> None
 
 
 @pytest.mark.parametrize("style", UNSEEN, ids=lambda style: style.__name__)
-def test_what_is_not_seen_is_reported(style: type[Layers]) -> None:
+def test_an_unseen_residual_addition_is_reported(style: type[Layers]) -> None:
     expected = outcome(net(style))
     model = net(style)
     report = gradprobe.instrument(model)
