@@ -91,22 +91,8 @@ def resnet(
 
     The CIFAR layout has parameter-free shortcuts (option A: stride 2 and zero-padded channels), so it has exactly the
     parameters of the plain network. The ImageNet layout has projections where the shape changes (option B), and
-    bottleneck blocks from 50 layers on.
-
-    Args:
-        depth: As for `plain`.
-        layout: As for `plain`.
-        in_channels: As for `plain`.
-        num_classes: As for `plain`.
-        width: As for `plain`.
-        norm: As for `plain`; with ``"none"`` the activations double with every block at initialisation.
-        init: As for `plain`.
-
-    Returns:
-        A module that maps [N, in_channels, H, W] to logits [N, num_classes].
-
-    Raises:
-        ArgumentError: As for `plain`.
+    bottleneck blocks from 50 layers on. Arguments, result and errors are those of `plain`; with ``norm="none"`` the
+    activations double with every block at initialisation.
 
     Example:
         >>> count_parameters(resnet(20))

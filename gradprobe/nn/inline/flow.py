@@ -70,11 +70,7 @@ def find_additions(module: nn.Module, handed: Sequence[Call] = ()) -> Findings:
 
 
 class Reader:
-    """Follows the values through one module's methods.
-
-    Args:
-        module: Any module.
-    """
+    """Follows the values through one module's methods."""
 
     def __init__(self, module: nn.Module) -> None:
         self.findings = Findings()
@@ -86,14 +82,7 @@ class Reader:
         self._stack: list[ast.FunctionDef | ast.Lambda] = []
 
     def run(self, handed: Sequence[Call]) -> None:
-        """Follows the forward and the other methods that are called from outside.
-
-        Args:
-            handed: The known calls of its methods.
-
-        Raises:
-            Unreadable: The forward cannot be rewritten.
-        """
+        """Follows the forward and the other methods that `handed` calls; raises Unreadable for the forward."""
         self._run("forward", self.source("forward"), handed)
         for method in {call.method: None for call in handed if call.method != "forward"}:
             if (source := self._source_or_none(method)) is not None:
@@ -111,32 +100,13 @@ class Reader:
         self._follow(source.definition, Statements(self, source, method, names))
 
     def source(self, method: str) -> Source:
-        """Reads a method of the module's class.
-
-        Args:
-            method: Its name.
-
-        Returns:
-            The source.
-
-        Raises:
-            Unreadable: It cannot be rewritten.
-        """
+        """Reads a method of the module's class; raises Unreadable if it cannot be rewritten."""
         if method in vars(self.module):
             raise Unreadable(f"has a {method} that overrides its class's on the instance")
         return read(attribute(self.module, method))
 
     def call_method(self, method: str, values: Sequence[Value], by_name: Mapping[str, Value]) -> Value | None:
-        """Follows a call of a method of the module.
-
-        Args:
-            method: Its name.
-            values: Arguments by position.
-            by_name: Arguments by name.
-
-        Returns:
-            Its result; None if it cannot be followed.
-        """
+        """Follows a call of a method of the module; returns its result, None if it cannot be followed."""
         if (source := self._source_or_none(method)) is None:
             return None
         names = self._arguments(source.definition.args, [self._self, *values], by_name)
@@ -157,16 +127,7 @@ class Reader:
     def call_function(
         self, function: FunctionType, values: Sequence[Value], by_name: Mapping[str, Value]
     ) -> Value | None:
-        """Follows a function outside the module: its additions cannot be replaced, only reported.
-
-        Args:
-            function: Any function.
-            values: Arguments by position.
-            by_name: Arguments by name.
-
-        Returns:
-            Its result; None if it cannot be followed.
-        """
+        """Follows a call of a function outside the module, whose additions are only reported; returns its result."""
         try:
             source = read(function, is_method=False)
         except Unreadable:
@@ -177,16 +138,7 @@ class Reader:
         return self._follow(source.definition, Statements(self, source, within, names, why_not))
 
     def call_closure(self, closure: Closure, values: Sequence[Value], by_name: Mapping[str, Value]) -> Value | None:
-        """Follows a call of a function defined inside a method.
-
-        Args:
-            closure: The function.
-            values: Arguments by position.
-            by_name: Arguments by name.
-
-        Returns:
-            Its result; None if it cannot be followed.
-        """
+        """Follows a call of a function defined inside a method; returns its result."""
         definition, within = closure
         names = {**within.names, **self._arguments(definition.args, values, by_name)}
         return self._follow(definition, Statements(self, within.source, within.method, names, within.why_not))

@@ -160,13 +160,7 @@ def _bends(kind: Any) -> bool:
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Tells whether a module only runs its children one after another.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True for `Sequential` and for classes that inherit its forward.
+    """Tells whether a module only runs its children one after another, by the forward of `Sequential`.
 
     Example:
         >>> is_chain(nn.Sequential())
@@ -176,13 +170,7 @@ def is_chain(module: nn.Module) -> bool:
 
 
 def is_torchs_layer(module: nn.Module) -> bool:
-    """Tells whether a module is a torch module without children.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True for layers, activations and the like.
+    """Tells whether a module is a torch module without children: a layer, an activation and the like.
 
     Example:
         >>> is_torchs_layer(nn.Linear(2, 2)), is_torchs_layer(nn.TransformerEncoderLayer(2, 1))
@@ -192,13 +180,7 @@ def is_torchs_layer(module: nn.Module) -> bool:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Tells whether a module is a container, whose children callers iterate over.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True for sequences, lists and dictionaries of modules.
+    """Tells whether a module is a sequence, list or dictionary of modules, whose children callers iterate over.
 
     Example:
         >>> is_container(nn.Sequential())
@@ -208,13 +190,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Tells whether a module is a table lookup, through which no gradient reaches its argument.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        True for embeddings.
+    """Tells whether a module is an embedding, through which no gradient reaches its argument.
 
     Example:
         >>> is_lookup(nn.Embedding(2, 2))
