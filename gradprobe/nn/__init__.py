@@ -1,4 +1,4 @@
-"""Residual additions as modules, and finding them in other people's models."""
+"""Residual additions as modules, and their detection in models that write them inline."""
 
 from gradprobe.nn.residual import ResidualAdd
 

@@ -26,7 +26,7 @@ from gradprobe.nn.inline.expressions import Call
 from gradprobe.nn.inline.flow import Findings, find_additions
 from gradprobe.nn.inline.values import attribute, is_chain, is_container, is_torchs_layer
 from gradprobe.nn.residual import InlineAdd, ResidualAdd
-from gradprobe.nn.rewrite import Exchange, Span, Unreadable, read, rewritten
+from gradprobe.nn.rewrite import Replacement, Span, Unreadable, read, rewritten
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _instrument(model: nn.Module, report: Instrumented) -> None:
         if findings.additions and (obstacle := _obstacle(module, walked)):
             reasons.insert(0, obstacle)
         elif findings.additions:
-            children = _exchange(module, findings, report)
+            children = _replace(module, findings, report)
             junctions += [f"{name}.{child}" if name else child for child in children]
         if reasons:
             report.unseen[name] = reasons[0]
@@ -216,16 +216,16 @@ def _obstacle(module: nn.Module, walked: Mapping[nn.Module, str]) -> str | None:
     return walked.get(module)
 
 
-def _exchange(module: nn.Module, findings: Findings, report: Instrumented) -> list[str]:
+def _replace(module: nn.Module, findings: Findings, report: Instrumented) -> list[str]:
     """Adds children that do a module's additions, records how to undo it, and returns their names."""
-    exchanges: defaultdict[str, dict[Span, Exchange]] = defaultdict(dict)
+    replacements: defaultdict[str, dict[Span, Replacement]] = defaultdict(dict)
     names = (name for name in _child_names() if not hasattr(module, name))
     children = dict(zip(names, findings.additions.values(), strict=False))
     for (method, span), child in zip(findings.additions, children, strict=True):
-        exchanges[method][span] = Exchange(child, children[child].shortcut_first)
+        replacements[method][span] = Replacement(child, children[child].shortcut_first)
     methods = {
         method: MethodType(rewritten(read(attribute(module, method)), places), module)
-        for method, places in exchanges.items()
+        for method, places in replacements.items()
     }
     report._undo.append((module, list(children), methods))
     for child, addition in children.items():

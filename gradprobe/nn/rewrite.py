@@ -90,7 +90,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Replacement:
     """The module call that replaces an addition.
 
     Attributes:
@@ -172,12 +172,12 @@ def _read(function: FunctionType, code: CodeType, is_method: bool) -> tuple[ast.
     return tree, definition, self_name
 
 
-def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionType:
+def rewritten(source: Source, replacements: Mapping[Span, Replacement]) -> FunctionType:
     """Builds a copy of a method in which module calls replace some additions.
 
     Args:
         source: The method.
-        exchanges: Position of each addition to its replacement.
+        replacements: Position of each addition to its replacement.
 
     Returns:
         A function with the same signature and decorators.
@@ -189,7 +189,7 @@ def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionTyp
         True
     """
     inner = source.function
-    code = _rewritten_code(source, inner.__code__, tuple(exchanges.items()))
+    code = _rewritten_code(source, inner.__code__, tuple(replacements.items()))
     cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
     made = _alike(inner, code, tuple(cells[name] for name in code.co_freevars))
     before = inner
@@ -206,46 +206,46 @@ def rewritten(source: Source, exchanges: Mapping[Span, Exchange]) -> FunctionTyp
 
 
 @functools.lru_cache(maxsize=1024)
-def _rewritten_code(source: Source, code: CodeType, exchanges: tuple[tuple[Span, Exchange], ...]) -> CodeType:
+def _rewritten_code(source: Source, code: CodeType, replacements: tuple[tuple[Span, Replacement], ...]) -> CodeType:
     """Compiles one code object for all modules with the same replacements, so that torch.compile sees one function."""
     copies: dict[int, ast.AST] = {}
     tree = copy.deepcopy(source.tree, copies)
-    _Exchanger(source.self_name, dict(exchanges)).generic_visit(copies[id(source.definition)])
+    _Replacer(source.self_name, dict(replacements)).generic_visit(copies[id(source.definition)])
     return _compiled(tree, code)
 
 
-class _Exchanger(ast.NodeTransformer):
+class _Replacer(ast.NodeTransformer):
     """Replaces additions by module calls that evaluate the operands in the original order."""
 
-    def __init__(self, self_name: str, exchanges: Mapping[Span, Exchange]) -> None:
+    def __init__(self, self_name: str, replacements: Mapping[Span, Replacement]) -> None:
         self._self_name = self_name
-        self._exchanges = exchanges
+        self._replacements = replacements
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        exchange = self._exchanges.get(span_of(node))
+        replacement = self._replacements.get(span_of(node))
         self.generic_visit(node)
-        return node if exchange is None else self._call(exchange, node, node.left, node.right)
+        return node if replacement is None else self._call(replacement, node, node.left, node.right)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        exchange = self._exchanges.get(span_of(node))
+        replacement = self._replacements.get(span_of(node))
         self.generic_visit(node)
-        if exchange is None or not isinstance(node.target, ast.Name):
+        if replacement is None or not isinstance(node.target, ast.Name):
             return node
         left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
-        return ast.copy_location(ast.Assign([node.target], self._call(exchange, node, left, node.value)), node)
+        return ast.copy_location(ast.Assign([node.target], self._call(replacement, node, left, node.value)), node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        exchange = self._exchanges.get(span_of(node))
+        replacement = self._replacements.get(span_of(node))
         self.generic_visit(node)
-        if exchange is None:
+        if replacement is None:
             return node
         operands = [node.func.value, *node.args] if isinstance(node.func, ast.Attribute) else node.args
         left, right = operands[-2:]
-        return self._call(exchange, node, left, right)
+        return self._call(replacement, node, left, right)
 
-    def _call(self, exchange: Exchange, at: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.Call:
-        module = ast.Attribute(ast.Name(self._self_name, ast.Load()), exchange.child, ast.Load())
-        names = ("x", "f") if exchange.shortcut_first else ("f", "x")
+    def _call(self, replacement: Replacement, at: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.Call:
+        module = ast.Attribute(ast.Name(self._self_name, ast.Load()), replacement.child, ast.Load())
+        names = ("x", "f") if replacement.shortcut_first else ("f", "x")
         keywords = [ast.keyword(name, operand) for name, operand in zip(names, (left, right), strict=True)]
         return ast.fix_missing_locations(ast.copy_location(ast.Call(module, [], keywords), at))
 
