@@ -47,7 +47,7 @@ class Options:
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: need True or False; got {getattr(self, name)!r}")
         if self.updates and self.optimizer is None:
-            raise ArgumentError("updates: need the optimizer that makes them; pass it as optimizer=")
+            raise ArgumentError("updates: need optimizer=, the optimizer that makes them; got None")
         for name in ("every", "activations_every", "updates_every", "capacity"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

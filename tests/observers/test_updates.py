@@ -232,7 +232,7 @@ def test_tables_and_files_have_them(tmp_path: Path) -> None:
 
 
 def test_without_an_optimizer_it_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="updates: need the optimizer that makes them, as optimizer=; got None"):
+    with pytest.raises(ArgumentError, match="updates: need optimizer=, the optimizer that makes them; got None"):
         gradprobe.attach(net(), updates=True)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

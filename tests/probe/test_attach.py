@@ -1,4 +1,4 @@
-"""What attaching says, leaves alone and refuses: coverage, no trace in training, bad input."""
+"""Attaching: coverage and its warnings, an unchanged training, invalid input."""
 
 import gc
 import warnings
@@ -31,7 +31,7 @@ class TestCoverage:
                 probe.step()
             model[0].bias.requires_grad_(True)
             coverage = probe.coverage()
-        assert probe.coverage().unknown == ()  # detached, it looks at no model
+        assert probe.coverage().unknown == ()  # a detached probe does not look at the model
         assert coverage.silent == ("unused.weight", "unused.bias")
         assert coverage.frozen == ("0.bias",)
         assert coverage.unknown == ("0.bias",)
@@ -63,7 +63,7 @@ class TestCoverage:
                 gradprobe.GradprobeWarning, match=r"no hook fired for 6 of 6 parameters: 0\.weight"
             ) as told:
                 optimizer.step()
-            assert told[0].filename == __file__  # the user's line, not one of torch or ours
+            assert told[0].filename == __file__  # the line of the user, not of torch or gradprobe
             assert probe.coverage().unhooked == tuple(name for name, _ in model.named_parameters())
         assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
 

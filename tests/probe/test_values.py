@@ -1,4 +1,4 @@
-"""The numbers that the probe reports, for gradients of every kind, and what it writes of them."""
+"""The numbers that the probe reports for every kind of gradient, and its exports."""
 
 import json
 import math
