@@ -207,14 +207,14 @@ THROWN = (
 )
 UNDERFLOW = (
     "dying",
-    "silent site",
+    "silent parameter",
     "layer drift",
     "vanishing (backward)",
     "not learning",
     "spike",
 )  # follow from float16 underflow
 SMALL = ("poor initialisation", *STILL)  # follow from weights that are too small
-CUT = ("vanishing (backward)", "silent site", *STILL)  # follow from dead units, which pass no gradient
+CUT = ("vanishing (backward)", "silent parameter", *STILL)  # follow from dead units, which pass no gradient
 
 
 def nan_at(images: torch.Tensor, step: int) -> torch.Tensor:
@@ -334,7 +334,7 @@ RUNS = (
     Run("MLP, dead units", lambda: mlp(4, nn.ReLU, HE, bias=-30.0), "dead ReLU", ("dying", *CUT)),
     Run("CNN, dead units", lambda: cnn(4, HE, bias=-30.0), "dead ReLU", ("dying", *CUT)),
     Run("MLP, most units dead", lambda: mlp(4, nn.ReLU, HE, bias=-2.0), "dying", ("dead ReLU", "layer drift", *CUT)),
-    Run("branch times zero", BranchTimesZero, "silent site", ("dying",), 0.05),
+    Run("branch times zero", BranchTimesZero, "silent parameter", ("dying",), 0.05),
     Run("branch cut at step 25", lambda: BranchTimesZero(0.5), "layer drift", (), 0.05, alter=cut_branch),
     Run(
         "MLP, a layer dies at step 25",

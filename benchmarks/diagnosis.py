@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 
 import gradprobe
-from gradprobe.diagnosis.findings import RULES, title
+from gradprobe.diagnosis.rules import RULES
 
 HELD_OUT = (1000, 1001, 1002, 1003)  # seeds that chose no threshold and no run
 BATCH_SIZE = 64
@@ -97,7 +97,7 @@ def scores(seeds: Sequence[int]) -> dict[Fault, Score]:
     Returns:
         The counts of each fault.
     """
-    table = {title(*rule): Score() for rule in RULES}
+    table = {rule.title: Score() for rule in RULES}
     for run in RUNS:
         for seed in seeds:
             found = found_in(run, seed)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradprobe import networks, nn
-    from gradprobe.diagnosis.findings import Finding
+    from gradprobe.diagnosis.finding import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
     from gradprobe.nn.instrument import Instrumented, instrument
     from gradprobe.ops import STATS, backends, grad_stats
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "gradprobe.probe.coverage": ("Coverage",),
     "gradprobe.errors": ("ArgumentError", "BackendError", "GradprobeError", "GradprobeWarning", "StoreError"),
-    "gradprobe.diagnosis.findings": ("Finding",),
+    "gradprobe.diagnosis.finding": ("Finding",),
     "gradprobe.probe.check": ("FlowReport", "check_gradient_flow"),
     "gradprobe.nn.instrument": ("Instrumented", "instrument"),
     "gradprobe.ops": ("STATS", "backends", "grad_stats"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 from gradprobe.cli.output import drawing_module, print_json, print_table, show
@@ -222,7 +223,7 @@ def check(
 @app.command()
 def explain(
     topic: Annotated[
-        str | None, typer.Argument(metavar="TOPIC", help="The topic; leave it out to list all topics.")
+        str | None, typer.Argument(metavar="TOPIC", help="A topic, e.g. dead-relu; leave it out to list all.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -233,17 +234,21 @@ def explain(
     from gradprobe.cli.topics import TOPICS
     from gradprobe.cli.topics import explain as find
 
-    topics = list(TOPICS.values()) if topic is None else [find(topic)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)
+        topics = tuple(TOPICS.values()) if topic is None else find(topic)
+    for warning in caught:
+        print(f"gradprobe: {warning.message}", file=sys.stderr)
     if as_json:
-        print_json([one.as_dict() for one in topics] if topic is None else topics[0].as_dict())
-        return
-    if topic is not None:
-        print_table(topics[0])
-        return
-    table = Table("topic", "what happens", title="gradprobe explain TOPIC", title_justify="left")
-    for one in topics:
-        table.add_row(one.name, one.problem)
-    print_table(table)
+        found = [one.as_dict() for one in topics]
+        print_json(found if topic is None or len(found) > 1 else found[0])
+    elif topic is not None:
+        print_table(Group(*topics))
+    else:
+        table = Table("topic", "what happens", title="gradprobe explain TOPIC", title_justify="left")
+        for one in topics:
+            table.add_row(one.name, one.summary)
+        print_table(table)
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Verdicts from snapshots. Needs no torch."""
+"""The diagnosis of a run from its snapshots. Needs no torch."""

@@ -1,4 +1,4 @@
-"""A straight line through log-norms over depth. Needs no torch."""
+"""Fits a line to log-norms over depth."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Trend:
-    """A least-squares line through log-norms over depth, told as a factor.
+    """A least-squares line through log-norms over depth, expressed as a factor per layer.
 
     Attributes:
-        factor: by which the norm grows from one layer to the next on the way to the input; NaN where there are fewer
-            than two layers, or a norm that is zero or not finite.
-        std_error: of the factor; NaN below three layers.
-        first: Norm that the line has at the layer next to the input.
-        last: Norm that the line has at the layer next to the loss.
+        factor: Factor by which the norm grows from one layer to the next towards the input; NaN if there are fewer than
+            two layers or a norm is zero or not finite.
+        std_error: Standard error of the factor; NaN below three layers.
+        first: Norm on the line at the layer next to the input.
+        last: Norm on the line at the layer next to the loss.
     """
 
     factor: float
@@ -28,13 +28,13 @@ class Trend:
 
 
 def fit_trend(log_norms: Sequence[float]) -> Trend:
-    """Fits a line to natural logarithms of norms, from the layer next to the input to the one next to the loss.
+    """Fits a line to natural logarithms of norms.
 
     Args:
-        log_norms: One for each layer.
+        log_norms: One per layer, from the layer next to the input to the one next to the loss. Length L.
 
     Returns:
-        The factor per layer towards the input.
+        The line.
 
     Example:
         >>> round(fit_trend([math.log(0.5) * k for k in (3, 2, 1)]).factor, 6)
@@ -46,8 +46,8 @@ def fit_trend(log_norms: Sequence[float]) -> Trend:
     towards_input = -np.arange(len(y), dtype=np.float64)
     x = towards_input - towards_input.mean()
     slope = float(x @ y / (x @ x))
-    left = y - y.mean() - slope * x
+    residuals = y - y.mean() - slope * x
     with np.errstate(over="ignore"):
         factor, first, last = np.exp([slope, y.mean() + slope * x[0], y.mean() + slope * x[-1]]).tolist()
-    std_error = factor * math.sqrt(float(left @ left) / (len(y) - 2) / float(x @ x)) if len(y) > 2 else math.nan
-    return Trend(factor, std_error, first, last)
+    variance = float(residuals @ residuals) / (len(y) - 2) / float(x @ x) if len(y) > 2 else math.nan
+    return Trend(factor, factor * math.sqrt(variance), first, last)

@@ -16,8 +16,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 
-from gradprobe.diagnosis.diagnose import Verdict, diagnose, layer_status, verdict
-from gradprobe.diagnosis.findings import Finding
+from gradprobe.diagnosis.depth import layer_status
+from gradprobe.diagnosis.diagnose import Verdict, diagnose, verdict
+from gradprobe.diagnosis.finding import Finding
 from gradprobe.errors import ArgumentError, GradprobeWarning
 from gradprobe.probe.probe import attach
 from gradprobe.snapshot.snapshot import Snapshot

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradprobe import sinks
 from gradprobe.diagnosis.diagnose import diagnose
-from gradprobe.diagnosis.findings import Finding
+from gradprobe.diagnosis.finding import Finding
 from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.observers.activations import Selection
 from gradprobe.probe.coverage import Coverage

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gradprobe.diagnosis.diagnose import flow_verdict
+from gradprobe.diagnosis.depth import flow_verdict
 from gradprobe.report.comparison import Comparison, Errors, Learning, Rise
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.spread import Spread, median

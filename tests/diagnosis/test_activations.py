@@ -11,7 +11,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.diagnosis.diagnose import diagnose, verdict
-from gradprobe.diagnosis.findings import Thresholds
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.errors import ArgumentError
 
 SOUND = layers([1.0, 1.1, 0.9, 1.0, 1.2, 0.5])
@@ -90,7 +90,7 @@ class TestExploding:
 
     @pytest.mark.parametrize(
         ("outputs", "words"),
-        [(SOUND, "what was observed of it does not show that"), (None, "attach(activations=True) shows which")],
+        [(SOUND, "the observed activations do not show that"), (None, "attach(activations=True) tells which")],
         ids=["observed", "not-observed"],
     )
     def test_a_huge_first_loss_without_growth_says_what_is_not_known(self, outputs: list[Out], words: str) -> None:

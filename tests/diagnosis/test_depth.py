@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from helpers.diagnose_cases import FALLING, FLAT, rules_of, snapshot
 
-from gradprobe.diagnosis.diagnose import diagnose, flow_verdict
-from gradprobe.diagnosis.findings import Thresholds
+from gradprobe.diagnosis.depth import flow_verdict
+from gradprobe.diagnosis.diagnose import diagnose
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.errors import ArgumentError
 
 
@@ -83,7 +84,7 @@ class TestLine:
         assert finding.evidence["factor_per_layer"] == pytest.approx(1.5)
         assert finding.evidence["std_error"] == pytest.approx(0.0, abs=1e-9)
         assert finding.evidence["ratio"] == 1.0
-        assert "the line through the 20 between them goes from 2.22e+03 to 1.00e+00, by 1.5 ±" in finding.message
+        assert "the line fitted to the 20 between them goes from 2.22e+03 to 1.00e+00, by 1.5 ±" in finding.message
         assert finding.sites == tuple(f"layer{k}.weight" for k in range(1, 10))  # 1.5^11 = 86, 1.5^10 = 58
 
     def test_the_ends_alone_have_their_factor_too(self) -> None:

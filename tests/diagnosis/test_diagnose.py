@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from helpers.diagnose_cases import FALLING, FLAT, course, rules_of, snapshot
 
-from gradprobe.diagnosis.diagnose import diagnose, flow_verdict, verdict
-from gradprobe.diagnosis.findings import Thresholds
+from gradprobe.diagnosis.depth import flow_verdict
+from gradprobe.diagnosis.diagnose import diagnose, verdict
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.errors import ArgumentError
 
 
@@ -168,5 +169,5 @@ class TestCourse:
 
     def test_a_parameter_that_never_gets_a_gradient_is_silent(self) -> None:
         (finding,) = diagnose([snapshot(step, [1.0, 0.0, 1.0, 1.0, 1.0]) for step in range(12)])
-        assert (finding.rule, finding.sites, finding.steps) == ("silent site", ("layer1.weight",), (0, 11))
+        assert (finding.rule, finding.sites, finding.steps) == ("silent parameter", ("layer1.weight",), (0, 11))
         assert rules_of([snapshot(step, [1.0, float(step > 0), 1.0]) for step in range(12)]) == []

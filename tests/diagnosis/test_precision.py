@@ -12,7 +12,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.diagnosis.diagnose import diagnose
-from gradprobe.diagnosis.findings import Thresholds
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.snapshot.records import Events, Measured
 from gradprobe.snapshot.signals import Signals, SignalTable
 
@@ -91,7 +91,7 @@ def test_the_gradient_counts_as_it_came_with_the_loss_scaled() -> None:
         "modules": 1.0,
     }
     assert finding.sites == ("a",)
-    assert finding.remedies[0] == "scale the loss with torch.amp.GradScaler"
+    assert finding.remedies[0] == "scale the loss with torch.amp.GradScaler, given to attach as grad_scaler"
 
 
 def test_is_no_fault_while_the_loss_falls_and_can_be_set() -> None:

@@ -68,7 +68,7 @@ def test_without_its_junctions_the_loss_tells_that_something_is_wrong() -> None:
         probe.step(loss=loss)
         (finding,) = probe.findings()
     assert finding.title == "loss blow-up"
-    assert finding.message.endswith("attach(activations=True) shows which")
+    assert finding.message.endswith("attach(activations=True) tells which")
 
 
 @pytest.mark.soak

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import gradprobe
 from gradprobe.diagnosis.diagnose import diagnose
-from gradprobe.diagnosis.findings import Finding
+from gradprobe.diagnosis.finding import Finding
 from gradprobe.snapshot.updates import Updates
 
 N_VALUES = 1000

@@ -1,60 +1,66 @@
-"""A pure rule over the gradients that pass by: are they too small for the dtype that they come in?"""
+"""A rule on gradients at the outputs of modules: are they too small for their dtype?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from gradprobe.diagnosis.findings import Finding, Thresholds, finding
+from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.history import History
+from gradprobe.diagnosis.rules.rule import Rule
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals
-from gradprobe.snapshot.snapshot import Snapshot
 
-_KINDS = ("activation_grad", "junction_grad")  # the others at a junction are these or sums of them
+_KINDS = ("activation_grad", "junction_grad")  # the other gradients at a residual add are these or sums of them
 
 
-def precision_loss(snapshots: Sequence[Snapshot], limits: Thresholds) -> list[Finding]:
-    """Finds gradients most of whose values must lie below the smallest normal number of their dtype.
-
-    What counts is the gradient as it came, with the loss scaled: that is what the dtype had to hold. How the gradient
-    of a weight came to be is not seen: autocast makes it in float16 and hands it over in float32.
-
-    Args:
-        snapshots: Steps in order, of one probe and of a run that does not converge.
-        limits: Limits of the rules.
-
-    Returns:
-        At most one finding.
-    """
-    observed = [(snapshot.step, snapshot.signals) for snapshot in snapshots if snapshot.signals is not None]
-    if not observed:
-        return []
-    table = observed[-1][1].table
-    sites = np.flatnonzero(np.isin(np.array(table.kinds), _KINDS))  # [G]
+def _precision_loss(history: History) -> Finding | None:
+    # The gradient counts before loss scaling is undone, since that is what the dtype had to hold. Gradients of weights
+    # say nothing: autocast computes them in float16 and returns them in float32.
+    observed, limits = history.observed, history.limits
+    newest = observed[-1][1]
+    sites = np.flatnonzero(np.isin(np.array(newest.table.kinds), _KINDS))  # [G]
     shares = np.stack([_subnormal_shares(signals)[sites] for _, signals in observed])  # [T, G]
     is_hit = shares > limits.subnormal_share
     found = np.flatnonzero(2 * is_hit.sum(axis=0) > len(observed))
     if not len(found):
-        return []
-    in_order = [site for site in dict.fromkeys(observed[-1][1].events.sites) if site in set(sites[found])]
+        return None
+    in_order = [site for site in dict.fromkeys(newest.events.sites) if site in set(sites[found])]
     first = int(np.flatnonzero(sites == in_order[0])[0])
     share = float(np.median(shares[is_hit[:, first], first]))
     steps = (observed[0][0], observed[-1][0])
-    smallest = float(observed[-1][1].events.smallest_normal[in_order[0]])
+    smallest = float(newest.events.smallest_normal[in_order[0]])
+    names = tuple(newest.table.names[site] for site in in_order)
     message = (
         f"steps {steps[0]} to {steps[1]}: the gradients at the outputs of {len(found)} of {len(sites)} modules are too "
-        f"small for their dtype; first {table.names[in_order[0]]}, where at least {share:.0%} of the values that are "
-        f"not zero are below {smallest:.2g}, its smallest normal number"
+        f"small for their dtype; the first is {names[0]}, where at least {share:.0%} of the nonzero values are below "
+        f"{smallest:.2g}, the smallest normal number"
     )
     evidence = {"subnormal_share": share, "smallest_normal": smallest, "modules": float(len(found))}
-    return [finding("precision loss", tuple(table.names[site] for site in in_order), steps, evidence, message)]
+    return PRECISION_LOSS.finding(names, steps, evidence, message)
 
 
 def _subnormal_shares(signals: Signals) -> FloatArray:
-    """Least share of what is not zero that is below the smallest normal number, for each site. Shape [S]."""
+    """Returns a lower bound on the share of nonzero values below the smallest normal number at each site. Shape [S]."""
     measured = signals.events.measured
     nonzero = 1.0 - signals.columns["zero_fraction"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # float64's smallest number divides to inf
         shares = 1.0 - signals.scaled_abs_mean / signals.events.smallest_normal / nonzero
     return np.where(measured.present & np.isfinite(shares), shares, 0.0)
+
+
+PRECISION_LOSS = Rule(
+    "precision loss",
+    formula="1 - mean magnitude / smallest normal number of the dtype / share of nonzero values > subnormal_share, for "
+    "the gradient at the output of a module or residual add, before loss scaling is undone, in more than half of the "
+    "observed steps, in a run that does not converge: by Markov's inequality at least that share of the nonzero values "
+    "is below the smallest normal number; the limit is ours",
+    source="Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740, section 3.2",
+    cause="gradients too small for float16, whose smallest normal number is 2^-14 and smallest subnormal number 2^-24",
+    remedies=(
+        "scale the loss with torch.amp.GradScaler, given to attach as grad_scaler",
+        "bfloat16, whose range is that of float32",
+        "float32 for the layers named",
+    ),
+    check=_precision_loss,
+    needs=("activations=True",),
+)

@@ -1,0 +1,270 @@
+"""Rules on the gradients of the parameters: their values, their norms over depth, and their course over time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from gradprobe.diagnosis.depth import ends_verdict, inner_trend, layer_status, weight_names, weight_norms
+from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.history import History
+from gradprobe.diagnosis.rules.rule import AUTOTRAINER, SAGEMAKER, Rule
+from gradprobe.snapshot.records import FloatArray
+
+
+def _nonfinite(history: History) -> Finding | None:
+    hits = history.flows["non-finite"]
+    if not hits:
+        return None
+    first = hits[0]
+    names = tuple(name for name, stats in first.sites.items() if stats.nonfinite or not math.isfinite(stats.norm))
+    count = sum(stats.nonfinite for stats in first.sites.values())
+    message = (
+        f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(names)} parameters, the first of "
+        f"which is {names[0]}"
+    )
+    return NON_FINITE.finding(names, (first.step, hits[-1].step), {"nonfinite": float(count)}, message)
+
+
+NON_FINITE = Rule(
+    "non-finite",
+    formula="a NaN or an infinity in any gradient of any step",
+    source=f"{SAGEMAKER}, rule ExplodingTensor",
+    cause="an overflow (in float16 above 65,504), a division by zero, the logarithm of zero, bad data, or a step that "
+    "was too large",
+    remedies=(
+        "find the first layer and step with probe.first_nonfinite()",
+        "check the data",
+        "a lower learning rate",
+        "clipping",
+        "in float16, a scaled loss (torch.amp.GradScaler), or bfloat16",
+        "a guarded operation: an epsilon under the root and in the denominator, logsumexp for the logarithm",
+    ),
+    check=_nonfinite,
+    judges_converging=True,
+)
+
+
+def _exploding(history: History) -> Finding | None:
+    if _is_frequent("exploding", history):
+        return _over_depth("exploding", history)
+    if not _turns(history):
+        return None
+    found, n_vanishing = _over_depth("exploding", history), len(history.flows["vanishing"])
+    return replace(
+        found,
+        evidence=found.evidence | {"vanishing_steps": float(n_vanishing)},
+        message=f"{found.message}; in {n_vanishing} later steps it vanishes, which long steps along an exploding "
+        "gradient can cause: try a lower learning rate at the start to find out",
+    )
+
+
+def _vanishing(history: History) -> Finding | None:
+    is_fault = _is_frequent("vanishing", history) and not _turns(history)
+    return _over_depth("vanishing", history) if is_fault else None
+
+
+def _is_frequent(flow: Literal["exploding", "vanishing"], history: History) -> bool:
+    return 2 * len(history.flows[flow]) > len(history.judged)
+
+
+def _turns(history: History) -> bool:
+    """Whether the gradient explodes at the first step and vanishes in most of the others: exploding is the fault."""
+    exploding = history.flows["exploding"]
+    return bool(exploding) and exploding[0] is history.judged[0] and _is_frequent("vanishing", history)
+
+
+def _over_depth(flow: Literal["exploding", "vanishing"], history: History) -> Finding:
+    hits, limits = history.flows[flow], history.limits
+    newest = hits[-1]
+    names, norms = weight_names(newest), weight_norms(newest)
+    ratio = norms[0] / norms[-1] if norms[-1] else math.inf
+    evidence = {"norm_first": norms[0], "norm_last": norms[-1], "ratio": ratio}
+    line = inner_trend(norms)
+    if math.isfinite(line.std_error):
+        evidence |= {"factor_per_layer": line.factor, "std_error": line.std_error}
+    by_ends = ends_verdict(norms, limits) == flow
+    first, last = (norms[0], norms[-1]) if by_ends else (line.first, line.last)
+    concerned = tuple(name for name, norm in zip(names, norms, strict=True) if layer_status(norm, last, limits) == flow)
+    if flow == "vanishing":
+        limit = f"< {limits.vanishing_ratio:g} with the first < {limits.vanishing_norm:g}"
+    else:
+        limit = f"> {limits.exploding_ratio:g}"
+    message = f"gradient norm {norms[0]:.2e} at {names[0]} and {norms[-1]:.2e} at {names[-1]}; first/last {ratio:.2e}"
+    if not by_ends:
+        message += (
+            f"; the line fitted to the {len(norms) - 2} between them goes from {first:.2e} to {last:.2e}, by "
+            f"{line.factor:.3g} ± {line.std_error:.2g} per layer, and {first / last:.2e}"
+        )
+    message = f"step {newest.step}: {message} is {limit}: {flow} towards the input"
+    rule = EXPLODING if flow == "exploding" else VANISHING
+    return rule.finding(concerned, (hits[0].step, newest.step), evidence, message)
+
+
+EXPLODING = Rule(
+    "exploding",
+    where="backward",
+    formula="norm(first) / norm(last) > exploding_ratio in more than half of the steps, in a run that does not "
+    "converge; or at the first step, if the gradient vanishes in more than half of them (ours); or the same ratio on a "
+    "line through the log-norms of at least slope_sites weights, without the first and the last, that rises by "
+    "slope_errors standard errors (ours)",
+    source=AUTOTRAINER,
+    cause="each layer multiplies the gradient by more than one on its way to the input",
+    remedies=(
+        "residual connections; in a deep plain network batch normalisation alone is no remedy",
+        "a smaller initialisation",
+        "a lower learning rate or a warm-up",
+        "clipping, which bounds the step: probe.clip_grad_norm_(1.0) before the optimizer's step",
+    ),
+    check=_exploding,
+)
+
+VANISHING = Rule(
+    "vanishing",
+    where="backward",
+    formula="norm(first) / norm(last) <= vanishing_ratio and norm(first) < vanishing_norm in more than half of the "
+    "steps, in a run that does not converge, and with at least slope_sites weights between them also relative to the "
+    "last but one (ours); or the same on a line through the log-norms, as for exploding (ours)",
+    source=AUTOTRAINER,
+    cause="each layer multiplies the gradient by less than one on its way to the input",
+    remedies=(
+        "residual connections",
+        "normalisation; with sigmoids only batch normalisation helps",
+        "ReLU with He initialisation",
+        "a larger initialisation: Xavier for tanh",
+    ),
+    check=_vanishing,
+)
+
+# Dead ReLUs and dying layers have the same cause.
+DEAD_UNITS = "units that no input activates: large negative biases, after a step that was too long"
+REVIVE_UNITS = (
+    "a lower learning rate",
+    "He initialisation with zero biases",
+    "leaky ReLU or GELU",
+    "normalisation before the ReLU",
+)
+
+
+def _dying(history: History) -> Finding | None:
+    # The gradient of an embedding is zero for each row that was not looked up: at least two weights must be dying.
+    n_steps, limits = len(history.snapshots), history.limits
+    if n_steps < limits.window:
+        return None
+    table, present, shares = history.table, history.present, history.column("zero_fraction")  # [T, K]
+    weights = np.flatnonzero((np.asarray(table.ndims) > 1) & (2 * present.sum(axis=0) > n_steps))
+    is_dying = 2 * (present & (shares >= limits.dying_share)).sum(axis=0) > n_steps  # [K]
+    found = weights[is_dying[weights]]
+    if len(found) < max(2, limits.dying_sites * len(weights)):
+        return None
+    names = tuple(table.names[k] for k in found)
+    share = float(np.median(shares[present[:, found[0]], found[0]]))
+    steps = (history.snapshots[0].step, history.snapshots[-1].step)
+    message = (
+        f"steps {steps[0]} to {steps[1]}: in {len(found)} of {len(weights)} weights at least {limits.dying_share:.0%} "
+        f"of the gradient elements are exactly zero; the first is {names[0]} with {share:.0%}"
+    )
+    evidence = {"zero_share": share, "dying": float(len(found)), "weights": float(len(weights))}
+    return DYING.finding(names, steps, evidence, message)
+
+
+DYING = Rule(
+    "dying",
+    formula="share of exact zeros >= dying_share in the gradients of at least dying_sites of the weights, and of at "
+    "least two, in more than half of the steps, in a run that does not converge; dying_sites is ours",
+    source=f"{AUTOTRAINER}, gamma",
+    cause=DEAD_UNITS,
+    remedies=REVIVE_UNITS,
+    check=_dying,
+)
+
+
+def _silent(history: History) -> Finding | None:
+    if len(history.snapshots) < history.limits.window:
+        return None
+    always = history.present.all(axis=0)  # [K]
+    is_zero = (history.column("abs_max") == 0.0).all(axis=0)  # [K]
+    if not (always & is_zero).any() or not (always & ~is_zero).any():
+        return None
+    names = tuple(history.table.names[k] for k in np.flatnonzero(always & is_zero))
+    steps = (history.snapshots[0].step, history.snapshots[-1].step)
+    others = f", and so are those of {len(names) - 1} other parameters" if len(names) > 1 else ""
+    message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}"
+    return SILENT.finding(names, steps, {"silent": float(len(names))}, message)
+
+
+SILENT = Rule(
+    "silent parameter",
+    formula="a gradient that is exactly zero in every step, over at least `window` steps, while other parameters have "
+    "one that is not",
+    source="arithmetic: such a parameter never moves",
+    cause="the parameter does not reach the loss: multiplied by zero, detached, or behind dead units",
+    remedies=("look at how its output is used", "set requires_grad=False if that is intended"),
+    check=_silent,
+    judges_converging=True,
+)
+
+
+def _drift(history: History) -> Finding | None:
+    limits = history.limits
+    if len(history.snapshots) < limits.spike_warm_up + limits.window:
+        return None
+    table = history.table
+    weights = np.flatnonzero((np.asarray(table.ndims) > 1) & history.present.all(axis=0))  # [W]
+    norms = history.column("norm")[:, weights]  # [T, W]
+    is_usable = np.isfinite(norms).all(axis=1) & (norms > 0).any(axis=1)  # [T]
+    steps = np.array([snapshot.step for snapshot in history.snapshots])[is_usable]
+    n_steps = len(steps)
+    if len(weights) < 3 or n_steps < limits.spike_warm_up + limits.window:
+        return None
+    shares = norms[is_usable] / _median_of_positive(norms[is_usable])  # [T, W]
+    starts = np.arange(limits.spike_warm_up, n_steps - limits.window + 1)  # [S]
+    means = (np.cumsum(shares, axis=0)[starts - 1]) / starts[:, None]  # [S, W], of the steps before each start
+    highest = np.maximum.accumulate(shares[::-1], axis=0)[::-1][starts]  # [S, W], from each start on
+    lowest = np.minimum.accumulate(shares[::-1], axis=0)[::-1][starts]
+    has_left = highest < limits.drift_fall * means
+    if not history.is_converging:
+        has_left |= (lowest > limits.drift_rise * means) & (means > 0)
+    if not has_left.any():
+        return None
+    first = np.where(has_left.any(axis=0), has_left.argmax(axis=0), len(starts))  # [W]
+    order = [int(w) for w in np.argsort(first, kind="stable") if first[w] < len(starts)]
+    w, start = order[0], int(first[order[0]])
+    factor = float(np.median(shares[starts[start] :, w]) / means[start, w])
+    since = (int(steps[starts[start]]), int(steps[-1]))
+    others = f"; {len(order) - 1} other weights have drifted too" if len(order) > 1 else ""
+    message = (
+        f"steps {since[0]} to {since[1]}: the gradient of {table.names[weights[w]]}, relative to those of the other "
+        f"weights, has become {factor:.2g} times its mean over the steps before{others}"
+    )
+    evidence = {"factor": factor, "drifted": float(len(order))}
+    return DRIFT.finding(tuple(table.names[weights[w]] for w in order), since, evidence, message)
+
+
+def _median_of_positive(norms: FloatArray) -> FloatArray:
+    """Returns the median over the weights with a nonzero gradient in each step. Shapes [T, W] and [T, 1]."""
+    medians = np.median(norms, axis=1)
+    for step in np.flatnonzero((norms == 0).any(axis=1)):
+        medians[step] = np.median(norms[step][norms[step] > 0])
+    return medians[:, None]
+
+
+DRIFT = Rule(
+    "layer drift",
+    formula="norm of a weight's gradient, relative to the median over all weights, in each of at least the last "
+    "`window` steps < drift_fall times its own mean over at least spike_warm_up steps before; or > drift_rise times "
+    "that mean, in a run that does not converge; the rule is ours",
+    source="compares a layer with its own running mean, so that no limit has to fit all layers",
+    cause="the layer was cut off or died on the way: dead units, saturation, a mask or a factor that became zero",
+    remedies=(
+        "look at the steps before the first one named",
+        "look at how the layer's output is used",
+        "a lower learning rate",
+        "clipping",
+    ),
+    check=_drift,
+    judges_converging=True,
+)

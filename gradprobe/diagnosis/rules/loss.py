@@ -1,0 +1,204 @@
+"""Rules on the course of a run: its losses and its total gradient norm."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+
+from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.history import History
+from gradprobe.diagnosis.rules.rule import AUTOTRAINER, SAGEMAKER, Rule
+from gradprobe.diagnosis.thresholds import Thresholds
+from gradprobe.snapshot.records import FloatArray
+
+
+def _blow_up(history: History) -> Finding | None:
+    limits = history.limits
+    start_step, start = history.losses[0]
+
+    def is_high(step: int, loss: float) -> bool:
+        risen = loss > limits.spike_jump * start or step == start_step < limits.window
+        return not math.isfinite(loss) or (loss >= limits.loss_limit and risen)
+
+    high = [(step, loss) for step, loss in history.losses if is_high(step, loss)]
+    if not high:
+        return None
+    step, loss = high[0]
+    before = f"after {start:.3g} at step {start_step}" if step != start_step else "in the first step that has a loss"
+    message = f"step {step}: the loss is {loss:.3g}, {before}"
+    if step == start_step and math.isfinite(loss):
+        message += (
+            f"; a uniform guess among a million classes has {math.log(1e6):.3g}. Either the loss is on another scale, "
+            "or the forward pass explodes: "
+        )
+        message += (
+            "the observed activations do not show that" if history.observed else "attach(activations=True) tells which"
+        )
+    return LOSS_BLOW_UP.finding((), (step, high[-1][0]), {"loss": loss, "loss_at_start": start}, message)
+
+
+LOSS_BLOW_UP = Rule(
+    "loss blow-up",
+    formula="a loss that is NaN or infinite, or >= loss_limit and either the first or above spike_jump times the "
+    "first, in a run that does not converge; the comparison with the first is ours",
+    source=AUTOTRAINER,
+    cause="a learning rate that is too high, or activations that grow from layer to layer",
+    remedies=(
+        "a lower learning rate or a warm-up",
+        "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step",
+        "normalisation",
+        "an initialisation that suits the activation: He for ReLU, Xavier for tanh",
+    ),
+    check=_blow_up,
+    needs=("loss",),
+)
+
+
+def _unstable(history: History) -> Finding | None:
+    losses, limits = history.losses, history.limits
+    n = limits.window
+    values = np.array([loss for _, loss in losses], dtype=np.float64)
+    n_blocks = len(values) // n
+    # A ratio of losses means nothing if some are negative.
+    if n_blocks < 3 or not np.isfinite(values).all() or values.min() <= 0.0:
+        return None
+    blocks = values[-n_blocks * n :].reshape(n_blocks, n)
+    with np.errstate(over="ignore"):
+        means, std_errors = blocks.mean(axis=1), np.sqrt(blocks.var(axis=1, ddof=1) / n)  # [B] each
+    turns = _turns(means, std_errors, limits)
+    rises = [(start, end) for start, end in turns if means[start] < means[end]]
+    if not rises:
+        return None
+    low, high = max(rises, key=lambda rise: float(means[rise[1]] - means[rise[0]]))
+    first = len(losses) - n_blocks * n
+    steps = (losses[first + low * n][0], losses[first + high * n + n - 1][0])
+    error = math.hypot(std_errors[low], std_errors[high])
+    message = (
+        f"steps {steps[0]} to {steps[1]}: the mean of {n} losses rises from {means[low]:.4g} to {means[high]:.4g}, "
+        f"with a standard error of {error:.2g}"
+    )
+    if len(turns) > 1:
+        message += f"; in all it falls and rises {len(turns)} times"
+    evidence = {"loss_low": float(means[low]), "loss_high": float(means[high]), "turns": float(len(turns))}
+    return UNSTABLE_LOSS.finding((), steps, evidence, message)
+
+
+def _turns(means: FloatArray, std_errors: FloatArray, limits: Thresholds) -> list[tuple[int, int]]:
+    """Returns the clear falls and rises of block means [B], alternating: first and last block of each."""
+
+    def is_clear(high: int, low: int) -> bool:
+        drop = float(means[high] - means[low])
+        error = math.hypot(std_errors[high], std_errors[low])
+        return means[low] < limits.converging * means[high] and drop > limits.swing_errors * error
+
+    starts: list[int] = []
+    highest = lowest = 0  # since the last turn
+    rising: bool | None = None
+    for block in range(1, len(means)):
+        if means[block] > means[highest]:
+            highest = block
+        if means[block] < means[lowest]:
+            lowest = block
+        if rising is not False and is_clear(highest, block):
+            starts.append(highest)
+            rising, lowest = False, block
+        elif rising is not True and is_clear(block, lowest):
+            starts.append(lowest)
+            rising, highest = True, block
+    return list(pairwise([*starts, highest if rising else lowest])) if starts else []
+
+
+UNSTABLE_LOSS = Rule(
+    "unstable loss",
+    formula="a mean of `window` losses < converging times a later one and swing_errors standard errors below it, in a "
+    "run that does not converge; the rule is ours, the source compares the accuracy of epochs",
+    source=f"{AUTOTRAINER}, oscillating loss",
+    cause="a learning rate at the edge of what is stable, or above it once training has made the loss steeper",
+    remedies=(
+        "a lower learning rate, or one that decays",
+        "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step",
+        "larger batches",
+        "look at the order of the data: does each batch hold the same mix?",
+    ),
+    check=_unstable,
+    needs=("loss",),
+)
+
+
+def _not_learning(history: History) -> Finding | None:
+    losses, limits = history.losses, history.limits
+    values = np.array([loss for _, loss in losses], dtype=np.float64)
+    n = limits.window
+    # Without the first steps after attach, a loss that stays level may be one that is already low.
+    if len(values) < 2 * n or losses[0][0] >= n or not np.isfinite(values).all():
+        return None
+    start, end = values[:n], values[-n:]  # [n] each
+    drop = float(start.mean() - end.mean())
+    std_error = math.sqrt(float(start.var(ddof=1) + end.var(ddof=1)) / n)
+    if drop > limits.drop_errors * std_error:
+        return None
+    steps = (losses[0][0], losses[-1][0])
+    message = (
+        f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}, which is not a drop "
+        f"of more than {limits.drop_errors:g} standard errors of {std_error:.2g}"
+    )
+    evidence = {"loss_at_start": float(start.mean()), "loss_at_end": float(end.mean()), "std_error": std_error}
+    return NOT_LEARNING.finding((), steps, evidence, message)
+
+
+NOT_LEARNING = Rule(
+    "not learning",
+    formula="mean loss of the last `window` steps not below that of the first by drop_errors standard errors, in a run "
+    "that does not converge; the standard error is ours",
+    source=f"{SAGEMAKER}, rule LossNotDecreasing",
+    cause="a learning rate near zero or far too high, labels that do not belong to the inputs, or gradients that do "
+    "not arrive",
+    remedies=(
+        "look at the other findings first: they name causes",
+        "learning rates ten times higher and lower",
+        "overfit one batch to prove that the model can",
+        "check that inputs and labels belong together",
+    ),
+    check=_not_learning,
+    needs=("loss",),
+)
+
+
+def _spike(history: History) -> Finding | None:
+    limits = history.limits
+    norms = [(snapshot.step, snapshot.total_norm) for snapshot in history.snapshots]
+    found: list[tuple[int, str, float, float, float]] = []
+    series = (("total norm", norms, limits.spike_norm_jump), ("loss", history.losses, limits.spike_jump))
+    for quantity, points, jump in series:
+        finite = [(step, value) for step, value in points if math.isfinite(value)]  # other rules judge the rest
+        values = np.array([value for _, value in finite], dtype=np.float64)
+        for k in range(limits.spike_warm_up, len(values)):
+            before = values[max(0, k - limits.spike_window) : k]
+            mean, sigma = float(before.mean()), float(before.std())
+            nearby = float(before[-limits.window :].max())
+            if nearby > 0 and values[k] > max(mean + limits.spike_sigmas * sigma, jump * nearby):
+                found.append((finite[k][0], quantity, float(values[k]), mean, sigma))
+                break
+    if not found:
+        return None
+    step, quantity, value, mean, sigma = min(found)
+    message = f"step {step}: {quantity} {value:.3g}, compared with {mean:.3g} ± {sigma:.2g} over the steps before"
+    return SPIKE.finding((), (step, step), {"value": value, "mean": mean, "sigma": sigma}, message)
+
+
+SPIKE = Rule(
+    "spike",
+    formula="total norm or loss more than spike_sigmas standard deviations above the mean of the last spike_window "
+    "steps, and more than spike_norm_jump or spike_jump times the largest of the last `window`; both factors are ours",
+    source="OLMo 2 (OLMo et al. 2024), section 3.2",
+    cause="a bad batch, or a learning rate at the edge of what is stable",
+    remedies=(
+        "look at the batch of that step",
+        "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step",
+        "a lower learning rate",
+    ),
+    check=_spike,
+    judges_converging=True,
+)

@@ -1,0 +1,67 @@
+"""The type of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gradprobe.diagnosis.finding import Finding, Where, title
+from gradprobe.diagnosis.history import History, Need
+
+AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
+SAGEMAKER = "SageMaker Debugger"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One fault that the diagnosis looks for.
+
+    Attributes:
+        name: Name of the rule, which is also that of its `gradprobe explain` topic.
+        formula: When it fires, in terms of `Thresholds`.
+        source: Origin of the rule and its threshold.
+        cause: The usual cause.
+        remedies: What to do, the most likely to help first.
+        check: Looks for the fault in a history that provides what the rule needs.
+        where: The pass that the rule is about, or "" if it is about neither in particular.
+        needs: What the run must record for the rule to be judged.
+        judges_converging: Whether the fault counts in a run that converges, too.
+    """
+
+    name: str
+    formula: str
+    source: str
+    cause: str
+    remedies: tuple[str, ...]
+    check: Callable[[History], Finding | None]
+    where: Where = ""
+    needs: tuple[Need, ...] = ()
+    judges_converging: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name, followed by the pass in brackets if there is one."""
+        return title(self.name, self.where)
+
+    def finding(
+        self, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str
+    ) -> Finding:
+        """Makes a finding of this rule.
+
+        Args:
+            sites: Names of the parameters or modules concerned.
+            steps: First and last step concerned.
+            evidence: The numbers that the rule compared.
+            message: One sentence for a person.
+
+        Returns:
+            The finding.
+
+        Example:
+            >>> from gradprobe.diagnosis.rules import SPIKE
+            >>> SPIKE.finding((), (7, 7), {"norm": 90.0}, "step 7: ...").remedies[0]
+            'look at the batch of that step'
+        """
+        return Finding(
+            self.name, self.where, sites, steps, evidence, message, self.formula, self.source, self.cause, self.remedies
+        )

@@ -1,0 +1,89 @@
+"""The limits that the rules of the diagnosis compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradprobe.errors import ArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Limits of the rules.
+
+    Attributes:
+        vanishing_ratio: beta1: ratio of first to last norm below which a gradient may be vanishing.
+        vanishing_norm: beta2: norm of the first layer below which it then is vanishing.
+        exploding_ratio: beta3: ratio of first to last norm above which a gradient is exploding; also the ratio of last
+            to first RMS above which the forward pass is exploding.
+        slope_sites: Number of weights between the first and the last needed to fit a line to their norms.
+        slope_errors: Number of standard errors by which the line must rise or fall.
+        loss_limit: Loss at or above which training has blown up.
+        dying_share: gamma: share of gradient elements that are exactly zero at or above which a layer is dying.
+        dying_sites: Share of the weights that must be dying; always at least two weights.
+        drift_fall: Multiple of its own running mean below which a layer's norm, relative to the others, has fallen.
+        drift_rise: Multiple of that mean above which the norm has risen.
+        variance_ratio: Ratio of the largest to the smallest variance of the layers' outputs above which an
+            initialisation is poor.
+        dead_activity: Share of the time below which a ReLU must be active to be dead.
+        dead_share: Share of a layer's ReLUs that must be dead.
+        saturated_slope: Mean derivative of a tanh or sigmoid, relative to its largest, below which it is saturated.
+        subnormal_share: Share of a gradient's nonzero values below the smallest normal number of their dtype, above
+            which precision is lost.
+        update_ratio_high: Ratio of the norm of an update to the norm of its weight above which it is too large.
+        update_ratio_low: The same ratio below which it is too small.
+        lost_share: Share of a weight's elements that have a gradient and do not move, above which updates are lost.
+        spike_sigmas: Standard deviations above the mean of the preceding steps.
+        spike_jump: Multiple of the largest of the last `window` losses that a spike must exceed too; a slow rise does
+            not.
+        spike_norm_jump: The same for the total norm, which jumps more; healthy recurrent networks reach 2.6.
+        spike_window: Number of preceding steps that count.
+        spike_warm_up: Number of preceding steps needed.
+        window: Number of losses averaged at the start and at the end; also the number of steps in which a fault must
+            persist.
+        converging: Ratio of final to initial loss below which training converges, so that ratios over depth are no
+            fault; also the ratio of a low block of losses to a high one in an unstable loss.
+        swing_errors: Standard errors by which the loss must fall or rise to be unstable; noise stayed below in 200 of
+            200 histories of 1,000 steps.
+        drop_errors: Standard errors by which the loss must have dropped to count as learning; noise alone does that in
+            one of 260 runs (Student's t, 18 degrees of freedom).
+
+    Raises:
+        ArgumentError: A number of steps or weights is too small.
+    """
+
+    vanishing_ratio: float = 1e-3
+    vanishing_norm: float = 1e-4
+    exploding_ratio: float = 70.0
+    slope_sites: int = 10
+    slope_errors: float = 3.0
+    loss_limit: float = 1e3
+    dying_share: float = 0.7
+    dying_sites: float = 0.25
+    drift_fall: float = 1e-3
+    drift_rise: float = 70.0
+    variance_ratio: float = 1e4
+    dead_activity: float = 0.01
+    dead_share: float = 0.5
+    saturated_slope: float = 0.05
+    subnormal_share: float = 0.5
+    update_ratio_high: float = 10.0
+    update_ratio_low: float = 1e-8
+    lost_share: float = 0.5
+    spike_sigmas: float = 7.0
+    spike_jump: float = 2.0
+    spike_norm_jump: float = 3.0
+    spike_window: int = 1000
+    spike_warm_up: int = 20
+    window: int = 10
+    converging: float = 0.8
+    swing_errors: float = 8.0
+    drop_errors: float = 3.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 2), ("slope_sites", 3), ("spike_warm_up", 1), ("spike_window", 1)):
+            if getattr(self, name) < least:
+                raise ArgumentError(f"{name}: needed at least {least}, got {getattr(self, name)}")
+
+
+DEFAULTS = Thresholds()
