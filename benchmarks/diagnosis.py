@@ -1,10 +1,10 @@
-"""How far the diagnosis can be trusted: precision and recall on short runs that are healthy or have a fault planted.
+"""Measures precision and recall of the diagnosis on short runs that are healthy or have a planted fault.
 
-Every run trains a small net on scikit-learn's digits with a probe attached, and the rules see nothing but its history.
-Exploding ones take rates so small that they stay so: at larger ones the first steps flatten the gradient over depth.
-A run counts for each fault as found or not; faults that follow from the planted one (a loss that blows up and becomes
-NaN) are named with it and count neither way. Thresholds are those of the sources where there is one; seeds below 400
-were looked at while the rules were written, the table is of others.
+Each run trains a small network on scikit-learn's digits with a probe attached; the rules see only the probe's history.
+Runs with an exploding gradient use small learning rates, since larger ones flatten the gradient over depth within the
+first steps. A run counts once for each fault, as found or not. Consequences of the planted fault, such as a loss that
+blows up and becomes NaN, are listed with the run and count neither way. Thresholds are those of the cited source if
+there is one. Seeds below 400 were used while the rules were written; the table uses others.
 
     python benchmarks/diagnosis.py [--seeds 1000 1001 1002 1003]
 """
@@ -27,18 +27,18 @@ from torch.nn import functional
 import gradprobe
 from gradprobe.diagnosis.rules import RULES
 
-HELD_OUT = (1000, 1001, 1002, 1003)  # seeds that chose no threshold and no run
+HELD_OUT = (1000, 1001, 1002, 1003)  # seeds on which no threshold and no run was tuned
 BATCH_SIZE = 64
 IMAGES, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
 IMAGES = (IMAGES.float() / 16 - 0.3).view(-1, 1, 8, 8)  # [N, 1, 8, 8]
 
 
 def found_in(run: Run, seed: int) -> set[Fault]:
-    """Trains and diagnoses.
+    """Trains one run and diagnoses it.
 
     Args:
-        run: What to train.
-        seed: Of the weights and of the order of the images.
+        run: The run.
+        seed: Seed of the weights and of the order of the images.
 
     Returns:
         Titles of the findings.
@@ -62,7 +62,7 @@ def found_in(run: Run, seed: int) -> set[Fault]:
 
 
 def batches(n_steps: int) -> Iterator[torch.Tensor]:
-    """Yields the positions of the images of each batch."""
+    """Yields the indices of the images of each batch. Shape [BATCH_SIZE]."""
     n_epochs = math.ceil(n_steps * BATCH_SIZE / len(IMAGES))
     order = torch.cat([torch.randperm(len(IMAGES)) for _ in range(n_epochs)])
     yield from order[: n_steps * BATCH_SIZE].view(n_steps, BATCH_SIZE)
@@ -70,7 +70,7 @@ def batches(n_steps: int) -> Iterator[torch.Tensor]:
 
 @dataclass
 class Score:
-    """Counts for one fault; `wrong` names the runs that were judged wrongly."""
+    """Counts for one fault; `wrong` lists the misjudged runs."""
 
     hits: int = 0
     false_alarms: int = 0
@@ -79,23 +79,23 @@ class Score:
 
     @property
     def precision(self) -> float:
-        """Share of the alarms that were right."""
+        """Share of the findings that were right."""
         return self.hits / (self.hits + self.false_alarms) if self.hits + self.false_alarms else math.nan
 
     @property
     def recall(self) -> float:
-        """Share of the faults that were found."""
+        """Share of the planted faults that were found."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else math.nan
 
 
 def scores(seeds: Sequence[int]) -> dict[Fault, Score]:
-    """Makes all runs and counts.
+    """Trains all runs and counts.
 
     Args:
-        seeds: Each run is made once with each.
+        seeds: Every run is trained once with each seed.
 
     Returns:
-        The counts of each fault.
+        The counts by fault.
     """
     table = {rule.title: Score() for rule in RULES}
     for run in RUNS:

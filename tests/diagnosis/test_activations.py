@@ -1,4 +1,4 @@
-"""Rules over what passes forward, on outputs made by hand and on those of small nets."""
+"""Rules on the forward pass, on synthetic outputs and on those of small networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradprobe.diagnosis.diagnose import diagnose, verdict
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.errors import ArgumentError
 
-SOUND = layers([1.0, 1.1, 0.9, 1.0, 1.2, 0.5])
+LEVEL = layers([1.0, 1.1, 0.9, 1.0, 1.2, 0.5])
 GROWING = layers([1.0, 10.0, 100.0, 1e3, 1e4, 0.1])
 
 
@@ -22,19 +22,19 @@ def titles(history: list[gradprobe.Snapshot]) -> list[str]:
     return [finding.title for finding in diagnose(history)]
 
 
-def test_sound_outputs_are_no_finding() -> None:
-    assert titles(passing(FALLING, SOUND)) == []
-    assert titles(passing(FLAT[:10], SOUND)) == []
+def test_healthy_outputs_give_no_finding() -> None:
+    assert titles(passing(FALLING, LEVEL)) == []
+    assert titles(passing(FLAT[:10], LEVEL)) == []
 
 
 class TestExploding:
-    def test_tells_where_how_far_and_the_loss(self) -> None:
+    def test_names_the_layers_the_growth_and_the_loss(self) -> None:
         (finding,) = diagnose(passing([5e5], GROWING))
         assert (finding.title, finding.steps) == ("exploding (forward)", (0, 0))
         assert finding.sites == ("layer2", "layer3", "layer4")
         assert finding.evidence == {
             "rms_first": pytest.approx(1.0),
-            "rms_last": pytest.approx(1e4),  # the last layer is the loss's, and left out
+            "rms_last": pytest.approx(1e4),  # the last layer does not count
             "ratio": pytest.approx(1e4),
             "factor_per_layer": pytest.approx(10.0),
             "std_error": pytest.approx(0.0, abs=1e-6),
@@ -45,23 +45,23 @@ class TestExploding:
         assert "1502.01852" in finding.source
         assert verdict(passing([5e5], GROWING)) == "exploding"
 
-    def test_is_no_fault_while_the_loss_falls(self) -> None:
+    def test_is_no_fault_if_the_loss_falls(self) -> None:
         assert titles(passing(FALLING, GROWING)) == []
 
-    def test_a_forward_pass_that_becomes_nan_hides_nothing(self) -> None:
+    def test_later_steps_with_nan_hide_nothing(self) -> None:
         for broken in (layers([math.nan] * 6), layers([1.0, 1.0, 1.0, 1.0, math.inf, 1.0])):
             history = [with_outputs(one, GROWING if one.step == 0 else broken) for one in passing([5e5] * 4, GROWING)]
             (finding,) = diagnose(history)
             assert (finding.title, finding.steps) == ("exploding (forward)", (0, 0))
 
-    def test_must_last_for_more_than_half_of_the_steps(self) -> None:
+    def test_must_persist_for_more_than_half_of_the_steps(self) -> None:
         def history(n_growing: int) -> list[gradprobe.Snapshot]:
-            return [with_outputs(one, GROWING if one.step < n_growing else SOUND) for one in passing([2.3] * 6, SOUND)]
+            return [with_outputs(one, GROWING if one.step < n_growing else LEVEL) for one in passing([2.3] * 6, LEVEL)]
 
         assert titles(history(3)) == []
         assert titles(history(4)) == ["exploding (forward)"]
 
-    def test_a_pass_that_leaves_layers_out_does_not_count(self) -> None:
+    def test_a_step_in_which_layers_did_not_run_does_not_count(self) -> None:
         history = passing([2.3] * 6, GROWING)
         for one in history[:4]:
             table = one.signals.table
@@ -70,67 +70,68 @@ class TestExploding:
             one.signals.rows[left_out] = 0.0
         assert titles(history) == ["exploding (forward)"]
 
-    def test_junctions_are_compared_with_junctions(self) -> None:
+    def test_residual_adds_are_compared_with_residual_adds(self) -> None:
         names = ["a", "b", "c"]
         assert titles(passing([2.3], [Out(name, "", 10.0**k) for k, name in enumerate(names)])) == [
             "exploding (forward)"
         ]
         assert titles(passing([2.3], [Out(name, "", 3.0**k) for k, name in enumerate(names)])) == []
-        assert titles(passing([2.3], [Out(name, "", 10.0**k) for k, name in enumerate(names[:2])])) == []  # no depth
+        too_few = names[:2]
+        assert titles(passing([2.3], [Out(name, "", 10.0**k) for k, name in enumerate(too_few)])) == []
 
-    def test_a_layer_counts_behind_its_normalisation(self) -> None:
+    def test_a_layer_is_judged_by_the_output_of_its_normalisation(self) -> None:
         outputs = []
         for out in GROWING:
             outputs += [out, Out(f"norm of {out.name}", "BatchNorm1d", 1.0)] if out.module_type == "Linear" else [out]
         assert titles(passing([2.3], outputs)) == []
 
-    def test_what_is_no_layer_is_not_compared(self) -> None:
-        outputs = [Out("layer0", "Embedding", 1e-3), *SOUND[2:], Out("pool", "AvgPool2d", 1e6)]
+    def test_embeddings_and_modules_without_weights_are_not_compared(self) -> None:
+        outputs = [Out("layer0", "Embedding", 1e-3), *LEVEL[2:], Out("pool", "AvgPool2d", 1e6)]
         assert titles(passing([2.3], outputs)) == []
 
     @pytest.mark.parametrize(
         ("outputs", "words"),
-        [(SOUND, "the observed activations do not show that"), (None, "attach(activations=True) tells which")],
+        [(LEVEL, "the observed activations do not show that"), (None, "attach(activations=True) tells which")],
         ids=["observed", "not-observed"],
     )
-    def test_a_huge_first_loss_without_growth_says_what_is_not_known(self, outputs: list[Out], words: str) -> None:
+    def test_a_huge_first_loss_says_what_was_observed(self, outputs: list[Out], words: str) -> None:
         history = passing([5e5], outputs) if outputs else [snapshot(0, [1.0, 1.0], loss=5e5)]
         (finding,) = diagnose(history)
         assert finding.title == "loss blow-up"
         assert "a uniform guess among a million classes has 13.8" in finding.message
         assert finding.message.endswith(words)
 
-    def test_a_loss_that_blows_up_later_is_told_too(self) -> None:
+    def test_a_loss_that_blows_up_later_is_reported_too(self) -> None:
         assert titles(passing([2.3, 2.3, 1e9], GROWING)) == ["loss blow-up", "exploding (forward)"]
 
-    def test_snapshots_that_observed_other_modules_are_refused(self) -> None:
+    def test_snapshots_of_different_modules_are_rejected(self) -> None:
         with pytest.raises(ArgumentError, match="different modules"):
-            diagnose([*passing([2.3], SOUND), *passing([2.3], SOUND[2:])])
+            diagnose([*passing([2.3], LEVEL), *passing([2.3], LEVEL[2:])])
 
 
 class TestPoorInitialisation:
     SHRINKING = layers([1.0, 0.1, 0.01, 1e-3, 1e-4, 1.0])
 
-    def test_names_the_extremes(self) -> None:
+    def test_names_the_layers_of_largest_and_smallest_variance(self) -> None:
         (finding, stuck) = diagnose(passing(FLAT, self.SHRINKING))
         assert stuck.rule == "not learning"
         assert (finding.rule, finding.sites, finding.steps) == ("poor initialisation", ("layer4", "layer0"), (0, 9))
         assert finding.evidence["ratio"] == pytest.approx(1e8)
         assert "PoorWeightInitialization" in finding.source
 
-    def test_is_none_where_the_run_converges_or_is_young_or_was_joined_late(self) -> None:
+    def test_is_not_reported_if_the_run_converges_is_young_or_was_attached_late(self) -> None:
         assert titles(passing(FALLING, self.SHRINKING)) == []
         assert titles(passing(FLAT[:19], self.SHRINKING)) == []
         assert titles(passing(FLAT, self.SHRINKING, first=500)) == []
 
-    def test_layers_of_torch_and_of_transformers_differ_that_much(self) -> None:
+    def test_layers_of_healthy_networks_differ_by_as_much(self) -> None:
         assert titles(passing(FLAT, layers([1.0, 0.4, 0.16, 0.1, 0.1, 1.0]))) == ["not learning"]
 
-    def test_must_last_for_the_first_steps(self) -> None:
-        history = [with_outputs(one, SOUND if one.step == 5 else self.SHRINKING) for one in passing(FLAT, SOUND)]
+    def test_must_hold_in_all_of_the_first_steps(self) -> None:
+        history = [with_outputs(one, LEVEL if one.step == 5 else self.SHRINKING) for one in passing(FLAT, LEVEL)]
         assert titles(history) == ["not learning"]
 
-    def test_branches_that_start_at_zero_are_meant(self) -> None:
+    def test_branches_that_start_at_zero_are_intended(self) -> None:
         assert titles(passing(FLAT, layers([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]))) == ["not learning"]
 
     def test_dead_units_are_another_fault(self) -> None:
@@ -152,15 +153,15 @@ class TestSaturation:
             (Out("act", "Sigmoid", math.sqrt(0.4), mean=0.5), False),
             (Out("act", "GELU", 0.999, mean=0.999), False),
         ],
-        ids=["tanh", "sound-tanh", "sigmoid-at-both-ends", "sigmoid-at-one", "small-sigmoid", "sound-sigmoid", "gelu"],
+        ids=["tanh", "small-tanh", "sigmoid-at-both-ends", "sigmoid-at-one", "half-sigmoid", "small-sigmoid", "gelu"],
     )
-    def test_is_told_by_the_mean_derivative(self, out: Out, is_saturated: bool) -> None:
+    def test_is_judged_by_the_mean_derivative(self, out: Out, is_saturated: bool) -> None:
         head = Out("head", "Linear", 1.0)
         assert titles(passing(FLAT[:10], [out, head])) == (["saturation"] if is_saturated else [])
         assert titles(passing(FALLING, [out, head])) == []
-        assert titles(passing(FLAT[:10], [head, out])) == []  # an output that is sure of itself
+        assert titles(passing(FLAT[:10], [head, out])) == []  # a confident output
 
-    def test_a_module_that_hardly_ever_runs_is_none(self) -> None:
+    def test_a_module_that_rarely_runs_is_not_saturated(self) -> None:
         history = passing(FLAT[:10], [Out("act", "Sigmoid", 0.999, mean=0.999), Out("head", "Linear", 1.0)])
         for one in history[:6]:
             one.signals.events.measured.present[0] = False
@@ -168,7 +169,7 @@ class TestSaturation:
         assert titles(history) == []
 
     @pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
-    def test_the_derivative_is_that_of_autograd(self, activation: type[nn.Module]) -> None:
+    def test_the_derivative_agrees_with_autograd(self, activation: type[nn.Module]) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 400), activation(), nn.Linear(400, 1))
         nn.init.normal_(model[0].weight, std=40.0)
@@ -182,7 +183,7 @@ class TestSaturation:
         assert finding.rule == "saturation"
         largest = {nn.Tanh: 1.0, nn.Sigmoid: 0.25}[activation]
         assert finding.evidence["slope"] == pytest.approx(derivative.mean().item() / largest, rel=1e-3)
-        assert (derivative < 0.1 * largest).double().mean() >= 0.5  # what the formula promises
+        assert (derivative < 0.1 * largest).double().mean() >= 0.5  # as the formula states
 
 
 class TestDeadReLU:
@@ -195,13 +196,13 @@ class TestDeadReLU:
 
     def test_units_may_die_late(self) -> None:
         history = [
-            with_outputs(one, layers([1.0, 1.0, 1.0], 0.5 if one.step < 20 else 0.999)) for one in passing(FLAT, SOUND)
+            with_outputs(one, layers([1.0, 1.0, 1.0], 0.5 if one.step < 20 else 0.999)) for one in passing(FLAT, LEVEL)
         ]
         (finding, stuck) = diagnose(history)
         assert stuck.rule == "not learning"
         assert (finding.rule, finding.sites, finding.steps) == ("dead ReLU", ("relu0", "relu1"), (30, 39))
 
-    def test_the_share_is_a_lower_bound_of_the_true_one(self) -> None:
+    def test_the_share_is_a_lower_bound_of_the_true_share(self) -> None:
         torch.manual_seed(0)
         relu = nn.ReLU()
         model = nn.Sequential(nn.Linear(20, 200), relu, nn.Linear(200, 1))

@@ -1,4 +1,4 @@
-"""The line over depth, and a layer against its own running mean."""
+"""The line fitted over depth, and a layer compared with its own running mean."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gradprobe.errors import ArgumentError
 
 
 def slope(factor: float, n_layers: int = 20, scale: float = 1.0) -> list[float]:
-    """Norms that grow by a factor per layer on the way to the input; both ends have 1."""
+    """Returns norms that grow by a factor per layer towards the input; the first and the last are 1."""
     return [1.0, *(scale * factor**k for k in range(n_layers - 1, -1, -1)), 1.0]
 
 
 # plain-34 of the ImageNet layout with batch normalisation on the digits, in epochs 2 of 2 and 4 of 20 of the sweep:
-# its first steps, in which the gradient explodes, have left the weights near the input with norms up to 1,000.
+# the gradient exploded in the first steps and left the weights near the input with norms up to 1,000.
 STANDING_OUT = {
     "2-of-2": "5.8e-4 3.3e-4 6.4e-4 4.6e-4 6.4e-4 2.9e-3 3.2e-3 1.5e-3 6.6e-4 7.7e-4 7.8e-4 7.7e-4 7.5e-4 9.7e-4 "
     "1.1e-3 1.7e-3 1.7e-3 2.1e-3 2.2e-3 3.1e-3 3.2e-3 3.8e-3 6.6e-3 6.3e-3 9.6e-3 1.4e-2 8.9e-3 1.5e-2 1.2e-2 1.6e-2 "
@@ -33,22 +33,22 @@ STANDING_OUT = {
 
 class TestLastLayer:
     @pytest.mark.parametrize("profile", STANDING_OUT.values(), ids=STANDING_OUT)
-    def test_that_stands_out_makes_no_gradient_vanish(self, profile: str) -> None:
+    def test_alone_with_a_large_norm_is_no_vanishing_gradient(self, profile: str) -> None:
         norms = [float(norm) for norm in profile.split()]
         assert norms[0] < 1e-3 * norms[-1]
         assert flow_verdict(norms) == "healthy"
-        assert flow_verdict(norms, Thresholds(vanishing_norm=math.inf)) == "healthy"  # not for its absolute size
+        assert flow_verdict(norms, Thresholds(vanishing_norm=math.inf)) == "healthy"  # whatever its absolute size
 
-    @pytest.mark.parametrize("factor", [0.55, 0.74], ids=["in-steps", "slowly"])
-    def test_that_is_one_of_many_steps_hides_nothing(self, factor: float) -> None:
+    @pytest.mark.parametrize("factor", [0.55, 0.74], ids=["fast", "slow"])
+    def test_on_a_gradual_slope_hides_nothing(self, factor: float) -> None:
         assert flow_verdict([1e-2 * factor**k for k in range(24, -1, -1)]) == "vanishing"
 
-    def test_a_fall_within_a_few_of_many_layers_is_found(self) -> None:
+    def test_a_fall_over_a_few_of_many_layers_is_found(self) -> None:
         (finding,) = diagnose([snapshot(0, [*[1e-6] * 12, 1e-4, 1e-2, 1.0])])
         assert finding.title == "vanishing (backward)"
         assert "first/last 1.00e-06 is < 0.001" in finding.message
 
-    def test_it_alone_is_judged_in_a_net_of_few_layers(self) -> None:
+    def test_alone_counts_in_a_network_of_few_layers(self) -> None:
         assert flow_verdict([1e-5, 1e-5, 1e-5, 1.0]) == "vanishing"
 
 
@@ -60,25 +60,25 @@ class TestLine:
             (slope(1.1), "healthy"),  # 1.1^19 = 6
             (slope(0.5), "vanishing"),
             (slope(0.5, scale=1e6), "healthy"),  # nowhere small
-            (slope(1.5, 9, scale=1.0), "healthy"),  # too few sites to trust a line
+            (slope(1.5, 9, scale=1.0), "healthy"),  # too few weights to trust a line
             (slope(100.0, 9), "healthy"),
             (slope(1.0), "healthy"),
-            ([1.0, *[0.0] * 20, 1.0], "healthy"),  # zeros have a rule of their own
-            ([1.0, *([1e-9, 1.0] * 10), 1.0], "healthy"),  # up and down is no slope
+            ([1.0, *[0.0] * 20, 1.0], "healthy"),  # other rules judge zeros
+            ([1.0, *([1e-9, 1.0] * 10), 1.0], "healthy"),  # alternating norms have no slope
         ],
         ids=["grows", "hardly", "shrinks", "shrinks-from-large", "few", "few-steep", "flat", "zeros", "noise"],
     )
-    def test_judges_where_first_and_last_would_not(self, norms: list[float], expected: str) -> None:
+    def test_finds_what_first_and_last_norm_do_not_show(self, norms: list[float], expected: str) -> None:
         assert flow_verdict(norms) == expected
 
-    def test_a_slope_within_its_error_is_none(self) -> None:
+    def test_a_slope_within_its_error_does_not_count(self) -> None:
         noise = np.random.default_rng(0).normal(size=20)
         steep = [float(math.exp(0.25 * (19 - k) + noise[k])) for k in range(20)]
         assert flow_verdict([1.0, *steep, 1.0]) == "exploding"
         wild = [float(math.exp(0.25 * (19 - k) + 20 * noise[k])) for k in range(20)]
         assert flow_verdict([1.0, *wild, 1.0], Thresholds(vanishing_norm=0.0)) == "healthy"
 
-    def test_the_finding_tells_factor_and_error(self) -> None:
+    def test_the_finding_gives_factor_and_error(self) -> None:
         (finding,) = diagnose([snapshot(0, slope(1.5))])
         assert finding.title == "exploding (backward)"
         assert finding.evidence["factor_per_layer"] == pytest.approx(1.5)
@@ -87,31 +87,31 @@ class TestLine:
         assert "the line fitted to the 20 between them goes from 2.22e+03 to 1.00e+00, by 1.5 ±" in finding.message
         assert finding.sites == tuple(f"layer{k}.weight" for k in range(1, 10))  # 1.5^11 = 86, 1.5^10 = 58
 
-    def test_the_ends_alone_have_their_factor_too(self) -> None:
+    def test_a_finding_from_first_and_last_norm_gives_the_factor_too(self) -> None:
         (finding,) = diagnose([snapshot(0, [1.5**k for k in range(20, -1, -1)])])
         assert finding.evidence["factor_per_layer"] == pytest.approx(1.5)
         assert "line" not in finding.message
 
-    def test_a_line_needs_three_sites(self) -> None:
+    def test_a_line_needs_three_weights(self) -> None:
         with pytest.raises(ArgumentError, match="slope_sites: needed at least 3, got 2"):
             Thresholds(slope_sites=2)
 
 
 class TestDrift:
-    def test_names_the_layer_that_falls_and_when(self) -> None:
+    def test_names_the_layer_that_falls_and_the_steps(self) -> None:
         history = [snapshot(step, [1.0, 2.0, 1e-4 if step >= 30 else 1.0, 1.0]) for step in range(45)]
         (finding,) = diagnose(history)
         assert (finding.rule, finding.sites, finding.steps) == ("layer drift", ("layer2.weight",), (30, 44))
         assert finding.evidence == {"factor": pytest.approx(1e-4), "drifted": 1.0}
 
-    def test_the_first_to_fall_stands_first(self) -> None:
+    def test_the_first_to_fall_is_named_first(self) -> None:
         starts = [99, 35, 31, 33, 99, 99, 99]
         history = [snapshot(step, [0.0 if step >= start else 1.0 for start in starts]) for step in range(60)]
         (finding,) = [finding for finding in diagnose(history) if finding.rule == "layer drift"]
         assert finding.sites == ("layer2.weight", "layer3.weight", "layer1.weight")
         assert finding.steps == (31, 59)
 
-    def test_all_that_fall_together_are_no_drift(self) -> None:
+    def test_layers_that_all_fall_together_do_not_drift(self) -> None:
         norms = [1e-3 ** (step / 20) for step in range(60)]
         assert rules_of([snapshot(step, [norm, 2 * norm, norm]) for step, norm in enumerate(norms)]) == []
 
@@ -129,17 +129,17 @@ class TestDrift:
         ],
         ids=["comes-back", "too-short", "not-far"],
     )
-    def test_what_is_no_drift(self, norm) -> None:  # type: ignore[no-untyped-def]
+    def test_other_falls_are_no_drift(self, norm) -> None:  # type: ignore[no-untyped-def]
         assert rules_of([snapshot(step, [1.0, norm(step), 1.0, 1.0]) for step in range(45)]) == []
 
-    def test_a_rise_counts_only_where_the_run_does_not_converge(self) -> None:
+    def test_a_rise_counts_only_if_the_run_does_not_converge(self) -> None:
         def history(losses: list[float], before: float) -> list[str]:
             norms = [[1e4, 100.0 if step >= 25 else before, 1.0, 1.0, 1.0, 1.0, 1e4] for step in range(40)]
             return rules_of([snapshot(step, norms[step], loss=loss) for step, loss in enumerate(losses)])
 
         assert history(FLAT, 1.0) == ["layer drift", "not learning"]
         assert history(FALLING, 1.0) == []
-        assert history(FLAT, 0.0) == ["not learning"]  # a weight that joins later has no mean to leave
+        assert history(FLAT, 0.0) == ["not learning"]  # a weight whose gradient starts later has no mean before
 
     def test_two_weights_have_no_others_to_compare_with(self) -> None:
         assert rules_of([snapshot(step, [1.0, float(step < 30)]) for step in range(45)]) == []

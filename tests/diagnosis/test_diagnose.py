@@ -1,4 +1,4 @@
-"""The rules, on snapshots made by hand."""
+"""The rules on synthetic snapshots."""
 
 import math
 from dataclasses import replace
@@ -21,9 +21,9 @@ from gradprobe.errors import ArgumentError
         ([2.5, 1.4], "healthy"),  # ResNet-56 with BN
         ([2.1e-6, 6.0e-3], "vanishing"),  # plain-56 without BN
         ([1.7e-11, 5.5e-3], "vanishing"),  # plain-110 without BN
-        ([1e-9, 1e-9], "healthy"),  # small everywhere is a small loss, not a vanishing gradient
+        ([1e-9, 1e-9], "healthy"),  # small in all layers: a small loss, not a vanishing gradient
         ([0.0, 0.0], "vanishing"),
-        ([1e-3, 1e3], "healthy"),  # the ratio alone does not make it vanishing
+        ([1e-3, 1e3], "healthy"),  # the ratio alone is not enough
         ([math.nan, 1.0], "non-finite"),
         ([1.0, math.inf], "non-finite"),
         ([], "healthy"),
@@ -44,18 +44,18 @@ def test_a_finding_names_sites_steps_evidence_and_source() -> None:
     assert "AUTOTRAINER" in finding.source
 
 
-def test_a_passing_dip_is_no_finding_but_one_nan_is() -> None:
-    sound = [snapshot(step, [1.0, 1.0]) for step in range(4)]
-    assert diagnose([*sound, snapshot(4, [1e-9, 1.0])]) == []
-    assert verdict(sound) == "healthy"
-    (finding,) = diagnose([*sound, snapshot(4, [math.nan, 1.0], nonfinite=1), *sound[:1]])
+def test_a_brief_dip_is_no_finding_but_a_single_nan_is() -> None:
+    healthy = [snapshot(step, [1.0, 1.0]) for step in range(4)]
+    assert diagnose([*healthy, snapshot(4, [1e-9, 1.0])]) == []
+    assert verdict(healthy) == "healthy"
+    (finding,) = diagnose([*healthy, snapshot(4, [math.nan, 1.0], nonfinite=1), *healthy[:1]])
     assert (finding.rule, finding.sites, finding.steps) == ("non-finite", ("layer0.weight",), (4, 4))
-    assert verdict([*sound, snapshot(4, [math.nan, 1.0], nonfinite=1)]) == "non-finite"
+    assert verdict([*healthy, snapshot(4, [math.nan, 1.0], nonfinite=1)]) == "non-finite"
 
 
 def test_a_gradient_that_explodes_first_and_then_vanishes_is_exploding() -> None:
-    exploding, vanishing, sound = [240.0, 0.53], [1e-9, 0.2], [1.0, 1.0]
-    history = [snapshot(step, norms) for step, norms in enumerate([exploding] * 3 + [sound] * 2 + [vanishing] * 15)]
+    exploding, vanishing, healthy = [240.0, 0.53], [1e-9, 0.2], [1.0, 1.0]
+    history = [snapshot(step, norms) for step, norms in enumerate([exploding] * 3 + [healthy] * 2 + [vanishing] * 15)]
     (finding,) = diagnose(history)
     assert (finding.title, finding.steps, finding.sites) == ("exploding (backward)", (0, 2), ("layer0.weight",))
     assert finding.evidence == {
@@ -75,7 +75,7 @@ def test_thresholds_can_be_set() -> None:
     assert flow_verdict(norms, Thresholds(exploding_ratio=5.0)) == "exploding"
 
 
-def test_a_model_of_vectors_alone_is_judged_by_them() -> None:
+def test_a_model_with_vectors_only_is_judged_by_them() -> None:
     assert verdict([snapshot(0, [1e-9, 1.0], ndim=1)]) == "vanishing"
 
 
@@ -85,16 +85,16 @@ def test_an_empty_history_is_healthy() -> None:
 
 
 class TestCourse:
-    def test_ratios_over_depth_are_no_fault_while_the_loss_falls(self) -> None:
+    def test_ratios_over_depth_are_no_fault_if_the_loss_falls(self) -> None:
         assert rules_of(course(FALLING, [1e-9, 1.0])) == []
         assert rules_of(course(FLAT, [1e-9, 1.0])) == ["vanishing", "not learning"]
         assert rules_of(course(FLAT, [1e3, 1.0])) == ["exploding", "not learning"]
         assert rules_of(course(FALLING[:5], [1e3, 1.0])) == ["exploding"]  # too early to tell
 
-    def test_a_low_loss_that_stays_is_no_finding_without_its_start(self) -> None:
+    def test_a_level_low_loss_without_the_first_steps_is_no_finding(self) -> None:
         assert rules_of(course([0.01 + 1e-4 * (-1) ** step for step in range(40)], first=5000)) == []
 
-    def test_a_loss_that_blew_up_and_came_down_is_told(self) -> None:
+    def test_a_loss_that_blew_up_and_came_down_is_reported(self) -> None:
         losses = [2.3, 2e3, 3e13, 68.0, *[80.0 + (-1) ** step for step in range(36)]]
         assert rules_of(course(losses))[0] == "loss blow-up"
         (finding,) = [finding for finding in diagnose(course(losses)) if finding.rule == "loss blow-up"]
@@ -102,16 +102,16 @@ class TestCourse:
         assert finding.evidence == {"loss": 2e3, "loss_at_start": 2.3}
         assert finding.remedies[0] == "a lower learning rate or a warm-up"
 
-    def test_a_huge_loss_that_falls_is_the_scale_of_the_task(self) -> None:
+    def test_a_huge_loss_that_falls_is_no_fault(self) -> None:
         huge = [1e5 * loss for loss in FALLING]
         assert rules_of(course(huge)) == []
-        (finding,) = diagnose(course(huge[:5]))  # too early to tell; its first step counts, not those that are lower
+        (finding,) = diagnose(course(huge[:5]))  # too early to tell; only the first step counts
         assert (finding.rule, finding.steps) == ("loss blow-up", (0, 0))
 
-    def test_a_loss_that_is_no_number_is_told(self) -> None:
+    def test_a_loss_that_becomes_nan_is_reported(self) -> None:
         assert rules_of(course([*FALLING[:30], math.nan])) == ["loss blow-up"]
 
-    def test_a_spike_is_named_with_its_step_and_a_slow_rise_is_none(self) -> None:
+    def test_a_spike_is_reported_with_its_step_and_a_slow_rise_is_not(self) -> None:
         history = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(30)]
         (finding,) = diagnose([*history, snapshot(30, [9.0]), *history[:5]])
         assert (finding.rule, finding.steps) == ("spike", (30, 30))
@@ -124,33 +124,33 @@ class TestCourse:
         assert (finding.rule, finding.steps, finding.evidence["sigma"]) == ("spike", (525, 525), 0.0)
         assert rules_of(course([-100.0 + 0.1 * (-1) ** step for step in range(30)] + [-99.0], first=500)) == []
 
-    def test_a_step_that_a_scaler_skipped_is_no_fault_and_hides_none(self) -> None:
+    def test_a_step_that_a_scaler_skipped_is_no_fault_and_hides_no_fault(self) -> None:
         first = replace(snapshot(0, [math.inf], nonfinite=1), skipped=True)
-        sound = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(1, 40)]
-        assert diagnose([first, *sound]) == []
-        (finding,) = diagnose([first, *sound, snapshot(40, [99.0])])
+        healthy = [snapshot(step, [1.0 + 0.1 * (-1) ** step]) for step in range(1, 40)]
+        assert diagnose([first, *healthy]) == []
+        (finding,) = diagnose([first, *healthy, snapshot(40, [99.0])])
         assert (finding.rule, finding.steps) == ("spike", (40, 40))
-        assert rules_of([replace(one, skipped=True) for one in (first, first)] + sound[:1]) == ["non-finite"]
+        assert rules_of([replace(one, skipped=True) for one in (first, first)] + healthy[:1]) == ["non-finite"]
 
-    def test_a_run_that_learns_in_its_first_steps_is_learning(self) -> None:
+    def test_a_run_that_learns_in_its_first_steps_counts_as_learning(self) -> None:
         assert rules_of(course([2.3] + [0.01] * 39)) == []
         assert rules_of(course([2.3 * 0.5**step for step in range(40)])) == []
 
-    def test_a_high_loss_late_in_a_run_is_no_blow_up_and_losses_given_late_are_no_start(self) -> None:
+    def test_a_history_that_starts_late_in_a_run_shows_neither_blow_up_nor_lack_of_learning(self) -> None:
         assert rules_of(course([5e3 + 10.0 * (-1) ** step for step in range(40)], first=5000)) == []
         late = [snapshot(step, [1.0]) for step in range(60)]
         assert rules_of(late + course([0.01 + 1e-4 * (-1) ** step for step in range(40)], [1.0], first=60)) == []
 
-    def test_a_negative_loss_hides_no_ratio(self) -> None:
+    def test_a_negative_loss_hides_no_exploding_gradient(self) -> None:
         falling = [-2.3 - 0.01 * step for step in range(40)]
         assert rules_of(course(falling, [1e3, 1.0])) == ["exploding"]
 
-    def test_snapshots_of_different_probes_are_refused(self) -> None:
+    def test_snapshots_of_different_probes_are_rejected(self) -> None:
         with pytest.raises(ArgumentError, match="snapshots: needed the history of one probe"):
             diagnose([snapshot(0, [1.0]), snapshot(1, [1.0, 1.0])])
 
     @pytest.mark.parametrize(("name", "value"), [("window", 1), ("spike_warm_up", 0), ("spike_window", 0)])
-    def test_limits_that_make_no_sense_are_refused(self, name: str, value: int) -> None:
+    def test_limits_that_are_too_small_are_rejected(self, name: str, value: int) -> None:
         with pytest.raises(ArgumentError, match=f"{name}: needed at least"):
             Thresholds(**{name: value})
 

@@ -1,4 +1,4 @@
-"""Ratios over depth at initialisation against those that were measured elsewhere, within the spread of seeds."""
+"""Gradient ratios over depth at initialisation agree with independent measurements within the spread of seeds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gradprobe.experiments.data import load
 
 N_SEEDS = 10
 
-# Norm of the gradient of the first convolution's weight over the last one's, in one batch of 256 of the digits: one
-# seed of an implementation of its own, which does not tell the scale of its images.
+# Gradient norm of the first convolution's weight over that of the last, on one batch of 256 digits: one seed of an
+# independent implementation whose image scale is unknown.
 FIRST_OVER_LAST = {
     ("plain", 20, "batch"): 2.2,
     ("plain", 56, "batch"): 4.5e2,
@@ -42,22 +42,22 @@ def log_ratio(family: str, depth: int, norm: str, seed: int, has_unit_scale: boo
 
 
 # With images of unit standard deviation, 45 of 200 seeds of plain-56 without normalisation reach 3.6e-4 (2.1e-4, a
-# factor of 2.0 either way). With 0.27, as `load` leaves them, one of 400 does (6.1e-5, 1.9); the other seven nets agree
-# at both scales.
+# factor of 2.0 either way). With 0.27, as `load` returns them, one of 400 does (6.1e-5, 1.9); the other seven networks
+# agree at both scales.
 @pytest.mark.soak
 @pytest.mark.parametrize(("family", "depth", "norm"), FIRST_OVER_LAST)
 def test_ratios_at_initialisation(family: str, depth: int, norm: str) -> None:
     logs = [log_ratio(family, depth, norm, seed) for seed in range(N_SEEDS)]
-    # another single seed lies within three standard deviations of a prediction
+    # prediction interval for one more seed
     deviation = statistics.stdev(logs) * math.sqrt(1 + 1 / N_SEEDS)
     distance = math.log(FIRST_OVER_LAST[family, depth, norm]) - statistics.fmean(logs)
     assert abs(distance) < 3 * deviation
-    assert deviation < 1.5  # a factor of 4.5 either way, or the test could not fail
+    assert deviation < 1.5  # a factor of 4.5 either way; otherwise the test could hardly fail
 
 
 @pytest.mark.parametrize(("norm", "power"), [("none", 1), ("batch", 0)])
-def test_only_without_normalisation_the_ratio_goes_with_the_scale_of_the_images(norm: str, power: int) -> None:
-    # The first weight's gradient is proportional to what comes in; the last one's inputs are mostly made by biases.
+def test_the_ratio_depends_on_the_scale_of_the_images_only_without_normalisation(norm: str, power: int) -> None:
+    # The first weight's gradient is proportional to the images; the inputs of the last come mostly from biases.
     logs = [log_ratio("plain", 56, norm, seed) - log_ratio("plain", 56, norm, seed, False) for seed in range(4)]
     expected = -power * math.log(load("digits").train_x.std())
     assert statistics.fmean(logs) == pytest.approx(expected, abs=0.3)

@@ -23,7 +23,7 @@ N_VALUES = 1000
 def history(
     losses: list[float], mean: float, zeros: float = 0.0, smallest_normal: float = HALF, scale: float = 1.0
 ) -> list[gradprobe.Snapshot]:
-    """Steps in which the gradient at the output of the module "a" has this mean magnitude, as it comes."""
+    """Returns steps in which the scaled gradient at the output of module "a" has this mean magnitude."""
     table = SignalTable(("a",), (), ("Linear",))
     rows = np.array([[0.0, 1.0, 1.0, 1.0, 0.0, 0.0], [0.0, mean, mean**2, mean, zeros, 0.0]]) * N_VALUES
     measured = Measured(np.ones(2, dtype=np.bool_), np.full(2, N_VALUES))
@@ -36,38 +36,38 @@ def history(
     [
         (0.4 * HALF, 0.0, HALF, True),
         (0.6 * HALF, 0.0, HALF, False),
-        (0.3 * HALF, 0.5, HALF, False),  # what is not zero has a mean of 0.6
+        (0.3 * HALF, 0.5, HALF, False),  # the nonzero values have a mean of 0.6
         (0.2 * HALF, 0.5, HALF, True),
         (0.4 * HALF, 0.0, SINGLE, False),  # bfloat16, float32
         (0.4 * SINGLE, 0.0, SINGLE, True),
-        (0.0, 1.0, HALF, False),  # nothing is left that could tell
+        (0.0, 1.0, HALF, False),  # no nonzero value to judge by
         (float("nan"), 0.0, HALF, False),
         (0.4 * HALF, 0.0, float("nan"), False),
     ],
 )
-def test_counts_what_is_below_the_smallest_normal(
+def test_counts_values_below_the_smallest_normal_number(
     mean: float, zeros: float, smallest_normal: float, is_lost: bool
 ) -> None:
     found = [finding.rule for finding in diagnose(history(FLAT[:10], mean, zeros, smallest_normal))]
     assert found == (["precision loss"] if is_lost else [])
 
 
-def test_float64_is_judged_without_a_warning_on_the_screen(recwarn: pytest.WarningsRecorder) -> None:
+def test_float64_is_judged_without_a_numpy_warning(recwarn: pytest.WarningsRecorder) -> None:
     assert diagnose(history(FLAT[:10], 10.0, smallest_normal=2.0**-1022)) == []
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_a_gradient_that_did_not_come_is_not_small() -> None:
+def test_a_missing_gradient_is_not_small() -> None:
     steps = history(FLAT[:10], 0.0)
     for one in steps:
         one.signals.events.measured.present[1] = False
     assert diagnose(steps) == []
 
 
-def test_must_last_for_more_than_half_of_the_steps() -> None:
-    small, sound = history(FLAT[:10], 0.1 * HALF), history(FLAT[:10], HALF)
-    assert diagnose([*small[:5], *sound[5:]]) == []
-    assert [one.rule for one in diagnose([*small[:6], *sound[6:]])] == ["precision loss"]
+def test_must_persist_for_more_than_half_of_the_steps() -> None:
+    small, healthy = history(FLAT[:10], 0.1 * HALF), history(FLAT[:10], HALF)
+    assert diagnose([*small[:5], *healthy[5:]]) == []
+    assert [one.rule for one in diagnose([*small[:6], *healthy[6:]])] == ["precision loss"]
 
 
 def test_the_dtype_is_that_of_the_step() -> None:
@@ -82,7 +82,7 @@ def test_the_dtype_is_that_of_the_step() -> None:
     assert [list(smallest[[0, 1, 5]]) for smallest in seen] == [[SINGLE] * 3, [HALF] * 3, [SINGLE] * 3]
 
 
-def test_the_gradient_counts_as_it_came_with_the_loss_scaled() -> None:
+def test_the_gradient_counts_before_loss_scaling_is_undone() -> None:
     assert diagnose(history(FLAT[:10], 100 * HALF, scale=1e-4)) == []
     (finding,) = diagnose(history(FLAT[:10], 0.1 * HALF, scale=1e4))
     assert finding.evidence == {
@@ -94,22 +94,22 @@ def test_the_gradient_counts_as_it_came_with_the_loss_scaled() -> None:
     assert finding.remedies[0] == "scale the loss with torch.amp.GradScaler, given to attach as grad_scaler"
 
 
-def test_is_no_fault_while_the_loss_falls_and_can_be_set() -> None:
+def test_is_no_fault_if_the_loss_falls_and_the_limit_can_be_set() -> None:
     assert diagnose(history(FALLING, 0.1 * HALF)) == []
     assert diagnose(history(FLAT[:10], 0.1 * HALF), Thresholds(subnormal_share=0.95)) == []
 
 
-class InFull(nn.Module):
-    """A part that is left out of autocast."""
+class InFloat32(nn.Module):
+    """A module that autocast does not touch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.float().tanh()
 
 
 def gradients_in(dtype: torch.dtype, loss_factor: float) -> tuple[gradprobe.Snapshot, dict[str, torch.Tensor]]:
-    """One step under autocast, and copies of the gradients at the outputs of its modules."""
+    """Returns one step under autocast, and copies of the gradients at the outputs of its modules."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 50), InFull(), nn.Linear(50, 10))
+    model = nn.Sequential(nn.Linear(20, 50), InFloat32(), nn.Linear(50, 10))
     seen: dict[str, torch.Tensor] = {}
     with gradprobe.attach(model, activations=True) as probe:
         for name, module in model.named_children():
@@ -126,7 +126,7 @@ def gradients_in(dtype: torch.dtype, loss_factor: float) -> tuple[gradprobe.Snap
 
 
 @pytest.mark.parametrize("loss_factor", [1e-2, 1e-3, 1e-4], ids=str)
-def test_the_share_is_a_lower_bound_of_the_true_one(loss_factor: float) -> None:
+def test_the_share_is_a_lower_bound_of_the_true_share(loss_factor: float) -> None:
     one, seen = gradients_in(torch.float16, loss_factor)
     assert [seen[name].dtype for name in "012"] == [torch.float16, torch.float32, torch.float16]
     (finding,) = diagnose([one])

@@ -18,7 +18,7 @@ from gradprobe.diagnosis.diagnose import verdict
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Nets this small only lose by a second thread."""
+    """Networks this small only get slower with a second thread."""
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_finds_what_was_planted_and_no_more(run: Run) -> None:
+def test_finds_the_planted_fault_and_no_other(run: Run) -> None:
     found = found_in(run, seed=7)
     assert found - (set(run.follows) - {run.fault}) == ({run.fault} if run.fault else set())
 
@@ -41,7 +41,7 @@ def test_finds_what_was_planted_and_no_more(run: Run) -> None:
         ("resnet", 20, "batch", []),
         ("resnet", 56, "batch", []),
         ("resnet", 110, "batch", []),
-        ("resnet", 110, "none", ["exploding (forward)"]),  # each junction doubles the variance
+        ("resnet", 110, "none", ["exploding (forward)"]),  # each residual add doubles the variance
     ],
 )
 @pytest.mark.parametrize("activations", [False, True], ids=["", "activations"])
@@ -59,7 +59,7 @@ def test_verdict_at_initialisation_follows_the_papers(
     assert verdict(probe.history()) == (findings[0].rule if findings else "healthy")
 
 
-def test_without_its_junctions_the_loss_tells_that_something_is_wrong() -> None:
+def test_without_observed_residual_adds_the_loss_shows_the_fault() -> None:
     torch.manual_seed(0)
     model = gradprobe.networks.resnet(110, in_channels=1, norm="none")
     with gradprobe.attach(model, junctions=False) as probe:
@@ -73,7 +73,7 @@ def test_without_its_junctions_the_loss_tells_that_something_is_wrong() -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_precision_and_recall_on_seeds_that_chose_no_threshold() -> None:
+def test_precision_and_recall_on_held_out_seeds() -> None:
     for rule, score in scores(HELD_OUT).items():
         assert score.hits + score.misses >= 4, rule
         assert score.precision >= 0.95, (rule, score.wrong)

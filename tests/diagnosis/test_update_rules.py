@@ -1,4 +1,4 @@
-"""Rules over what the optimizer did to the weights."""
+"""Rules on the optimizer's updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def moving(
     norm: float = 2.0,
     last_ratio: float = 1e-3,
 ) -> list[gradprobe.Snapshot]:
-    """Steps of three weights of this norm: `still` of the values of the first two stay, `zeros` have no gradient."""
+    """Returns steps of three weights: `still` of the first two does not move, `zeros` of all has no gradient."""
     measured = gradprobe.snapshot.Measured(np.ones(3, dtype=np.bool_), np.full(3, N_VALUES))
 
     def rows(norms: list[float], n_zero: list[float]) -> np.ndarray:  # type: ignore[type-arg]
@@ -59,26 +59,26 @@ def titles(history: list[gradprobe.Snapshot]) -> list[str]:
         (0.0, 1.0, 0.0, ["updates too small"]),
         (1e-3, 0.51, 0.0, ["updates too small"]),
         (1e-3, 0.49, 0.0, []),
-        (1e-3, 0.9, 0.6, []),  # most of what stays has no gradient
+        (1e-3, 0.9, 0.6, []),  # most unmoved elements have no gradient
     ],
 )
 def test_thresholds(ratio: float, still: float, zeros: float, expected: list[str]) -> None:
     assert titles(moving(FLAT[:10], ratio, still, zeros)) == expected
 
 
-def test_a_run_that_converges_has_sound_updates() -> None:
+def test_a_run_that_converges_has_healthy_updates() -> None:
     assert titles(moving(FALLING, 20.0)) == []
     assert titles(moving(FALLING, 0.0, still=1.0)) == []
 
 
-def test_one_weight_that_is_thrown_is_not_enough_and_one_that_stays_is() -> None:
+def test_one_weight_is_too_few_for_large_updates_but_enough_for_small_ones() -> None:
     assert titles(moving(FLAT[:10], 1e-3, last_ratio=50.0)) == []
     (finding,) = diagnose(moving(FLAT[:10], 1e-3, last_ratio=1e-9))
     assert (finding.title, finding.sites) == ("updates too small", ("layer2.weight",))
     assert "by 1e-09 times its norm in a step" in finding.message
 
 
-def test_one_step_is_enough_to_be_thrown() -> None:
+def test_one_step_with_large_updates_is_enough() -> None:
     history = moving(FLAT[:10], 1e-3)
     history[4] = replace(moving(FLAT[:5], 300.0)[4])
     (finding,) = diagnose(history)
@@ -86,7 +86,7 @@ def test_one_step_is_enough_to_be_thrown() -> None:
     assert finding.message.startswith("step 4: layer0.weight is moved by 300 times its own norm")
 
 
-def test_weights_that_start_at_zero_are_not_thrown() -> None:
+def test_the_first_update_of_a_zero_weight_is_not_too_large() -> None:
     history = moving(FLAT[:10], 1e-3)
     history[0] = replace(
         history[0],
@@ -95,7 +95,7 @@ def test_weights_that_start_at_zero_are_not_thrown() -> None:
     assert titles(history) == []
 
 
-def test_a_step_that_was_skipped_does_not_count() -> None:
+def test_a_skipped_step_does_not_count() -> None:
     assert titles([replace(one, skipped=k < 6) for k, one in enumerate(moving(FLAT[:10], 0.0, still=1.0))]) == []
 
 
@@ -114,13 +114,13 @@ def train(model: nn.Module, rate: float, n_steps: int = 20) -> list[Finding]:
         return probe.findings()
 
 
-def test_weights_in_bfloat16_lose_small_steps() -> None:
-    def net() -> nn.Module:
+def test_bfloat16_weights_lose_small_updates() -> None:
+    def network() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
 
-    lost = {found.rule: found for found in train(net().bfloat16(), 1e-4)}["updates too small"]
+    lost = {found.rule: found for found in train(network().bfloat16(), 1e-4)}["updates too small"]
     assert lost.sites == ("0.weight", "2.weight")
     assert lost.evidence["lost_share"] > 0.9
     assert "weights in float32" in lost.remedies[1]
-    assert "updates too small" not in {found.rule for found in train(net(), 1e-4)}
+    assert "updates too small" not in {found.rule for found in train(network(), 1e-4)}

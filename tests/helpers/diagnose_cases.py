@@ -1,4 +1,4 @@
-"""Histories made by hand: the gradients of a run, and what passes forward in it."""
+"""Synthetic histories: the gradients of a run, and the outputs of its forward passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N_VALUES = 1000  # of each output
 def snapshot(
     step: int, norms: list[float], nonfinite: int = 0, ndim: int = 2, loss: float | None = None, zeros: float = 0.0
 ) -> Snapshot:
-    """A snapshot of weights of one element each, whose norms are as given; `zeros` of each element count as zero."""
+    """Returns a snapshot of weights of one element each with these norms; `zeros` is the zero count of each."""
     names = tuple(f"layer{k}.weight" for k in range(len(norms)))
     rows = np.array([[norm, norm, norm**2, norm, zeros, 0.0] for norm in norms])
     rows[0, 5] = nonfinite
@@ -35,7 +35,7 @@ def snapshot(
 
 
 def course(losses: list[float], norms: list[float] | None = None, first: int = 0) -> list[Snapshot]:
-    """A history with these losses."""
+    """Returns a history with these losses."""
     return [snapshot(first + step, norms or [1.0, 1.0], loss=loss) for step, loss in enumerate(losses)]
 
 
@@ -49,7 +49,7 @@ FLAT = [2.3 + 0.01 * (-1) ** step for step in range(40)]
 
 @dataclass(frozen=True)
 class Out:
-    """The output of a module, or of a junction where it has no type."""
+    """The output of a module, or of a residual add if it has no module type."""
 
     name: str
     module_type: str
@@ -59,7 +59,7 @@ class Out:
 
 
 def with_outputs(one: Snapshot, outputs: Sequence[Out]) -> Snapshot:
-    """Adds what passed forward, in the order of execution."""
+    """Adds outputs of modules and residual adds, in the order of execution."""
     modules = [out for out in outputs if out.module_type]
     junctions = [out for out in outputs if not out.module_type]
     table = SignalTable(
@@ -80,7 +80,7 @@ def with_outputs(one: Snapshot, outputs: Sequence[Out]) -> Snapshot:
 
 
 def layers(rms: Sequence[float], zeros: float = 0.5) -> list[Out]:
-    """Layers with the outputs given, whose weights are those of `snapshot`, a ReLU behind each but the last."""
+    """Returns outputs of layers with the weights of `snapshot`, with a ReLU after each except the last."""
     found = []
     for k, value in enumerate(rms):
         found += [Out(f"layer{k}", "Linear", value), Out(f"relu{k}", "ReLU", value / 2, zeros=zeros)]
@@ -88,5 +88,5 @@ def layers(rms: Sequence[float], zeros: float = 0.5) -> list[Out]:
 
 
 def passing(losses: Sequence[float], outputs: Sequence[Out], n_weights: int = 6, first: int = 0) -> list[Snapshot]:
-    """A history with these losses, sound gradients and always the same outputs."""
+    """Returns a history with these losses, healthy gradients and the same outputs in every step."""
     return [with_outputs(one, outputs) for one in course(list(losses), [1.0] * n_weights, first)]
