@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -62,6 +63,15 @@ def test_a_missing_gradient_is_not_small() -> None:
     for one in steps:
         one.signals.events.measured.present[1] = False
     assert diagnose(steps) == []
+
+
+def test_the_newest_step_may_have_no_gradient() -> None:
+    *steps, last = history(FLAT[:10], 0.1 * HALF)
+    measured = Measured(np.array([True, False]), np.array([N_VALUES, 0]))
+    forward_only = replace(last.signals, events=Events((0,), measured, np.array([HALF, math.nan])))
+    (finding,) = diagnose([*steps, replace(last, signals=forward_only)])
+    assert (finding.rule, finding.sites) == ("precision loss", ("a",))
+    assert finding.evidence["smallest_normal"] == HALF
 
 
 def test_must_persist_for_more_than_half_of_the_steps() -> None:

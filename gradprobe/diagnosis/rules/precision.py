@@ -24,12 +24,16 @@ def _precision_loss(history: History) -> Finding | None:
     found = np.flatnonzero(2 * is_hit.sum(axis=0) > len(observed))
     if not len(found):
         return None
-    in_order = [site for site in dict.fromkeys(newest.events.sites) if site in set(sites[found])]
-    first = int(np.flatnonzero(sites == in_order[0])[0])
+    # A site may lack a gradient in the newest step: its order and dtype are those of the last step that has one.
+    in_order = dict.fromkeys(site for _, signals in reversed(observed) for site in signals.events.sites)
+    too_small = set(sites[found].tolist())
+    chosen = [site for site in in_order if site in too_small]
+    first = int(np.flatnonzero(sites == chosen[0])[0])
     share = float(np.median(shares[is_hit[:, first], first]))
     steps = (observed[0][0], observed[-1][0])
-    smallest = float(newest.events.smallest_normal[in_order[0]])
-    names = tuple(newest.table.names[site] for site in in_order)
+    events = next(signals.events for _, signals in reversed(observed) if chosen[0] in signals.events.sites)
+    smallest = float(events.smallest_normal[chosen[0]])
+    names = tuple(newest.table.names[site] for site in chosen)
     message = (
         f"steps {steps[0]} to {steps[1]}: the gradients at the outputs of {len(found)} of {len(sites)} modules are too "
         f"small for their dtype; the first is {names[0]}, where at least {share:.0%} of the nonzero values are below "
