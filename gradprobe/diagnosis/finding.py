@@ -15,7 +15,7 @@ class Finding:
     Attributes:
         rule: Name of the rule.
         where: The pass that the rule is about, or "" if it is about neither in particular.
-        sites: Names of the parameters or modules concerned, first to fail first; empty if it concerns the whole.
+        sites: Names of the parameters or modules concerned, the first to fail first; empty if all are.
         steps: First and last step concerned.
         evidence: The numbers that the rule compared.
         message: One sentence for a person.

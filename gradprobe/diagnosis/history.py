@@ -58,9 +58,9 @@ class History:
 
     @cached_property
     def judged(self) -> list[Snapshot]:
-        """The steps whose gradients count: without those that a gradient scaler skipped, unless it skipped most.
+        """The steps whose gradients count: those that the gradient scaler did not skip, or all if it skipped most.
 
-        A scaler that searches for its scale skips a step now and then; one that skips most steps has met a fault.
+        A scaler that searches for its scale skips a step now and then; one that skips most steps points to a fault.
         """
         kept = [one for one in self.snapshots if not one.skipped]
         return list(self.snapshots) if 2 * len(kept) < len(self.snapshots) else kept
@@ -90,7 +90,7 @@ class History:
 
     @cached_property
     def is_converging(self) -> bool:
-        """Whether the loss has clearly fallen; False also if there are too few losses, or losses that are not positive.
+        """Whether the loss has clearly fallen; False if there are too few losses or they are not positive.
 
         AUTOTRAINER (Zhang et al., ICSE 2021) likewise reports a fault of the gradients only if training fails too.
         """
