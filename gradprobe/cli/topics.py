@@ -42,10 +42,10 @@ class Topic:
         problem: What happens, and how.
         cause: The usual cause.
         remedies: What to do, the most likely to help first.
-        formula: When a finding reports it; empty without a rule.
+        sources: Literature.
         commands: Commands that show it.
         code: Lines that show it in a training loop.
-        sources: Literature.
+        formula: When a finding reports it; empty without a rule.
         rules: Titles of the findings that this explains.
     """
 
@@ -53,11 +53,11 @@ class Topic:
     problem: str
     cause: str
     remedies: tuple[str, ...]
-    formula: tuple[str, ...]
-    commands: tuple[str, ...]
-    code: tuple[str, ...]
     sources: tuple[str, ...]
-    rules: tuple[str, ...]
+    commands: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    formula: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -157,15 +157,12 @@ TOPICS: dict[str, Topic] = {
                 "normalisation and ReLU before the convolutions, so that the shortcuts stay clean",
                 "a shallower network",
             ),
-            (),
-            (
+            (_HE_NETS + ", sections 1 and 4.1", _HE_IDENTITY),
+            commands=(
                 "gradprobe sweep --families plain,resnet --depths 20,56 --out run.sqlite",
                 "gradprobe report run.sqlite --html report.html",
                 "gradprobe identity",
             ),
-            (),
-            (_HE_NETS + ", sections 1 and 4.1", _HE_IDENTITY),
-            (),
         ),
         Topic(
             "overfitting",
@@ -182,18 +179,15 @@ TOPICS: dict[str, Topic] = {
                 "a shallower or narrower network",
                 "check the labels of the training images that are learned last",
             ),
-            (),
-            (
-                "gradprobe sweep --families resnet --depths 20,56 --seeds 0,1,2 --out run.sqlite",
-                "gradprobe report run.sqlite --html report.html",
-            ),
-            (),
             (
                 _HE_NETS + ", section 4.2",
                 "Prechelt 1998, Early Stopping - but when? (Neural Networks: Tricks of the Trade)",
                 "Zhang et al. 2017, Understanding Deep Learning Requires Rethinking Generalization, arXiv 1611.03530",
             ),
-            (),
+            commands=(
+                "gradprobe sweep --families resnet --depths 20,56 --seeds 0,1,2 --out run.sqlite",
+                "gradprobe report run.sqlite --html report.html",
+            ),
         ),
         _rule(
             "non-finite",
@@ -288,11 +282,9 @@ TOPICS: dict[str, Topic] = {
             "At y = x + F(x) the gradient at x is dL/dx = dL/dy + J_F(x)^T dL/dy: whatever the branch does to its "
             "part, the first part arrives unchanged. Each residual add can measure how much comes through which.",
             ("write the residual add as gradprobe.nn.ResidualAdd, and attach",),
-            (),
-            ("gradprobe check 'gradprobe.networks:resnet(110)' --input 3,32,32 --batch 16",),
-            (_ATTACH, "{name: seen.shortcut_share for name, seen in probe.latest().junctions.items()}"),
             (_HE_NETS, _HE_IDENTITY + ", eq. 5"),
-            (),
+            commands=("gradprobe check 'gradprobe.networks:resnet(110)' --input 3,32,32 --batch 16",),
+            code=(_ATTACH, "{name: seen.shortcut_share for name, seen in probe.latest().junctions.items()}"),
         ),
     )
 }

@@ -52,15 +52,7 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> F
 
 
 def ends_verdict(norms: Sequence[float], thresholds: Thresholds) -> Flow:
-    """Judges the first norm against the last, without the line.
-
-    Args:
-        norms: As for `flow_verdict`, at least one.
-        thresholds: Limits of the rules.
-
-    Returns:
-        The verdict.
-    """
+    """Judges the first of at least one norm against the last, as `flow_verdict` does, without the line."""
     ends = layer_status(norms[0], norms[-1], thresholds)
     is_deep = len(norms) - 2 >= thresholds.slope_sites
     # A last layer whose gradient stands out is no trend over depth.
@@ -70,14 +62,7 @@ def ends_verdict(norms: Sequence[float], thresholds: Thresholds) -> Flow:
 
 
 def inner_trend(norms: Sequence[float]) -> Trend:
-    """Fits a line to the logarithms of all norms except the first and the last, whose layers have other shapes.
-
-    Args:
-        norms: As for `flow_verdict`.
-
-    Returns:
-        The line.
-    """
+    """Fits a line to the logarithms of all norms except the first and the last, whose layers have other shapes."""
     with np.errstate(divide="ignore"):
         return fit_trend(np.log(norms[1:-1]).tolist())
 
@@ -111,15 +96,9 @@ def weight_names(snapshot: Snapshot) -> list[str]:
 
 
 def weight_norms(snapshot: Snapshot) -> list[float]:
-    """Returns the gradient norms of the weights in model order.
+    """Returns the gradient norms of the weights in model order. Length W.
 
-    Weights are parameters with more than one dimension, or all parameters if there is none.
-
-    Args:
-        snapshot: One step.
-
-    Returns:
-        Norms of the weights that have a gradient. Length W.
+    Weights are parameters with more than one dimension and a gradient, or all with a gradient if there is none.
     """
     norms: list[float] = snapshot.columns["norm"][_weights(snapshot)].tolist()
     return norms

@@ -61,14 +61,7 @@ def _without_explained(findings: list[Finding], history: History) -> list[Findin
 
 
 def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
-    """Returns the rule of a run's gravest finding, or "healthy".
-
-    Args:
-        snapshots: Steps in order.
-
-    Returns:
-        The verdict.
-    """
+    """Returns the rule of the gravest finding in steps in order, or "healthy"."""
     return gravest({found.rule for found in diagnose(snapshots)})
 
 

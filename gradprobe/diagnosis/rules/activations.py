@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.history import ForwardPasses, History
 from gradprobe.diagnosis.rules.gradients import DEAD_UNITS, REVIVE_UNITS
-from gradprobe.diagnosis.rules.rule import SAGEMAKER, Rule
+from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.diagnosis.trend import fit_trend
 
@@ -61,7 +61,7 @@ EXPLODING_FORWARD = Rule(
     cause="each layer, or each addition of a branch, multiplies the forward signal by more than one",
     remedies=(
         "normalisation, also in the branches of residual blocks",
-        "He initialisation for ReLU, Xavier for tanh",
+        INITIALISE,
         "branches that start at zero or are scaled down by depth (Fixup, Zhang et al. 2019)",
     ),
     check=_exploding,
@@ -103,7 +103,7 @@ POOR_INITIALISATION = Rule(
     "constant ones. The source has a limit of 10, which a healthy transformer exceeds; 1e4 is ours",
     source=f"{SAGEMAKER}, rule PoorWeightInitialization",
     cause="weights too small or too large for the activation: the forward signal shrinks or grows from layer to layer",
-    remedies=("He initialisation for ReLU, Xavier for tanh", "normalisation", "residual connections"),
+    remedies=(INITIALISE, "normalisation", "residual connections"),
     check=_poor_initialisation,
     needs=("activations=True", "loss"),
 )

@@ -11,7 +11,7 @@ import numpy as np
 from gradprobe.diagnosis.depth import ends_verdict, inner_trend, layer_status, weight_names, weight_norms
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.history import History
-from gradprobe.diagnosis.rules.rule import AUTOTRAINER, SAGEMAKER, Rule
+from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, SAGEMAKER, Rule
 from gradprobe.snapshot.records import FloatArray
 
 
@@ -39,7 +39,7 @@ NON_FINITE = Rule(
         "find the first layer and step with probe.first_nonfinite()",
         "check the data",
         "a lower learning rate",
-        "clipping",
+        CLIP,
         "in float16, a scaled loss (torch.amp.GradScaler), or bfloat16",
         "a guarded operation: an epsilon under the root and in the denominator, logsumexp for the logarithm",
     ),
@@ -117,7 +117,7 @@ EXPLODING = Rule(
         "residual connections; in a deep plain network batch normalisation alone is no remedy",
         "a smaller initialisation",
         "a lower learning rate or a warm-up",
-        "clipping, which bounds the step: probe.clip_grad_norm_(1.0) before the optimizer's step",
+        CLIP,
     ),
     check=_exploding,
 )
@@ -263,7 +263,7 @@ DRIFT = Rule(
         "look at the steps before the first one named",
         "look at how the layer's output is used",
         "a lower learning rate",
-        "clipping",
+        CLIP,
     ),
     check=_drift,
     judges_converging=True,

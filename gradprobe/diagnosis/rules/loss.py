@@ -9,7 +9,7 @@ import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.history import History
-from gradprobe.diagnosis.rules.rule import AUTOTRAINER, SAGEMAKER, Rule
+from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, INITIALISE, SAGEMAKER, Rule
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.snapshot.records import FloatArray
 
@@ -45,12 +45,7 @@ LOSS_BLOW_UP = Rule(
     "first, in a run that does not converge; the comparison with the first is ours",
     source=AUTOTRAINER,
     cause="a learning rate that is too high, or activations that grow from layer to layer",
-    remedies=(
-        "a lower learning rate or a warm-up",
-        "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step",
-        "normalisation",
-        "an initialisation that suits the activation: He for ReLU, Xavier for tanh",
-    ),
+    remedies=("a lower learning rate or a warm-up", CLIP, "normalisation", INITIALISE),
     check=_blow_up,
     needs=("loss",),
 )
@@ -118,7 +113,7 @@ UNSTABLE_LOSS = Rule(
     cause="a learning rate at the edge of what is stable, or above it once training has made the loss steeper",
     remedies=(
         "a lower learning rate, or one that decays",
-        "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step",
+        CLIP,
         "larger batches",
         "look at the order of the data: does each batch hold the same mix?",
     ),
@@ -194,11 +189,7 @@ SPIKE = Rule(
     "steps, and more than spike_norm_jump or spike_jump times the largest of the last `window`; both factors are ours",
     source="OLMo 2 (OLMo et al. 2024), section 3.2",
     cause="a bad batch, or a learning rate at the edge of what is stable",
-    remedies=(
-        "look at the batch of that step",
-        "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step",
-        "a lower learning rate",
-    ),
+    remedies=("look at the batch of that step", CLIP, "a lower learning rate"),
     check=_spike,
     judges_converging=True,
 )

@@ -11,6 +11,9 @@ from gradprobe.diagnosis.history import History, Need
 AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
 SAGEMAKER = "SageMaker Debugger"
 
+CLIP = "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step"
+INITIALISE = "an initialisation that suits the activation: He for ReLU, Xavier for tanh"
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -46,16 +49,7 @@ class Rule:
     def finding(
         self, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str
     ) -> Finding:
-        """Makes a finding of this rule.
-
-        Args:
-            sites: Names of the parameters or modules concerned.
-            steps: First and last step concerned.
-            evidence: The numbers that the rule compared.
-            message: One sentence for a person.
-
-        Returns:
-            The finding.
+        """Makes a finding of this rule; the arguments are the attributes of `Finding`.
 
         Example:
             >>> from gradprobe.diagnosis.rules import SPIKE

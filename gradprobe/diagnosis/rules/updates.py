@@ -6,7 +6,7 @@ import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.history import History
-from gradprobe.diagnosis.rules.rule import SAGEMAKER, Rule
+from gradprobe.diagnosis.rules.rule import CLIP, INITIALISE, SAGEMAKER, Rule
 
 
 def _too_large(history: History) -> Finding | None:
@@ -37,11 +37,7 @@ UPDATES_TOO_LARGE = Rule(
     "weights, in a run that does not converge; the half is ours",
     source=f"{SAGEMAKER}, rule WeightUpdateRatio",
     cause="a learning rate that is too high for the weights; one such step can leave units dead or saturated for good",
-    remedies=(
-        "a lower learning rate or a warm-up",
-        "clipping",
-        "an initialisation that suits the activation: He for ReLU, Xavier for tanh",
-    ),
+    remedies=("a lower learning rate or a warm-up", CLIP, INITIALISE),
     check=_too_large,
     needs=("updates=True",),
 )
