@@ -179,7 +179,7 @@ class _ObservedJunction(torch.autograd.Function):
 def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -> None:
     known = _step_buffers.get(buffer)
     if known is not None and known.enabled:
-        with known.counting():
+        with known.graphs.counting():
             rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
         known.put_apart(first + JUNCTION_KINDS.index("branch_grad"), rows[:1], branch.numel())
         known.put_apart(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())

@@ -1,34 +1,93 @@
 """Rows that CUDA graphs write.
 
-What a capture records, every replay does again, without Python: to the same rows, and only while a flag on the device
-says so. Which of the graphs ran in a step, their rows tell.
+A graph records the kernels that run while it is captured. Each replay runs them again, without Python and on the same
+rows; a flag on the device tells them whether to write. The rows then tell which graphs ran in a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 
 from gradprobe import ops
-from gradprobe.observers.event_rows import PythonEventRows
+from gradprobe.observers.event_rows import EventRows, PythonEventRows
 from gradprobe.ops.rows import ABS_MAX
 from gradprobe.snapshot.records import FloatArray, IntArray
 
-_NOT_WRITTEN = -1.0  # no tensor's largest magnitude
+_NOT_WRITTEN = -1.0  # impossible as a largest magnitude
+_PACKED = 5  # element counts per row; the sixth column would be read as a number of non-finite values
 
-_captured: list[GraphRows] = []  # a graph writes there, and asks the flag, for as long as it lives
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Tells whether what runs on a device now is recorded and not done."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+_captured: list[GraphRows] = []  # a graph uses these rows and their flag for as long as it lives
 
 
 def can_capture(device: torch.device) -> bool:
-    """Tells whether a device has graphs that are captured."""
+    """Tells whether a device can capture graphs."""
     return device.type == "cuda"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Tells whether a graph is being captured, so that kernels on the device are recorded instead of run."""
+    return can_capture(device) and torch.cuda.is_current_stream_capturing()
+
+
+def n_rows(n_sites: int, device: torch.device) -> int:
+    """Returns the number of rows that a step buffer writes when it closes a step.
+
+    Args:
+        n_sites: Number of sites, S.
+        device: Where the rows lie.
+
+    Returns:
+        S; on a device with graphs, S plus the rows that hold the element counts, which only the device knows.
+    """
+    return n_sites + (math.ceil(n_sites / _PACKED) if can_capture(device) else 0)
+
+
+def unpack_numels(rows: FloatArray, n_sites: int) -> IntArray:
+    """Reads the number of elements observed at each site from the rows behind those of the sites.
+
+    Args:
+        rows: All rows that a step buffer wrote. [n_rows, 6]
+        n_sites: Number of sites, S.
+
+    Returns:
+        The numbers of elements, inside and outside graphs. [S]
+    """
+    return rows[n_sites:, :_PACKED].reshape(-1)[:n_sites].astype(np.int64)
+
+
+class NoGraphRows:
+    """Stands in for `GraphRows` on a device without graphs."""
+
+    n_events = 0
+    may_capture = is_wanted = False
+    _nothing = nullcontext()
+
+    def open_rows(self, eager: EventRows) -> EventRows:
+        """Returns `eager`."""
+        return eager
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Returns a context that changes nothing."""
+        return self._nothing
+
+    def switch(self, is_on: bool) -> None:
+        """Does nothing: no kernel is replayed."""
+
+    def retire(self) -> None:
+        """Does nothing: no graph is captured."""
+
+    def append_to(
+        self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray, pool: torch.Tensor, out: torch.Tensor
+    ) -> tuple[IntArray, FloatArray, torch.Tensor]:
+        """Appends nothing."""
+        return sites, smallest_normals, pool
+
+    def forget(self) -> None:
+        """Does nothing: there are no rows."""
 
 
 class GraphRows(PythonEventRows):
@@ -36,65 +95,106 @@ class GraphRows(PythonEventRows):
 
     Args:
         device: Where the rows lie.
-        n_rows: Number of rows to begin with; more are made in the memory of the graph that needs them.
+        n_sites: Number of sites, S.
     """
 
     fill = _NOT_WRITTEN
 
-    def __init__(self, device: torch.device, n_rows: int) -> None:
-        super().__init__(device, n_rows)
+    def __init__(self, device: torch.device, n_sites: int) -> None:
+        super().__init__(device, 2 * n_sites + 1)  # the graph that needs more allocates them in its own memory
+        self.may_capture = True
+        self._n_sites = n_sites
         self._flag = torch.ones((), dtype=torch.int32, device=device)
         self._is_on = True
-        self._aside: list[torch.Tensor] | None = None  # what was written before the switch went off in this step
-        self._sites_there = self._numels_there = torch.empty(0)  # of all events, on the device
+        self._saved: list[torch.Tensor] | None = None  # blocks as they were when the flag went off in this step
+        self._event_sites = self._event_numels = torch.empty(0)  # of all events, on the device
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a graph is being captured that must contain the measurements, whatever the current step needs."""
+        return self.may_capture and is_capturing(self._device)
+
+    def retire(self) -> None:
+        """Excludes measurements from graphs captured from now on."""
+        self.may_capture = False
+
+    def open_rows(self, eager: EventRows) -> EventRows:
+        """Returns the rows for an event that happens now: these during a capture, otherwise `eager`."""
+        return self if is_capturing(self._device) else eager
+
+    def counting(self) -> AbstractContextManager[None]:
+        """Returns a context in which captured operators check the flag before they write statistics."""
+        if not is_capturing(self._device):
+            return nullcontext()
+        if self not in _captured:
+            _captured.append(self)
+        return ops.counting_if(self._flag)
 
     def switch(self, is_on: bool) -> None:
-        """Says whether graphs that are replayed from now on take statistics; what others write meanwhile is undone."""
+        """Sets whether replays write statistics from now on; anything else written while they must not is undone."""
         if is_on == self._is_on:
             return
         self._is_on = is_on
         self._flag.fill_(int(is_on))
         if not is_on:
-            self._aside = [block.clone() for block in self._blocks]
+            self._saved = [block.clone() for block in self._blocks]
             return
-        # kernels that ask no flag, and copies of what was left unwritten, have gone on
-        aside, self._aside = self._aside, None
+        # kernels that check no flag, and copies of rows that were not written, have run meanwhile
+        saved, self._saved = self._saved, None
         self.forget()
-        for block, kept in zip(self._blocks, aside or [], strict=False):  # there may be more blocks now
-            block.copy_(kept)
+        for block, values in zip(self._blocks, saved or [], strict=False):  # a later capture may have added blocks
+            block.copy_(values)
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """Has the kernels that are captured inside the block ask for the switch whenever they run."""
-        if self not in _captured:
-            _captured.append(self)
-        with ops.counting_if(self._flag):
-            yield
-
-    def collect(self, n_sites: int) -> tuple[IntArray, FloatArray, torch.Tensor, torch.Tensor]:
-        """Gives what the graphs have written since the last call of `forget`.
+    def append_to(
+        self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray, pool: torch.Tensor, out: torch.Tensor
+    ) -> tuple[IntArray, FloatArray, torch.Tensor]:
+        """Appends the events of all captured graphs to those of a step, and writes the element counts of both.
 
         Args:
-            n_sites: Number of sites, S.
+            sites: Site of each of the step's N events. [N]
+            numels: Their numbers of elements. [N]
+            smallest_normals: The smallest normal numbers of their dtypes. [N]
+            pool: Their rows, a zero row first. [1 + N, 6] or more
+            out: The rows that the step buffer writes; not on this device if the model has moved. [n_rows, 6]
 
         Returns:
-            The sites of the N events that were ever captured, and the smallest normal numbers of their dtypes; their
-            rows, those of graphs that did not run zero; and the number of elements behind each site. [N], [N], [N, 6],
-            [S] float64
+            `sites`, `smallest_normals` and `pool` with those of the G events in graphs. The row of a graph that did not
+            run since the last `forget` is zero. [N + G], [N + G], [1 + N + G, 6]
         """
-        sites, numels, of_dtypes, rows = self.events()
-        if len(sites) != len(self._sites_there):
-            self._sites_there = torch.from_numpy(sites).to(self._device)
-            self._numels_there = torch.from_numpy(numels).to(self._device, torch.float64)
-        rows = rows[1 : 1 + len(sites)]
-        is_written = rows[:, ABS_MAX] != _NOT_WRITTEN
-        of_sites = torch.zeros(n_sites, dtype=torch.float64, device=self._device)
-        of_sites.index_add_(0, self._sites_there, self._numels_there * is_written)
-        return sites, of_dtypes, torch.where(is_written.unsqueeze(1), rows, 0.0), of_sites
+        if out.device != self._device:  # the graphs stayed on the device that the model has left
+            return sites, smallest_normals, pool
+        graph_sites, graph_numels, graph_normals, graph_rows = self.events()
+        n_events = len(graph_sites)
+        if n_events != len(self._event_sites):
+            self._event_sites = torch.from_numpy(graph_sites).to(self._device)
+            self._event_numels = torch.from_numpy(graph_numels).to(self._device, torch.float64)
+        graph_rows = graph_rows[1 : 1 + n_events]
+        is_written = graph_rows[:, ABS_MAX] != _NOT_WRITTEN
+        eager_numels = np.bincount(sites, weights=numels, minlength=self._n_sites).astype(np.float64)  # [S]
+        total = torch.from_numpy(eager_numels).to(self._device, non_blocking=True)
+        total = total.index_add(0, self._event_sites, self._event_numels * is_written)
+        packed = out[self._n_sites :]
+        padded = torch.nn.functional.pad(total, (0, len(packed) * _PACKED - self._n_sites))
+        packed[:, :_PACKED].copy_(padded.view(len(packed), _PACKED))
+        return (
+            np.concatenate((sites, graph_sites)),
+            np.concatenate((smallest_normals, graph_normals)),
+            torch.cat((pool[: 1 + len(sites)], torch.where(is_written.unsqueeze(1), graph_rows, 0.0))),
+        )
 
     def forget(self) -> None:
-        """Takes all rows for not written."""
+        """Marks all rows as not written."""
         self._rows_of.clear()
-        self._aside = None
+        self._saved = None
         for block in self._blocks:
             block[:, ABS_MAX].fill_(_NOT_WRITTEN)
+
+
+def make_graph_rows(device: torch.device, n_sites: int) -> GraphRows | NoGraphRows:
+    """Makes the rows for graphs on a device, or their stand-in where there are no graphs.
+
+    Args:
+        device: Where the rows lie.
+        n_sites: Number of sites, S.
+    """
+    return GraphRows(device, n_sites) if can_capture(device) else NoGraphRows()

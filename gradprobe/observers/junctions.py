@@ -207,7 +207,7 @@ class _JunctionCall:
     def counting(self) -> AbstractContextManager[None]:
         """Surrounds operators that give statistics, as `StepBuffer.counting` does."""
         hooks = self._hooks()
-        return nullcontext() if hooks is None else hooks.buffer.counting()
+        return nullcontext() if hooks is None else hooks.buffer.graphs.counting()
 
     def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
         """Takes the operands and their sum, whose row is there already."""

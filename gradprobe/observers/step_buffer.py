@@ -1,9 +1,8 @@
-"""The open step's statistics of tensors that pass by in forward and backward."""
+"""The open step's rows: statistics of activations and residual adds, from events to one row per site."""
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,19 +11,16 @@ import torch
 
 from gradprobe import ops
 from gradprobe.errors import warn_user
-from gradprobe.observers import cuda_graphs
-from gradprobe.observers.cuda_graphs import GraphRows
-from gradprobe.observers.event_rows import EventRows, PythonEventRows, make_rows
+from gradprobe.observers.cuda_graphs import make_graph_rows
+from gradprobe.observers.event_rows import PythonEventRows, make_rows
 from gradprobe.snapshot.records import Events, FloatArray, IntArray, Measured
-
-_PACKED = 5  # numbers of elements in a row: the last column would count as values that are not finite
 
 
 class Gate:
-    """What a hook asks first: one attribute, since a hook that finds its code out of the caches waits for each line.
+    """One flag that every hook reads first: on skipped steps the hook's code is cold in cache.
 
     Attributes:
-        is_open: Whether anything that passes by may be observed now.
+        is_open: Whether anything may be observed now.
     """
 
     __slots__ = ("is_open",)
@@ -34,17 +30,18 @@ class Gate:
 
 
 class StepBuffer:
-    """Collects one row for each event; a site that has several in a step gets them merged at its end.
+    """Collects one row per event, and merges the rows of each site when the step is closed.
 
-    Rows are written where the tensors are, without waiting for the device and, once there are rows enough, without an
-    allocation. What a CUDA graph captures has rows of its own, which each replay writes.
+    Rows are written on the device, without waiting for it and, once there are enough rows, without an allocation.
 
     Attributes:
-        gate: Closed while nothing can be observed, whatever `enabled` depends on.
+        rows: Rows of the events of the open step.
+        graphs: Rows that captured CUDA graphs write; does nothing on a device without graphs.
+        gate: Closed while nothing can be observed.
 
     Args:
         n_sites: Number of sites, S.
-        device: Where the rows lie; those of tensors elsewhere travel.
+        device: Where the rows lie; rows of tensors on other devices are copied there.
         backend: Name of the backend, or "auto".
 
     Raises:
@@ -57,67 +54,63 @@ class StepBuffer:
         self._backend_name = backend
         self._backends = {device: ops.resolve(backend, device)}
         self.rows = make_rows(device, backend)
-        self._graphs = self._make_graph_rows()
-        self._is_retired = False
+        self.graphs = make_graph_rows(device, n_sites)
         self.gate = Gate(is_open=True)
-        self._has_told = False
+        self._has_warned = False
         self._last_plan: _Plan | None = None
 
     @property
     def enabled(self) -> bool:
-        """Whether what passes by is observed; while a graph is captured always, since the graph asks when it runs."""
-        return self.rows.enabled or (self._is_capturing() and not self._is_retired)
+        """Whether events are recorded now. A graph that is being captured records them always, and decides later."""
+        return self.rows.enabled or self.graphs.is_wanted
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
         self.rows.enabled = enabled
-        if self._graphs is not None:
-            self._graphs.switch(enabled)
-        self._set_gate()
+        self.graphs.switch(enabled)
+        self.gate.is_open = enabled or self.graphs.may_capture
 
     def retire(self) -> None:
-        """Observes nothing from now on."""
-        self._is_retired = True
+        """Stops recording for good."""
+        self.graphs.retire()
         self.enabled = False
 
     @property
     def n_events(self) -> int:
-        """Number of events since the step began, those that graphs may have had included."""
-        return self.rows.n_events + (0 if self._graphs is None else self._graphs.n_events)
+        """Number of events since the step began, including those of graphs, which may not have run."""
+        return self.rows.n_events + self.graphs.n_events
 
     def is_full(self) -> bool:
-        """Tells whether the step has had so many events that nobody seems to close it; warns the first time."""
+        """Tells whether the open step has reached the maximum number of events; warns the first time."""
         if not self.rows.is_full:
             return False
-        if not self._has_told:
-            self._has_told = True
+        if not self._has_warned:
+            self._has_warned = True
             warn_user(
-                f"{self.rows.n_events:,} tensors have passed by since a step was last closed: outputs and gradients of "
-                "modules are not observed until it is. Call step() once per step, or give attach the optimizer"
+                f"{self.rows.n_events:,} tensors were observed since the last step was closed: outputs and gradients "
+                "of modules are not observed until the step is closed. Call step() once per step, or pass the "
+                "optimizer to attach"
             )
         return True
 
-    def counting(self) -> AbstractContextManager[None]:
-        """Surrounds operators that give statistics: captured in a graph, they are to ask whether these are wanted."""
-        return self._graphs.capturing() if self._graphs is not None and self._is_capturing() else nullcontext()
-
     def write(self, site: int, tensor: torch.Tensor) -> None:
-        """Takes the statistics of a tensor as it is now; from an earlier event where it has not changed since.
+        """Records a tensor, reusing the row of an earlier event if the tensor is unchanged.
 
-        What is written to a tensor by way of its `.data` does not count as a change.
+        A write through the tensor's `.data` is not noticed as a change.
 
         Args:
             site: Position of the site.
-            tensor: Real or complex, of floating point; any layout and device.
+            tensor: Floating-point or complex; any layout and device.
         """
-        known = self._open_rows().known(tensor)
+        rows = self.graphs.open_rows(self.rows)
+        known = rows.known(tensor)
         if known is not None:
-            self._next(site, tensor).copy_(known)
+            rows.next(site, tensor.numel(), _smallest_normal(tensor.dtype)).copy_(known)
         else:
-            self._open_rows().remember(tensor, self.write_anew(site, tensor))
+            rows.remember(tensor, self.write_anew(site, tensor))
 
     def write_anew(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Takes the statistics of a tensor that may have changed untold: compiled code counts no versions.
+        """Records a tensor without looking for an earlier row: compiled code does not count versions.
 
         Args:
             site: Position of the site.
@@ -126,7 +119,7 @@ class StepBuffer:
         Returns:
             Its row. [1, 6]
         """
-        with torch.no_grad(), self.counting():
+        with torch.no_grad(), self.graphs.counting():
             values = ops.dense_values(tensor)
             row = self._next(site, values)
             if values.device == self._device:
@@ -139,106 +132,88 @@ class StepBuffer:
             return row.copy_(away, non_blocking=True)
 
     def put(self, site: int, row: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Takes the statistics that an operator has made of a tensor.
+        """Records a tensor whose statistics an operator has computed.
 
         Args:
             site: Position of the site.
-            row: Raw row, float64. [1, 6]
-            tensor: What it is of.
+            row: Raw row of the tensor, float64. [1, 6]
+            tensor: The tensor.
         """
         kept = self._next(site, tensor)
         kept.copy_(row, non_blocking=True)
-        self._open_rows().remember(tensor, kept)
+        self.graphs.open_rows(self.rows).remember(tensor, kept)
 
     def put_apart(self, site: int, row: torch.Tensor, numel: int) -> None:
-        """Takes a row of what is no tensor of the training.
+        """Records a row whose tensor exists only inside gradprobe.
 
         Args:
             site: Position of the site.
             row: Raw row, float64. [1, 6]
-            numel: Number of elements behind it.
+            numel: Number of elements of the tensor.
         """
-        self._open_rows().next(site, numel, math.nan).copy_(row, non_blocking=True)
+        self.graphs.open_rows(self.rows).next(site, numel, math.nan).copy_(row, non_blocking=True)
 
     def close(self, out: torch.Tensor) -> Events:
-        """Writes the rows of the sites, and starts over.
+        """Writes one row per site and clears the buffer.
 
         Args:
-            out: Float64 rows to write; those of sites without an event become zero. [S, 6], or more on a device with
-                graphs: `n_rows` tells.
+            out: Float64 rows to write; those of sites without an event become zero. [S, 6], or [n_rows, 6] on a device
+                with graphs: see `cuda_graphs.n_rows`.
 
         Returns:
-            What passed by.
+            The events of the step.
         """
-        sites, numels, of_dtypes, pool = self.rows.events()
-        # a model that has left the device of its graphs has left what they saw
-        has_graphs = self._graphs is not None and self._graphs.n_events > 0 and out.device == self._device
-        numels_of_graphs = None  # [S]
-        if self._graphs is not None and has_graphs:
-            sites_of_graphs, dtypes_of_graphs, rows_of_graphs, numels_of_graphs = self._graphs.collect(self._n_sites)
-            pool = torch.cat((pool[: 1 + len(sites)], rows_of_graphs))
-            sites, of_dtypes = np.concatenate((sites, sites_of_graphs)), np.concatenate((of_dtypes, dtypes_of_graphs))
-        plan = self._plan_of(sites, numels, of_dtypes, has_graphs)
-        if numels_of_graphs is not None:
-            own_numels = torch.tensor(plan.events.measured.numels).to(self._device, non_blocking=True)
-            _pack(numels_of_graphs + own_numels, out[self._n_sites :])
+        sites, numels, smallest_normals, pool = self.rows.events()
+        if self.graphs.n_events > 0:
+            sites, smallest_normals, pool = self.graphs.append_to(sites, numels, smallest_normals, pool, out)
+        plan = self._plan_of(sites, numels, smallest_normals)
         rows = pool[plan.gather]  # [S, M, 6]
         with torch.no_grad():
             out[: self._n_sites].copy_(rows[:, 0] if rows.shape[1] == 1 else ops.merge_rows(rows))
         self.clear()
-        if out.device != self._device:  # the model has moved
-            self._device, self._last_plan = out.device, None
-            self._backends[out.device] = ops.resolve(self._backend_name, out.device)
-            left, self.rows = self.rows, PythonEventRows(out.device, len(pool))
-            self.rows.enabled, left.enabled = left.enabled, False  # hooks of graphs that live on write there
-            self._graphs = self._make_graph_rows()
-            self._set_gate()
+        if out.device != self._device:
+            self._move_to(out.device, len(pool))
         return plan.events
 
     def clear(self) -> None:
         """Forgets the events so far."""
         self.rows.clear()
-        if self._graphs is not None and self._graphs.n_events > 0:
-            self._graphs.forget()
+        if self.graphs.n_events > 0:
+            self.graphs.forget()
 
-    def _set_gate(self) -> None:
-        may_capture = self._graphs is not None and not self._is_retired
-        self.gate.is_open = self.rows.enabled or may_capture
-
-    def _is_capturing(self) -> bool:
-        return cuda_graphs.is_capturing(self._device)
-
-    def _make_graph_rows(self) -> GraphRows | None:
-        return GraphRows(self._device, 2 * self._n_sites + 1) if cuda_graphs.can_capture(self._device) else None
-
-    def _open_rows(self) -> EventRows:
-        """The rows of what happens now."""
-        return self._graphs if self._graphs is not None and self._is_capturing() else self.rows
+    def _move_to(self, device: torch.device, n_rows: int) -> None:
+        self._device, self._last_plan = device, None
+        self._backends[device] = ops.resolve(self._backend_name, device)
+        is_on, self.rows.enabled = self.rows.enabled, False  # hooks in graphs that are still alive write there
+        self.rows = PythonEventRows(device, n_rows)
+        self.graphs = make_graph_rows(device, self._n_sites)
+        self.enabled = is_on
 
     def _next(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
-        return self._open_rows().next(site, tensor.numel(), _smallest_normal(tensor.dtype))
+        return self.graphs.open_rows(self.rows).next(site, tensor.numel(), _smallest_normal(tensor.dtype))
 
-    def _plan_of(self, sites: IntArray, numels: IntArray, of_dtypes: FloatArray, has_graphs: bool) -> _Plan:
-        """The plan for a step with these events [N], those of graphs last: they have no `numels`."""
-        key = (sites.tobytes(), numels.tobytes(), of_dtypes.tobytes())
+    def _plan_of(self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray) -> _Plan:
+        """Returns the plan for a step with these events [N]. Those of graphs come last, and have no `numels`."""
+        key = (sites.tobytes(), numels.tobytes(), smallest_normals.tobytes())
         if self._last_plan is not None and self._last_plan.key == key:
             return self._last_plan
         at_sites = np.bincount(sites[: len(numels)], weights=numels, minlength=self._n_sites).astype(np.int64)  # [S]
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[sites] = True
         smallest_normal = np.full(self._n_sites, np.nan)  # [S]
-        smallest_normal[sites] = of_dtypes
+        smallest_normal[sites] = smallest_normals
         if self._last_plan is not None:
-            known = self._last_plan.events.smallest_normal  # the history shares one
+            known = self._last_plan.events.smallest_normal  # an equal array is shared by all snapshots in the history
             smallest_normal = known if np.array_equal(smallest_normal, known, equal_nan=True) else smallest_normal
         for shared in (present, at_sites, smallest_normal):
             shared.flags.writeable = False
-        events = Events(tuple(sites.tolist()), Measured(present, at_sites), smallest_normal, has_graphs)
+        is_conditional = len(numels) < len(sites)
+        events = Events(tuple(sites.tolist()), Measured(present, at_sites), smallest_normal, is_conditional)
         self._last_plan = _Plan(key, events, self._gather_of(events.sites))
         return self._last_plan
 
     def _gather_of(self, sites: tuple[int, ...]) -> torch.Tensor:
-        """Rows of the pool for each site, filled up with the zero row. Shape [S, M]."""
+        """Returns the pool's rows for each site, padded with the zero row. Shape [S, M]."""
         rows_of: list[list[int]] = [[] for _ in range(self._n_sites)]
         for row, site in enumerate(sites, start=1):
             rows_of[site].append(row)
@@ -250,48 +225,17 @@ class StepBuffer:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Where the rows of a step go, the same for all steps with the same events.
+    """How the events of a step become rows; the next step reuses it if its events are the same.
 
     Attributes:
-        key: Bytes of the sites, the numbers of elements and the dtypes. Fewer numbers than sites: graphs took part.
-        events: The events, which the history shares.
+        key: Bytes of the events' sites, numbers of elements and smallest normal numbers.
+        events: The events, shared by the snapshots of all such steps.
         gather: Rows of the pool for each site. [S, M]
     """
 
     key: tuple[bytes, bytes, bytes]
     events: Events
     gather: torch.Tensor
-
-
-def n_rows(n_sites: int, device: torch.device) -> int:
-    """Counts the rows that a buffer writes at the end of a step.
-
-    Args:
-        n_sites: Number of sites, S.
-        device: Where the rows lie.
-
-    Returns:
-        S; more where graphs may run, behind which elements are counted on the device.
-    """
-    return n_sites + (math.ceil(n_sites / _PACKED) if cuda_graphs.can_capture(device) else 0)
-
-
-def unpack(rows: FloatArray, n_sites: int) -> IntArray:
-    """Gives the number of elements that graphs and others have observed at each site.
-
-    Args:
-        rows: All that a buffer wrote. [n_rows, 6]
-        n_sites: Number of sites, S.
-
-    Returns:
-        The numbers. [S]
-    """
-    return rows[n_sites:, :_PACKED].reshape(-1)[:n_sites].astype(np.int64)
-
-
-def _pack(numels: torch.Tensor, out: torch.Tensor) -> None:
-    padded = torch.nn.functional.pad(numels.double(), (0, len(out) * _PACKED - len(numels)))
-    out[:, :_PACKED].copy_(padded.view(len(out), _PACKED))
 
 
 @cache

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from gradprobe.observers.cuda_graphs import n_rows, unpack_numels
 from gradprobe.observers.ring_buffer import FinishedStep, RingBuffer
-from gradprobe.observers.step_buffer import n_rows, unpack
 from gradprobe.observers.updates import UpdateObserver
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
@@ -114,7 +114,7 @@ class History:
         if self._signals is not None and slot.events is not None:
             n_sites, events = self._signals.n_sites, slot.events
             if events.is_conditional:
-                events = events.seen(unpack(finished.signals, n_sites))
+                events = events.seen(unpack_numels(finished.signals, n_sites))
             signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
         return Snapshot(
             step=slot.step,

@@ -1,4 +1,4 @@
-"""Captured steps: what a CUDA graph holds is measured by each replay, as often as the cadence says."""
+"""Captured steps: each replay of a CUDA graph is measured, at the cadence given to attach."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from helpers.signal_cases import Block
 from torch import nn
 
 import gradprobe
-from gradprobe.observers import cuda_graphs as graph_rows
+from gradprobe.observers import cuda_graphs
 from gradprobe.ops import statistics
 
 pytestmark = pytest.mark.usefixtures("python_hooks", "graphs_on_the_cpu")
@@ -19,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("python_hooks", "graphs_on_the_cpu")
 
 @pytest.fixture
 def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_rows, "can_capture", lambda device: True)
+    """Makes a probe treat the CPU as a device with graphs."""
+    monkeypatch.setattr(cuda_graphs, "can_capture", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def net() -> nn.Sequential:
@@ -29,7 +31,7 @@ def net() -> nn.Sequential:
 
 
 class Training:
-    """A model with an optimizer, and batches that are copied to where a graph reads them."""
+    """A model with an optimizer, and batches copied into the tensor that a graph reads."""
 
     def __init__(self, **options: object) -> None:
         self.model = net()
@@ -71,11 +73,9 @@ def assert_same(seen: gradprobe.Snapshot, expected: gradprobe.Snapshot) -> None:
 
 @pytest.mark.filterwarnings("ignore:gradprobe")
 @pytest.mark.parametrize("options", [{}, {"every": 2}, {"activations_every": 3}], ids=str)
-def test_each_replay_is_measured_as_often_as_the_cadence_says(
-    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replays_are_measured_at_the_cadence(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     eager, graphed = Training(**options), Training(**options)
-    for training in (eager, graphed):  # as before each capture: the optimizer's state comes to be
+    for training in (eager, graphed):  # a capture needs the optimizer's state to exist
         training.step()
         training.probe.step()
     with Capture(monkeypatch, graphed.state()) as graph:
@@ -89,13 +89,13 @@ def test_each_replay_is_measured_as_often_as_the_cadence_says(
         graphed.probe.step()
     seen, expected = graphed.probe.history(), eager.probe.history()
     assert [one.step for one in seen] == [one.step for one in expected]
-    for snapshot, twin in zip(seen, expected, strict=True):
-        assert_same(snapshot, twin)
+    for snapshot, of_eager in zip(seen, expected, strict=True):
+        assert_same(snapshot, of_eager)
     assert all(torch.equal(a, b) for a, b in zip(graphed.state(), eager.state(), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:gradprobe")
-def test_a_graph_that_does_not_run_has_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_does_not_run_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(params=True)
     training.step()
     training.probe.step()
@@ -121,14 +121,14 @@ def test_eager_steps_between_replays_count_by_themselves(monkeypatch: pytest.Mon
     training.step()
     training.probe.step()
     graph.replay()
-    graph.replay()  # as a second batch before the step is closed: the graph wrote over its first
+    graph.replay()  # a second batch in one step: the graph overwrites the rows of the first
     training.probe.step()
     numels = [snapshot.activations["0"].output.numel for snapshot in training.probe.history()]
     assert numels == [40, 40, 40, 40]
 
 
 @pytest.mark.filterwarnings("ignore:gradprobe")
-def test_what_is_replayed_in_a_pause_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_while_paused_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training()
     training.step()
     training.probe.step()
@@ -156,20 +156,20 @@ def test_what_is_replayed_in_a_pause_does_not_count(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.filterwarnings("ignore:gradprobe")
-def test_a_skipped_step_asks_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replays_of_a_skipped_step_check_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(every=2)
     training.step()
     flags = []
-    ask = statistics.COUNT_IF
+    count_if = statistics.COUNT_IF
 
-    def asked(flag: torch.Tensor, on: bool) -> None:
+    def spy(flag: torch.Tensor, on: bool) -> None:
         flags.append(flag)
-        ask(flag, on)
+        count_if(flag, on)
 
-    monkeypatch.setattr(statistics, "COUNT_IF", asked)
+    monkeypatch.setattr(statistics, "COUNT_IF", spy)
     with Capture(monkeypatch, training.state()) as graph:
         training.step()
-    assert graph.unasked == []
+    assert graph.unconditional == []
     assert all(flag is flags[0] for flag in flags)
     states = []
     for _ in range(4):
@@ -180,7 +180,7 @@ def test_a_skipped_step_asks_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert flags[0].item() == 0
 
 
-def test_the_end_of_a_step_in_a_graph_is_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_step_in_a_graph_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     probe = gradprobe.attach(model, optimizer=optimizer)
@@ -190,7 +190,7 @@ def test_the_end_of_a_step_in_a_graph_is_spoken_of(monkeypatch: pytest.MonkeyPat
             optimizer.step()
     assert probe.history() == []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it was said
+        warnings.simplefilter("error")  # warned already
         for loss in (2.0, 1.0):
             graph.replay()
             probe.step(loss=loss)
@@ -207,7 +207,7 @@ def test_clipping_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         training.backward()
         training.probe.clip_grad_norm_(1e-3)
         training.optimizer.step()
-    assert training.probe.latest().total_norm == before.total_norm  # no replay writes to a step that is over
+    assert training.probe.latest().total_norm == before.total_norm  # no replay writes to a closed step
     graph.replay()
     training.probe.step()
     assert training.probe.latest().total_norm == pytest.approx(1e-3, rel=1e-3)

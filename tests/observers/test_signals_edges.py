@@ -334,7 +334,7 @@ def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.
     batches = torch.randn(12, 3)
     for batch in batches.split(6):
         model(batch).sum().backward()
-    with pytest.warns(gradprobe.GradprobeWarning, match="20 tensors have passed by since a step was last closed"):
+    with pytest.warns(gradprobe.GradprobeWarning, match="20 tensors were observed since the last step was closed"):
         model(batches)
     model(batches).sum().backward()  # not said again
     probe.step()
