@@ -1,4 +1,4 @@
-"""What a probe observes: the parameters of a model, each once, with all of its names."""
+"""The parameters that a probe observes: each trainable one once, with all of its names."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from gradprobe.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class ObservedParameter:
-    """One place where gradients are measured.
+    """One trainable parameter.
 
     Attributes:
-        name: The first name under which the model knows it.
-        names: All names; more than one for a tied parameter.
-        kind: "parameter".
-        shape: Shape of the parameter.
-        numel: Number of elements of the parameter.
+        name: Its first name in the model.
+        names: All its names; more than one for a tied parameter.
+        shape: Its shape.
     """
 
     name: str
     names: tuple[str, ...]
-    kind: str
     shape: tuple[int, ...]
-    numel: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +30,7 @@ class ObservedParameters:
     """The parameters of a model, in model order.
 
     Attributes:
-        sites: One entry for each distinct parameter that requires a gradient.
+        sites: One entry per distinct parameter that requires a gradient.
         parameters: The tensors, in the order of `sites`.
         frozen: Names of the parameters that do not require a gradient.
     """
@@ -51,10 +47,10 @@ def find_parameters(model: nn.Module) -> ObservedParameters:
         model: Any module.
 
     Returns:
-        The sites, the tensors in the same order, and the names of the frozen parameters.
+        The trainable parameters, and the names of the frozen ones.
 
     Raises:
-        ArgumentError: The model has no parameter, only frozen ones, or one that is not materialised yet.
+        ArgumentError: The model has no parameters, only frozen ones, or one without a shape yet (a lazy module).
 
     Example:
         >>> found = find_parameters(nn.Linear(3, 2))
@@ -73,34 +69,27 @@ def find_parameters(model: nn.Module) -> ObservedParameters:
     if not tensor_of:
         raise ArgumentError(f"model: need at least one parameter; {type(model).__name__} has none")
     trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad]
-    frozen = tuple(name for key, names in names_of.items() if key not in set(trainable) for name in names)
+    frozen = tuple(name for key, names in names_of.items() if not tensor_of[key].requires_grad for name in names)
     if not trainable:
         raise ArgumentError(
             f"model: need at least one parameter with requires_grad=True; "
             f"all {len(tensor_of)} of {type(model).__name__} are frozen"
         )
     sites = tuple(
-        ObservedParameter(
-            name=names_of[key][0],
-            names=tuple(names_of[key]),
-            kind="parameter",
-            shape=tuple(tensor_of[key].shape),
-            numel=tensor_of[key].numel(),
-        )
-        for key in trainable
+        ObservedParameter(names_of[key][0], tuple(names_of[key]), tuple(tensor_of[key].shape)) for key in trainable
     )
     return ObservedParameters(sites, tuple(tensor_of[key] for key in trainable), frozen)
 
 
 def unstepped_parameters(optimizer: torch.optim.Optimizer, found: ObservedParameters) -> tuple[str, ...]:
-    """Names the parameters that an optimizer leaves as they are.
+    """Lists the parameters that an optimizer does not step.
 
     Args:
         optimizer: The optimizer.
         found: The parameters.
 
     Returns:
-        First names of those in none of its groups, in model order.
+        First names of the parameters in none of its groups, in model order.
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return tuple(
@@ -109,7 +98,7 @@ def unstepped_parameters(optimizer: torch.optim.Optimizer, found: ObservedParame
 
 
 def newly_trainable(model: nn.Module, known: ObservedParameters) -> tuple[str, ...]:
-    """Names parameters that require a gradient now and were frozen or absent when `known` was made.
+    """Lists the parameters that require a gradient now and were frozen or absent when `known` was made.
 
     Args:
         model: The model that `known` was made from.
