@@ -1,7 +1,7 @@
-"""GradientHooks on the outputs of modules, and on the gradients that come back to them.
+"""Observes the outputs of modules and the gradients of these outputs.
 
-The gradient is met by a hook on the output tensor itself, as it was when the module returned it: what is done to it in
-place later (ReLU, `+=`) changes neither the number nor the training. Backward hooks on modules would not bear that.
+A hook on the output tensor, registered as the module returns it, receives the gradient. Later in-place operations on
+the output (ReLU, `+=`) therefore change neither the statistics nor the training; module backward hooks fail on them.
 """
 
 from __future__ import annotations
@@ -16,21 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
 
 from gradprobe.errors import ArgumentError
 from gradprobe.observers.compiled_ops import observe_output, register_step_buffer
+from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.module_hooks import ModuleHooks
-from gradprobe.observers.observable import (
-    ForwardPasses,
-    in_transform,
-    is_measurable,
-    native_hooks_of,
-    next_native_step,
-    remove_all,
-    tensors_in,
-)
+from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable, tensors_in
 from gradprobe.observers.step_buffer import Gate, StepBuffer
+from gradprobe.observers.tensor_hooks import TensorHooks
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -47,16 +40,16 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
 
     Args:
         model: Any module.
-        selection: True for every module without children, but for `Identity`, lists and dictionaries of parameters, and
-            the output layer of torch's attention, which are not called as modules; a list of patterns of names, in
-            which `*` stands for any characters; or a function of name and module.
-        elsewhere: Names that True leaves out, because they are observed in another way.
+        selection: True for every module without children, except `Identity` and modules that are never called (lists
+            and dictionaries of parameters, the output layer of torch's attention); a list of name patterns, in which
+            `*` matches any characters; or a function of name and module.
+        elsewhere: Names that True excludes because they are observed as residual adds.
 
     Returns:
         The modules by their first name, in model order.
 
     Raises:
-        ArgumentError: The selection is of another kind, or chooses nothing; a pattern that fits no module is named.
+        ArgumentError: The selection has another type or selects nothing; the message names a pattern without a match.
 
     Example:
         >>> list(select_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), True))
@@ -74,7 +67,7 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
     if callable(selection):
         chosen = {name: module for name, module in named.items() if selection(name, module)}
         if not chosen:
-            raise ArgumentError(f"activations: the function chose none of {len(named)} modules")
+            raise ArgumentError(f"activations: need at least one module; the function selected none of {len(named)}")
         return chosen
     is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
     if not is_list or not selection or not all(isinstance(pattern, str) for pattern in selection):
@@ -84,56 +77,61 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
     for pattern in selection:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ArgumentError(
-                f"activations: no module's name fits {pattern!r}; there are {', '.join(list(named)[:5])}, …"
+                f"activations: no module name matches {pattern!r}; the model has {', '.join(list(named)[:5])}, …"
             )
     return {name: module for name, module in named.items() if any(fnmatchcase(name, pattern) for pattern in selection)}
 
 
 class ActivationHooks:
-    """Hooks on M modules: number m writes its output to site 2m and the gradient of that to site 2m + 1.
+    """Hooks on M modules: module m writes its output to site 2m and the gradient of the output to site 2m + 1.
 
-    A module that is called several times in a step, or returns several tensors, writes several times. One that returns
-    its input gets the gradient of that, which is the sum over all that take it. To an output that is a view and is
-    written to in place later, torch sends no gradient. Forward passes without gradients, as in evaluation, are not
-    observed; what a checkpoint computes again is observed once.
+    A module that is called several times in a step, or returns several tensors, writes several events. If a module
+    returns its input, the gradient is that of the input, summed over all its uses. torch computes no gradient for an
+    output that is a view and is modified in place later. Forward passes with gradients disabled, as in evaluation, are
+    not observed; a checkpoint's recomputation is not observed again.
 
     Args:
         modules: The M modules.
-        buffer: Takes the statistics of each tensor as it passes by.
+        buffer: Step buffer to write to.
     """
 
     def __init__(self, modules: Sequence[nn.Module], buffer: StepBuffer) -> None:
         self.buffer = buffer
         self._buffer_key = register_step_buffer(buffer)
         self._passes = ForwardPasses()
-        self._leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
-        self.unmeasured: set[int] = set()  # modules with an output that no kernel takes
-        self._native = native_hooks_of("OutputHooks", buffer, len(modules), partial(_on_gradient, weakref.ref(self)))
+        self._tensor_hooks = TensorHooks()
+        self.unmeasured: set[int] = set()  # modules with an output that no kernel accepts
+        on_gradient = partial(_on_gradient, weakref.ref(self))
+        self._native = make_native_hooks("OutputHooks", buffer.rows, len(modules), on_gradient)
         self._hooks = ModuleHooks(modules, [_ForwardHook(self, m) for m in range(len(modules))])
 
     def follow_gate(self) -> None:
-        """Takes the hooks off the modules while the buffer's gate is closed."""
+        """Removes the hooks from the modules while the buffer's gate is closed, and puts them back when it opens."""
         self._hooks.need(self.buffer.gate.is_open)
 
     def start_step(self) -> None:
-        """Begins a step."""
+        """Forgets the step that has ended."""
         self._passes.clear()
-        remove_all(self._leaf_hooks)
-        self._native = next_native_step(self._native, self.buffer)
+        self._tensor_hooks.clear()
+        self._native = next_native_step(self._native, self.buffer.rows)
 
     def remove(self) -> None:
         """Removes every hook, for good."""
         self._hooks.remove()
-        remove_all(self._leaf_hooks)
+        self._tensor_hooks.clear()
 
     def in_graph(self, m: int, inputs: tuple[Any, ...], output: Any) -> Any:
-        """Observes what module m made of its inputs in a graph that is being compiled; returns what takes its place."""
+        """Observes the output of module m in a graph that is being compiled.
+
+        Returns:
+            The output to use in its place, or None to keep it.
+        """
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return None
         return observe_output(output, inputs, self._buffer_key, 2 * m)
 
     def on_output(self, m: int, output: Any) -> None:
-        """Observes what module m returned."""
+        """Observes the output of module m."""
         if self._native is not None and self._native.observe(m, output):
             return
         if not self.buffer.enabled or not torch.is_grad_enabled() or in_transform() or self.buffer.is_full():
@@ -147,11 +145,9 @@ class ActivationHooks:
                 self.buffer.write(2 * m, tensor)
             if tensor.requires_grad:
                 hook = _GradientHook(weakref.ref(self), 2 * m + 1)
-                if hook in (tensor._backward_hooks or {}).values():  # returned before: its input, say
+                if hook in (tensor._backward_hooks or {}).values():  # returned before, e.g. the module's input
                     continue
-                handle = tensor.register_hook(hook)
-                if tensor.is_leaf:
-                    self._leaf_hooks.append(handle)
+                self._tensor_hooks.add(tensor, hook)
 
     def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
         """Observes a gradient."""
@@ -160,7 +156,7 @@ class ActivationHooks:
 
 
 class _ForwardHook:
-    """A module's hook that does not keep the hooks alive, and does nothing in a copy or a pickle of the module."""
+    """The forward hook of one module. Does not keep `ActivationHooks` alive; does nothing in a copy of the module."""
 
     __slots__ = ("_gate", "_hooks", "_m")
 
@@ -193,7 +189,7 @@ def _on_gradient(hooks: weakref.ref[ActivationHooks], site: int, gradient: torch
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _GradientHook:
-    """A tensor's hook; the graph may outlive the hooks."""
+    """The hook of one output tensor. Does not keep `ActivationHooks` alive, which the graph may outlive."""
 
     hooks: weakref.ref[ActivationHooks]
     site: int

@@ -1,7 +1,7 @@
-"""GradientHooks inside a compiled graph: an operator with an effect, in an identity with a derivative.
+"""Observes activations and residual adds inside a compiled graph, with operators instead of hooks.
 
-Hooks on tensors would break the graph. The operator stays in it, in its place among the others, forward and backward;
-whether the step is observed is asked when it runs, so that switching compiles nothing again.
+Tensor hooks would break the graph. These operators have a side effect and keep their order in it, in forward and
+backward. They check at run time whether the step is observed, so that switching does not recompile.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _keys = itertools.count()
 
 
 def register_step_buffer(buffer: StepBuffer) -> int:
-    """Makes a buffer known to graphs.
+    """Registers a step buffer for use in graphs.
 
     Args:
-        buffer: Takes the statistics while it lives and is enabled.
+        buffer: Receives statistics while it is alive and enabled.
 
     Returns:
-        Its number, which graphs hold.
+        Its key, a constant in the graphs.
     """
     key = next(_keys)
     _step_buffers[key] = buffer
@@ -41,17 +41,17 @@ def register_step_buffer(buffer: StepBuffer) -> int:
 
 
 def observe_output(output: Any, inputs: tuple[Any, ...], buffer: int, site: int) -> Any:
-    """Observes what a module returned, as a part of the graph.
+    """Observes a module's output inside the graph.
 
     Args:
-        output: A tensor, or tuples, lists and dictionaries of them; anything else is left alone.
-        inputs: What the module took. The gradient of an output that is one of them or a view of one, or of a parameter,
-            is not observed: that would need a new tensor, which no longer shares their memory.
-        buffer: Number of the buffer.
-        site: Site of the output; that of the gradient comes next.
+        output: A tensor, or tuples, lists and dictionaries of tensors; anything else is not observed.
+        inputs: The module's inputs. If an output is an input, a leaf such as a parameter, or a view of one, its
+            gradient is not observed: that would need a new tensor, which no longer shares their memory.
+        buffer: Key of the step buffer.
+        site: Site of the output; that of the gradient is the next.
 
     Returns:
-        What takes the output's place: the same values, in a new tensor where a gradient may come back to it.
+        The output to use instead: the same values, in a new tensor if a gradient can be observed.
     """
     if isinstance(output, Tensor):
         if not (output.is_floating_point() or output.is_complex()):
@@ -67,32 +67,32 @@ def observe_output(output: Any, inputs: tuple[Any, ...], buffer: int, site: int)
     return output
 
 
-# Dynamo looks no further: which nodes hand on the branch's part is found in autograd's own graph.
+# Dynamo must not trace into this: the nodes that pass on the branch's part are found in autograd's graph.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def observe_junction(x: Tensor, f: Tensor, relu: bool, buffer: int, first: int) -> Tensor:
-    """Joins shortcut and branch and observes it, as a part of the graph.
+    """Computes a residual add inside the graph, and observes it.
 
-    Of the branch is observed what this graph holds: where it begins behind x, the branch's part is not.
+    The branch's part of the gradient is observed only if the branch from x to f lies in this graph.
 
     Args:
-        x: What passes by the shortcut.
-        f: What comes out of the branch; shape and device of x.
+        x: The shortcut.
+        f: Output of the branch; shape and device of x.
         relu: Whether to take the positive part.
-        buffer: Number of the buffer.
-        first: Site of x; those of the other `JUNCTION_KINDS` come next.
+        buffer: Key of the step buffer.
+        first: Site of x; those of the other `JUNCTION_KINDS` follow.
 
     Returns:
         `x + f`, or `torch.relu(x + f)`.
     """
     dtype = torch.promote_types(x.dtype, f.dtype)
-    passage = _GraphJunctionCall(buffer, first)
-    y: Tensor = _ObservedJunction.apply(x.to(dtype), f.to(dtype), relu, passage)  # type: ignore[no-untyped-call]
-    passage.hook_branch(edges_into(x, y.grad_fn, [1]))
+    call = _GraphJunctionCall(buffer, first)
+    y: Tensor = _ObservedJunction.apply(x.to(dtype), f.to(dtype), relu, call)  # type: ignore[no-untyped-call]
+    call.hook_branch(edges_into(x, y.grad_fn, [1]))
     return y
 
 
 def _shares_memory(output: Tensor, inputs: Any) -> bool:
-    """Tells whether an output is, or views, what the module took or a leaf such as a parameter of its own."""
+    """Tells whether an output is an input of the module or a leaf, such as a parameter, or a view of one."""
     base = output._base
     if output.is_leaf or (base is not None and base.is_leaf):
         return True
@@ -116,7 +116,7 @@ class _Observed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, buffer: int, site: int) -> Tensor:
         ctx.buffer, ctx.site = buffer, site
         _OBSERVE(x, buffer, site)
-        return x.clone()  # what is returned may be written to in place, and no view of an argument may
+        return x.clone()  # the caller may write to the output in place, which a view of an input does not allow
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -125,7 +125,7 @@ class _Observed(torch.autograd.Function):
 
 
 class _GraphJunctionCall:
-    """One call of a junction in a graph: brings the two parts of the gradient at x together."""
+    """One call of a residual add in a graph: brings the two parts of the gradient at x together."""
 
     def __init__(self, buffer: int, first: int) -> None:
         self.buffer, self.first = buffer, first
@@ -134,13 +134,13 @@ class _GraphJunctionCall:
         self._arrived: list[Tensor | None] = []
 
     def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
-        """Hooks the nodes by which the branch's part of the gradient comes to x."""
+        """Hooks the nodes from which the branch's part of the gradient reaches x."""
         self._n_arrivals = len(edges)
         for node, output in edges:
             node.register_hook(partial(self._on_arrival, output))
 
     def on_shortcut(self, gradient: Tensor) -> None:
-        """Takes the shortcut's part, at the beginning of each backward."""
+        """Keeps the shortcut's part, which comes first in each backward."""
         self._shortcut = gradient if self._n_arrivals > 0 else None
         self._arrived = []
 
@@ -158,11 +158,11 @@ class _GraphJunctionCall:
 
 class _ObservedJunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Tensor, relu: bool, passage: _GraphJunctionCall) -> Tensor:
+    def forward(ctx: Any, x: Tensor, f: Tensor, relu: bool, call: _GraphJunctionCall) -> Tensor:
         y = residual_add(x, f, relu)
-        for site, tensor in enumerate((x, f, y), passage.first):
-            _OBSERVE(tensor, passage.buffer, site)
-        ctx.passage, ctx.relu = passage, relu
+        for site, tensor in enumerate((x, f, y), call.first):
+            _OBSERVE(tensor, call.buffer, site)
+        ctx.call, ctx.relu = call, relu
         if relu:
             ctx.save_for_backward(y)
         return y
@@ -170,9 +170,9 @@ class _ObservedJunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Any:
         gradient = torch.ops.gradprobe.residual_add_backward(incoming, *ctx.saved_tensors) if ctx.relu else incoming
-        for site, tensor in enumerate((incoming, gradient), ctx.passage.first + 3):
-            _OBSERVE(tensor, ctx.passage.buffer, site)
-        ctx.passage.on_shortcut(gradient)
+        for site, tensor in enumerate((incoming, gradient), ctx.call.first + 3):
+            _OBSERVE(tensor, ctx.call.buffer, site)
+        ctx.call.on_shortcut(gradient)
         return gradient, gradient, None, None
 
 
@@ -193,7 +193,7 @@ _library = torch.library.Library("gradprobe", "FRAGMENT")
 
 
 def _define(schema: str, kernel: Callable[..., None], fake: Callable[..., None]) -> Any:
-    """Defines an operator whose only effect is on a buffer, in its place among the others of a graph."""
+    """Defines an operator that only writes to a step buffer, and keeps its order among a graph's other operators."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -1,10 +1,10 @@
-"""Rows of what passes by in the open step, in the order in which it came."""
+"""Rows of the events of the open step, in order of arrival. An event is one tensor observed at one site."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ from gradprobe.ops import libraries
 from gradprobe.snapshot.records import FloatArray, IntArray
 
 _FIRST_EVENTS = 64
-MOST_EVENTS = 2**20  # of a step: a step that nobody closes is not to fill the memory
+MOST_EVENTS = 2**20  # per step: a step that is never closed must not fill the memory
 
 
 class EventRows(Protocol):
-    """Rows of events; `EventRows` of the C++ module, on the CPU, and `PythonEventRows` both are one."""
+    """Rows of events, implemented in C++ (`EventRows` of `_hooks`, on the CPU) and by `PythonEventRows`."""
 
-    enabled: bool  # the one switch of all that writes here, operators in compiled graphs included
+    enabled: bool  # read by everything that writes here, including operators in compiled graphs
 
     @property
     def n_events(self) -> int:
@@ -28,33 +28,47 @@ class EventRows(Protocol):
 
     @property
     def is_full(self) -> bool:
-        """Whether there are `MOST_EVENTS`; later ones are not kept."""
+        """Whether there are `MOST_EVENTS`; later ones are dropped."""
 
     def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
-        """Gives the row [1, 6] of a new event, to be written; the last is of the dtype, NaN where there is none."""
+        """Adds an event and returns its row, not yet written.
+
+        Args:
+            site: Position of the site.
+            numel: Number of elements of the tensor.
+            smallest_normal: Smallest normal number of the tensor's dtype; NaN if there is no tensor.
+
+        Returns:
+            The row. [1, 6]
+        """
 
     def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Gives the row of a tensor that was remembered, [1, 6]; None where it was written to since."""
+        """Returns the row remembered for a tensor, [1, 6]; None if there is none or the tensor has changed since."""
 
     def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
-        """Notes that a row that `next` gave is of this very tensor."""
+        """Notes that a row returned by `next` holds the statistics of this tensor."""
 
     def events(self) -> tuple[IntArray, IntArray, FloatArray, torch.Tensor]:
-        """Gives what `next` was told of N events [N], and rows of them, a zero row first. [1 + N, 6] or more."""
+        """Returns the three arguments of `next` for all N events, and their rows.
+
+        Returns:
+            Sites, numbers of elements, smallest normal numbers, and the rows behind one zero row. [N], [N], [N] and
+            [1 + N, 6] or more
+        """
 
     def clear(self) -> None:
         """Forgets all events."""
 
 
 class PythonEventRows:
-    """The twin of the C++ rows, on any device: without an allocation once there are rows enough.
+    """Python implementation of the rows, on any device. Allocates only while the number of rows grows.
 
     Attributes:
-        fill: What a row holds before it is written.
+        fill: Value of a row's elements before it is written.
 
     Args:
         device: Where the rows lie.
-        n_rows: Number of rows to begin with.
+        n_rows: Initial number of rows.
     """
 
     fill = 0.0
@@ -62,14 +76,14 @@ class PythonEventRows:
     def __init__(self, device: torch.device, n_rows: int = _FIRST_EVENTS) -> None:
         self.enabled = True
         self._device = device
-        self._lock = threading.Lock()  # each device's part of a backward runs in a thread of its own
+        self._lock = threading.Lock()  # a backward runs one thread per device
         self._sites: list[int] = []
         self._numels: list[int] = []
         self._smallest_normals: list[float] = []
         # by identity, since one module's output is another's input: the tensor, its version, its row
         self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         self._blocks: list[torch.Tensor] = []  # [N, 6] each; the very first row stays zero
-        self._rows: list[torch.Tensor] = []  # of all blocks, [1, 6] each: viewed once
+        self._rows: list[torch.Tensor] = []  # views of the rows of all blocks, [1, 6] each
         self._grow(n_rows)
 
     @property
@@ -79,11 +93,11 @@ class PythonEventRows:
 
     @property
     def is_full(self) -> bool:
-        """Whether there are `MOST_EVENTS`; later ones are not kept."""
+        """Whether there are `MOST_EVENTS`; later ones are dropped."""
         return len(self._sites) >= MOST_EVENTS
 
     def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
-        """Gives the row [1, 6] of a new event, to be written; the last is of the dtype, NaN where there is none."""
+        """Adds an event and returns its row; see `EventRows.next`."""
         with self._lock:
             if self.is_full:
                 return torch.empty_like(self._rows[0])
@@ -95,18 +109,18 @@ class PythonEventRows:
             return self._rows[len(self._sites)]
 
     def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Gives the row of a tensor that was remembered, [1, 6]; None where it was written to since."""
+        """Returns the row remembered for a tensor, [1, 6]; None if there is none or the tensor has changed since."""
         known = self._rows_of.get(id(tensor))
         return known[2] if known is not None and known[0]() is tensor and known[1] == tensor._version else None
 
     def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
-        """Notes that a row that `next` gave is of this very tensor."""
-        # an inference tensor counts no versions; once there are rows enough, this may be nobody's
+        """Notes that a row returned by `next` holds the statistics of this tensor."""
+        # an inference tensor has no version counter; once the rows are full, `row` may be a dropped one
         if tensor.layout is torch.strided and not tensor.is_inference() and not self.is_full:
             self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
 
     def events(self) -> tuple[IntArray, IntArray, FloatArray, torch.Tensor]:
-        """Gives what `next` was told of N events [N], and rows of them, a zero row first. [1 + N, 6] or more."""
+        """Returns the arguments of `next` for all N events, and their rows; see `EventRows.events`."""
         rows = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
         sites, numels = np.array(self._sites, dtype=np.int64), np.array(self._numels, dtype=np.int64)
         return sites, numels, np.array(self._smallest_normals, dtype=np.float64), rows
@@ -119,23 +133,48 @@ class PythonEventRows:
         self._rows_of.clear()
 
     def _grow(self, n_rows: int) -> None:
-        # rows that were handed out stay: another thread may be about to write to one
+        # never moves existing rows: another thread may be about to write to one
         self._blocks.append(torch.full((n_rows, len(ops.STATS)), self.fill, dtype=torch.float64, device=self._device))
         self._rows.extend(self._blocks[-1].unsqueeze(1).unbind())
 
 
 def make_rows(device: torch.device, backend: str) -> EventRows:
-    """Makes the rows of a buffer: in C++ where that is built, for the native kernels on the CPU.
+    """Makes the rows of a step buffer: in C++ if that is built and the native CPU kernels are used.
 
     Args:
         device: Where the rows lie.
         backend: Name of the backend, or "auto".
 
     Returns:
-        The rows, without an event.
+        Rows without an event.
     """
     module, _ = libraries.native_hooks()
     if module is None or device.type != "cpu" or ops.resolve(backend, device).name != "native":
         return PythonEventRows(device)
     rows: EventRows = module.EventRows(MOST_EVENTS)
     return rows
+
+
+def make_native_hooks(kind: str, rows: EventRows, *arguments: Any) -> Any | None:
+    """Makes C++ hooks, which observe plain tensors in plain autograd and leave everything else to Python.
+
+    Args:
+        kind: Name of their class.
+        rows: Rows to write to.
+        arguments: Further arguments of the class.
+
+    Returns:
+        The hooks, or None if the rows are not in C++.
+    """
+    module, _ = libraries.native_hooks()
+    if module is None or isinstance(rows, PythonEventRows):
+        return None
+    return getattr(module, kind)(rows, *arguments)
+
+
+def next_native_step(native: Any | None, rows: EventRows) -> Any | None:
+    """Begins a step of C++ hooks; returns None in their place if the rows have moved to another device."""
+    if native is None or isinstance(rows, PythonEventRows):
+        return None
+    native.start_step()
+    return native

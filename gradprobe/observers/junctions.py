@@ -1,8 +1,8 @@
-"""GradientHooks on residual junctions: what passes by the shortcut, what comes back through the branch.
+"""Observes residual adds: the operands, the sum, and both parts of the gradient at x.
 
 At y = x + F(x) the gradient splits: dL/dx = dL/dy + J_F(x)^T dL/dy (He et al. 2016, "Identity Mappings in Deep Residual
-Networks", arXiv 1603.05027, eq. 5). The junction hands the first part to x; the second is met where the graph of F
-hands it to x, before autograd adds the two up.
+Networks", arXiv 1603.05027, eq. 5). The residual add itself passes the shortcut's part to x. Hooks on the nodes at
+which the graph of F reaches x see the branch's part before autograd sums the two.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
 
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.autograd_edges import edges_into
 from gradprobe.observers.compiled_ops import observe_junction, register_step_buffer
-from gradprobe.observers.observable import (
-    ForwardPasses,
-    in_transform,
-    is_measurable,
-    native_hooks_of,
-    next_native_step,
-    remove_all,
-)
+from gradprobe.observers.event_rows import make_native_hooks, next_native_step
+from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable
 from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.residual import (
     RESIDUAL_ADD_BACKWARD_STATS,
     RESIDUAL_ADD_STATS,
@@ -45,13 +39,13 @@ X, F, Y, INCOMING, SHORTCUT, BRANCH, DOT = range(N_SITES)
 
 
 def junction_modules(model: nn.Module) -> tuple[dict[str, ResidualAdd], tuple[str, ...]]:
-    """Lists the residual junctions of a model.
+    """Lists the residual adds of a model.
 
     Args:
         model: Any module.
 
     Returns:
-        Those that can be observed, by their first name in model order; and the names of the others, which work in place
+        Those that can be observed, by their first name in model order; and the names of the others, which add in place
         or are observed by another probe.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, ResidualAdd)}
@@ -60,46 +54,41 @@ def junction_modules(model: nn.Module) -> tuple[dict[str, ResidualAdd], tuple[st
 
 
 class JunctionHooks:
-    """GradientHooks on J junctions, with `N_SITES` sites each.
+    """Observes J residual adds, with `N_SITES` sites each, in the order of `JUNCTION_KINDS`.
 
     Args:
-        modules: The J junctions.
-        buffer: Takes the statistics.
-        first_site: Site of junction 0's x.
+        modules: The J residual adds.
+        buffer: Step buffer to write to.
+        first_site: First site of residual add 0.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[ResidualAdd],
-        buffer: StepBuffer,
-        first_site: int,
-    ) -> None:
+    def __init__(self, modules: Sequence[ResidualAdd], buffer: StepBuffer, first_site: int) -> None:
         self.buffer = buffer
         self.first_site = first_site
         self._buffer_key = register_step_buffer(buffer)
         self._modules = tuple(modules)
         self.passes = ForwardPasses()
-        self.leaf_hooks: list[RemovableHandle] = []  # these outlive the graph
-        self.native = native_hooks_of("JunctionHooks", buffer, len(modules), first_site)
+        self.tensor_hooks = TensorHooks()
+        self.native = make_native_hooks("JunctionHooks", buffer.rows, len(modules), first_site)
         for j, module in enumerate(modules):
             module.observer = JunctionObserver(self, j)
 
     def start_step(self) -> None:
-        """Begins a step."""
+        """Forgets the step that has ended."""
         self.passes.clear()
-        remove_all(self.leaf_hooks)
-        self.native = next_native_step(self.native, self.buffer)
+        self.tensor_hooks.clear()
+        self.native = next_native_step(self.native, self.buffer.rows)
 
     def in_graph(self, j: int, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
-        """Joins the operands of junction j in a graph that is being compiled, and observes it there."""
-        is_fit = x.is_floating_point() and f.is_floating_point() and x.shape == f.shape and x.device == f.device
-        if not is_fit or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        """Computes residual add j in a graph that is being compiled, and observes it there."""
+        is_observable = x.is_floating_point() and f.is_floating_point() and x.shape == f.shape and x.device == f.device
+        if not is_observable or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return residual_add(x, f, relu)
         y: torch.Tensor = observe_junction(x, f, relu, self._buffer_key, self.first_site + N_SITES * j)
         return y
 
     def observes(self, x: torch.Tensor, f: torch.Tensor) -> bool:
-        """Tells whether Python observes this junction now, with these operands."""
+        """Tells whether a residual add with these operands is observed now, from Python."""
         return (
             self.buffer.enabled
             and torch.is_grad_enabled()
@@ -112,22 +101,16 @@ class JunctionHooks:
             and not self.buffer.is_full()
         )
 
-    def hook(self, tensor: torch.Tensor, on_gradient: Callable[[torch.Tensor], None]) -> None:
-        """Calls back with the gradient at a tensor, within this step."""
-        handle = tensor.register_hook(on_gradient)
-        if tensor.is_leaf:
-            self.leaf_hooks.append(handle)
-
     def remove(self) -> None:
-        """Takes the hooks out of the modules, for good."""
+        """Detaches from the modules, for good."""
         for module in self._modules:
             module.observer = None
         self._modules = ()
-        remove_all(self.leaf_hooks)
+        self.tensor_hooks.clear()
 
 
 class JunctionObserver:
-    """What a `ResidualAdd` calls in place of `residual_add` while a probe is attached."""
+    """Computes a `ResidualAdd` in place of `residual_add` while a probe is attached."""
 
     __slots__ = ("_gate", "_hooks", "_j")
 
@@ -137,7 +120,7 @@ class JunctionObserver:
         self._j = j
 
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
-        """Joins x and f as `residual_add` does, and observes it in a forward pass with gradients."""
+        """Computes `residual_add(x, f, relu)`, and observes it if gradients are enabled."""
         compiles = is_compiling()
         hooks = self._hooks() if compiles or self._gate.is_open else None
         if hooks is None:
@@ -146,39 +129,40 @@ class JunctionObserver:
             return hooks.in_graph(self._j, x, f, relu)
         if hooks.native is not None:
             joined: torch.Tensor | None = hooks.native.join(self._j, x, f, relu)
-            if joined is not None:
+            if joined is not None:  # None for operands that C++ leaves to Python
                 return joined
         if not hooks.observes(x, f):
             return residual_add(x, f, relu)
-        passage = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
+        call = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
         dtype = torch.promote_types(x.dtype, f.dtype)
-        y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, passage)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, call)  # type: ignore[no-untyped-call]
         if not (hooks.native or hooks.passes).is_repeat(self._j):
-            passage.on_forward(x, f, y)
-        passage.hook_branch(edges_into(x, y.grad_fn, [1]))
+            call.on_forward(x, f, y)
+        call.hook_branch(edges_into(x, y.grad_fn, [1]))
         return y
 
     def in_place(self, x: torch.Tensor, f: torch.Tensor, into_x: bool) -> torch.Tensor:
-        """Adds one operand to the other by torch's own `add_`, and observes it in a forward pass with gradients."""
+        """Adds one operand to the other with `Tensor.add_`, and observes it if gradients are enabled."""
         hooks = self._hooks()
         target, addend = (x, f) if into_x else (f, x)
         if is_compiling() and hooks is not None:
             return target.copy_(hooks.in_graph(self._j, x, f, relu=False))
         if hooks is None or not hooks.observes(x, f):
             return target.add_(addend)
-        passage = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
+        call = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
         is_repeat = (hooks.native or hooks.passes).is_repeat(self._j)
-        passage.hook_branch(edges_into(x, f.grad_fn))  # before either is written to
+        call.hook_branch(edges_into(x, f.grad_fn))  # before either operand is overwritten
         if not is_repeat:
-            hooks.buffer.write(passage.first + X, x)
-            hooks.buffer.write(passage.first + F, f)
-        # the gradient of the sum is met on its way to the addend: to a view that is written to again it does not come
-        met = addend.view_as(addend) if addend.requires_grad and addend.dtype == target.dtype else target
-        target.add_(addend if met is target else met)
+            hooks.buffer.write(call.first + X, x)
+            hooks.buffer.write(call.first + F, f)
+        # The sum may be a view that is modified again, and then a hook on it never fires: hook the addend, whose
+        # gradient is the same.
+        hooked = addend.view_as(addend) if addend.requires_grad and addend.dtype == target.dtype else target
+        target.add_(addend if hooked is target else hooked)
         if not is_repeat:
-            hooks.buffer.write(passage.first + Y, target)
-        if met.requires_grad:
-            hooks.hook(met, passage.on_sum)
+            hooks.buffer.write(call.first + Y, target)
+        if hooked.requires_grad:
+            hooks.tensor_hooks.add(hooked, call.on_sum)
         return target
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -186,31 +170,32 @@ class JunctionObserver:
 
 
 class _JunctionCall:
-    """One call of a junction: keeps what goes by the shortcut until what comes through the branch has arrived."""
+    """One call of a residual add: keeps the shortcut's part of a gradient until the branch's part has arrived."""
 
     __slots__ = ("_hooks", "_n_arrivals", "_open", "first", "y_row")
 
     def __init__(self, hooks: JunctionHooks, first: int) -> None:
         self._hooks = weakref.ref(hooks)
         self.first = first
-        self._n_arrivals = 0  # of parts of the branch, in one backward
-        # That backward, what the shortcut brought in it, the parts so far: in one, as another thread may run another.
+        self._n_arrivals = 0  # gradients that the branch sends to x in one backward
+        # The running backward, the shortcut's part and the branch's gradients so far. Replaced as a whole: another
+        # thread may run another backward.
         self._open: tuple[int, torch.Tensor, list[torch.Tensor | None]] | None = None
         self.y_row: torch.Tensor | None = None  # [1, 6]
 
     def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
-        """Hooks the nodes by which the branch's part of the gradient comes to x."""
+        """Hooks the nodes from which the branch's part of the gradient reaches x."""
         self._n_arrivals = len(edges)
         for node, output in edges:
             node.register_hook(partial(self._on_arrival, output))
 
     def counting(self) -> AbstractContextManager[None]:
-        """Surrounds operators that give statistics, as `StepBuffer.counting` does."""
+        """Returns the context for operators that compute statistics; see `GraphRows.counting`."""
         hooks = self._hooks()
         return nullcontext() if hooks is None else hooks.buffer.graphs.counting()
 
     def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
-        """Takes the operands and their sum, whose row is there already."""
+        """Records the operands and the sum, whose row the operator has computed."""
         hooks, y_row = self._hooks(), self.y_row
         if hooks is not None and y_row is not None:
             hooks.buffer.write(self.first + X, x)
@@ -218,7 +203,7 @@ class _JunctionCall:
             hooks.buffer.put(self.first + Y, y_row, y)
 
     def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor) -> None:
-        """Takes the gradient at y, the gradient at both operands, and their raw rows [2, 6]."""
+        """Records the gradient at y and the gradient at both operands, given their raw rows [2, 6]."""
         hooks = self._hooks()
         if hooks is not None and hooks.buffer.enabled:
             hooks.buffer.put(self.first + INCOMING, rows[:1], incoming)
@@ -226,7 +211,7 @@ class _JunctionCall:
             self._open = (torch._C._current_graph_task_id(), shortcut, []) if self._n_arrivals > 0 else None
 
     def on_sum(self, incoming: torch.Tensor) -> None:
-        """Takes the gradient at the result of a bare addition, which goes on to both operands as it is."""
+        """Records the gradient at a sum without ReLU, which both operands receive unchanged."""
         if is_measurable(incoming):
             with self.counting():
                 rows = raw_rows([incoming.detach()]).expand(2, -1)
@@ -242,7 +227,7 @@ class _JunctionCall:
         arrived.append(grad_inputs[output])
         if len(arrived) < self._n_arrivals:
             return
-        # Let go before the engine adds the parts up: what nobody else holds it adds to in place.
+        # Drop the references before the engine sums the parts: it adds in place only if no one else holds the tensor.
         if self._open is opened:
             self._open = None
         parts = [part for part in arrived if part is not None]
@@ -257,14 +242,14 @@ class _JunctionCall:
 
 
 class _ObservedAdd(torch.autograd.Function):
-    """`residual_add` whose operators give statistics beside their result."""
+    """`residual_add` with operators that also compute statistics."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, passage: _JunctionCall) -> torch.Tensor:
-        with passage.counting():
+    def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, call: _JunctionCall) -> torch.Tensor:
+        with call.counting():
             y, rows = RESIDUAL_ADD_STATS(x, f, relu)
-        passage.y_row = rows
-        ctx.passage = passage
+        call.y_row = rows
+        ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*([y] if relu else []))
         result: torch.Tensor = y
@@ -274,21 +259,21 @@ class _ObservedAdd(torch.autograd.Function):
     def backward(ctx: Any, incoming: torch.Tensor | None) -> Any:
         if incoming is None:
             return None, None, None, None
-        saved = ctx.saved_tensors  # once: a checkpoint computes it
+        saved = ctx.saved_tensors  # read once: under a checkpoint each read recomputes
         if not is_measurable(incoming):
             gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved) if saved else incoming
             return gradient, gradient, None, None
         if not saved:
-            ctx.passage.on_sum(incoming)
+            ctx.call.on_sum(incoming)
             return incoming, incoming, None, None
-        with ctx.passage.counting():
+        with ctx.call.counting():
             gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
-        ctx.passage.on_incoming(incoming, rows, _kept(gradient))
+        ctx.call.on_incoming(incoming, rows, _kept(gradient))
         return gradient, gradient, None, None
 
 
 def _kept(gradient: torch.Tensor) -> torch.Tensor:
-    # detached only where a second derivative is wanted: as the same object, the next hook knows it again
+    # Detach only if create_graph: an unchanged object lets the next hook reuse its statistics.
     return gradient.detach() if gradient.requires_grad else gradient
 
 

@@ -1,4 +1,4 @@
-"""Which tensors and which moments may be observed, and what the observers of activations and residual adds share."""
+"""Which tensors may be observed, and when."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from torch import nn
 from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
-
-from gradprobe.observers.event_rows import PythonEventRows
-from gradprobe.observers.step_buffer import StepBuffer
-from gradprobe.ops import libraries
 
 _LAYOUTS = (
     torch.strided,
@@ -26,14 +21,15 @@ _LAYOUTS = (
     torch.sparse_bsr,
     torch.sparse_bsc,
 )
-_DEEPEST = 16  # containers in containers; one that holds itself has no end
+_DEEPEST = 16  # nested containers; one may contain itself
 
 
 class ForwardPasses:
-    """Tells what a checkpoint computes again from what runs for the first time.
+    """Tells a checkpoint's recomputation from a first forward pass.
 
-    In a backward, a call that went with gradients before is a repetition. A reentrant checkpoint runs first without
-    gradients, which is not observed.
+    A call inside a backward is a repetition if the same key was called with gradients enabled before the backward. The
+    first pass of a reentrant checkpoint has gradients disabled and is not observed, so its recomputation counts as the
+    first call.
     """
 
     def __init__(self) -> None:
@@ -41,7 +37,7 @@ class ForwardPasses:
         self._n_in_backward: Counter[int] = Counter()
 
     def is_repeat(self, key: int) -> bool:
-        """Notes a call with gradients, and tells whether it is a repetition."""
+        """Notes a call with gradients enabled, and tells whether it repeats an earlier one."""
         if torch._C._current_graph_task_id() == -1:
             self._n_first[key] += 1
             return False
@@ -49,45 +45,13 @@ class ForwardPasses:
         return self._n_in_backward[key] <= self._n_first[key]
 
     def clear(self) -> None:
-        """Begins a step."""
+        """Forgets all calls; called when a step begins."""
         self._n_first.clear()
         self._n_in_backward.clear()
 
 
-def native_hooks_of(kind: str, buffer: StepBuffer, *arguments: Any) -> Any | None:
-    """Makes the C++ hooks that observe plain tensors in plain autograd, and leave all else to Python.
-
-    Args:
-        kind: Name of their class.
-        buffer: Takes the statistics.
-        arguments: Of the class, behind the rows.
-
-    Returns:
-        The hooks, None where the board's rows are not in C++.
-    """
-    module, _ = libraries.native_hooks()
-    if module is None or isinstance(buffer.rows, PythonEventRows):
-        return None
-    return getattr(module, kind)(buffer.rows, *arguments)
-
-
-def next_native_step(native: Any | None, buffer: StepBuffer) -> Any | None:
-    """Begins a step of the C++ hooks; gives None in their place where the board's rows have gone to another device."""
-    if native is None or isinstance(buffer.rows, PythonEventRows):
-        return None
-    native.start_step()
-    return native
-
-
-def remove_all(handles: list[RemovableHandle]) -> None:
-    """Removes hooks, and empties the list."""
-    for handle in handles:
-        handle.remove()
-    handles.clear()
-
-
 def in_transform() -> bool:
-    """Tells whether a compiler, a tracer or a transform of `torch.func` runs the model now: no place for hooks."""
+    """Tells whether a compiler, a tracer or a `torch.func` transform runs the model, so that hooks must do nothing."""
     return (
         is_compiling()
         or torch._C._is_tracing()
@@ -97,20 +61,25 @@ def in_transform() -> bool:
 
 
 def is_measurable(tensor: torch.Tensor) -> bool:
-    """Tells whether a tensor has numbers that the kernels take: floating point, on a real device, no subclass."""
+    """Tells whether the kernels accept a tensor: floating-point or complex, on a real device, not a subclass."""
     return (
         (tensor.is_floating_point() or tensor.is_complex())
         and tensor.itemsize > 1
         and type(tensor) in (torch.Tensor, nn.Parameter)
         and tensor.layout in _LAYOUTS
         and not tensor.is_nested
-        and not is_legacy_batchedtensor(tensor)  # of torch.autograd.grad(is_grads_batched=True)
+        and not is_legacy_batchedtensor(tensor)  # from torch.autograd.grad(is_grads_batched=True)
         and tensor.device.type != "meta"
     )
 
 
 def tensors_in(output: Any, depth: int = 0) -> Iterator[torch.Tensor]:
-    """Yields the tensors of floating point in what a module returned: tensors, sequences, mappings, dataclasses."""
+    """Yields the floating-point and complex tensors in a module's output.
+
+    Args:
+        output: A tensor, or nested sequences, mappings and dataclass instances of them; anything else yields nothing.
+        depth: Number of containers around `output`.
+    """
     if depth > _DEEPEST:
         return
     if isinstance(output, torch.Tensor):

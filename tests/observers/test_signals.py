@@ -209,8 +209,8 @@ def test_selection(activations: object, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("activations", "message"),
     [
-        (["conv", "nothing.*"], "activations: no module's name fits 'nothing.*'; there are conv, norm"),
-        (lambda *_: False, "activations: the function chose none of 5 modules"),
+        (["conv", "nothing.*"], "activations: no module name matches 'nothing.*'; the model has conv, norm"),
+        (lambda *_: False, "activations: need at least one module; the function selected none of 5"),
         ("conv", "activations: need True, False, a list of patterns or a function"),
         ([3], "activations: need True, False, a list of patterns or a function"),
     ],
