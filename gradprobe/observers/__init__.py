@@ -1,1 +1,1 @@
-"""What a probe observes while a model trains, from a hook to a row of statistics."""
+"""Observes parameters, activations and residual adds while a model trains: from a hook to a row of statistics."""

@@ -1,4 +1,4 @@
-"""Where the graph of a residual branch hands its part of the gradient to x."""
+"""Finds the edges of an autograd graph through which a residual branch's part of the gradient reaches x."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 _MOST_NODES = 10_000
-_NO_DATE = 2**64 - 1  # of leaves
+_NO_SEQUENCE = 2**64 - 1  # sequence number of a leaf's node
 
 
 def edges_into(x: Tensor, start: Node | None, outputs: Collection[int] | None = None) -> list[tuple[Node, int]]:
-    """Finds the edges by which a graph leads to the gradient at a tensor.
+    """Finds the edges through which a graph reaches the gradient at a tensor.
 
     Args:
         x: The tensor.
-        start: Where the search starts; None where there is no graph.
-        outputs: The outputs of that node to follow; None for all.
+        start: Node at which the search starts; None if there is no graph.
+        outputs: Positions among the node's outputs to follow; None for all.
 
     Returns:
-        Nodes, and which of their outputs goes to x; empty where the graph does not lead there, or is too large.
+        Nodes, and which of their outputs goes to x; empty if the graph does not reach x or is too large.
 
     Example:
         >>> import torch
@@ -32,8 +32,8 @@ def edges_into(x: Tensor, start: Node | None, outputs: Collection[int] | None = 
     if start is None or not x.requires_grad:
         return []
     target = x.grad_fn if x.grad_fn is not None else get_gradient_edge(x).node
-    date = target._sequence_nr()
-    oldest = -1 if date == _NO_DATE else date  # what leads to an operation was built after it
+    sequence = target._sequence_nr()
+    oldest = -1 if sequence == _NO_SEQUENCE else sequence  # nodes that lead to the target were created after it
     found = []
     seen = {start}
     waiting = [(start, k) for k in (range(len(start.next_functions)) if outputs is None else outputs)]

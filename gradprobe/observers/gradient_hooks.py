@@ -1,4 +1,4 @@
-"""GradientHooks on a model's parameters: which gradients are ready, and when a backward has ended."""
+"""Hooks on a model's parameters: which gradients are ready, and when a backward has ended."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from gradprobe.ops import libraries
 
 
 class GradientHooks(Protocol):
-    """Hooks on K parameters; the C++ module and `PythonGradientHooks` both are one."""
+    """Hooks on K parameters, implemented in C++ (`_hooks`) and by `PythonGradientHooks`."""
 
     def converted(self) -> int:
-        """Counts the conversions to another dtype or device that a backward has met since the last call."""
+        """Counts the parameters that a backward found moved to another dtype or device since the last call."""
 
     def remove(self) -> None:
         """Removes every hook, for good."""
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches what the hooks do; they stay installed."""
+        """Turns the hooks on or off; they stay installed."""
 
     def reset(self) -> None:
-        """Forgets what fired, but not that something did in this step."""
+        """Forgets which hooks fired, but not that one fired in this step."""
 
     def start_step(self) -> None:
-        """Begins a step: forgets all that fired."""
+        """Begins a step: forgets every hook that fired."""
 
     def has_fired(self) -> bool:
-        """Tells whether a gradient became ready in this step, also while the hooks are switched off."""
+        """Tells whether a gradient became ready in this step, even while the hooks were off."""
 
     def n_fired(self) -> int:
         """Counts the gradients that became ready since the last reset."""
 
     def mark_unmodified(self) -> None:
-        """Takes the gradients as they are now for unmodified."""
+        """Marks the current gradients as unmodified, e.g. after `GradScaler.unscale_`."""
 
     def fired(self) -> list[bool]:
         """Tells for each parameter whether its gradient became ready since the last reset. Length K."""
@@ -48,13 +48,13 @@ class GradientHooks(Protocol):
         """Tells whether a gradient was changed or replaced since its hook saw it."""
 
     def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
-        """Writes the native kernel's rows of all gradients, if all are regular, and looks at the hooks on the way.
+        """Computes the statistics of all gradients in one call, if all are regular, and reports on the hooks.
 
         Args:
-            rows: Where to write, float64 [K, 6]; None only looks.
+            rows: Rows to write, float64 [K, 6]; None writes nothing.
 
         Returns:
-            Whether the rows are written, `modified()` and `n_fired()`.
+            Whether the rows were written, `modified()` and `n_fired()`.
         """
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
@@ -66,12 +66,12 @@ def install(
     on_backward_end: Callable[[], None] | None = None,
     on_gradient: Callable[[int], None] | None = None,
 ) -> GradientHooks:
-    """Installs hooks, in C++ where they are built and nothing has to run per parameter.
+    """Installs hooks, in C++ if those are built and no callback per gradient is needed.
 
     Args:
         parameters: K leaf tensors that require a gradient.
-        on_backward_end: Called once at the end of each backward in which a tap fired.
-        on_gradient: Called with k as soon as gradient k is ready, before other hooks of the parameter may free it.
+        on_backward_end: Called once at the end of each backward in which a hook fired.
+        on_gradient: Called with k as soon as gradient k is ready, before another hook of the parameter can free it.
 
     Returns:
         The installed hooks.
@@ -84,11 +84,11 @@ def install(
 
 
 class PythonGradientHooks:
-    """The twin of the C++ hooks, through public Python hooks.
+    """Python implementation of the hooks, with torch's public API.
 
     Args:
         parameters: K leaf tensors that require a gradient.
-        on_backward_end: Called once at the end of each backward in which a tap fired.
+        on_backward_end: Called once at the end of each backward in which a hook fired.
         on_gradient: Called with k as soon as gradient k is ready.
     """
 
@@ -104,7 +104,7 @@ class PythonGradientHooks:
         self._enabled = True
         self._has_fired = False
         self._queued_task = -1
-        self._seen: list[tuple[int, int] | None] = [None] * len(self._parameters)
+        self._seen: list[tuple[int, int] | None] = [None] * len(self._parameters)  # id and version of each gradient
         self._handles: list[RemovableHandle] = []
         for k, parameter in enumerate(self._parameters):
             handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))
@@ -112,7 +112,7 @@ class PythonGradientHooks:
             self._handles.append(handle)
 
     def converted(self) -> int:
-        """Returns 0: these hooks sit on the parameter and meet no conversion."""
+        """Returns 0: these hooks stay on the parameter and do not notice a move."""
         return 0
 
     def remove(self) -> None:
@@ -123,46 +123,45 @@ class PythonGradientHooks:
         self._handles.clear()
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches what the hooks do; they stay installed."""
+        """Turns the hooks on or off; they stay installed."""
         self._enabled = enabled
 
     def reset(self) -> None:
-        """Forgets what fired, but not that something did in this step."""
+        """Forgets which hooks fired, but not that one fired in this step."""
         self._seen = [None] * len(self._parameters)
 
     def start_step(self) -> None:
-        """Begins a step: forgets all that fired."""
+        """Begins a step: forgets every hook that fired."""
         self.reset()
         self._has_fired = False
 
     def has_fired(self) -> bool:
-        """Tells whether a gradient became ready in this step, also while the hooks are switched off."""
+        """Tells whether a gradient became ready in this step, even while the hooks were off."""
         return self._has_fired
 
     def n_fired(self) -> int:
         """Counts the gradients that became ready since the last reset."""
-        return sum(sighting is not None for sighting in self._seen)
+        return sum(self.fired())
 
     def mark_unmodified(self) -> None:
-        """Takes the gradients as they are now for unmodified."""
+        """Marks the current gradients as unmodified, e.g. after `GradScaler.unscale_`."""
         for k, parameter in enumerate(self._parameters):
             if self._seen[k] is not None and parameter.grad is not None:
                 self._seen[k] = (id(parameter.grad), parameter.grad._version)
 
     def fired(self) -> list[bool]:
         """Tells for each parameter whether its gradient became ready since the last reset."""
-        return [sighting is not None for sighting in self._seen]
+        return [seen is not None for seen in self._seen]
 
     def modified(self) -> bool:
         """Tells whether a gradient was changed or replaced since its hook saw it."""
         return any(
-            sighting is not None
-            and (parameter.grad is None or sighting != (id(parameter.grad), parameter.grad._version))
-            for parameter, sighting in zip(self._parameters, self._seen, strict=True)
+            seen is not None and (parameter.grad is None or seen != (id(parameter.grad), parameter.grad._version))
+            for parameter, seen in zip(self._parameters, self._seen, strict=True)
         )
 
     def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
-        """Only looks: from Python there is nothing to spare."""
+        """Writes no rows: from Python one call would save nothing."""
         return False, self.modified(), self.n_fired()
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
@@ -195,7 +194,7 @@ class PythonGradientHooks:
 
 
 def _run_first(hooks: MutableMapping[int, Any], key: int) -> None:
-    # a hook of the user's may step and free the gradient; torch runs them in the order of insertion
+    # a user's hook may step and free the gradient; torch runs hooks in order of insertion
     ours = hooks.pop(key)
     others = dict(hooks)
     hooks.clear()

@@ -1,4 +1,4 @@
-"""Takes the gradients of one step into record rows: one fused pass per device and dtype."""
+"""Measures the gradients of one step: one fused pass per device and dtype."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gradprobe.snapshot.records import FloatArray, Measured
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Sites whose parameters share a device and a dtype; their rows lie side by side in the record.
+    """Parameters that share a device and a dtype. Their rows are contiguous.
 
     Attributes:
         device: Device of the parameters.
         dtype: Dtype of the parameters.
-        sites: Positions of the sites in model order.
-        first_row: Row of the first site, among the rows of the device.
+        positions: Positions of the parameters in model order.
+        first_row: Row of the first parameter, among the rows of the device.
     """
 
     device: torch.device
     dtype: torch.dtype
-    sites: tuple[int, ...]
+    positions: tuple[int, ...]
     first_row: int
 
 
@@ -48,7 +48,7 @@ class GradientReducer:
         self.regroup()
 
     def regroup(self) -> None:
-        """Groups the parameters as they are now; a model may have moved to another device or dtype."""
+        """Groups the parameters by their current device and dtype; the model may have moved."""
         self._placement = self._current_placement()
         members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for k, place in enumerate(self._placement):
@@ -56,12 +56,12 @@ class GradientReducer:
         self._backends = {device: ops.resolve(self._backend_name, device) for device, _ in members}
         self.rows_on: dict[torch.device, int] = {}
         groups = []
-        self.row_of_site = np.zeros(len(self._parameters), dtype=np.int64)  # [K], among the rows of its device
-        for (device, dtype), sites in members.items():
+        self._row_of = np.zeros(len(self._parameters), dtype=np.int64)  # [K], among the rows of its device
+        for (device, dtype), positions in members.items():
             first = self.rows_on.get(device, 0)
-            groups.append(Group(device, dtype, tuple(sites), first))
-            self.row_of_site[sites] = np.arange(first, first + len(sites))
-            self.rows_on[device] = first + len(sites)
+            groups.append(Group(device, dtype, tuple(positions), first))
+            self._row_of[positions] = np.arange(first, first + len(positions))
+            self.rows_on[device] = first + len(positions)
         self.groups = tuple(groups)
         parameter_numels = [parameter.numel() for parameter in self._parameters]
         self.all_present = Measured(np.ones(len(parameter_numels), dtype=np.bool_), np.asarray(parameter_numels))
@@ -71,13 +71,13 @@ class GradientReducer:
         return self._current_placement() != self._placement
 
     def native_rows(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor | None:
-        """Gives the rows that one call of the native kernel fills, where one does.
+        """Returns the rows that a single call of the native kernel can write.
 
         Args:
             rows: As for `measure`.
 
         Returns:
-            The rows in model order [K, 6], or None where there are several groups or another backend.
+            The rows in model order [K, 6], or None if there are several groups or the backend is another.
         """
         if len(self.groups) != 1:
             return None
@@ -87,28 +87,28 @@ class GradientReducer:
     def measure(
         self, gradients: list[torch.Tensor | None], regular: bool, rows: dict[torch.device, torch.Tensor]
     ) -> Measured:
-        """Writes the raw statistics of the gradients into rows of the record.
+        """Computes the raw statistics of the gradients.
 
         Args:
-            gradients: The K gradients, None where there is none.
+            gradients: The K gradients, None for a parameter without one.
             regular: All are present, dense and of their parameter's dtype and device.
             rows: For each device, float64 rows to write, on that device. [rows_on[device], 6]
 
         Returns:
-            Which sites had a gradient, and their sizes.
+            Which parameters had a gradient, and their sizes.
         """
         with torch.no_grad():
             if regular:
                 for group in self.groups:
-                    whole = len(group.sites) == len(gradients)
-                    members = gradients if whole else [gradients[k] for k in group.sites]
-                    out = rows[group.device][group.first_row : group.first_row + len(group.sites)]
+                    whole = len(group.positions) == len(gradients)
+                    members = gradients if whole else [gradients[k] for k in group.positions]
+                    out = rows[group.device][group.first_row : group.first_row + len(group.positions)]
                     self._backends[group.device].grad_stats_into(members, out)  # type: ignore[arg-type]
                 return self.all_present
             return self._measure_irregular(gradients, rows)
 
     def total_norm(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor:
-        """Gives the Euclidean norm over all sites, on the device of the first.
+        """Computes the Euclidean norm of all gradients together, on the device of the first parameter.
 
         Args:
             rows: Rows that `measure` has written.
@@ -125,7 +125,7 @@ class GradientReducer:
 
     @property
     def norm_dtype(self) -> torch.dtype:
-        """Dtype in which a total norm is given: the gradients' widest, but at least float32."""
+        """Dtype of a total norm: the widest of the gradients' dtypes, at least float32."""
         wide = any(group.dtype in (torch.float64, torch.complex128) for group in self.groups)
         return torch.float64 if wide else torch.float32
 
@@ -133,7 +133,7 @@ class GradientReducer:
         """Multiplies the gradients in place.
 
         Args:
-            gradients: The K gradients, None where there is none.
+            gradients: The K gradients, None for a parameter without one.
             regular: All are present, dense and of their parameter's dtype and device.
             coefficient: Factor, 0-d, on any device.
         """
@@ -141,7 +141,7 @@ class GradientReducer:
             for group in self.groups:
                 factor = coefficient.to(group.device, non_blocking=True)
                 members = []
-                for k in group.sites:
+                for k in group.positions:
                     gradient = gradients[k]
                     if gradient is None:
                         continue
@@ -156,25 +156,25 @@ class GradientReducer:
         """Puts the rows of all devices into model order.
 
         Args:
-            rows: For each device its site rows. Values of shape [K, 6].
+            rows: For each device, the rows of its parameters. Values of shape [K, 6].
 
         Returns:
-            The rows of the K sites. [K, 6]
+            The rows of the K parameters. [K, 6]
         """
         if len(rows) == 1:
             (only,) = rows.values()
-            return only[self.row_of_site]
-        return np.stack([rows[device][row] for (device, _), row in zip(self._placement, self.row_of_site, strict=True)])
+            return only[self._row_of]
+        return np.stack([rows[device][row] for (device, _), row in zip(self._placement, self._row_of, strict=True)])
 
     def release(self) -> None:
-        """Lets go of the parameters; only `in_site_order` works afterwards."""
+        """Drops the references to the parameters; only `in_site_order` works afterwards."""
         self._parameters = ()
 
     def measure_one(self, k: int, gradient: torch.Tensor, rows: dict[torch.device, torch.Tensor]) -> int:
-        """Writes the raw statistics of one gradient.
+        """Computes the raw statistics of one gradient.
 
         Args:
-            k: Position of its site.
+            k: Position of its parameter.
             gradient: Any gradient of parameter k.
             rows: As for `measure`.
 
@@ -182,7 +182,7 @@ class GradientReducer:
             The number of elements measured.
         """
         device = self._parameters[k].device
-        row = int(self.row_of_site[k])
+        row = int(self._row_of[k])
         out = rows[device][row : row + 1]  # [1, 6]
         with torch.no_grad():
             values = gradient
@@ -190,7 +190,7 @@ class GradientReducer:
                 values = ops.dense_values(gradient)
             if values.device == device:
                 self._backends[device].grad_stats_into([values], out)
-            else:  # an offloaded gradient: measured where it lies, then six numbers travel
+            else:  # an offloaded gradient is measured on its own device; only six numbers are copied
                 away = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
                 ops.resolve(self._backend_name, values.device).grad_stats_into([values], away)
                 out.copy_(away, non_blocking=True)
@@ -202,23 +202,23 @@ class GradientReducer:
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
         numels = np.zeros(len(gradients), dtype=np.int64)
         for group in self.groups:
-            out = rows[group.device][group.first_row : group.first_row + len(group.sites)]
-            gap = torch.empty(0, dtype=group.dtype, device=group.device)
+            out = rows[group.device][group.first_row : group.first_row + len(group.positions)]
+            nothing = torch.empty(0, dtype=group.dtype, device=group.device)
             members = []
-            apart = []
-            for k in group.sites:
+            irregular = []
+            for k in group.positions:
                 gradient = gradients[k]
                 if gradient is None:
-                    members.append(gap)
+                    members.append(nothing)
                 elif is_regular(gradient, self._parameters[k]):
                     members.append(gradient)
                     numels[k] = gradient.numel()
                 else:
-                    members.append(gap)
-                    apart.append((k, gradient))
+                    members.append(nothing)
+                    irregular.append((k, gradient))
             if not group.dtype.is_complex:
                 self._backends[group.device].grad_stats_into(members, out)
-            for k, gradient in apart:
+            for k, gradient in irregular:
                 numels[k] = self.measure_one(k, gradient, rows)
         return Measured(present, numels)
 

@@ -1,6 +1,6 @@
-"""Forward hooks that are off their modules while nothing is observed.
+"""Forward hooks that are removed from their modules while nothing is observed.
 
-A module that has any hook is called by a longer way through torch, which takes some 5 µs more, whatever the hook does.
+torch calls a module with any hook through a slower path, about 5 µs longer whatever the hook does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ForwardHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
 class ModuleHooks:
-    """A forward hook on each of M modules; it takes keyword arguments, too.
+    """A forward hook, with keyword arguments, on each of M modules.
 
-    A hook is taken off only where it is alone, and comes back in front of those that were registered meanwhile: the
-    order is that in which all were registered, but for one that was to be in front of ours (`prepend`).
+    A hook is removed only if its module has no other, and is put back in front of hooks registered meanwhile. The hooks
+    thus run in order of registration, except that one registered meanwhile with `prepend` runs after ours.
 
-    Dynamo compiles a module with its hook, and compiles it again where that is gone: once anything is compiled, all
-    hooks are there and stay.
+    Dynamo compiles a module together with its hook and recompiles it when the hook is removed, so once anything is
+    compiled, all hooks are put back and stay.
 
     Args:
         modules: The M modules.
@@ -42,12 +42,12 @@ class ModuleHooks:
             callback_handler.register_start_callback(_on_compilation)
 
     def need(self, needed: bool) -> None:
-        """Says whether the hooks have anything to do from now on.
+        """Puts the hooks back if they are needed, and removes them if not.
 
         Args:
-            needed: Whether they have.
+            needed: Whether the hooks have anything to do from now on.
         """
-        # torch._dynamo.reset() has forgotten the callback: something is compiled
+        # if torch._dynamo.reset() has removed the callback, something was compiled
         self._stay = self._stay or _on_compilation not in callback_handler.start_callbacks
         if needed or self._stay:
             for handle, hook in self._absent:
@@ -65,7 +65,7 @@ class ModuleHooks:
                 self._absent.append((handle, hook))
 
     def keep(self) -> None:
-        """Brings all hooks back, to stay."""
+        """Puts all hooks back, for good."""
         self._stay = True
         self.need(True)
 

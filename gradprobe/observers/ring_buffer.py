@@ -1,4 +1,4 @@
-"""The ring of finished steps: rows on the device, read on the host without stopping the training."""
+"""A ring buffer of finished steps: rows on the device, read on the host without blocking the training."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from gradprobe.ops.rows import N_NONFINITE, STATS
 from gradprobe.snapshot.records import Events, FloatArray, Measured, Provenance
 
-LOSS, SCALE, SKIPPED, SIGNAL_SCALE = range(4)  # columns of the extra row that each step has on the first device
+LOSS, SCALE, SKIPPED, SIGNAL_SCALE = range(4)  # columns of each step's extra row, on the first device
 
 
 @dataclass(slots=True)
 class Slot:
-    """One step in the ring: what the host knows of it at once.
+    """One step in the ring: the part that the host knows without waiting for a device.
 
     Attributes:
         step: Number of the step.
-        provenance: How its gradients came to be what they are.
-        measured: Which sites had a gradient, and their sizes.
-        events: What passed by at activations and junctions, None where they were not observed.
-        extras: Loss, scales and skipped, where the host knows them; the others are in the extra row.
+        provenance: Scale, reduction and clipping of its gradients.
+        measured: Which parameters had a gradient, and their sizes.
+        events: Events at activations and residual adds, None if those were not observed.
+        extras: Those of the extra row's values that the host knows, by column; the others are in the extra row.
         has_loss: A loss was given.
-        ready: For each device that is not the host, the event after which its rows can be read.
+        ready: For each device other than the host, the event after which its rows can be read.
     """
 
     step: int
@@ -41,12 +41,12 @@ class FinishedStep:
     """A step that has arrived on the host.
 
     Attributes:
-        slot: What the host knew of it.
-        rows: For each device its site rows. Values of shape [K, 6].
-        signals: The rows of activations and junctions. [S, 6]
-        loss: The loss, or None where none was given.
-        scale: Factor on the gradients that undoes loss scaling.
-        signal_scale: Factor on the signals' gradients that does.
+        slot: The part that the host knew at once.
+        rows: For each device, the rows of its parameters. Values of shape [K, 6].
+        signals: The rows of activations and residual adds. [S, 6]
+        loss: The loss, or None if none was given.
+        scale: Factor that undoes loss scaling on the parameters' gradients.
+        signal_scale: The same for the gradients at activations and residual adds.
         skipped: The optimizer's step was skipped.
     """
 
@@ -59,16 +59,16 @@ class FinishedStep:
     skipped: bool
 
 
-IN_FLIGHT = 16  # steps that a device other than the host holds; older ones have long been copied
+IN_FLIGHT = 16  # steps held by a device other than the host; older ones have long been copied
 
 
 class RingBuffer:
-    """A ring of `capacity` steps on the host; another device holds the newest few, copied as they close.
+    """A ring of `capacity` steps on the host. Other devices hold the newest steps, copied to the host as they close.
 
     Args:
         capacity: Number of steps kept.
-        rows_on: Number of parameters' rows for each device.
-        n_signals: Number of rows of activations and junctions on the first device, S.
+        rows_on: Number of parameter rows on each device.
+        n_signals: Number of rows for activations and residual adds, on the first device, S.
     """
 
     def __init__(self, capacity: int, rows_on: Mapping[torch.device, int], n_signals: int = 0) -> None:
@@ -80,7 +80,7 @@ class RingBuffer:
         for device, n_rows in rows_on.items():
             step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(STATS))
             if device.type == "cpu":
-                # Written now, not at first use: memory that the system lacks is missed here, and no step waits for it.
+                # Touch the memory now: if the system lacks it, this fails here, and no step pays for page faults.
                 ring = mirror = torch.zeros(capacity, *step_shape, dtype=torch.float64, device="cpu")
             else:
                 ring = torch.zeros(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
@@ -94,11 +94,11 @@ class RingBuffer:
         self._rows = self._open_rows()
 
     def rows(self) -> dict[torch.device, torch.Tensor]:
-        """The parameters' rows of the open step, for each device. Values of shape [K, 6]."""
+        """Returns the parameter rows of the open step, for each device. Values of shape [K, 6]."""
         return self._rows
 
     def signal_rows(self) -> torch.Tensor:
-        """The rows of the open step's activations and junctions, on the first device. Shape [S, 6]."""
+        """Returns the open step's rows for activations and residual adds, on the first device. Shape [S, 6]."""
         return _at(self._rings[self._first], self._next)[self._n_rows[self._first] : -1]
 
     def commit(
@@ -112,11 +112,11 @@ class RingBuffer:
         """Finishes the open step and opens the next.
 
         Args:
-            slot: What the host knows of it.
+            slot: The part that the host knows at once.
             loss: The loss, on any device.
-            scale: Factor on the gradients that undoes loss scaling.
-            skipped: Non-zero where the optimizer's step was skipped.
-            signal_scale: Factor on what the backward computed that undoes loss scaling.
+            scale: Factor that undoes loss scaling on the parameters' gradients.
+            skipped: Non-zero if the optimizer's step was skipped.
+            signal_scale: Factor that undoes loss scaling on the gradients at activations and residual adds.
         """
         position = self._next
         self._slots[position] = slot
@@ -146,13 +146,13 @@ class RingBuffer:
             self._publish(position)
 
     def positions(self) -> list[int]:
-        """Positions of the finished steps in the ring, oldest first."""
+        """Returns the positions of the finished steps in the ring, oldest first."""
         order = [(self._next + offset) % self.capacity for offset in range(self.capacity)]
         return [position for position in order if self._slots[position] is not None]
 
     @property
     def newest(self) -> int:
-        """Position of the step that was finished last."""
+        """Position of the newest finished step."""
         return (self._next - 1) % self.capacity
 
     def is_finite(self, position: int, wait: bool) -> bool | None:
@@ -163,11 +163,11 @@ class RingBuffer:
             wait: Wait for the device.
 
         Returns:
-            None where the step has not arrived.
+            None if the step has not arrived.
         """
         if not self._has_arrived(position, wait):
             return None
-        # a parameter that was not measured may hold anything: then `Snapshot.first_nonfinite` knows
+        # the row of a parameter without a gradient may hold old values; `Snapshot.first_nonfinite` ignores those
         slot = self._slots[position]
         return not any(
             array[position, : self._n_rows[device] if slot is None or slot.events is None else -1, N_NONFINITE].any()
@@ -179,10 +179,10 @@ class RingBuffer:
 
         Args:
             position: One of `positions()`.
-            wait: Wait for the device; otherwise a step that has not arrived yet gives None.
+            wait: Wait for the device.
 
         Returns:
-            The step, or None.
+            The step, or None if it has not arrived.
         """
         slot = self._slots[position]
         if slot is None or not self._has_arrived(position, wait):

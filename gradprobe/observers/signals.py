@@ -1,4 +1,4 @@
-"""What passes by between the parameters: wires activations and junctions to the buffer of the open step."""
+"""Wires the observers of activations and residual adds to one step buffer. Signals are the two together."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from gradprobe.snapshot.signals import SignalTable
 
 
 class SignalObserver:
-    """Observes the outputs of modules and residual junctions.
+    """Observes the outputs of modules, residual adds, and the gradients at both.
 
     Args:
-        table: The sites, of the modules and junctions that follow.
+        table: The sites of these modules and residual adds.
         activations: Modules to observe, by name.
-        junctions: Junctions to observe, by name.
+        junctions: Residual adds to observe, by name.
         device: Where the rows lie.
         backend: Name of the backend, or "auto".
     """
@@ -42,10 +42,10 @@ class SignalObserver:
         self._junctions = JunctionHooks(tuple(junctions.values()), self._buffer, table.first_junction_site)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switches what the hooks do.
+        """Turns the observers on or off.
 
         Args:
-            enabled: Whether what passes by is observed.
+            enabled: Whether signals are recorded.
         """
         self._buffer.enabled = enabled
         self._activations.follow_gate()
@@ -54,10 +54,10 @@ class SignalObserver:
         """Ends a step.
 
         Args:
-            rows: Where the sites' rows go, float64 [S, 6]; None where nobody wants them.
+            rows: Rows to write for the sites, float64 [S, 6]; None discards the step.
 
         Returns:
-            What passed by, None where nobody wanted it or nothing did.
+            The events of the step, None if it was discarded or had none.
         """
         events = None
         if rows is None or self._buffer.n_events == 0:
@@ -70,16 +70,16 @@ class SignalObserver:
         return events
 
     def silent(self) -> tuple[str, ...]:
-        """Names the modules that have returned nothing yet in a step that was observed."""
+        """Lists the modules that have returned nothing so far in the observed steps."""
         returned = {name for name, present in zip(self.table.names, self._observed, strict=True) if present}
         return tuple(name for name in (*self.table.activations, *self.table.junctions) if name not in returned)
 
     def unmeasured(self) -> tuple[str, ...]:
-        """Names the modules that returned tensors which no kernel takes."""
+        """Lists the modules that returned tensors which no kernel accepts."""
         return tuple(self.table.activations[m] for m in sorted(self._activations.unmeasured))
 
     def remove(self) -> None:
-        """Removes every hook, for good. Compiled graphs keep theirs, which do nothing from now on."""
+        """Removes every hook, for good. The operators in compiled graphs stay, and do nothing from now on."""
         self._buffer.retire()
         self._activations.remove()
         self._junctions.remove()

@@ -1,4 +1,4 @@
-"""Takes the parameters before and after the optimizer's step: how far did each move?"""
+"""Measures the parameters before and after the optimizer's step: how far did each move?"""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _UNSCALED = Provenance("unscaled", "local", "pre-clip")
 
 
 class UpdateObserver:
-    """A ring of the changes that the optimizer's steps made to K parameters.
+    """Keeps the updates that the optimizer made to K parameters in the last steps.
 
-    A copy of the parameters lives from just before the step to just after it; of those in half precision in float32, so
-    that the differences are not rounded as the parameters are.
+    The parameters are copied before the optimizer's step and the copy is dropped after it. Half-precision parameters
+    are copied to float32, so that the differences are not rounded to half precision.
 
     Args:
         parameters: The K parameters, in model order.
@@ -35,19 +35,19 @@ class UpdateObserver:
         self._names = names
         self._backend = backend
         self._capacity = capacity
-        self._step = 0  # that the copy belongs to
+        self._step = 0  # the step of the copy
         self.restart()
 
     def restart(self) -> None:
         """Forgets all steps; the parameters may have moved to another device."""
         self._placement = self._current_placement()
-        # without memory of their own
-        models = [
+        # dtype, device and shape of each copy; expanded, so that they need no memory
+        templates = [
             torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=device).expand(parameter.shape)
             for parameter, (device, dtype) in zip(self._parameters, self._placement, strict=True)
         ]
-        self._models = tuple(models)
-        self._reducer = GradientReducer(models, self._backend)
+        self._templates = tuple(templates)
+        self._reducer = GradientReducer(templates, self._backend)
         self._measured = self._reducer.all_present
         self._ring = RingBuffer(self._capacity, {device: 2 * n for device, n in self._reducer.rows_on.items()})
         self._position_of: dict[int, int] = {}
@@ -55,19 +55,19 @@ class UpdateObserver:
         self._before: list[torch.Tensor | None] = []
 
     def begin(self, optimizer: torch.optim.Optimizer, step: int | None) -> None:
-        """Copies the parameters that the optimizer is about to step, and takes their statistics.
+        """Copies and measures the parameters that the optimizer is about to step.
 
         Args:
             optimizer: The optimizer.
-            step: Number of the step, None where it is not observed.
+            step: Number of the step, None if it is not observed.
         """
-        self._before = []  # of a step that has raised
+        self._before = []  # an earlier step may have raised
         if step is None or self._current_placement() != self._placement:
-            return  # the owner sees a move as it measures the gradients, and restarts this
+            return  # after a move, the probe calls `restart` when it measures the gradients
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._before = [
-            torch.empty_like(parameter, dtype=model.dtype, requires_grad=False) if id(parameter) in stepped else None
-            for parameter, model in zip(self._parameters, self._models, strict=True)
+            torch.empty_like(parameter, dtype=template.dtype, requires_grad=False) if id(parameter) in stepped else None
+            for parameter, template in zip(self._parameters, self._templates, strict=True)
         ]
         copies, parameters = self._pairs()
         torch._foreach_copy_(copies, parameters)
@@ -75,7 +75,7 @@ class UpdateObserver:
         self._measured = self._measure(self._half(0))
 
     def end(self) -> None:
-        """Takes the statistics of how the parameters differ from the copy, and lets go of it."""
+        """Measures the difference of the parameters from the copy, and drops the copy."""
         if not self._before:
             return
         if self._current_placement() == self._placement:
@@ -83,19 +83,19 @@ class UpdateObserver:
             rows = self._half(1)
             self._measure(rows)
             for part in rows.values():
-                part[:, SUM].neg_()  # of what was minus what is
+                part[:, SUM].neg_()  # the difference is old minus new
             self._keep()
         self._before = []
 
     def read(self, step: int, wait: bool) -> Updates | None:
-        """Gives the changes of a step.
+        """Returns the updates of a step.
 
         Args:
             step: Number of the step.
             wait: Wait for the device.
 
         Returns:
-            The changes, or None where the step was not measured, is kept no longer or has not arrived.
+            The updates, or None if the step was not measured, is no longer kept or has not arrived.
         """
         position = self._position_of.get(step)
         finished = None if position is None else self._ring.read(position, wait)
@@ -108,16 +108,16 @@ class UpdateObserver:
         return Updates(self._names, in_order(weights), in_order(updates), finished.slot.measured)
 
     def release(self) -> None:
-        """Lets go of the parameters and of what was measured."""
+        """Drops the references to the parameters, and all steps."""
         self._parameters = ()
         self.restart()
 
     def _half(self, half: int) -> dict[torch.device, torch.Tensor]:
-        """The open step's rows of the parameters or of the updates, for each device. Values of shape [K, 6]."""
+        """Returns the open step's rows of the parameters (0) or updates (1). Values of shape [K, 6]."""
         return {device: rows.view(2, -1, rows.shape[1])[half] for device, rows in self._ring.rows().items()}
 
     def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The copies, and the parameters as they are."""
+        """Returns the copies, and the current parameters that they were made of."""
         kept = [(copy, k) for k, copy in enumerate(self._before) if copy is not None]
         return [copy for copy, _ in kept], [self._parameters[k].detach() for _, k in kept]
 
@@ -126,7 +126,8 @@ class UpdateObserver:
 
     def _measure(self, rows: dict[torch.device, torch.Tensor]) -> Measured:
         regular = all(
-            copy is not None and is_regular(copy, model) for copy, model in zip(self._before, self._models, strict=True)
+            copy is not None and is_regular(copy, template)
+            for copy, template in zip(self._before, self._templates, strict=True)
         )
         return self._reducer.measure(self._before, regular, rows)
 
