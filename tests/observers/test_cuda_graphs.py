@@ -186,7 +186,7 @@ def test_the_end_of_a_step_in_a_graph_is_warned_of(monkeypatch: pytest.MonkeyPat
     probe = gradprobe.attach(model, optimizer=optimizer)
     with Capture(monkeypatch, list(model.parameters())) as graph:
         model(torch.ones(2, 6)).sum().backward()
-        with pytest.warns(gradprobe.GradprobeWarning, match=r"no replay closes a step. Call step\(\) after each"):
+        with pytest.warns(gradprobe.GradprobeWarning, match=r"the graph does not close a step. Call step\(\) after each"):
             optimizer.step()
     assert probe.history() == []
     with warnings.catch_warnings():

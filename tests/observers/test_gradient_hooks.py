@@ -95,7 +95,7 @@ def test_compiled_autograd(when: str) -> None:
     with gradprobe.attach(model, when=when) as probe:
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
             model(batch()).square().mean().backward()
-        with pytest.warns(gradprobe.GradprobeWarning, match="no hook fired for 4 of 4 sites"):
+        with pytest.warns(gradprobe.GradprobeWarning, match="no hook fired for 4 of 4 parameters"):
             probe.step()
         assert_measured(probe, model)
 
