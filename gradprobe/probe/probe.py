@@ -187,7 +187,7 @@ class Probe:
             >>> model(torch.tensor([[1.0, float("inf")]])).sum().backward()
             >>> probe.step()
             >>> print(probe.first_nonfinite())
-            step 0, forward: output of 0 has 2 non-finite of 2 values
+            step 0, forward: 2 of 2 values are not finite in the output of 0
         """
         return self._recorder.history.first_nonfinite()
 

@@ -1,15 +1,18 @@
 """One finished step as host data. Needs no torch."""
 
+import warnings
+
 from gradprobe.snapshot.export import to_pandas
-from gradprobe.snapshot.records import Measured, Provenance
+from gradprobe.snapshot.records import FloatArray, Measured, Provenance
 from gradprobe.snapshot.signals import Activation, Junction, Signals
 from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
-from gradprobe.snapshot.stats import COLUMNS, SiteStats
+from gradprobe.snapshot.stats import COLUMNS, SiteStats, finish_rows, site_stats
 from gradprobe.snapshot.updates import Update, Updates
 
 __all__ = [
     "COLUMNS",
     "Activation",
+    "FloatArray",
     "Junction",
     "Measured",
     "NonFinite",
@@ -20,5 +23,14 @@ __all__ = [
     "Snapshot",
     "Update",
     "Updates",
+    "finish_rows",
+    "site_stats",
     "to_pandas",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Changes":
+        warnings.warn("gradprobe.snapshot.Changes is deprecated; use Updates", DeprecationWarning, stacklevel=2)
+        return Updates
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Snapshots as data for others: a pandas table, and values that strict JSON can hold."""
+"""Snapshots as a pandas table, and values as strict JSON. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
-    """Puts snapshots into one tidy table.
+    """Collects snapshots in one tidy table.
 
     Args:
         snapshots: Any number of snapshots.
 
     Returns:
-        One row for each step and site: step, loss, site, kind, then the columns of `COLUMNS`. First the parameters'
-        gradients, then what passed by at activations and junctions, in the order of execution, then the parameters
-        before the optimizer's step, then its updates.
+        One row per step and site: step, loss, site, kind, then `COLUMNS`. In each step the gradients of the parameters
+        come first, then the activations and residual adds in order of execution, the parameters before the optimizer's
+        step, and the updates.
 
     Raises:
         ArgumentError: pandas is not installed.
@@ -42,11 +42,11 @@ def to_pandas(snapshots: Iterable[Snapshot]) -> pandas.DataFrame:
         frames.append(_frame(pandas, snapshot, snapshot.table.names, snapshot.table.kinds, snapshot.columns, present))
         if snapshot.signals is not None:
             table, columns = snapshot.signals.table, snapshot.signals.columns
-            frames.append(_frame(pandas, snapshot, table.names, table.kinds, columns, snapshot.signals.passed))
+            frames.append(_frame(pandas, snapshot, table.names, table.kinds, columns, snapshot.signals.observed))
         if snapshot.parameter_updates is not None:
-            changes, present = snapshot.parameter_updates, np.flatnonzero(snapshot.parameter_updates.measured.present)
-            for kind, columns in (("weight", changes.weight_columns), ("update", changes.update_columns)):
-                frames.append(_frame(pandas, snapshot, changes.names, [kind] * len(changes.names), columns, present))
+            updates, present = snapshot.parameter_updates, np.flatnonzero(snapshot.parameter_updates.measured.present)
+            for kind, columns in (("weight", updates.weight_columns), ("update", updates.update_columns)):
+                frames.append(_frame(pandas, snapshot, updates.names, [kind] * len(updates.names), columns, present))
     if not frames:
         return pandas.DataFrame(columns=["step", "loss", "site", "kind", *COLUMNS])
     return pandas.concat(frames, ignore_index=True)
@@ -71,13 +71,13 @@ def _frame(
 
 
 def strict(value: object) -> object:
-    """Replaces the floats that JSON cannot hold by their names, which `float()` reads back.
+    """Replaces the floats that JSON has no notation for by strings, which `float()` reads back.
 
     Args:
-        value: Anything made of dicts, lists, tuples and plain values.
+        value: Dicts, lists, tuples and plain values, nested in any way.
 
     Returns:
-        The same, as dicts with text keys and lists, with "nan", "inf" and "-inf" for such floats.
+        The same as dicts with string keys and lists, with "nan", "inf" and "-inf" for such floats.
 
     Example:
         >>> strict({"norms": (1.0, math.inf)})

@@ -1,4 +1,8 @@
-"""What the host knows of a measurement at once, without waiting for the device. Needs no torch."""
+"""The part of a measurement that the host knows without waiting for the device. Needs no torch.
+
+A site is one place where statistics are taken: a parameter, the output of a module or its gradient, or one of
+`JUNCTION_KINDS` at a residual add.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# What is measured at a residual junction, y = x + F(x), in the order of its sites: the operands and the sum, the
-# gradient that comes in at y, the parts of the gradient at x that come by the shortcut and through the branch, the sum
-# of their products.
+# The sites of a residual add, y = x + F(x), in order: the operands and the sum, the gradient at y, the parts of the
+# gradient at x that come through the shortcut and through the branch, the sum of the products of these two.
 JUNCTION_KINDS = (
     "junction_x",
     "junction_f",
@@ -26,7 +29,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Provenance(NamedTuple):
-    """How the gradients of a snapshot came to be what they are."""
+    """What the gradients of a snapshot are: scaled or not, of one process or averaged, before or after clipping."""
 
     scale: Literal["scaled", "unscaled"]
     reduction: Literal["local", "averaged"]
@@ -35,11 +38,11 @@ class Provenance(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """What one pass saw.
+    """Which tensors were measured.
 
     Attributes:
-        present: Which sites had a gradient. [K]
-        numels: Elements measured for each site; 0 where there was no gradient. [K]
+        present: Whether each site had one. [K]
+        numels: Number of elements measured at each site; 0 if there was no tensor. [K]
     """
 
     present: npt.NDArray[np.bool_]
@@ -48,13 +51,13 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Events:
-    """What passed by in one step at the sites of activations and junctions.
+    """The events of one step at the sites of activations and residual adds. An event is one tensor observed at a site.
 
     Attributes:
-        sites: Site of each event, in the order of execution. Length N.
-        measured: Which sites had an event, and the elements of all of their events.
-        smallest_normal: Smallest normal number of the dtype that a site had last; NaN where none is known. [S]
-        is_conditional: Some events are those of CUDA graphs that may not have run; the record tells.
+        sites: Site of each event, in order of execution. Length N.
+        measured: Which sites had an event, and the number of elements of all their events together.
+        smallest_normal: Smallest normal number of the dtype of each site's last tensor, NaN if unknown. [S]
+        is_conditional: Some events belong to CUDA graphs that may not have run; only their rows tell.
     """
 
     sites: tuple[int, ...]
@@ -63,13 +66,13 @@ class Events:
     is_conditional: bool = False
 
     def seen(self, numels: IntArray) -> Events:
-        """Gives the events of the graphs that ran.
+        """Drops the events of graphs that did not run.
 
         Args:
-            numels: Elements observed at each site. [S]
+            numels: Number of elements observed at each site. [S]
 
         Returns:
-            The events at sites where there were any.
+            The events at sites with at least one element.
         """
         sites = tuple(site for site in self.sites if numels[site] > 0)
         return Events(sites, Measured(numels > 0, numels), self.smallest_normal)

@@ -1,4 +1,4 @@
-"""Activations and residual junctions of one step, as frozen host data that needs no torch."""
+"""Activations and residual adds of one step, as frozen host data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FORWARD_KINDS = frozenset({"activation", "junction_y"})
 
 @dataclass(frozen=True)
 class SignalTable:
-    """The sites of M modules, two each, and then of J junctions, one for each of `JUNCTION_KINDS`.
+    """The sites of M modules, by `ACTIVATION_KINDS`, followed by those of J residual adds, by `JUNCTION_KINDS`.
 
     Attributes:
         activations: Names of the modules. Length M.
-        junctions: Names of the junctions. Length J.
+        junctions: Names of the residual adds. Length J.
         module_types: Names of the modules' classes. Length M.
     """
 
@@ -34,12 +34,12 @@ class SignalTable:
 
     @property
     def first_junction_site(self) -> int:
-        """Number of the sites before those of the junctions."""
+        """Number of sites in front of those of the residual adds."""
         return len(ACTIVATION_KINDS) * len(self.activations)
 
     @property
     def n_modules(self) -> int:
-        """Number of modules and junctions."""
+        """Number of modules and residual adds."""
         return len(self.activations) + len(self.junctions)
 
     @property
@@ -62,7 +62,7 @@ class SignalTable:
 
     @cached_property
     def is_gradient(self) -> npt.NDArray[np.bool_]:
-        """Which sites are of gradients, that loss scaling scales. Shape [S]."""
+        """Whether each site observes a gradient, which loss scaling scales. Shape [S]."""
         return np.array([kind in _GRADIENT_KINDS for kind in self.kinds], dtype=np.bool_)
 
 
@@ -73,8 +73,8 @@ class Activation:
     Attributes:
         name: Name of the module.
         module_type: Name of its class, such as "ReLU".
-        output: Statistics of what it returned; of all tensors and calls together.
-        gradient: Statistics of the gradient that came back to that, None where none did.
+        output: Statistics of its output, over all tensors and calls together.
+        gradient: Statistics of the gradient of the output, None if there was none.
     """
 
     name: str
@@ -85,21 +85,21 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Junction:
-    """A residual junction y = x + F(x), or max(x + F(x), 0), in one step.
+    """A residual add y = x + F(x), or max(x + F(x), 0), in one step.
 
     Attributes:
-        name: Name of the junction's module.
-        x: Statistics of what came by the shortcut.
-        f: Statistics of what came out of the branch, F(x).
-        y: Statistics of the junction's output.
-        gradient: Statistics of the gradient that came in at y, None where none did.
-        shortcut: Of the part of the gradient at x that the shortcut brought.
-        branch: Of the part that came back through the branch, whatever else takes x. What others take of the branch, as
-            two branches behind one normalisation do, brings theirs with it; of a branch that is divided among compiled
-            graphs, only what lies in the graph of the sum is seen. None where the branch does not begin at x, as beside
-            a projection, or where a compiled graph holds only one of the two.
-        cosine: Of the angle between the two parts, to 3e-6; NaN where one is zero or missing, or where one was there in
-            only some of several calls.
+        name: Name of the module.
+        x: Statistics of the shortcut, x.
+        f: Statistics of the branch's output, F(x).
+        y: Statistics of the sum.
+        gradient: Statistics of the gradient at y, None if there was none.
+        shortcut: Statistics of the part of the gradient at x that comes through the shortcut.
+        branch: Statistics of the part that comes through the branch, without other uses of x. If the branch shares a
+            module with another branch, such as a normalisation, the other's gradient is included. If it is split over
+            several compiled graphs, only the gradient within the graph of the sum is seen. None if the branch does not
+            start at x, as with a projection shortcut, or if a compiled graph contains only x or only the sum.
+        cosine: Cosine of the angle between the two parts, to 3e-6; NaN if one is zero or missing, or was missing in
+            some of several calls.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Junction:
 
     @property
     def shortcut_share(self) -> float:
-        """Norm of the shortcut's part over the sum of the norms of both parts; NaN where one is missing."""
+        """Norm of the shortcut's part over the sum of the norms of both parts; NaN if one is missing."""
         if self.shortcut is None or self.branch is None or self.shortcut.numel != self.branch.numel:
             return math.nan
         both = self.shortcut.norm + self.branch.norm
@@ -122,13 +122,13 @@ class Junction:
 
 @dataclass(frozen=True, eq=False)
 class Signals:
-    """What passed by in one step.
+    """Statistics of the activations and residual adds of one step.
 
     Attributes:
         table: The sites.
         rows: Raw statistics in the order of `gradprobe.STATS`. [S, 6]
-        events: What passed by, in the order of execution.
-        scale: Factor on the gradients that undoes loss scaling.
+        events: The events, in order of execution.
+        scale: Factor that undoes loss scaling on the gradients.
     """
 
     table: SignalTable
@@ -138,24 +138,24 @@ class Signals:
 
     @property
     def scaled_abs_mean(self) -> FloatArray:
-        """Mean magnitude at each site before loss scaling is undone. For dtypes up to float32. Shape [S]."""
-        # Rows of float16, bfloat16 and float32 have no range exponent.
+        """Mean magnitude at each site, with loss scaling not undone. For dtypes up to float32. Shape [S]."""
+        # rows of float16, bfloat16 and float32 have a range exponent of 0
         return self.rows[:, SUM_ABS] / np.maximum(self.events.measured.numels, 1)
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
-        """Each statistic for all S sites, absent ones included. Values of shape [S]."""
+        """Each statistic of `COLUMNS` for all S sites, with or without an event. Values of shape [S]."""
         scales = np.where(self.table.is_gradient, self.scale, 1.0)
         return finish_rows(self.rows, self.events.measured.numels, scales)
 
     @property
-    def passed(self) -> list[int]:
-        """Sites that hold the statistics of a tensor, in the order of execution."""
+    def observed(self) -> list[int]:
+        """The sites that hold the statistics of a tensor, in order of execution."""
         return [site for site in dict.fromkeys(self.events.sites) if self.table.kinds[site] != JUNCTION_KINDS[-1]]
 
     @cached_property
     def activations(self) -> dict[str, Activation]:
-        """The modules that returned something, in the order of execution."""
+        """The modules that returned tensors, in order of execution."""
         found = {}
         for site in dict.fromkeys(self.events.sites):
             if self.table.kinds[site] == "activation":
@@ -167,7 +167,7 @@ class Signals:
 
     @cached_property
     def junctions(self) -> dict[str, Junction]:
-        """The junctions that were passed, in the order of execution."""
+        """The residual adds that were called, in order of execution."""
         found = {}
         for first in dict.fromkeys(self.events.sites):
             if self.table.kinds[first] == JUNCTION_KINDS[0]:
@@ -180,7 +180,7 @@ class Signals:
         return found
 
     def sender(self, name: str) -> str:
-        """Names the module that ran after another, and so sends the gradient of its output back; "" for the loss.
+        """Names the module that ran after another and so computed the gradient of its output; "" for the loss.
 
         Args:
             name: Name of a module.
@@ -192,7 +192,7 @@ class Signals:
         return next(others, "")
 
     def stats(self, site: int) -> SiteStats | None:
-        """Statistics of a site, None where nothing passed by there.
+        """Returns the statistics of a site, None if it had no event.
 
         Args:
             site: Position of the site.

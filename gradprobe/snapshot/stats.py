@@ -1,4 +1,4 @@
-"""Statistics of one tensor, finished from its raw row on the host. Needs no torch."""
+"""Statistics of one tensor, computed from its raw row on the host. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ class SiteStats:
     """Statistics of one tensor.
 
     Attributes:
-        name: Site name.
-        kind: "parameter" for the gradient of a parameter; other kinds in `gradprobe.snapshot.signals`.
+        name: Name of the parameter or module.
+        kind: "parameter" for the gradient of a parameter, "weight" and "update" for its value and update; at modules
+            one of `ACTIVATION_KINDS` and `JUNCTION_KINDS`.
         norm: Euclidean norm.
-        rms: Root of the mean square, which compares layers of different size.
+        rms: Root mean square, which is comparable between layers of different size.
         abs_max: Largest magnitude.
         abs_mean: Mean magnitude.
         mean: Mean.
-        std: Standard deviation over the elements (the population's, divided by n), from the mean and the mean square;
-            below about 3e-4 of the mean it is rounding.
+        std: Population standard deviation (divided by n), computed from the mean and the mean square; below about 3e-4
+            of the mean it is rounding error.
         zero_fraction: Share of elements that are exactly zero.
         nonfinite: Number of elements that are NaN or infinite.
         numel: Number of elements.
@@ -47,12 +48,12 @@ class SiteStats:
 
 
 def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | FloatArray) -> dict[str, FloatArray]:
-    """Turns raw rows into statistics.
+    """Computes statistics from raw rows.
 
     Args:
         rows: Raw rows. [K, 6]
         numels: Number of elements of each tensor. [K]
-        scale: Factor on the tensors, one or one each. [K]
+        scale: Factor to apply to the tensors, one for all or one each. [K]
 
     Returns:
         Each statistic of `COLUMNS`. Values of shape [K].
@@ -62,7 +63,7 @@ def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | 
         n = np.maximum(numels, 1).astype(np.float64)
         scaled_mean = rows[:, SUM] / n
         variance = np.maximum(rows[:, SUM_SQ] / n - scaled_mean**2, 0.0)
-        variance = np.where(numels > 1, variance, 0.0)  # of one element the difference above is rounding alone
+        variance = np.where(numels > 1, variance, 0.0)  # for one element the difference above is only rounding error
         variance = np.where(np.isfinite(rows[:, SUM_SQ]), variance, np.nan)
         return {
             "norm": np.sqrt(rows[:, SUM_SQ]) * unit,
@@ -81,8 +82,8 @@ def site_stats(name: str, kind: str, columns: Mapping[str, FloatArray], k: int) 
     """Picks one tensor's statistics.
 
     Args:
-        name: Site name.
-        kind: Kind of the site.
+        name: Name of the parameter or module.
+        kind: Kind, as in `SiteStats`.
         columns: Each statistic of `COLUMNS`. Values of shape [K].
         k: Position of the tensor.
 

@@ -1,4 +1,4 @@
-"""How the optimizer changed the parameters in one step, as frozen host data that needs no torch."""
+"""The optimizer's updates of one step, as frozen host data. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from gradprobe.snapshot.stats import SiteStats, finish_rows, site_stats
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an optimizer's step did to one parameter.
+    """One parameter's update in an optimizer's step.
 
     Attributes:
         name: First name of the parameter.
         weight: Statistics of the parameter before the step.
-        update: Statistics of what it became minus what it was, so that what rounding lost is not in it. Its
+        update: Statistics of the parameter after the step minus before it, after rounding to its dtype. Its
             `zero_fraction` is the share of the elements that did not move.
-        ratio: Norm of the update over the norm of the parameter, healthy near 1e-3; infinite where the parameter was
-            zero and moved, NaN where it stayed so.
+        ratio: Norm of the update over the norm of the parameter, healthy near 1e-3; infinite if the parameter was zero
+            and moved, NaN if it stayed zero.
 
     Source:
         CS231n, "Neural Networks Part 3", ratio of updates to weights.
@@ -36,7 +36,7 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Updates:
-    """Statistics of K parameters before an optimizer's step, and of what the step added to them.
+    """Statistics of K parameters before an optimizer's step, and of their updates.
 
     Attributes:
         names: First names of the parameters. Length K.
@@ -52,7 +52,7 @@ class Updates:
 
     @cached_property
     def weight_columns(self) -> dict[str, FloatArray]:
-        """Each statistic of `COLUMNS` for the parameters, absent ones included. Values of shape [K]."""
+        """Each statistic of `COLUMNS` for the K parameters, stepped or not. Values of shape [K]."""
         return finish_rows(self.weight_rows, self.measured.numels, 1.0)
 
     @cached_property
@@ -62,13 +62,13 @@ class Updates:
 
     @cached_property
     def ratios(self) -> FloatArray:
-        """`Update.ratio` of each parameter, absent ones included. Shape [K]."""
+        """`Update.ratio` of the K parameters, stepped or not. Shape [K]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return self.update_columns["norm"] / self.weight_columns["norm"]
 
     @cached_property
     def updates(self) -> dict[str, Update]:
-        """The parameters that the optimizer steps, by first name, in model order."""
+        """The updates of the parameters that the optimizer steps, by first name, in model order."""
         return {
             self.names[k]: Update(
                 self.names[k],
@@ -80,7 +80,7 @@ class Updates:
         }
 
     def all_stats(self) -> Iterator[SiteStats]:
-        """Yields the parameters in model order, then the updates."""
+        """Yields the statistics of the parameters in model order, then those of the updates."""
         yield from (update.weight for update in self.updates.values())
         yield from (update.update for update in self.updates.values())
 
@@ -88,7 +88,7 @@ class Updates:
         """Puts the parameters into another order.
 
         Args:
-            order: Positions of the K parameters in the order wanted. Length K.
+            order: Positions of the K parameters in the new order. Length K.
         """
         take = np.asarray(order, dtype=np.int64)
         measured = Measured(self.measured.present[take], self.measured.numels[take])

@@ -153,7 +153,7 @@ def test_a_backward_of_an_earlier_steps_graph() -> None:
     probe.step()
     first = probe.first_nonfinite()
     assert (first.step, first.phase, first.module) == (1, "backward", "1.join")
-    assert str(first) == "step 1, backward: gradient at the output of 1.join has 8 non-finite of 8 values"
+    assert str(first) == "step 1, backward: 8 of 8 values are not finite in the gradient at the output of 1.join"
 
 
 def test_a_part_in_inference_mode() -> None:
