@@ -1,4 +1,4 @@
-"""Nets that break other tools, and a reference in float64 for what passes by in them."""
+"""Models that break other tools, and a float64 reference for their activations and gradients."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def net(*more: nn.Module) -> nn.Sequential:
 
 
 class Unchanged(TorchDispatchMode):
-    """A mode that only hands on."""
+    """A dispatch mode that changes nothing."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         return func(*args, **(kwargs or {}))
 
 
 class InPlace(nn.Module):
-    """ReLU in place behind a normalisation, a sum in place, a view."""
+    """ReLU in place after a normalisation, a sum in place, a view."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class InPlace(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Every layer takes all that went before."""
+    """Every layer takes the outputs of all earlier layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Conv2d(3 + 2 * k, 2, 3, padding=1) for k in range(4))
-        self.relu = nn.ReLU()  # used again by each layer
+        self.relu = nn.ReLU()  # shared by all layers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -72,7 +72,7 @@ class DenseNet(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, up, and a shortcut across."""
+    """Downsampling, upsampling, and skip connections."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class UNet(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A module that returns a tuple with a tuple in it."""
+    """Contains a module that returns a tuple within a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Recurrent(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Transformer layers that are checkpointed."""
+    """Checkpointed transformer layers."""
 
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()
@@ -116,14 +116,14 @@ class Encoder(nn.Module):
 
 @dataclass
 class Output:
-    """What a module returns where it has more than one result."""
+    """The output of a module with several results."""
 
     logits: torch.Tensor
     extra: dict[str, torch.Tensor | int]
 
 
 class Structured(nn.Module):
-    """Returns dictionaries and dataclasses, integers among them; one part is frozen."""
+    """Passes on dictionaries and dataclasses that also hold integers; one layer is frozen."""
 
     class Inner(nn.Module):
         """Returns a dataclass."""
@@ -188,7 +188,7 @@ class Seen:
 
 @contextmanager
 def reference(model: nn.Module, names: list[str]) -> Iterator[tuple[dict[str, Seen], dict[str, Seen]]]:
-    """Copies what modules return, and the gradients that come back to copies of it, by other means than the probe's."""
+    """Records module outputs and their gradients without a probe, with an identity function behind each module."""
     outputs: dict[str, Seen] = {}
     gradients: dict[str, Seen] = {}
 
@@ -200,7 +200,7 @@ def reference(model: nn.Module, names: list[str]) -> Iterator[tuple[dict[str, Se
         return [tensor for item in value for tensor in tensors(item)] if isinstance(value, tuple) else []
 
     class Observe(torch.autograd.Function):
-        """The identity, with a look at the gradient."""
+        """The identity, which records its gradient."""
 
         @staticmethod
         def forward(ctx, x, name):  # type: ignore[no-untyped-def]

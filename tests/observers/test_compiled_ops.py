@@ -11,13 +11,13 @@ from torch import nn
 
 import gradprobe
 
-# Without the LSTM: dynamo leaves that frame alone, but compiles around a module with hooks.
+# Not the LSTM: dynamo skips its frame, but compiles around a module with hooks.
 COMPILED = ["in place", "dense", "transformer, checkpointed", "dataclass and frozen", "resnet"]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 class TestCompiled:
-    """A compiled model keeps its graphs, and its numbers."""
+    """Observing a compiled model changes neither its graphs nor its numbers."""
 
     @staticmethod
     def n_graphs() -> int:
@@ -41,12 +41,12 @@ class TestCompiled:
         eager, optimizer = build(name)
         expected = gradprobe.attach(eager, optimizer=optimizer, activations=True, junctions=False, every=3)
         train(eager, optimizer, 4)
-        for snapshot, twin in zip(probe.history(), expected.history(), strict=True):
-            assert list(snapshot.activations) == list(twin.activations)
+        for snapshot, of_eager in zip(probe.history(), expected.history(), strict=True):
+            assert list(snapshot.activations) == list(of_eager.activations)
             for module, activation in snapshot.activations.items():
-                other = twin.activations[module]
+                other = of_eager.activations[module]
                 assert activation.output.norm == pytest.approx(other.output.norm, rel=1e-5)
-                is_input = isinstance(model.get_submodule(module), nn.ReLU)  # in place: no gradient of its own there
+                is_input = isinstance(model.get_submodule(module), nn.ReLU)  # in place: no gradient of its own
                 assert (activation.gradient is None) == (other.gradient is None or (is_input and name == "in place"))
                 if activation.gradient is not None:
                     assert activation.gradient.norm == pytest.approx(other.gradient.norm, rel=1e-5)
@@ -69,19 +69,19 @@ class TestCompiled:
         expected = gradprobe.attach(eager, optimizer=optimizer, every=3)
         train(eager, optimizer, 4)
         assert [snapshot.step for snapshot in probe.history()] == [0, 3]
-        for snapshot, twin in zip(probe.history(), expected.history(), strict=True):
-            assert list(snapshot.junctions) == list(twin.junctions)
+        for snapshot, of_eager in zip(probe.history(), expected.history(), strict=True):
+            assert list(snapshot.junctions) == list(of_eager.junctions)
             for name, junction in snapshot.junctions.items():
-                of_eager = twin.junctions[name]
-                assert (junction.branch is None) == (of_eager.branch is None)
-                for part in ("x", "f", "y", "gradient", "shortcut", *(["branch"] if of_eager.branch else [])):
-                    ours, other = getattr(junction, part), getattr(of_eager, part)
+                eager_add = of_eager.junctions[name]
+                assert (junction.branch is None) == (eager_add.branch is None)
+                for part in ("x", "f", "y", "gradient", "shortcut", *(["branch"] if eager_add.branch else [])):
+                    ours, other = getattr(junction, part), getattr(eager_add, part)
                     assert ours.norm == pytest.approx(other.norm, rel=1e-3), (name, part)
-                assert junction.cosine == pytest.approx(of_eager.cosine, abs=1e-3, nan_ok=True)
+                assert junction.cosine == pytest.approx(eager_add.cosine, abs=1e-3, nan_ok=True)
             assert sum(junction.branch is not None for junction in snapshot.junctions.values()) == 1
 
     @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    def test_a_graph_that_is_gone_back_through_twice(self, backend: str) -> None:
+    def test_two_backwards_through_one_graph(self, backend: str) -> None:
         model = net()
         probe = gradprobe.attach(model)
         loss = torch.compile(model, backend=backend)(torch.randn(2, 3)).square().sum()
@@ -96,15 +96,15 @@ class TestCompiled:
         model, optimizer = build("in place")
         probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
         train(torch.compile(model), optimizer, 2)
-        twin, optimizer = build("in place")
-        expected = gradprobe.attach(twin, optimizer=optimizer, activations=True)
-        train(twin, optimizer, 2)
+        eager, optimizer = build("in place")
+        expected = gradprobe.attach(eager, optimizer=optimizer, activations=True)
+        train(eager, optimizer, 2)
         for module, activation in probe.latest().activations.items():
             other = expected.latest().activations[module]
             assert activation.output.norm == pytest.approx(other.output.norm, rel=1e-4)
             assert module == "relu" or activation.gradient.norm == pytest.approx(other.gradient.norm, rel=1e-4)
 
-    def test_attached_too_late_is_said(self) -> None:
+    def test_attaching_after_compilation_warns(self) -> None:
         model, optimizer = build("in place")
         compiled = torch.compile(model, backend="aot_eager")
         train(compiled, optimizer, 1)
@@ -113,7 +113,7 @@ class TestCompiled:
             train(compiled, optimizer, 1)
         assert probe.coverage().silent == ("conv", "norm", "relu", "again", "head")
 
-    def test_detached_graphs_go_on(self) -> None:
+    def test_compiled_graphs_run_on_after_detach(self) -> None:
         model, optimizer = build("in place")
         compiled = torch.compile(model, backend="aot_eager")
         probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
@@ -124,7 +124,7 @@ class TestCompiled:
 
     def test_a_planted_nan_is_named(self) -> None:
         class Poison(torch.autograd.Function):
-            """The identity, whose gradient is multiplied."""
+            """The identity, with its gradient multiplied by a factor."""
 
             @staticmethod
             def forward(ctx, x, factor):  # type: ignore[no-untyped-def]
@@ -136,7 +136,7 @@ class TestCompiled:
                 return gradient * ctx.saved_tensors[0], None
 
         class Poisoned(nn.Module):
-            """A layer that can be told to spoil its gradient."""
+            """A layer that can multiply its gradient by NaN."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -162,11 +162,11 @@ class TestCompiled:
 
 @pytest.mark.usefixtures("any_hooks", "fresh_dynamo")
 class TestCompiledModels:
-    """Observing changes no result."""
+    """Observing does not change a compiled model's results."""
 
-    def test_a_mapping_of_its_own_kind(self) -> None:
+    def test_an_output_of_a_dict_subclass(self) -> None:
         class Output(dict):  # type: ignore[type-arg]
-            """As transformers returns it."""
+            """A model output as in transformers."""
 
             def __getattr__(self, name: str) -> torch.Tensor:
                 return self[name]
@@ -182,7 +182,7 @@ class TestCompiledModels:
                 return Output(logits=self.layer(x))
 
         class Model(nn.Module):
-            """Takes an attribute of it."""
+            """Reads an attribute of the mapping."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -198,15 +198,15 @@ class TestCompiledModels:
         assert torch.allclose(torch.compile(model, backend="aot_eager")(x), expected)
         probe.detach()
 
-    def test_what_is_written_to_in_place_through_an_alias(self) -> None:
+    def test_in_place_writes_through_an_alias(self) -> None:
         class Same(nn.Module):
-            """Returns what it takes."""
+            """Returns its input."""
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return x
 
         class Model(nn.Module):
-            """Writes to the output, reads the input."""
+            """Modifies an alias of a tensor in place, and returns the tensor."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -226,7 +226,7 @@ class TestCompiledModels:
         gradprobe.attach(model, activations=True)
         assert torch.allclose(torch.compile(model, backend="aot_eager")(x), expected)
 
-    def test_an_exported_program_is_the_models_own(self) -> None:
+    def test_an_exported_program_has_no_probe_operators(self) -> None:
         model = net()
         gradprobe.attach(model, activations=True)
         program = torch.export.export(model, (torch.randn(2, 3),))

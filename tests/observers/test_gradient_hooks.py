@@ -1,4 +1,4 @@
-"""The probe under torch's own machinery: checkpointing, compilation, data parallelism, copies."""
+"""Gradient hooks under checkpointing, compilation, data parallelism and copying."""
 
 import copy
 import os
@@ -64,7 +64,7 @@ def test_gradients_that_carry_a_graph() -> None:
     model = mlp()
     with gradprobe.attach(model) as probe:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of the reference cycle that this makes
+            warnings.simplefilter("ignore")  # torch warns about the reference cycle
             model(batch()).square().mean().backward(create_graph=True)
         assert all(parameter.grad.requires_grad for parameter in model.parameters())
         probe.step()
@@ -101,7 +101,7 @@ def test_compiled_autograd(when: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_data_parallel_gradients_are_averaged_and_said_to_be(clip: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_data_parallel_gradients_are_labelled_averaged(clip: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -120,7 +120,7 @@ def test_data_parallel_gradients_are_averaged_and_said_to_be(clip: bool, tmp_pat
         dist.destroy_process_group()
 
 
-def test_copies_and_pickles_of_an_attached_model_are_plain() -> None:
+def test_copies_and_pickles_of_an_attached_model_are_not_observed() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradprobe.attach(model, optimizer=optimizer) as probe:
@@ -132,7 +132,7 @@ def test_copies_and_pickles_of_an_attached_model_are_plain() -> None:
         assert probe.coverage().observed == ()
 
 
-def test_hooks_of_the_users_stay_and_run() -> None:
+def test_users_hooks_stay_and_run() -> None:
     model = mlp()
     seen: list[str] = []
     early = model[0].weight.register_hook(lambda gradient: seen.append("early"))
@@ -147,7 +147,7 @@ def test_hooks_of_the_users_stay_and_run() -> None:
     late.remove()
 
 
-def test_two_models_as_in_a_gan_step() -> None:
+def test_two_models_in_a_gan_step() -> None:
     generator, critic = mlp(), nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 1))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (generator, critic)]
     probes = [
@@ -165,7 +165,7 @@ def test_two_models_as_in_a_gan_step() -> None:
         probe.detach()
 
 
-def test_threads_of_torch_do_not_change_a_bit() -> None:
+def test_the_number_of_threads_changes_no_bit() -> None:
     model = nn.Sequential(nn.Linear(700, 900))
     x = torch.randn(4, 700)
     rows = []

@@ -1,4 +1,4 @@
-"""The pass that the C++ hooks run themselves gives what the operator gives, and refuses what it cannot take."""
+"""The C++ hooks' own pass over the gradients equals the operator's, and rejects unsupported gradients."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_same_bits_as_the_operator(layout: str, dtype: torch.dtype) -> None:
     ],
     ids=["missing", "sparse", "complex", "float8"],
 )
-def test_what_the_kernels_cannot_take_is_left_to_others(gradient: torch.Tensor | None) -> None:
+def test_unsupported_gradients_write_no_rows(gradient: torch.Tensor | None) -> None:
     gradients = [torch.ones(2), gradient]
     hooks, _ = with_gradients(gradients)
     rows = rows_for(gradients)
@@ -76,7 +76,7 @@ def test_what_the_kernels_cannot_take_is_left_to_others(gradient: torch.Tensor |
     ],
     ids=["negated view", "zero tensor"],
 )
-def test_values_that_are_not_in_the_memory_are_right(gradient: torch.Tensor, total: float) -> None:
+def test_lazily_negated_and_zero_gradients(gradient: torch.Tensor, total: float) -> None:
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(3))])
     probe = gradprobe.attach(model)
     model[0].grad = gradient
@@ -87,7 +87,7 @@ def test_values_that_are_not_in_the_memory_are_right(gradient: torch.Tensor, tot
     assert site.numel == 3
 
 
-def test_looks_on_the_way() -> None:
+def test_measure_reports_changes_and_counts() -> None:
     hooks, (first, second) = with_gradients([None, None])
     rows = torch.zeros(2, 6, dtype=torch.float64)
     (first.sum() + second.sum()).backward()
@@ -108,14 +108,14 @@ def test_looks_on_the_way() -> None:
     ],
     ids=["too few", "float32", "strided", "flat"],
 )
-def test_wrong_rows_are_refused(rows: torch.Tensor) -> None:
+def test_wrong_rows_are_rejected(rows: torch.Tensor) -> None:
     hooks, _ = with_gradients([torch.ones(2), torch.ones(3)])
     with pytest.raises(RuntimeError, match=r"rows: needed a contiguous float64 tensor of shape \[2, 6\], got"):
         hooks.measure(rows)
 
 
 class TestCallWithoutDispatcher:
-    """What the native backend calls for plain tensors on the CPU."""
+    """The native backend's direct call for plain CPU tensors."""
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -131,7 +131,7 @@ class TestCallWithoutDispatcher:
         ops.resolve("native", out.device).grad_stats_into(tensors, out)
         torch.ops.gradprobe.grad_stats_into(tensors, expected)
         assert torch.equal(out, expected)
-        assert out._version > version  # a tensor that autograd has saved shows as changed
+        assert out._version > version  # autograd sees that a saved `out` was modified
 
     @pytest.mark.parametrize(
         ("tensors", "out", "message"),
@@ -147,15 +147,15 @@ class TestCallWithoutDispatcher:
         ],
         ids=["integers", "rows", "float32 rows", "sparse"],
     )
-    def test_errors_are_the_operators(self, tensors: list[torch.Tensor], out: torch.Tensor, message: str) -> None:
+    def test_errors_of_the_operator(self, tensors: list[torch.Tensor], out: torch.Tensor, message: str) -> None:
         with pytest.raises((RuntimeError, ValueError), match=message):
             ops.resolve("native", out.device).grad_stats_into(tensors, out)
 
-    def test_modes_see_the_operator(self) -> None:
+    def test_dispatch_modes_see_the_operator(self) -> None:
         seen = []
 
         class See(torch.utils._python_dispatch.TorchDispatchMode):
-            """Notes what is called."""
+            """Notes the operators that are called."""
 
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
                 seen.append(function)
@@ -167,7 +167,7 @@ class TestCallWithoutDispatcher:
         assert torch.ops.gradprobe.grad_stats_into.default in seen
         assert out[0, 0] == 2
 
-    def test_fake_tensors_have_no_numbers(self) -> None:
+    def test_fake_tensors(self) -> None:
         with torch._subclasses.FakeTensorMode():
             out = torch.zeros(1, 6, dtype=torch.float64)
             ops.resolve("native", out.device).grad_stats_into([torch.ones(2)], out)
@@ -177,7 +177,7 @@ class TestCallWithoutDispatcher:
         compiled = torch.compile(lambda x: gradprobe.grad_stats([x, x * 2]), backend="aot_eager")
         assert compiled(torch.tensor([3.0, -4.0]))[:, 2].tolist() == [25.0, 100.0]
 
-    def test_batches_of_a_transform_are_not_taken_for_one_tensor(self) -> None:
+    def test_vmap_is_rejected(self) -> None:
         def total(x: torch.Tensor) -> torch.Tensor:
             return gradprobe.grad_stats([x])[0, 0]
 

@@ -1,4 +1,4 @@
-"""Residual junctions: both parts of the gradient against autograd in float64, and what becomes of them with depth."""
+"""Residual adds: both parts of the gradient against autograd in float64, and their share as depth grows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_both_parts_equal_those_of_autograd(relu: bool, dtype: torch.dtype) -> N
     net = nn.Sequential(nn.Linear(6, 8), *(curved(8, relu) for _ in range(4)), nn.Linear(8, 1)).double()
     batch = torch.randn(5, 6, dtype=torch.float64)
 
-    # what the chain rule says, step by step, in float64
+    # the chain rule, step by step, in float64
     states = [net[0](batch)]
     for k in range(1, 5):
         states.append(net[k](states[-1]))
@@ -72,7 +72,7 @@ def test_both_parts_equal_those_of_autograd(relu: bool, dtype: torch.dtype) -> N
         assert junction.shortcut_share == pytest.approx(share.item(), rel=1e-5)
 
 
-def test_a_branch_that_gives_nothing() -> None:
+def test_a_branch_with_a_zero_gradient() -> None:
     block = Block(3, relu=False, branch=nn.Linear(3, 3))
     nn.init.zeros_(block.branch.weight)
     net = nn.Sequential(nn.Linear(3, 3), block)
@@ -84,9 +84,9 @@ def test_a_branch_that_gives_nothing() -> None:
     assert math.isnan(junction.cosine)
 
 
-def test_behind_a_projection_no_branch_is_claimed() -> None:
+def test_with_a_projection_shortcut_there_is_no_branch_part() -> None:
     class Projected(nn.Module):
-        """x goes through a layer on either way."""
+        """Both the shortcut and the branch have a layer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -106,7 +106,7 @@ def test_behind_a_projection_no_branch_is_claimed() -> None:
 
 
 class Attention(nn.Module):
-    """Three projections take x, as in the attention of a transformer."""
+    """Three projections of x, as in a transformer's attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Attention(nn.Module):
 
 
 class TwoStreams(nn.Module):
-    """x goes on in other ways than the shortcut and the branch: a skip across, a second head."""
+    """x is also used outside the residual block: by a long skip connection and by a second head."""
 
     def __init__(self, branch: nn.Module) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ BRANCHES = {
 
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("how", ["eager", "checkpointed", "reentrant", "compiled"])
-def test_only_what_comes_through_the_branch_is_of_the_branch(how: str, branch: str) -> None:
+def test_the_branchs_part_excludes_other_uses_of_x(how: str, branch: str) -> None:
     torch.manual_seed(0)
     net, batch = TwoStreams(BRANCHES[branch]()), torch.randn(5, 6)
     block, x = net.block, net.stem(batch)
@@ -166,9 +166,9 @@ def test_only_what_comes_through_the_branch_is_of_the_branch(how: str, branch: s
     assert junction.cosine == pytest.approx(cosine(shortcut, expected), abs=1e-5)
 
 
-def test_a_part_that_is_sparse_is_left_alone() -> None:
+def test_a_sparse_part_is_not_measured() -> None:
     class Table(nn.Module):
-        """Looks all rows of a table up, and adds them to it."""
+        """Adds an embedding lookup of all rows of a table to the table."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -189,7 +189,7 @@ def test_a_part_that_is_sparse_is_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_branch_far_smaller_than_the_shortcut_keeps_its_digits(dtype: torch.dtype) -> None:
-    """Of the sum of both parts it would be less than a rounding."""
+    """Computed as the sum minus the shortcut's part, it would be lost to rounding."""
     torch.manual_seed(0)
     block = Block(8, relu=False, branch=nn.Linear(8, 8, bias=False).to(dtype))
     norms = []
@@ -204,7 +204,7 @@ def test_a_branch_far_smaller_than_the_shortcut_keeps_its_digits(dtype: torch.dt
 
 
 @pytest.mark.parametrize("magnitude", [1e-170, 1e170])
-def test_the_angle_between_parts_whose_product_no_double_holds(magnitude: float) -> None:
+def test_the_cosine_when_the_product_of_the_norms_leaves_the_range_of_double(magnitude: float) -> None:
     torch.manual_seed(0)
     block = curved(8, relu=False)
     net = nn.Sequential(nn.Linear(8, 8), block, nn.Linear(8, 1)).double()
@@ -219,8 +219,8 @@ def test_the_angle_between_parts_whose_product_no_double_holds(magnitude: float)
     assert extreme.branch.norm == pytest.approx(plain.branch.norm * magnitude, rel=1e-9)
 
 
-def test_autograd_adds_up_in_place_as_without_a_probe() -> None:
-    """A probe that held the shortcut's part until the sum is there would cost a tensor more in each junction."""
+def test_autograd_still_accumulates_in_place() -> None:
+    """A probe that kept the shortcut's part until the sum would cost one more tensor per residual add."""
 
     def is_one_memory(net: nn.Sequential) -> bool:
         addresses = []
@@ -262,7 +262,7 @@ def test_training_is_the_same_bit_for_bit(relu: bool, inplace: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(True), weights(False), strict=True))
 
 
-def test_second_derivatives_pass_an_observed_junction() -> None:
+def test_second_derivatives_through_an_observed_residual_add() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 3), curved(3, relu=True), nn.Linear(3, 1)).double()
 
@@ -300,7 +300,7 @@ def test_loss_scaling_is_undone_for_gradients_alone() -> None:
 
 
 def test_the_shortcut_carries_more_of_the_gradient_in_deeper_nets() -> None:
-    """At initialisation, where a block of a deeper net differs less from the identity after normalisation."""
+    """At initialisation, the blocks of a deeper network are closer to the identity after normalisation."""
     shares = {}
     for depth in (20, 56):
         torch.manual_seed(0)
@@ -310,7 +310,7 @@ def test_the_shortcut_carries_more_of_the_gradient_in_deeper_nets() -> None:
         nn.functional.cross_entropy(net(images), labels).backward()
         probe.step()
         seen = [junction.shortcut_share for junction in probe.latest().junctions.values()]
-        assert sum(map(math.isnan, seen)) == 2  # the two where the map is halved
+        assert sum(map(math.isnan, seen)) == 2  # the two with a projection, which halve the feature map
         shares[depth] = [share for share in seen if not math.isnan(share)]
     assert all(0.3 < share < 1 for depth in shares for share in shares[depth])
     assert min(shares[56][-6:]) > 0.6  # there is always a direct gradient
@@ -319,10 +319,10 @@ def test_the_shortcut_carries_more_of_the_gradient_in_deeper_nets() -> None:
 
 @pytest.mark.soak
 def test_responses_shrink_with_shortcuts_and_with_depth() -> None:
-    """He et al. 2015, figure 7: the layers of residual nets respond less than those of plain ones, of deeper nets less.
+    """He et al. 2015, figure 7: layers of residual networks respond less than plain ones, and less with more depth.
 
-    The response is what leaves the normalisation after each 3x3 convolution, before ReLU and sum. It shrinks over the
-    64,000 steps of the paper's weight decay of 1e-4; here 500 steps decay as much in all.
+    The response is the normalisation's output after each 3x3 convolution, before ReLU and sum. It shrinks over the
+    paper's 64,000 steps with a weight decay of 1e-4; here 500 steps have the same total decay.
     """
     datasets = pytest.importorskip("sklearn.datasets")
     images, labels = (
@@ -352,5 +352,5 @@ def test_responses_shrink_with_shortcuts_and_with_depth() -> None:
         return sum(deviations) / len(deviations)
 
     plain, short, deep = (mean_response(*net) for net in (("plain", 20), ("resnet", 20), ("resnet", 56)))
-    assert plain > 1.15 * short  # 0.18 and 0.13 on the machine where this was written
-    assert short > 1.25 * deep  # 0.13 and 0.08
+    assert plain > 1.15 * short  # measured 0.18 and 0.13
+    assert short > 1.25 * deep  # measured 0.13 and 0.08

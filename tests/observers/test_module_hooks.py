@@ -1,4 +1,4 @@
-"""On a step that is not measured a module has no hook of the probe's, and nobody else notices."""
+"""Modules have no probe hook on steps that are not measured, and other hooks are not affected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hooked(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if module._forward_hooks]
 
 
-def test_hooks_are_there_on_the_steps_that_are_measured_alone() -> None:
+def test_hooks_are_present_only_on_measured_steps() -> None:
     model = net(nn.ReLU())
     with gradprobe.attach(model, activations=True, every=3) as probe:
         seen = []
@@ -35,7 +35,7 @@ def test_hooks_are_there_on_the_steps_that_are_measured_alone() -> None:
     assert [list(snapshot.activations) for snapshot in probe.history()] == 3 * [leaves]
 
 
-def test_a_pause_takes_them_off_and_its_end_brings_them_back() -> None:
+def test_a_pause_removes_the_hooks_and_its_end_restores_them() -> None:
     model = net()
     with gradprobe.attach(model, activations=True) as probe:
         with probe.paused():
@@ -44,7 +44,7 @@ def test_a_pause_takes_them_off_and_its_end_brings_them_back() -> None:
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["registered after attach", "registered before attach"])
-def test_hooks_run_in_the_order_in_which_all_were_registered(before: bool) -> None:
+def test_hooks_run_in_order_of_registration(before: bool) -> None:
     def norm(every: int) -> float:
         model = net()
         add = lambda: model[0].register_forward_hook(lambda module, inputs, output: 3 * output)  # noqa: E731
@@ -62,7 +62,7 @@ def test_hooks_run_in_the_order_in_which_all_were_registered(before: bool) -> No
     assert norm(every=2) == norm(every=1)
 
 
-def test_a_hook_of_somebody_else_may_come_and_go() -> None:
+def test_a_users_hook_may_come_and_go() -> None:
     model = net()
     with gradprobe.attach(model, activations=True, every=2) as probe:
         step(model, probe)
@@ -78,26 +78,26 @@ def test_a_hook_of_somebody_else_may_come_and_go() -> None:
     assert len(probe.history()) == 3
 
 
-def test_nothing_is_left_by_a_detach_or_in_a_copy_of_a_step_that_is_not_measured() -> None:
+def test_no_hook_is_left_after_detach_or_in_a_copy() -> None:
     model = net()
     probe = gradprobe.attach(model, activations=True, every=2)
     step(model, probe)
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     probe.detach()
     for _ in range(3):
-        model(INPUTS), twin(INPUTS)
-    for module in (*model.modules(), *twin.modules()):
+        model(INPUTS), clone(INPUTS)
+    for module in (*model.modules(), *clone.modules()):
         assert not module._forward_hooks
     assert not any(module._forward_hooks_with_kwargs for module in model.modules())
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 class TestCompiled:
-    """Dynamo compiles a module with its hook, whatever the step."""
+    """Dynamo compiles a module together with its hook, on any step."""
 
     @pytest.mark.parametrize("first", [0, 1], ids=["on a measured step", "on another"])
     @pytest.mark.parametrize("resets", [False, True], ids=["", "reset"])
-    def test_compiles_once_with_taps(self, first: int, resets: bool) -> None:
+    def test_compiles_once_with_its_hooks(self, first: int, resets: bool) -> None:
         model = net()
         with gradprobe.attach(model, activations=True, every=3) as probe:
             for _ in range(first):

@@ -1,4 +1,4 @@
-"""Activations and their gradients against plain torch in float64, in nets that break other tools."""
+"""Activations and their gradients against plain torch in float64, in models that break other tools."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_statistics_equal_a_reference_in_float64(name: str) -> None:
             assert activation.gradient.numel == numel
 
 
-def test_an_activation_names_the_class_of_its_module() -> None:
+def test_an_activation_has_its_modules_class_name() -> None:
     model, optimizer = build("in place")
     with gradprobe.attach(model, optimizer=optimizer, activations=True) as probe:
         train(model, optimizer, 1)
@@ -125,7 +125,7 @@ def test_accumulation_counts_all_micro_batches() -> None:
 
 
 class Varying(nn.Module):
-    """Takes another course when it is told to."""
+    """Runs its layers in the order given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,21 +137,21 @@ class Varying(nn.Module):
         return x
 
 
-def test_each_step_has_its_own_course() -> None:
+def test_steps_that_run_different_modules() -> None:
     torch.manual_seed(0)
     model = Varying()
     probe = gradprobe.attach(model, activations=True)
-    courses = [(4, "ab", False), (4, "ab", False), (4, "ba", False), (2, "ba", False), (4, "aba", False)]
-    courses += [(4, "b", False), (4, "ab", False), (4, "ab", True)]
+    orders = [(4, "ab", False), (4, "ab", False), (4, "ba", False), (2, "ba", False), (4, "aba", False)]
+    orders += [(4, "b", False), (4, "ab", False), (4, "ab", True)]
     norms = []
-    for n, names, is_lower in courses:
+    for n, names, is_lower in orders:
         with torch.autocast("cpu", torch.float16, enabled=is_lower):
             out = model(torch.ones(n, 3), names)
         out.float().sum().backward()
         norms.append(out.detach().double().norm().item())
         probe.step()
         model.zero_grad()
-    for (n, names, is_lower), snapshot, norm in zip(courses, probe.history(), norms, strict=True):
+    for (n, names, is_lower), snapshot, norm in zip(orders, probe.history(), norms, strict=True):
         assert list(snapshot.activations) == list(dict.fromkeys(names))
         for name, activation in snapshot.activations.items():
             assert activation.output.numel == activation.gradient.numel == 3 * n * names.count(name)
@@ -180,12 +180,12 @@ def test_paused_and_detached() -> None:
     assert [ref() for ref in dead] == [None, None]
 
 
-def test_copies_and_pickles_of_an_attached_model_are_plain() -> None:
+def test_copies_and_pickles_of_an_attached_model_are_not_observed() -> None:
     model, optimizer = build("resnet")
     probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
     train(model, optimizer, 1)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        twin(images()).sum().backward()
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        clone(images()).sum().backward()
     optimizer.step()
     assert not probe.latest().activations
 
@@ -232,7 +232,7 @@ def test_a_module_that_never_runs_is_silent() -> None:
     assert probe.coverage().silent == ("spare",)
 
 
-def test_attention_is_not_called_blind(recwarn: pytest.WarningsRecorder) -> None:
+def test_attention_causes_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     model, optimizer = build("transformer, checkpointed")
     probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
     train(model, optimizer, 1)
@@ -240,7 +240,7 @@ def test_attention_is_not_called_blind(recwarn: pytest.WarningsRecorder) -> None
     assert probe.coverage().silent == ()
 
 
-def test_tables_hold_all() -> None:
+def test_tables_hold_every_kind() -> None:
     model, optimizer = build("resnet")
     probe = gradprobe.attach(model, optimizer=optimizer, activations=True)
     train(model, optimizer, 2)
@@ -254,7 +254,7 @@ def test_tables_hold_all() -> None:
 
 
 @pytest.mark.usefixtures("probe_warnings_are_errors")
-def test_lists_of_parameters_are_no_modules_that_return_nothing() -> None:
+def test_parameter_containers_are_not_reported_as_silent() -> None:
     class Scaled(nn.Module):
         """A layer with its parameters in containers."""
 

@@ -1,4 +1,4 @@
-"""Activations and junctions among other people's hooks, modes, threads and gradients: no number is wrong."""
+"""Activations and residual adds beside other hooks, modes, threads and unusual gradients: no number is wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("any_hooks")
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["", "after another"])
-def test_a_hook_put_on_later_changes_no_number(earlier: bool) -> None:
+def test_a_hook_registered_later_changes_no_number(earlier: bool) -> None:
     def numbers(factor: float) -> tuple[float, float]:
         stem, block = net()
         with gradprobe.attach(nn.Sequential(stem, block), activations=["0"]) as probe:
@@ -35,7 +35,7 @@ def test_a_hook_put_on_later_changes_no_number(earlier: bool) -> None:
     assert numbers(100.0) == numbers(1.0)
 
 
-def test_a_mode_around_the_forward_of_a_checkpoint() -> None:
+def test_a_checkpointed_forward_under_a_dispatch_mode() -> None:
     model = net()
     with gradprobe.attach(model, activations=["1.branch"]) as probe:
         with Unchanged():
@@ -46,7 +46,7 @@ def test_a_mode_around_the_forward_of_a_checkpoint() -> None:
     assert probe.latest().junctions["1.join"].y.numel == 8
 
 
-class Unaltered(nn.Module):
+class ReturnsInput(nn.Module):
     """Returns its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,8 +54,8 @@ class Unaltered(nn.Module):
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "checkpointed"])
-def test_a_module_that_returns_its_input_again_has_its_gradient_counted_once(is_checkpointed: bool) -> None:
-    stem, same = nn.Linear(3, 4), Unaltered()
+def test_a_returned_input_has_its_gradient_counted_once(is_checkpointed: bool) -> None:
+    stem, same = nn.Linear(3, 4), ReturnsInput()
     with gradprobe.attach(nn.Sequential(stem, same), activations=["1"]) as probe:
         h = stem(torch.ones(3, 3))
         for _ in range(3):
@@ -67,9 +67,9 @@ def test_a_module_that_returns_its_input_again_has_its_gradient_counted_once(is_
         assert snapshot.activations["1"].gradient.norm == pytest.approx(math.sqrt(12))
 
 
-def test_a_module_that_returns_its_input_altered_has_both_gradients_counted() -> None:
+def test_an_input_modified_in_place_has_both_gradients_counted() -> None:
     class Double(nn.Module):
-        """Writes to its input."""
+        """Modifies its input in place."""
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.mul_(2)
@@ -82,7 +82,7 @@ def test_a_module_that_returns_its_input_altered_has_both_gradients_counted() ->
     assert (gradient.numel, gradient.norm) == (24, pytest.approx(math.sqrt(12 + 48)))
 
 
-def test_batched_gradients_go_by_unobserved() -> None:
+def test_batched_gradients_are_not_observed() -> None:
     model = net()
     with gradprobe.attach(model, activations=True):
         y = model(torch.ones(2, 3))
@@ -91,9 +91,9 @@ def test_batched_gradients_go_by_unobserved() -> None:
     assert torch.equal(batched, expected.expand(5, *expected.shape))
 
 
-def test_a_negative_view_for_a_gradient() -> None:
+def test_a_gradient_that_is_a_negative_view() -> None:
     class Negated(torch.autograd.Function):
-        """The identity, whose gradient is minus a tensor that is read as its negative."""
+        """The identity, with a gradient that has torch's negative bit set."""
 
         @staticmethod
         def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -113,7 +113,7 @@ def test_a_negative_view_for_a_gradient() -> None:
 
 def test_one_graph_in_several_threads() -> None:
     class Chain(nn.Module):
-        """Many small junctions."""
+        """Many small residual adds."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Activations and junctions where training is unusual: nothing breaks, nothing changes, no number is wrong."""
+"""Activations and residual adds in unusual training: nothing breaks, nothing changes, no number is wrong."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def default_device(device: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_checkpointed_junction(use_reentrant: bool) -> None:
+def test_a_checkpointed_residual_add(use_reentrant: bool) -> None:
     def weights(probed: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), Block(), Block(), nn.Linear(4, 1))
@@ -64,9 +64,9 @@ def test_a_checkpointed_module_that_is_used_again(use_reentrant: bool) -> None:
     assert (activation.output.numel, activation.gradient.numel) == (48, 48)
 
 
-def test_a_gradient_that_does_not_come_stays_away() -> None:
+def test_a_missing_gradient_stays_missing() -> None:
     class Cut(torch.autograd.Function):
-        """Sends nothing back."""
+        """The identity, without a gradient."""
 
         @staticmethod
         def forward(ctx, x):  # type: ignore[no-untyped-def]
@@ -88,18 +88,18 @@ def test_detach_from_within_a_backward(by: str) -> None:
     model = net(nn.Linear(4, 1))
     probes: list[gradprobe.Probe] = []
 
-    def let_go(*_: object) -> None:
+    def detach(*_: object) -> None:
         probes[0].detach()
 
     if by == "parameter":
-        model[0].weight.register_hook(let_go)
-        model[2].weight.register_hook(let_go)
+        model[0].weight.register_hook(detach)
+        model[2].weight.register_hook(detach)
     elif by == "accumulated":
-        model[2].weight.register_post_accumulate_grad_hook(let_go)
+        model[2].weight.register_post_accumulate_grad_hook(detach)
     probes.append(gradprobe.attach(model, activations=True))
     out = model(torch.randn(2, 3))
     if by == "output":
-        out.register_hook(let_go)
+        out.register_hook(detach)
     out.sum().backward()
     model(torch.randn(2, 3)).sum().backward()
     assert not any(module._forward_hooks for module in model.modules())
@@ -119,7 +119,7 @@ def test_outputs_that_outlive_a_step() -> None:
             return self.tokens
 
     class Model(nn.Module):
-        """A soft prompt that is also a junction's shortcut."""
+        """A soft prompt that is also the shortcut of a residual add."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_a_backward_of_an_earlier_steps_graph() -> None:
 
 def test_a_part_in_inference_mode() -> None:
     class Frozen(nn.Module):
-        """An encoder that keeps to itself."""
+        """An encoder in inference mode."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -176,7 +176,7 @@ def test_a_part_in_inference_mode() -> None:
     assert probe.latest().activations["1"].output.numel == 2
 
 
-def test_a_step_that_is_dropped_leaves_nothing_behind() -> None:
+def test_a_discarded_step_leaves_no_events() -> None:
     layer = nn.Linear(3, 3)
     probe = gradprobe.attach(layer, activations=True)
 
@@ -187,7 +187,7 @@ def test_a_step_that_is_dropped_leaves_nothing_behind() -> None:
     run(3)
     probe.step()
     expected = probe.latest().activations["Linear"].output.norm
-    run(100)  # more than the buffer has room for at first
+    run(100)  # more events than the step buffer has rows at first
     with probe.paused():
         probe.step()
     run(3)
@@ -195,7 +195,7 @@ def test_a_step_that_is_dropped_leaves_nothing_behind() -> None:
     assert probe.latest().activations["Linear"].output.norm == expected
 
 
-def test_rows_are_not_lost_while_another_thread_needs_more() -> None:
+def test_no_row_is_lost_while_another_thread_adds_rows() -> None:
     buffer = StepBuffer(1, torch.device("cpu"), "auto")
     ones = torch.ones(1)
     threads = [threading.Thread(target=lambda: [buffer.write_anew(0, ones) for _ in range(400)]) for _ in range(4)]
@@ -227,7 +227,7 @@ def test_the_scale_of_a_step_that_the_user_closed_first(with_optimizer: bool) ->
     assert [snapshot.activations["0"].gradient.norm for snapshot in probe.history()] == [2.0, 2.0, 2.0]
 
 
-def test_two_probes_and_one_junction() -> None:
+def test_two_probes_and_one_residual_add() -> None:
     shared = Block()
     first, second = nn.Sequential(nn.Linear(4, 4), shared), nn.Sequential(nn.Linear(4, 4), shared)
     one, two = gradprobe.attach(first), gradprobe.attach(second)
@@ -246,7 +246,7 @@ def test_autocast() -> None:
     probe = gradprobe.attach(model, activations=True)
     stream = torch.randn(5, 4, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        model[2](model[1](stream)).sum().backward()  # a stream in float32, a branch in bfloat16
+        model[2](model[1](stream)).sum().backward()  # the stream in float32, the branch in bfloat16
     model[0].weight.grad = torch.zeros(4, 3)
     model[0].bias.grad = torch.zeros(4)
     with pytest.warns(gradprobe.GradprobeWarning):
@@ -258,11 +258,11 @@ def test_autocast() -> None:
     assert 0 < junction.shortcut_share < 1
 
 
-def test_only_the_junctions_of_this_backward_have_a_branch() -> None:
+def test_only_residual_adds_of_this_backward_have_a_branch() -> None:
     model = net()
     probe = gradprobe.attach(model)
     out = model(torch.randn(3, 3)).sum()
-    torch.autograd.grad(out, model[1].branch.weight, retain_graph=True)  # passes the junction, not its input
+    torch.autograd.grad(out, model[1].branch.weight, retain_graph=True)  # reaches the residual add, not its input
     model[0].weight.sum().backward()
     probe.step()
     assert probe.latest().junctions["1.join"].branch is None
@@ -287,19 +287,19 @@ def test_forward_mode_passes() -> None:
 
 
 @pytest.mark.parametrize("make", ["mkldnn", "nested", "itself"])
-def test_outputs_that_nothing_measures(make: str) -> None:
+def test_outputs_that_cannot_be_measured(make: str) -> None:
     class Odd(nn.Module):
-        """Returns something unusual beside its result."""
+        """Returns an unusual object beside its result."""
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, object]:
             if make == "itself":
-                beside: list[object] = []
-                beside.append(beside)
-                return x * 2, beside
+                extra: list[object] = []
+                extra.append(extra)
+                return x * 2, extra
             return x * 2, x.detach().to_mkldnn() if make == "mkldnn" else torch.nested.nested_tensor([torch.ones(2)])
 
     class Model(nn.Module):
-        """Takes the result."""
+        """Uses only the result."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -322,12 +322,12 @@ def test_a_probe_detached_while_paused_stays_off() -> None:
     loss = model(torch.randn(2, 3, 8, 8)).sum()
     with probe.paused():
         probe.detach()
-    loss.backward()  # of a graph from before
+    loss.backward()  # through a graph built before detach
     assert probe._recorder._signal_observer is not None
     assert not probe._recorder._signal_observer._buffer.enabled
 
 
-def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_never_closed_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_rows, "MOST_EVENTS", 20)
     model = net()
     probe = gradprobe.attach(model, activations=True)
@@ -336,7 +336,7 @@ def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.
         model(batch).sum().backward()
     with pytest.warns(gradprobe.GradprobeWarning, match="20 tensors were observed since the last step was closed"):
         model(batches)
-    model(batches).sum().backward()  # not said again
+    model(batches).sum().backward()  # no second warning
     probe.step()
     model(torch.randn(2, 3)).sum().backward()
     probe.step()
@@ -345,7 +345,7 @@ def test_a_step_that_nobody_closes_does_not_fill_the_memory(monkeypatch: pytest.
     assert unclosed.activations["0"].output.numel == 48
 
 
-def test_what_is_not_kept_is_not_remembered_either(any_hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_rows_are_not_remembered(any_hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_rows, "MOST_EVENTS", 2)
     rows = event_rows.make_rows(torch.device("cpu"), "auto")
     tensors = torch.ones(3, 1).unbind()

@@ -1,4 +1,4 @@
-"""GradientHooks in C++: they are the ones that run, and they leave alone what is not plain."""
+"""C++ hooks on activations and residual adds: plain training runs through them alone."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def numbers(probe: gradprobe.Probe) -> tuple[list[Activation], list[Junction]]:
     return list(snapshot.activations.values()), list(snapshot.junctions.values())
 
 
-def test_nothing_of_plain_training_passes_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_training_writes_no_row_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two_blocks()
     with gradprobe.attach(model, activations=True) as probe:
         for name in ("write", "write_anew", "put", "put_apart"):
-            monkeypatch.setattr(StepBuffer, name, lambda *arguments: pytest.fail("Python took a tensor that passed by"))
+            monkeypatch.setattr(StepBuffer, name, lambda *arguments: pytest.fail("a row was written from Python"))
         backward(model)
         activations, junctions = numbers(probe)
     assert len(activations) == 3
     assert all(one.branch is not None for one in junctions)
 
 
-def test_the_same_numbers_where_a_mode_watches_the_backward() -> None:
+def test_the_same_numbers_when_a_mode_wraps_the_backward() -> None:
     seen = []
     for outside in (True, False):
         model = two_blocks()
@@ -59,7 +59,7 @@ def test_the_same_numbers_where_a_mode_watches_the_backward() -> None:
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["bare", "observed"])
-def test_compiled_autograd_goes_through_junctions(observed: bool) -> None:
+def test_compiled_autograd_through_residual_adds(observed: bool) -> None:
     expected, model = two_blocks(), two_blocks()
     backward(expected)
     if observed:
@@ -71,7 +71,7 @@ def test_compiled_autograd_goes_through_junctions(observed: bool) -> None:
         assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
 
 
-def test_a_second_backward_through_a_junction_needs_the_graph() -> None:
+def test_a_second_backward_through_a_residual_add_needs_the_graph() -> None:
     loss = two_blocks()(torch.ones(3, 4)).sum()
     loss.backward(retain_graph=True)
     loss.backward()
@@ -92,7 +92,7 @@ def test_a_graph_may_outlive_the_probe() -> None:
         assert torch.equal(parameter.grad, other.grad)  # type: ignore[arg-type]
 
 
-def test_profiled_by_name() -> None:
+def test_a_profile_names_the_operators() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         backward(two_blocks())
     names = [event.key for event in profile.key_averages()]

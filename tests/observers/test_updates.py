@@ -1,4 +1,4 @@
-"""What the optimizer did to each parameter, against the parameters themselves."""
+"""The optimizer's updates, against differences of the parameters themselves."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_updates_are_the_differences_of_the_parameters(make, dtype: torch.dtype)
             earlier = copies(model)
 
 
-def test_the_training_is_the_same_to_the_bit() -> None:
+def test_training_is_the_same_bit_for_bit() -> None:
     def trained(updates: bool) -> list[torch.Tensor]:
         model = net()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -90,7 +90,7 @@ def test_cadence(every: int, updates_every: int, expected: list[int]) -> None:
     assert [snapshot.step for snapshot in probe.history() if snapshot.updates] == expected
 
 
-def test_what_is_kept_is_the_newest() -> None:
+def test_the_newest_steps_are_kept() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradprobe.attach(model, optimizer=optimizer, updates=True, capacity=3) as probe:
@@ -101,7 +101,7 @@ def test_what_is_kept_is_the_newest() -> None:
     assert [one.updates["0.weight"] for one in probe.history()] == [one.updates["0.weight"] for one in kept]
 
 
-def test_an_optimizer_that_calls_back() -> None:
+def test_an_optimizer_with_a_closure() -> None:
     model = net()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
     x = torch.randn(6, 5)
@@ -120,7 +120,7 @@ def test_an_optimizer_that_calls_back() -> None:
         assert update.update.norm == pytest.approx((after[name] - before[name]).norm().item(), rel=1e-5)
 
 
-def test_parameters_of_others_are_left_out_and_tied_ones_come_once() -> None:
+def test_parameters_outside_the_optimizer_are_excluded_and_ties_counted_once() -> None:
     model = net()
     model.append(nn.Linear(3, 3, bias=False))
     model.append(nn.Linear(3, 3, bias=False))
@@ -133,7 +133,7 @@ def test_parameters_of_others_are_left_out_and_tied_ones_come_once() -> None:
     assert list(probe.latest().updates) == ["0.weight", "3.weight"]
 
 
-def test_several_dtypes_complex_ones_too() -> None:
+def test_several_dtypes_including_complex() -> None:
     class Mixed(nn.Module):
         """Three dtypes."""
 
@@ -184,9 +184,9 @@ def test_a_step_that_the_scaler_skips_updates_nothing() -> None:
     assert [(one.skipped, len(one.updates)) for one in probe.history()] == [(False, 4), (True, 0), (False, 4)]
 
 
-def test_a_step_that_raises_leaves_no_trace() -> None:
+def test_a_step_that_raises_leaves_no_update() -> None:
     class Fails(torch.optim.SGD):
-        """Steps at the second call."""
+        """Raises at the first step."""
 
         calls = 0
 
@@ -216,7 +216,7 @@ def test_a_model_that_changes_its_dtype() -> None:
     assert all(0 < snapshot.updates["0.weight"].ratio < 1 for snapshot in probe.history())
 
 
-def test_tables_and_files_have_them(tmp_path: Path) -> None:
+def test_tables_and_files_contain_updates(tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -231,7 +231,7 @@ def test_tables_and_files_have_them(tmp_path: Path) -> None:
     assert norm == probe.latest().updates["2.bias"].update.norm
 
 
-def test_without_an_optimizer_it_is_refused() -> None:
+def test_bad_arguments_are_rejected() -> None:
     with pytest.raises(ArgumentError, match="updates: need optimizer=, the optimizer that makes them; got None"):
         gradprobe.attach(net(), updates=True)
     model = net()

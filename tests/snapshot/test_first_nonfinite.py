@@ -1,4 +1,4 @@
-"""The first place and step with NaN or infinity."""
+"""The first tensor and step with NaN or infinity."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("any_hooks")
 
 
 class TestFirstNonfinite:
-    """The first place and step with NaN or infinity."""
+    """The first tensor and step with NaN or infinity."""
 
     @staticmethod
     def net() -> tuple[nn.Sequential, torch.optim.Optimizer]:
@@ -34,7 +34,7 @@ class TestFirstNonfinite:
     @pytest.mark.parametrize("capacity", [1, 64])
     def test_planted_in_a_backward(self, layer: int, at_step: int, capacity: int) -> None:
         class Poison(torch.autograd.Function):
-            """The identity, whose gradient gets one NaN at a chosen step."""
+            """The identity, with one NaN in its gradient at a chosen step."""
 
             @staticmethod
             def forward(ctx, x, step):  # type: ignore[no-untyped-def]
@@ -79,7 +79,7 @@ class TestFirstNonfinite:
 
     def test_no_synchronisation(self) -> None:
         class Refuse(torch.utils._python_dispatch.TorchDispatchMode):
-            """Refuses what makes the host wait for a device."""
+            """Rejects operators that make the host wait for a device."""
 
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
                 assert function is not torch.ops.aten._local_scalar_dense.default
