@@ -107,10 +107,6 @@ def _observe(x: Tensor, buffer: int, site: int) -> None:
         known.write_anew(site, x)
 
 
-def _fake_observe(x: Tensor, buffer: int, site: int) -> None:
-    return None
-
-
 class _Observed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, buffer: int, site: int) -> Tensor:
@@ -185,26 +181,22 @@ def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -
         known.put_apart(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())
 
 
-def _fake_observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -> None:
-    return None
-
-
 _library = torch.library.Library("gradprobe", "FRAGMENT")
 
 
-def _define(schema: str, kernel: Callable[..., None], fake: Callable[..., None]) -> Any:
+def _define(schema: str, kernel: Callable[..., None]) -> Any:
     """Defines an operator that only writes to a step buffer, and keeps its order among a graph's other operators."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"gradprobe::{name}", fake, lib=_library)
+    torch.library.register_fake(f"gradprobe::{name}", lambda *_: None, lib=_library)
     operator = getattr(torch.ops.gradprobe, name).default
     _register_effectful_op(operator, _EffectType.ORDERED)
     return operator
 
 
-_OBSERVE = _define("observe(Tensor x, int buffer, int site) -> ()", _observe, _fake_observe)
+_OBSERVE = _define("observe(Tensor x, int buffer, int site) -> ()", _observe)
 _OBSERVE_BRANCH = _define(
-    "observe_branch(Tensor branch, Tensor shortcut, int buffer, int first) -> ()", _observe_branch, _fake_observe_branch
+    "observe_branch(Tensor branch, Tensor shortcut, int buffer, int first) -> ()", _observe_branch
 )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gradprobe import ops
-from gradprobe.observers.event_rows import EventRows, PythonEventRows
+from gradprobe.observers.event_rows import EventRows, EventTable, PythonEventRows
 from gradprobe.ops.rows import ABS_MAX
 from gradprobe.snapshot.records import FloatArray, IntArray
 
@@ -34,28 +34,12 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def n_rows(n_sites: int, device: torch.device) -> int:
-    """Returns the number of rows that a step buffer writes when it closes a step.
-
-    Args:
-        n_sites: Number of sites, S.
-        device: Where the rows lie.
-
-    Returns:
-        S; on a device with graphs, S plus the rows that hold the element counts, which only the device knows.
-    """
+    """Returns the number of rows that a step buffer writes: S, plus those of the element counts if there are graphs."""
     return n_sites + (math.ceil(n_sites / _PACKED) if can_capture(device) else 0)
 
 
 def unpack_numels(rows: FloatArray, n_sites: int) -> IntArray:
-    """Reads the number of elements observed at each site from the rows behind those of the sites.
-
-    Args:
-        rows: All rows that a step buffer wrote. [n_rows, 6]
-        n_sites: Number of sites, S.
-
-    Returns:
-        The numbers of elements, inside and outside graphs. [S]
-    """
+    """Reads the number of elements observed at each site, [S], from all rows that a step buffer wrote, [n_rows, 6]."""
     return rows[n_sites:, :_PACKED].reshape(-1)[:n_sites].astype(np.int64)
 
 
@@ -77,14 +61,9 @@ class NoGraphRows:
     def switch(self, is_on: bool) -> None:
         """Does nothing: no kernel is replayed."""
 
-    def retire(self) -> None:
-        """Does nothing: no graph is captured."""
-
-    def append_to(
-        self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray, pool: torch.Tensor, out: torch.Tensor
-    ) -> tuple[IntArray, FloatArray, torch.Tensor]:
+    def append_to(self, eager: EventTable, out: torch.Tensor) -> EventTable:
         """Appends nothing."""
-        return sites, smallest_normals, pool
+        return eager
 
     def forget(self) -> None:
         """Does nothing: there are no rows."""
@@ -92,6 +71,9 @@ class NoGraphRows:
 
 class GraphRows(PythonEventRows):
     """Rows whose events are noted when a graph is captured, and stay.
+
+    Attributes:
+        may_capture: Whether graphs captured from now on are to contain measurements.
 
     Args:
         device: Where the rows lie.
@@ -113,10 +95,6 @@ class GraphRows(PythonEventRows):
     def is_wanted(self) -> bool:
         """Whether a graph is being captured that must contain the measurements, whatever the current step needs."""
         return self.may_capture and is_capturing(self._device)
-
-    def retire(self) -> None:
-        """Excludes measurements from graphs captured from now on."""
-        self.may_capture = False
 
     def open_rows(self, eager: EventRows) -> EventRows:
         """Returns the rows for an event that happens now: these during a capture, otherwise `eager`."""
@@ -145,24 +123,20 @@ class GraphRows(PythonEventRows):
         for block, values in zip(self._blocks, saved or [], strict=False):  # a later capture may have added blocks
             block.copy_(values)
 
-    def append_to(
-        self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray, pool: torch.Tensor, out: torch.Tensor
-    ) -> tuple[IntArray, FloatArray, torch.Tensor]:
+    def append_to(self, eager: EventTable, out: torch.Tensor) -> EventTable:
         """Appends the events of all captured graphs to those of a step, and writes the element counts of both.
 
         Args:
-            sites: Site of each of the step's N events. [N]
-            numels: Their numbers of elements. [N]
-            smallest_normals: The smallest normal numbers of their dtypes. [N]
-            pool: Their rows, a zero row first. [1 + N, 6] or more
+            eager: The step's N events outside graphs.
             out: The rows that the step buffer writes; not on this device if the model has moved. [n_rows, 6]
 
         Returns:
-            `sites`, `smallest_normals` and `pool` with those of the G events in graphs. The row of a graph that did not
-            run since the last `forget` is zero. [N + G], [N + G], [1 + N + G, 6]
+            `eager` and the G events in graphs, these without numbers of elements. The row of an event that has not
+            happened since the last `forget` is zero.
         """
         if out.device != self._device:  # the graphs stayed on the device that the model has left
-            return sites, smallest_normals, pool
+            return eager
+        sites, numels, smallest_normals, pool = eager
         graph_sites, graph_numels, graph_normals, graph_rows = self.events()
         n_events = len(graph_sites)
         if n_events != len(self._event_sites):
@@ -176,10 +150,12 @@ class GraphRows(PythonEventRows):
         packed = out[self._n_sites :]
         padded = torch.nn.functional.pad(total, (0, len(packed) * _PACKED - self._n_sites))
         packed[:, :_PACKED].copy_(padded.view(len(packed), _PACKED))
+        graph_rows = torch.where(is_written.unsqueeze(1), graph_rows, 0.0)
         return (
             np.concatenate((sites, graph_sites)),
+            numels,
             np.concatenate((smallest_normals, graph_normals)),
-            torch.cat((pool[: 1 + len(sites)], torch.where(is_written.unsqueeze(1), graph_rows, 0.0))),
+            torch.cat((pool[: 1 + len(sites)], graph_rows)),
         )
 
     def forget(self) -> None:
@@ -191,10 +167,5 @@ class GraphRows(PythonEventRows):
 
 
 def make_graph_rows(device: torch.device, n_sites: int) -> GraphRows | NoGraphRows:
-    """Makes the rows for graphs on a device, or their stand-in where there are no graphs.
-
-    Args:
-        device: Where the rows lie.
-        n_sites: Number of sites, S.
-    """
+    """Makes the rows for graphs on a device, or their stand-in if the device has no graphs."""
     return GraphRows(device, n_sites) if can_capture(device) else NoGraphRows()

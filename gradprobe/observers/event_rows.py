@@ -16,6 +16,9 @@ from gradprobe.snapshot.records import FloatArray, IntArray
 _FIRST_EVENTS = 64
 MOST_EVENTS = 2**20  # per step: a step that is never closed must not fill the memory
 
+# Of N events the sites, numbers of elements and smallest normal numbers [N], and the rows after a zero row [1 + N, 6].
+EventTable = tuple[IntArray, IntArray, FloatArray, torch.Tensor]
+
 
 class EventRows(Protocol):
     """Rows of events, implemented in C++ (`EventRows` of `_hooks`, on the CPU) and by `PythonEventRows`."""
@@ -31,16 +34,7 @@ class EventRows(Protocol):
         """Whether there are `MOST_EVENTS`; later ones are dropped."""
 
     def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
-        """Adds an event and returns its row, not yet written.
-
-        Args:
-            site: Position of the site.
-            numel: Number of elements of the tensor.
-            smallest_normal: Smallest normal number of the tensor's dtype; NaN if there is no tensor.
-
-        Returns:
-            The row. [1, 6]
-        """
+        """Adds an event and returns its row [1, 6], to be written. `smallest_normal` is NaN if there is no tensor."""
 
     def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Returns the row remembered for a tensor, [1, 6]; None if there is none or the tensor has changed since."""
@@ -48,13 +42,8 @@ class EventRows(Protocol):
     def remember(self, tensor: torch.Tensor, row: torch.Tensor) -> None:
         """Notes that a row returned by `next` holds the statistics of this tensor."""
 
-    def events(self) -> tuple[IntArray, IntArray, FloatArray, torch.Tensor]:
-        """Returns the three arguments of `next` for all N events, and their rows.
-
-        Returns:
-            Sites, numbers of elements, smallest normal numbers, and the rows behind one zero row. [N], [N], [N] and
-            [1 + N, 6] or more
-        """
+    def events(self) -> EventTable:
+        """Returns the arguments of `next` for all N events, and their rows."""
 
     def clear(self) -> None:
         """Forgets all events."""
@@ -97,7 +86,7 @@ class PythonEventRows:
         return len(self._sites) >= MOST_EVENTS
 
     def next(self, site: int, numel: int, smallest_normal: float) -> torch.Tensor:
-        """Adds an event and returns its row; see `EventRows.next`."""
+        """Adds an event and returns its row [1, 6], to be written. `smallest_normal` is NaN if there is no tensor."""
         with self._lock:
             if self.is_full:
                 return torch.empty_like(self._rows[0])
@@ -119,8 +108,8 @@ class PythonEventRows:
         if tensor.layout is torch.strided and not tensor.is_inference() and not self.is_full:
             self._rows_of[id(tensor)] = (weakref.ref(tensor), tensor._version, row)
 
-    def events(self) -> tuple[IntArray, IntArray, FloatArray, torch.Tensor]:
-        """Returns the arguments of `next` for all N events, and their rows; see `EventRows.events`."""
+    def events(self) -> EventTable:
+        """Returns the arguments of `next` for all N events, and their rows."""
         rows = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
         sites, numels = np.array(self._sites, dtype=np.int64), np.array(self._numels, dtype=np.int64)
         return sites, numels, np.array(self._smallest_normals, dtype=np.float64), rows

@@ -204,22 +204,12 @@ class GradientReducer:
         for group in self.groups:
             out = rows[group.device][group.first_row : group.first_row + len(group.positions)]
             nothing = torch.empty(0, dtype=group.dtype, device=group.device)
-            members = []
-            irregular = []
-            for k in group.positions:
-                gradient = gradients[k]
-                if gradient is None:
-                    members.append(nothing)
-                elif is_regular(gradient, self._parameters[k]):
-                    members.append(gradient)
-                    numels[k] = gradient.numel()
-                else:
-                    members.append(nothing)
-                    irregular.append((k, gradient))
+            there = {k: gradient for k in group.positions if (gradient := gradients[k]) is not None}
+            regular = {k: gradient for k, gradient in there.items() if is_regular(gradient, self._parameters[k])}
             if not group.dtype.is_complex:
-                self._backends[group.device].grad_stats_into(members, out)
-            for k, gradient in irregular:
-                numels[k] = self.measure_one(k, gradient, rows)
+                self._backends[group.device].grad_stats_into([regular.get(k, nothing) for k in group.positions], out)
+            for k, gradient in there.items():
+                numels[k] = gradient.numel() if k in regular else self.measure_one(k, gradient, rows)
         return Measured(present, numels)
 
     def _current_placement(self) -> list[tuple[torch.device, torch.dtype]]:

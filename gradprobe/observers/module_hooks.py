@@ -42,11 +42,7 @@ class ModuleHooks:
             callback_handler.register_start_callback(_on_compilation)
 
     def need(self, needed: bool) -> None:
-        """Puts the hooks back if they are needed, and removes them if not.
-
-        Args:
-            needed: Whether the hooks have anything to do from now on.
-        """
+        """Puts the hooks back if they are needed from now on, and removes them if not."""
         # if torch._dynamo.reset() has removed the callback, something was compiled
         self._stay = self._stay or _on_compilation not in callback_handler.start_callbacks
         if needed or self._stay:

@@ -131,11 +131,7 @@ class RingBuffer:
         self._rows = self._open_rows()
 
     def add_loss(self, loss: torch.Tensor | float) -> None:
-        """Adds the loss to the newest finished step.
-
-        Args:
-            loss: The loss, on any device.
-        """
+        """Adds the loss, on any device, to the newest finished step."""
         position = (self._next - 1) % self.capacity
         slot = self._slots[position]
         if slot is None:

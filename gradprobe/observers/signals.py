@@ -42,11 +42,7 @@ class SignalObserver:
         self._junctions = JunctionHooks(tuple(junctions.values()), self._buffer, table.first_junction_site)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Turns the observers on or off.
-
-        Args:
-            enabled: Whether signals are recorded.
-        """
+        """Turns the recording of signals on or off."""
         self._buffer.enabled = enabled
         self._activations.follow_gate()
 

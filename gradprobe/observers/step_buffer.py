@@ -72,7 +72,7 @@ class StepBuffer:
 
     def retire(self) -> None:
         """Stops recording for good."""
-        self.graphs.retire()
+        self.graphs.may_capture = False
         self.enabled = False
 
     @property
@@ -163,9 +163,10 @@ class StepBuffer:
         Returns:
             The events of the step.
         """
-        sites, numels, smallest_normals, pool = self.rows.events()
+        events = self.rows.events()
         if self.graphs.n_events > 0:
-            sites, smallest_normals, pool = self.graphs.append_to(sites, numels, smallest_normals, pool, out)
+            events = self.graphs.append_to(events, out)
+        sites, numels, smallest_normals, pool = events
         plan = self._plan_of(sites, numels, smallest_normals)
         rows = pool[plan.gather]  # [S, M, 6]
         with torch.no_grad():

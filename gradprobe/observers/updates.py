@@ -84,7 +84,11 @@ class UpdateObserver:
             self._measure(rows)
             for part in rows.values():
                 part[:, SUM].neg_()  # the difference is old minus new
-            self._keep()
+            if len(self._steps) == self._capacity:
+                del self._position_of[self._steps.popleft()]
+            self._ring.commit(Slot(self._step, _UNSCALED, self._measured), None, 1.0, 0.0, 1.0)
+            self._position_of[self._step] = self._ring.newest
+            self._steps.append(self._step)
         self._before = []
 
     def read(self, step: int, wait: bool) -> Updates | None:
@@ -130,10 +134,3 @@ class UpdateObserver:
             for copy, template in zip(self._before, self._templates, strict=True)
         )
         return self._reducer.measure(self._before, regular, rows)
-
-    def _keep(self) -> None:
-        if len(self._steps) == self._capacity:
-            del self._position_of[self._steps.popleft()]
-        self._ring.commit(Slot(self._step, _UNSCALED, self._measured), None, 1.0, 0.0, 1.0)
-        self._position_of[self._step] = self._ring.newest
-        self._steps.append(self._step)

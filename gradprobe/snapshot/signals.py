@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -200,6 +201,10 @@ class Signals:
         if not self.events.measured.present[site]:
             return None
         return site_stats(self.table.names[site], self.table.kinds[site], self.columns, site)
+
+    def all_stats(self) -> Iterator[SiteStats]:
+        """Yields the statistics of every observed tensor, in order of execution."""
+        yield from (stats for site in self.observed if (stats := self.stats(site)) is not None)
 
     def _cosine(self, first: int) -> float:
         shortcut, branch, dot = (first + JUNCTION_KINDS.index(kind) for kind in JUNCTION_KINDS[4:])

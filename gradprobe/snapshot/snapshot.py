@@ -149,9 +149,8 @@ class Snapshot:
     def first_nonfinite(self) -> NonFinite | None:
         """Returns the first tensor with NaN or infinity in order of execution, None if all values were finite."""
         if self.signals is not None:
-            for site in self.signals.observed:
-                stats = self.signals.stats(site)
-                if stats is not None and stats.nonfinite:
+            for stats in self.signals.all_stats():
+                if stats.nonfinite:
                     phase: Literal["forward", "backward"] = "backward" if stats.kind.endswith("_grad") else "forward"
                     module = self.signals.sender(stats.name) if stats.kind == "activation_grad" else stats.name
                     return NonFinite(self.step, stats.name, stats.kind, phase, module, stats.nonfinite, stats.numel)
@@ -165,10 +164,7 @@ class Snapshot:
         """Yields statistics of the gradients in model order, the signals in order of execution, and the updates."""
         yield from self.sites.values()
         if self.signals is not None:
-            for site in self.signals.observed:
-                stats = self.signals.stats(site)
-                if stats is not None:
-                    yield stats
+            yield from self.signals.all_stats()
         if self.parameter_updates is not None:
             yield from self.parameter_updates.all_stats()
 
