@@ -84,7 +84,7 @@ def install(
 
 
 class PythonGradientHooks:
-    """Python implementation of the hooks, with torch's public API.
+    """Python implementation of the hooks, with `register_post_accumulate_grad_hook`.
 
     Args:
         parameters: K leaf tensors that require a gradient.
