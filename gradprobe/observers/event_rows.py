@@ -16,7 +16,7 @@ from gradprobe.snapshot.records import FloatArray, IntArray
 _FIRST_EVENTS = 64
 MOST_EVENTS = 2**20  # per step: a step that is never closed must not fill the memory
 
-# Of N events the sites, numbers of elements and smallest normal numbers [N], and the rows after a zero row [1 + N, 6].
+# The sites, numbers of elements and smallest normal numbers of N events [N]; their rows behind a zero row [1 + N, 6].
 EventTable = tuple[IntArray, IntArray, FloatArray, torch.Tensor]
 
 

@@ -166,7 +166,7 @@ class JunctionObserver:
         return target
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _no_observer, ()  # a copy or a pickle of the module is plain
+        return _no_observer, ()  # a copied or unpickled module is not observed
 
 
 class _JunctionCall:
