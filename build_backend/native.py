@@ -1,4 +1,4 @@
-"""Plans and runs the native build: which modules, which flags, one ninja file."""
+"""Plans the native build (libraries, sources, flags) and runs it with ninja."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("native", "hooks", "cuda")
 BUILT = "built"
 
-# The kernels know nothing of Python, so their name has no tag of its version: torch.ops.load_library opens them.
-_KERNELS_FILE = "_C.so"
+# _C does not depend on Python, so its name has no tag of Python's version. torch.ops.load_library opens it.
+_STABLE_FILE = "_C.so"
 _HOOKS_FILE = f"_hooks{sysconfig.get_config_var('EXT_SUFFIX')}"
+_REGISTER_CUDA = "csrc/stable/register_cuda.cpp"
+_THREADS = "csrc/stable/threads.cpp"
 
-# The oldest torch that the kernels load on: headers offer nothing newer than this.
+# The oldest torch that _C loads on: torch's headers then declare nothing newer.
 _STABLE_ABI = "0x020b000000000000"
-# Warnings stop our own builds, not those of whoever has another compiler.
+# Warnings fail our own builds, but not those of users with other compilers.
 _STRICT = bool(os.environ.get("GRADPROBE_WERROR"))
 _WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if _STRICT else [])]
 _CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", *_WARNINGS]
@@ -56,28 +58,46 @@ rule link
 
 
 @dataclass(frozen=True)
-class Module:
-    """One shared library: its name in the package, its sources (relative to the repository), flags by tool."""
+class Objects:
+    """Sources that are compiled once, with the same flags; several libraries may link the objects.
 
-    name: str
-    file_name: str
+    Attributes:
+        folder: Where the objects go, relative to the build folder.
+        sources: Relative to the repository.
+    """
+
+    folder: str
     sources: list[str]
     cxx_flags: list[str]
-    link_flags: list[str]
     nvcc_flags: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What will be built and, in a line each, why a part will not.
+class Module:
+    """One shared library: its name, its file in the package, the objects that it links, and the linker's flags."""
 
-    setuptools loads setup.py also where nothing is built, before torch is fetched, so a missing torch only counts
-    once a build starts.
+    name: str
+    file_name: str
+    objects: list[Objects]
+    link_flags: list[str]
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources of all objects."""
+        return [source for objects in self.objects for source in objects.sources]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The libraries to build, and the reasons why others are not built.
+
+    setuptools also loads setup.py without building, before torch is installed, so a missing torch is an error only once
+    a build starts.
 
     Attributes:
-        modules: The libraries to build; none where there is no compiler.
-        info: What goes into ``_build_info.json``: for each of ``PARTS`` "built" or the reason why not, and the
-            versions of torch and of the compilers.
+        modules: The libraries to build; empty without a compiler.
+        info: The content of ``_build_info.json``: for each of ``PARTS`` "built" or the reason why not, and the versions
+            of torch and of the compilers.
     """
 
     modules: list[Module]
@@ -87,7 +107,7 @@ class Plan:
     cuda: Cuda | None = None
 
     def check(self) -> None:
-        """Raises ToolchainError where there is a compiler but no torch to build against."""
+        """Raises ToolchainError if there is a compiler but no torch to build against."""
         if self.cxx and self.torch is None:
             raise ToolchainError(
                 "a build without isolation needs torch in the environment first: "
@@ -96,7 +116,7 @@ class Plan:
 
 
 def _system_includes(*folders: Path) -> list[str]:
-    # Their warnings are not ours: -isystem silences them.
+    # -isystem silences warnings in headers that are not ours.
     return [part for folder in folders for part in ("-isystem", str(folder))]
 
 
@@ -104,17 +124,22 @@ def _sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
+def _cpu_kernels() -> Objects:
+    # Both libraries link these. No folder of torch: csrc/core and csrc/cpu must compile without it.
+    return Objects("cpu", _sources("csrc/cpu/*.cpp"), [*_CXX_FLAGS, "-Icsrc"])
+
+
+def _stable_library(torch: Torch, cuda: Cuda | None) -> Module:
     include = _system_includes(torch.root / "include")
     defines = [f"-DTORCH_TARGET_VERSION={_STABLE_ABI}"]
-    # -z defs: a symbol that only libtorch_cuda has would keep the library from loading on a CPU wheel.
+    # -z defs: with an undefined symbol, e.g. one of libtorch_cuda, the library would not load on a CPU build of torch.
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-lc10", *(["-Wl,-z,defs"] if sys.platform == "linux" else [])]
     nvcc_flags = []
-    sources = _sources("csrc/stable/register.cpp", "csrc/stable/register_residual.cpp", "csrc/cpu/*.cpp")
+    sources = [source for source in _sources("csrc/stable/*.cpp") if source != _REGISTER_CUDA]
     if cuda is not None:
-        sources += _sources("csrc/stable/register_cuda.cpp", "csrc/cuda/*.cu")
+        sources += [_REGISTER_CUDA, *_sources("csrc/cuda/*.cu")]
         include += _system_includes(cuda.root / "include")
-        defines += ["-DUSE_CUDA", "-DGRADPROBE_WITH_CUDA"]
+        defines += ["-DUSE_CUDA"]
         libraries = next((folder for folder in ("lib64", "lib") if (cuda.root / folder).is_dir()), "lib64")
         link += [f"-L{cuda.root / libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
         newest = cuda.targets[-1]
@@ -127,7 +152,8 @@ def _kernels(torch: Torch, cuda: Cuda | None) -> Module:
         nvcc_flags += ["-Xptxas=-warn-spills,-warn-lmem-usage", "-Xfatbin=-compress-all"]
         nvcc_flags += ["-Werror=all-warnings", "-Xptxas=-Werror"] if _STRICT else []
         nvcc_flags += [f"-Xcompiler=-fPIC,-fvisibility=hidden,-g0,{','.join(_WARNINGS)}"]
-    return Module("gradprobe._C", _KERNELS_FILE, sources, [*_CXX_FLAGS, *defines, "-Icsrc", *include], link, nvcc_flags)
+    objects = Objects("stable", sources, [*_CXX_FLAGS, *defines, "-Icsrc", *include], nvcc_flags)
+    return Module("gradprobe._C", _STABLE_FILE, [objects, _cpu_kernels()], link)
 
 
 def _hooks(torch: Torch, python_includes: list[Path]) -> Module:
@@ -135,20 +161,22 @@ def _hooks(torch: Torch, python_includes: list[Path]) -> Module:
     link = [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch_python", "-lc10"]
     link += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     flags = [*_CXX_FLAGS, "-DTORCH_EXTENSION_NAME=_hooks", "-Icsrc", *include]
-    sources = [*_sources("csrc/hooks/*.cpp"), "csrc/cpu/grad_stats.cpp", "csrc/cpu/residual_add.cpp"]
-    return Module("gradprobe._hooks", _HOOKS_FILE, sources, flags, link)
+    objects = Objects("hooks", _sources("csrc/hooks/*.cpp", _THREADS), flags)
+    return Module("gradprobe._hooks", _HOOKS_FILE, [objects, _cpu_kernels()], link)
 
 
 def _left_out() -> set[str]:
     asked = {name.strip() for name in os.environ.get("GRADPROBE_WITHOUT", "").split(",")} - {""}
     if unknown := asked - set(PARTS):
-        raise ToolchainError(f"GRADPROBE_WITHOUT names {sorted(unknown)}; it takes a comma list of {', '.join(PARTS)}")
-    # The CUDA kernels live in the native library.
+        raise ToolchainError(
+            f"GRADPROBE_WITHOUT: needed a comma-separated list of {', '.join(PARTS)}, got {sorted(unknown)}"
+        )
+    # The CUDA kernels are part of _C.
     return asked | ({"cuda"} if "native" in asked else set())
 
 
 def make_plan() -> Plan:
-    """Looks at the machine and decides what to build.
+    """Decides what to build on this machine.
 
     Raises:
         ToolchainError: ``GRADPROBE_WITHOUT`` names an unknown part.
@@ -165,7 +193,7 @@ def make_plan() -> Plan:
         return Plan([], info, cxx, None)
     cuda = None
     if "cuda" not in left_out:
-        if not (_sources("csrc/cuda/*.cu") and _sources("csrc/stable/register_cuda.cpp")):
+        if not (_sources("csrc/cuda/*.cu") and _sources(_REGISTER_CUDA)):
             info["cuda"] = "this source tree has no CUDA kernels"
         else:
             cuda, info["cuda"] = find_cuda()
@@ -174,7 +202,7 @@ def make_plan() -> Plan:
     includes, no_headers = python_headers()
     modules = []
     if "native" not in left_out:
-        modules.append(_kernels(torch, cuda))
+        modules.append(_stable_library(torch, cuda))
     if no_headers and "hooks" not in left_out:
         info["hooks"] = no_headers
     if info["hooks"] == BUILT:
@@ -186,36 +214,40 @@ def _escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def _target(objects: Objects, source: str) -> str:
+    return _escape(f"{objects.folder}/{source}.o")
+
+
 def _ninja_file(plan: Plan) -> str:
     lines = [f"cxx = {shlex.join(plan.cxx)}", f"nvcc = {shlex.quote(plan.cuda.nvcc)}" if plan.cuda else "", _RULES]
-    for module in plan.modules:
-        objects = []
-        for source in module.sources:
-            target = f"{module.name}/{source}.o"
-            rule, flags = ("nvcc", module.nvcc_flags) if source.endswith(".cu") else ("cxx", module.cxx_flags)
-            lines += [f"build {_escape(target)}: {rule} {_escape(str(ROOT / source))}"]
+    by_folder = {objects.folder: objects for module in plan.modules for objects in module.objects}
+    for objects in by_folder.values():
+        for source in objects.sources:
+            rule, flags = ("nvcc", objects.nvcc_flags) if source.endswith(".cu") else ("cxx", objects.cxx_flags)
+            lines += [f"build {_target(objects, source)}: {rule} {_escape(str(ROOT / source))}"]
             lines += [f"  flags = {shlex.join(flags)}".replace("-Icsrc", f"-I{shlex.quote(str(ROOT / 'csrc'))}")]
-            objects.append(_escape(target))
-        lines += [f"build {_escape(module.file_name)}: link {' '.join(objects)}"]
+    for module in plan.modules:
+        linked = [_target(objects, source) for objects in module.objects for source in objects.sources]
+        lines += [f"build {_escape(module.file_name)}: link {' '.join(linked)}"]
         lines += [f"  flags = {shlex.join(module.link_flags)}"]
     return "\n".join(lines) + "\n"
 
 
 def build(plan: Plan) -> dict[str, Path]:
-    """Builds the modules of a plan, only what changed since the last time.
+    """Builds the modules of a plan; compiles only what has changed since the last build.
 
     Returns:
-        For each module's name the library that was built.
+        The path of each module's library, by the module's name.
 
     Raises:
-        ToolchainError: A compiler refused our sources; its own output is on the terminal.
+        ToolchainError: The compilation failed; the compiler's output is on the terminal.
     """
     plan.check()
     assert plan.torch is not None
     folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-torch{plan.torch.version}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        # ninja does not guard its folder, and an editor and a terminal may both start an install.
+        # ninja does not lock its folder, and an editor and a terminal may both start an install.
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text(_ninja_file(plan))
         jobs = [f"-j{os.environ['MAX_JOBS']}"] if os.environ.get("MAX_JOBS") else []
@@ -229,12 +261,12 @@ def build(plan: Plan) -> dict[str, Path]:
 
 
 def remove_stale(package: Path, plan: Plan) -> None:
-    """Removes libraries of an earlier build that this plan does not make again."""
-    for name in {_KERNELS_FILE, _HOOKS_FILE} - {module.file_name for module in plan.modules}:
+    """Removes libraries of an earlier build that this plan does not build."""
+    for name in {_STABLE_FILE, _HOOKS_FILE} - {module.file_name for module in plan.modules}:
         (package / name).unlink(missing_ok=True)
 
 
 def write_info(package: Path, info: dict[str, str]) -> None:
-    """Records what was built and why a part was not, for ``gradprobe.backends()`` and ``gradprobe doctor``."""
+    """Records what was built, and why a part was not, for ``gradprobe.backends()`` and ``gradprobe doctor``."""
     package.mkdir(parents=True, exist_ok=True)
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")

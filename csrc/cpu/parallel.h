@@ -1,7 +1,5 @@
-// One pass of the CPU kernels over many tensors, on torch's thread pool. No tensors here: views of them.
+// Runs the CPU kernels over the chunks of many tensors, on a thread pool.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
@@ -14,12 +12,13 @@
 #include "core/stats.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace gradprobe::cpu {
 
-// Below this many elements in all, waking other threads costs more than they bring.
+// Up to this many elements in total, waking other threads costs more than it saves.
 inline constexpr int64_t kSerialNumel = 65536;
-// What starting on a tensor costs, in elements.
+// The cost of starting on a tensor, in elements.
 inline constexpr int64_t kTensorNumel = 256;
 
 // The tensors of a pass, and their chunks.
@@ -31,9 +30,8 @@ class Work {
     first_chunk_.push_back(0);
   }
 
-  // Tensor number views().size(). `dims` as reduce_dims gives them where the tensor is not contiguous, else null.
+  // Adds a tensor. dims: from reduce_dims() if it is not contiguous, else null.
   void add(const void* data, Dtype dtype, int64_t numel, const Dims* dims = nullptr) {
-    // Kept apart: views point to it.
     const bool is_needed = dims != nullptr && !dims->dense();
     const Dims* kept = is_needed ? dims_.emplace_back(std::make_unique<Dims>(*dims)).get() : nullptr;
     views_.push_back({data, dtype, numel, kept});
@@ -43,11 +41,11 @@ class Work {
 
   const std::vector<View>& views() const { return views_; }
   int64_t n_tensors() const { return static_cast<int64_t>(views_.size()); }
-  int64_t first_chunk(int64_t k) const { return first_chunk_[k]; }  // k up to and with n_tensors()
+  int64_t first_chunk(int64_t k) const { return first_chunk_[k]; }  // k <= n_tensors()
   int64_t n_chunks() const { return first_chunk_.back(); }
 
-  // Calls each(chunk_number, chunk) for every chunk, on torch's threads, with an `Environment` alive on each. A thread
-  // has a share of the chunks, and takes from the others' when it is done; what a chunk is does not depend on that.
+  // Calls each(chunk_number, chunk) for every chunk, on the pool's threads, with an `Environment` alive on each thread.
+  // Each thread has a share of the chunks and helps with the others' shares when its own is done.
   template <typename Environment, typename Each>
   void for_each_chunk(const Each& each) const {
     const auto run = [&](int64_t begin, int64_t end) {
@@ -59,17 +57,17 @@ class Work {
       }
     };
     if (n_chunks() == 0) return;
-    const int64_t n_threads = torch::stable::get_num_threads();
+    const int64_t n_threads = count_threads();
     if (n_threads == 1 || n_chunks() == 1 || cost_numel_ <= kSerialNumel) return run(0, n_chunks());
     const int64_t batch = std::max<int64_t>(1, n_chunks() * kChunkNumel / cost_numel_);
-    // Its own share is what torch's operators have left in the caches of a thread, where they have just written a
+    // A thread's own share is what torch's operators have probably left in its cache, if they have just written a
     // tensor.
     std::vector<Share> shares(n_threads);
     for (int64_t t = 0; t < n_threads; ++t) {
       shares[t].next = n_chunks() * t / n_threads;
       shares[t].end = n_chunks() * (t + 1) / n_threads;
     }
-    torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(n_threads, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         for (int64_t k = 0; k < n_threads; ++k) {
           Share& share = shares[(t + k) % n_threads];
@@ -88,12 +86,12 @@ class Work {
   };
 
   std::vector<View> views_;
-  std::vector<std::unique_ptr<const Dims>> dims_;
+  std::vector<std::unique_ptr<const Dims>> dims_;  // views_ points to them
   std::vector<int64_t> first_chunk_;
   int64_t cost_numel_ = 0;
 };
 
-// Writes the raw rows [n_tensors, kStats] of a pass.
+// Writes the raw rows [n_tensors, kStats] of all tensors.
 inline void grad_stats(const Work& work, double* rows) {
   const Isa isa = best_isa();
   std::vector<Stats> partials(work.n_chunks());

@@ -1,8 +1,6 @@
-// One pass of the CPU kernels over a junction of a residual block, on torch's thread pool: memory that is dense and in
-// the same order for all operands.
+// Runs the CPU kernels of the residual add over whole tensors, on a thread pool. All operands are dense and in the same
+// order.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <cstdint>
@@ -13,18 +11,19 @@
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/residual_add.h"
+#include "cpu/threads.h"
 
 namespace gradprobe::cpu {
 
 // Calls each(chunk_number, chunk) for every chunk of a tensor.
 template <typename Each>
 void for_each_chunk(int64_t numel, const Each& each) {
-  torch::stable::parallel_for(0, count_chunks(numel, kChunkNumel), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(count_chunks(numel, kChunkNumel), [&](int64_t begin, int64_t end) {
     for (int64_t number = begin; number < end; ++number) each(number, chunk_range(0, numel, 0, number, kChunkNumel));
   });
 }
 
-// The statistics of `n_rows` tensors, side by side for each chunk.
+// Statistics by chunk of `n_rows` tensors of the same size: [n_chunks, n_rows].
 class Partials {
  public:
   Partials(int64_t numel, int64_t n_rows) : n_rows_(n_rows), stats_(n_rows * count_chunks(numel, kChunkNumel)) {}
@@ -44,7 +43,7 @@ class Partials {
   std::vector<Stats> stats_;
 };
 
-// y = x + f, or max(x + f, 0), and the statistics of y where `of_y` is not null.
+// Computes y = x + f, or max(x + f, 0), and the statistics of y unless `of_y` is null.
 inline void join(Dtype dtype, const void* x, const void* f, void* y, int64_t numel, bool relu, Partials* of_y) {
   const Isa isa = best_isa();
   for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
@@ -52,8 +51,8 @@ inline void join(Dtype dtype, const void* x, const void* f, void* y, int64_t num
   });
 }
 
-// grad_x, which is grad_y where y lets it through or where y is null, and the statistics of grad_y and of grad_x where
-// `of_both` is not null.
+// Computes grad_x, which is grad_y masked by the ReLU of y, or a copy if y is null, and the statistics of grad_y and
+// grad_x unless `of_both` is null.
 inline void mask(Dtype dtype, const void* grad_y, const void* y, void* grad_x, int64_t numel, Partials* of_both) {
   const Isa isa = best_isa();
   for_each_chunk(numel, [&](int64_t number, const Chunk& chunk) {
@@ -62,8 +61,9 @@ inline void mask(Dtype dtype, const void* grad_y, const void* y, void* grad_x, i
   });
 }
 
-// The raw row of the branch's part; and one with the sum of branch * shortcut in the column of squares, and a magnitude
-// beside it whose range that sum has: with float64 alone it may leave the range that doubles have.
+// Writes the raw row of the branch's part of the gradient, and a second row with the sum of branch * shortcut in the
+// column of squares. The second row's abs_max says how the sum is scaled: of float64 operands it may exceed a double's
+// range.
 inline void branch(Dtype dtype, const void* branch, const void* shortcut, int64_t numel, double* row, double* dot_row) {
   const Isa isa = best_isa();
   const bool is_wide = dtype == Dtype::kFloat64;
