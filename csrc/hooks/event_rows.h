@@ -1,5 +1,5 @@
-// The open step's statistics of tensors that pass by, in the order in which they came. The twin of PythonEventRows
-// in gradprobe/row_log.py, for rows on the CPU.
+// The open step's rows of activations and residual adds, in order of arrival. PythonEventRows in
+// gradprobe/observers/event_rows.py does the same on any device; this class keeps rows on the CPU.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -34,11 +34,13 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
 
   std::atomic<bool> enabled{true};
 
-  // The row of a new event. Stays where it is: another thread may be about to write to one that was handed out. Once
-  // there are `most` events, one that nobody reads.
+  // Returns the row of a new event. Rows never move, because another thread may still be writing to one. After `most`
+  // events, every call returns the same row, which nobody reads.
+  //
+  // site: the number of the place where the statistics are taken, e.g. a module's output.
   double* next(int64_t site, int64_t numel, double smallest_normal) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (sites_.size() >= most_) return nobodys_row_.data();
+    if (sites_.size() >= most_) return unread_row_.data();
     if (sites_.size() == rows_.size()) rows_.emplace_back();
     double* row = rows_[sites_.size()].data();
     sites_.push_back(site);
@@ -47,19 +49,19 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
     return row;
   }
 
-  // Of a tensor whose dtype the kernels take.
+  // The same for a tensor of a dtype that the kernels support.
   double* next(int64_t site, const at::Tensor& tensor) {
     return next(site, tensor.numel(), smallest_normal(tensor.scalar_type()));
   }
 
-  // Likewise, as a tensor. [1, 6]
+  // The same as a tensor [1, 6].
   at::Tensor next_row(int64_t site, int64_t numel, double smallest_normal) {
     double* row = next(site, numel, smallest_normal);
     return at::from_blob(row, {1, kStats}, [alive = shared_from_this()](void*) {}, at::kDouble);
   }
 
-  // Takes the statistics of a tensor as it is now, from an earlier event where it has not changed since; false where
-  // the kernels do not take it.
+  // Records the statistics of a tensor; reuses an earlier event of the same tensor if it has not changed since.
+  // Returns false if the kernels do not support the tensor.
   bool write(int64_t site, const at::Tensor& tensor) {
     if (const double* known = this->known(tensor)) {
       std::copy_n(known, kStats, next(site, tensor));
@@ -73,9 +75,9 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
     return true;
   }
 
-  // The row of an earlier event of this very tensor, null where there is none or the tensor was written to since.
+  // Returns the row of an earlier event of the same tensor; null if there is none or the tensor has changed since.
   const double* known(const at::Tensor& tensor) {
-    if (tensor.is_inference()) return nullptr;  // which counts no versions
+    if (tensor.is_inference()) return nullptr;  // inference tensors have no version
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = known_.find(tensor.unsafeGetTensorImpl());
     if (found == known_.end() || found->second.version != tensor._version()) return nullptr;
@@ -93,8 +95,8 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
   void remember(const at::Tensor& tensor, const double* row) {
     if (tensor.is_inference() || tensor.layout() != at::kStrided) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (sites_.size() >= most_) return;  // the row may be nobody's
-    // Held weakly, the address cannot become another tensor's.
+    if (sites_.size() >= most_) return;  // the row may be the one that nobody reads
+    // The weak reference keeps the address from being reused for another tensor.
     known_.insert_or_assign(tensor.unsafeGetTensorImpl(),
                             Known{Weak(tensor.getIntrusivePtr()), static_cast<uint32_t>(tensor._version()), row});
   }
@@ -109,7 +111,7 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
     return static_cast<int64_t>(sites_.size());
   }
 
-  // Sites, numels, smallest normal numbers [N] and rows [1 + N, 6] of the events, a zero row first.
+  // Returns the events' sites, numels and smallest normal numbers [N], and their rows [1 + N, 6] after a row of zeros.
   std::tuple<pybind11::array_t<int64_t>, pybind11::array_t<int64_t>, pybind11::array_t<double>, at::Tensor> events() {
     const auto [sites, numels, smallest_normals, rows] = copies();
     const auto array = [](const auto& values) {
@@ -135,7 +137,7 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
     const double* row;
   };
 
-  // What Python has a part in is made without the lock.
+  // Separate from events(), which creates Python objects and so must not hold the lock.
   std::tuple<std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, at::Tensor> copies() {
     const std::lock_guard<std::mutex> lock(mutex_);
     at::Tensor rows = at::detail::empty_cpu({static_cast<int64_t>(sites_.size()) + 1, kStats}, at::kDouble);
@@ -159,7 +161,7 @@ class EventRows : public std::enable_shared_from_this<EventRows> {
   }
 
   const size_t most_;  // events of a step
-  std::array<double, kStats> nobodys_row_{};
+  std::array<double, kStats> unread_row_{};
   std::mutex mutex_;
   std::vector<int64_t> sites_;
   std::vector<int64_t> numels_;

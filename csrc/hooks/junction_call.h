@@ -1,4 +1,5 @@
-// One call of a residual junction: what goes by on the way forward, by the shortcut and through the branch.
+// One call of an observed residual add: takes the statistics of its forward, and of the two parts of the gradient at x,
+// that of the shortcut and that of the branch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,13 +26,14 @@
 
 namespace gradprobe {
 
-// The sites of a junction, in the order of JUNCTION_KINDS.
+// The sites of a residual add, in the order of JUNCTION_KINDS.
 enum Site : int64_t { kX, kF, kY, kIncoming, kShortcut, kBranch, kDot, kSites };
 
-inline constexpr double kNoDtype = std::numeric_limits<double>::quiet_NaN();  // of what is no tensor of the training
+// The smallest normal number of a row that belongs to no tensor of the training.
+inline constexpr double kNoDtype = std::numeric_limits<double>::quiet_NaN();
 
-// Takes the gradient's parts at x: the shortcut's as the junction hands it out, the branch's as they arrive, of which
-// there are `n_arrivals` in a backward.
+// The shortcut's part of the gradient is the one that the residual add hands out. The branch's part is the sum of
+// `n_arrivals` gradients, one per edge from the branch into x.
 class JunctionCall final : public Observer {
  public:
   JunctionCall(std::shared_ptr<EventRows> rows, int64_t first) : rows_(std::move(rows)), first_(first) {}
@@ -42,7 +44,7 @@ class JunctionCall final : public Observer {
                    const double* gradient_row, bool reaches_x) override {
     put(kIncoming, incoming, incoming_row);
     put(kShortcut, gradient, gradient_row);
-    // Whoever takes or lets go of a tensor that Python knows may wait for the GIL: never under the lock.
+    // Taking or releasing a tensor that Python knows may wait for the GIL, so it never happens under the lock.
     at::Tensor shortcut = reaches_x && n_arrivals > 0 ? gradient : at::Tensor();
     std::vector<at::Tensor> arrived;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -51,17 +53,17 @@ class JunctionCall final : public Observer {
     backward_ = autograd::get_current_graph_task_id();
   }
 
-  // Takes a part of the gradient at x that comes through the branch; undefined where there is none.
+  // Takes one gradient of the branch; undefined if the backward gives none.
   void on_arrival(at::Tensor part) {
     at::Tensor shortcut;
     std::vector<at::Tensor> parts;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      // another thread may run another backward through the same graph
+      // Another thread may run another backward through the same graph.
       if (!shortcut_.defined() || backward_ != autograd::get_current_graph_task_id()) return;
       arrived_.push_back(std::move(part));
       if (static_cast<int64_t>(arrived_.size()) < n_arrivals) return;
-      // Let go before the engine adds the parts up: what nobody else holds it adds to in place.
+      // Release the parts before the engine adds them up: it works in place on tensors that nobody else holds.
       shortcut = std::exchange(shortcut_, at::Tensor());
       parts = std::exchange(arrived_, {});
     }
@@ -109,41 +111,41 @@ class JunctionCall final : public Observer {
   std::shared_ptr<EventRows> rows_;
   int64_t first_;
   std::mutex mutex_;
-  at::Tensor shortcut_;              // what the shortcut brought in this backward, until all parts are there
-  std::vector<at::Tensor> arrived_;  // parts of the branch
-  int backward_ = -1;                // the one in which the shortcut's part came
+  at::Tensor shortcut_;              // the shortcut's part in this backward, until the branch's is complete
+  std::vector<at::Tensor> arrived_;  // gradients of the branch so far
+  int backward_ = -1;                // the graph task that the shortcut's part came from
 };
 
-// On a node whose output is a part of the gradient at x.
+// A hook on a node of the branch, one of whose outputs is a gradient of x.
 class ArrivalHook final : public autograd::FunctionPostHook {
  public:
-  ArrivalHook(const std::shared_ptr<JunctionCall>& passage, size_t output) : passage_(passage), output_(output) {}
+  ArrivalHook(const std::shared_ptr<JunctionCall>& call, size_t output) : call_(call), output_(output) {}
 
   autograd::variable_list operator()(const autograd::variable_list& outputs,
                                      const autograd::variable_list& /*inputs*/) override {
-    if (const std::shared_ptr<JunctionCall> alive = passage_.lock()) alive->on_arrival(outputs[output_]);
+    if (const std::shared_ptr<JunctionCall> alive = call_.lock()) alive->on_arrival(outputs[output_]);
     return outputs;
   }
 
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*arguments*/) const override {}
 
  private:
-  std::weak_ptr<JunctionCall> passage_;  // the junction's node owns it; the branch's may outlive that
+  std::weak_ptr<JunctionCall> call_;  // owned by the residual add's node, which this hook's node may outlive
   size_t output_;
 };
 
-// Finds the nodes by which the branch of a junction hands its part of the gradient to x, and hooks them. None where the
-// branch does not come from x, or is larger than `kMostNodes`.
-inline void follow_branch(const std::shared_ptr<JunctionCall>& passage, const at::Tensor& x, const at::Tensor& y) {
+// Hooks every node through which the branch passes a gradient to x. Hooks none if the branch does not come from x or
+// has more than `kMostNodes` nodes.
+inline void follow_branch(const std::shared_ptr<JunctionCall>& call, const at::Tensor& x, const at::Tensor& y) {
   constexpr size_t kMostNodes = 10'000;
   const autograd::Edge to_x = autograd::impl::gradient_edge(x);
   const auto& target = *to_x.function;
-  // A path to the target has a larger topological number all along; on the target's thread it was built later, too,
-  // unless it is one that has no date, as that of a leaf.
-  const bool is_dated = target.sequence_nr() != std::numeric_limits<uint64_t>::max();
+  // Every node on a path to the target has a larger topological number. If built on the target's thread, it also has a
+  // larger sequence number, unless the target has none, like a leaf's accumulator.
+  const bool has_sequence = target.sequence_nr() != std::numeric_limits<uint64_t>::max();
   const auto may_lead_there = [&](const autograd::Node& node) {
     return node.topological_nr() > target.topological_nr() &&
-           (!is_dated || node.thread_id() != target.thread_id() || node.sequence_nr() > target.sequence_nr());
+           (!has_sequence || node.thread_id() != target.thread_id() || node.sequence_nr() > target.sequence_nr());
   };
   std::vector<std::pair<autograd::Node*, size_t>> found;
   std::unordered_set<autograd::Node*> seen;
@@ -157,15 +159,15 @@ inline void follow_branch(const std::shared_ptr<JunctionCall>& passage, const at
       waiting.push_back(edge.function.get());
     }
   };
-  look_at(y.grad_fn().get(), 1);  // of the operands x and f
+  look_at(y.grad_fn().get(), 1);  // output 0 leads to x, 1 to f
   while (!waiting.empty()) {
     if (seen.size() > kMostNodes) return;
     autograd::Node* node = waiting.back();
     waiting.pop_back();
     for (size_t output = 0; output < node->num_outputs(); ++output) look_at(node, output);
   }
-  passage->n_arrivals = static_cast<int64_t>(found.size());
-  for (const auto& [node, output] : found) node->add_post_hook(std::make_unique<ArrivalHook>(passage, output));
+  call->n_arrivals = static_cast<int64_t>(found.size());
+  for (const auto& [node, output] : found) node->add_post_hook(std::make_unique<ArrivalHook>(call, output));
 }
 
 }  // namespace gradprobe

@@ -1,4 +1,4 @@
-// Which tensors the CPU kernels may take straight from C++, past torch's dispatcher; and whether the moment allows it.
+// Which tensors may go straight to the CPU kernels, without torch's dispatcher, and whether torch's modes allow it now.
 // Built against one exact torch.
 #pragma once
 
@@ -30,13 +30,13 @@ inline std::optional<cpu::Dtype> dtype_of(const at::Tensor& tensor) {
   }
 }
 
-// Whether a mode of torch wants to see every call of an operator.
+// Whether a torch mode is active that must see every operator call.
 inline bool is_watched() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled();
 }
 
-// Whether a tensor is nothing but strided memory on the CPU and a place in autograd's graph: no subclass, no wrapper of
-// a transform, no values that are not in its memory.
+// Whether a tensor is just strided CPU memory, with or without autograd: no subclass, no wrapper of a transform, no
+// lazy conjugate or negation.
 inline bool is_plain(const at::Tensor& tensor) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet kPlain{DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView,
@@ -45,7 +45,7 @@ inline bool is_plain(const at::Tensor& tensor) {
          (tensor.key_set() - kPlain).highestFunctionalityKey() == DispatchKey::Undefined;
 }
 
-// Adds a tensor to a pass of the CPU kernels; false where they do not take it: it is not plain, or of another dtype.
+// Adds a tensor to a pass of the CPU kernels. Returns false if it is not plain or of an unsupported dtype.
 inline bool add_to(cpu::Work& work, const at::Tensor& tensor) {
   if (!is_plain(tensor)) return false;
   const std::optional<cpu::Dtype> dtype = dtype_of(tensor);

@@ -1,6 +1,5 @@
-// The junction of a residual block as a function of C++ autograd: one pass forward, one backward, and past torch's
-// dispatcher, which takes longer than the kernels of a small junction. Where something else than plain tensors and
-// plain autograd is at work, it leaves the call to the operators.
+// A residual add as a node of C++ autograd: one pass forward and one backward, without torch's dispatcher, which takes
+// longer than the kernels of a small residual add. Anything but plain tensors and plain autograd goes to the operators.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -30,12 +29,13 @@ namespace gradprobe {
 
 namespace autograd = torch::autograd;
 
-// What a junction tells the one who observes it, backward: the gradient that came in, the one that goes to both
-// operands, their raw rows, and whether this backward goes on to x.
+// Receives the gradients of a residual add in the backward.
 class Observer {
  public:
   virtual ~Observer() = default;
   virtual bool wants_gradient() const = 0;
+  // incoming: the gradient of y. gradient: the one that both operands get. Each with its raw row [6]. reaches_x: this
+  // backward computes the gradient of x.
   virtual void on_gradient(const at::Tensor& incoming, const double* incoming_row, const at::Tensor& gradient,
                            const double* gradient_row, bool reaches_x) = 0;
 };
@@ -56,7 +56,7 @@ class ResidualAddBackward final : public autograd::Node {
     const bool is_observed = observer && observer->wants_gradient();
     Rows rows;
     bool has_rows = false;
-    // One tensor serves both branches: autograd copies before it adds to what it does not own.
+    // Both operands get the same tensor: autograd copies a gradient that it does not own before adding to it.
     at::Tensor gradient = incoming;
     if (relu) {
       const at::Tensor y = saved_y();
@@ -64,7 +64,7 @@ class ResidualAddBackward final : public autograd::Node {
       gradient = is_simple(incoming, y) ? masked(incoming, y, has_rows ? &rows : nullptr) : mask(incoming, y);
     }
     if (is_observed && (has_rows || take_rows(incoming, gradient, rows))) {
-      // detached only where a second derivative is wanted: as the same object, the next hook knows it again
+      // Detach only under create_graph: an unchanged object lets the next hook reuse its statistics.
       const at::Tensor kept = gradient.requires_grad() ? gradient.detach() : gradient;
       observer->on_gradient(incoming, rows[0], kept, rows[1], task_should_compute_output(0));
     }
@@ -106,7 +106,7 @@ class ResidualAddBackward final : public autograd::Node {
     return y_.unpack(getptr());
   }
 
-  // What compiled autograd traces: y is the argument where there is a ReLU. Nothing is observed there.
+  // Traced by compiled autograd, unobserved. arguments: y if there is a ReLU, else empty.
   static autograd::variable_list apply_functional(const autograd::variable_list& gradients,
                                                   const std::vector<c10::IValue>& arguments) {
     const at::Tensor& incoming = gradients[0];
@@ -122,16 +122,16 @@ class ResidualAddBackward final : public autograd::Node {
     return operation.call(incoming, y);
   }
 
-  using Rows = double[2][kStats];  // of the gradient that comes in and of the one that goes out
+  using Rows = double[2][kStats];  // incoming, outgoing gradient
 
-  // Whether the fused pass may take the place of the operator.
+  // Whether the fused pass may replace the operator.
   static bool is_simple(const at::Tensor& incoming, const at::Tensor& y) {
     return !is_watched() && !at::GradMode::is_enabled() && is_plain(incoming) && is_plain(y) &&
            incoming.scalar_type() == y.scalar_type() && incoming.sizes() == y.sizes() &&
            incoming.strides() == y.strides();
   }
 
-  // The gradient where y lets it through, and both rows unless `rows` is null. Only where that is simple.
+  // Returns the gradient masked by the ReLU of y, and writes both rows unless `rows` is null. Requires is_simple().
   static at::Tensor masked(const at::Tensor& incoming, const at::Tensor& y, Rows* rows) {
     at::Tensor gradient = at::detail::empty_strided_cpu(y.sizes(), y.strides(), y.scalar_type());
     const int64_t numel = y.numel();
@@ -163,7 +163,7 @@ class ResidualAddBackward final : public autograd::Node {
   autograd::SavedVariable y_;
 };
 
-// Whether two operands are walked in one order, and torch's add would give the sum their strides: as in empty_sum of
+// Whether two operands have the same memory order and torch's add would give the sum that order too. See empty_sum in
 // residual_layout.h.
 inline bool is_simple_pair(const at::Tensor& x, const at::Tensor& f) {
   if (!is_plain(x) || !is_plain(f) || x.scalar_type() != f.scalar_type() || x.sizes() != f.sizes() || x.numel() == 0 ||
@@ -177,7 +177,7 @@ inline bool is_simple_pair(const at::Tensor& x, const at::Tensor& f) {
   return !is_ambiguous && cpu::reduce_dims(sizes.data(), x.strides().data(), x.dim()).dense();
 }
 
-// torch 2.13 and newer count references to a node in the node itself, older ones beside it.
+// From torch 2.13 on, a node holds its own reference count; before, a shared_ptr did.
 template <typename NodePtr, typename Made>
 NodePtr owner_of(Made* node) {
   if constexpr (std::is_same_v<NodePtr, std::shared_ptr<autograd::Node>>) {
@@ -187,8 +187,8 @@ NodePtr owner_of(Made* node) {
   }
 }
 
-// y = x + f, or max(x + f, 0), recorded for autograd; its raw row where `row` is not null. Only for a simple pair. Lets
-// the GIL go where the caller holds it.
+// Returns y = x + f, or max(x + f, 0), recorded for autograd, and writes the raw row of y unless `row` is null.
+// Requires is_simple_pair() and the GIL, which it releases during the pass.
 inline at::Tensor residual_add(const at::Tensor& x, const at::Tensor& f, bool relu, double* row,
                                std::shared_ptr<Observer> observer) {
   RECORD_FUNCTION("gradprobe::residual_add", std::vector<c10::IValue>({x, f, relu}));

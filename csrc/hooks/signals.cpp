@@ -1,8 +1,8 @@
-// Taps on module outputs and residual junctions in C++: what Python does for a tensor that passes by takes longer than
-// its statistics. They observe plain tensors in plain autograd; anything else they leave to their twins in
-// gradprobe/activations.py and gradprobe/junctions.py.
+// Hooks on module outputs and residual adds in C++, because in Python a hook takes longer than the statistics. They
+// observe plain tensors in plain autograd and leave everything else to gradprobe/observers/activations.py and
+// junctions.py.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wstringop-overflow"  // GCC 12 sees one in torch's reference counts
+#pragma GCC diagnostic ignored "-Wstringop-overflow"  // false positive of GCC 12 in torch's reference counts
 #endif
 
 #include "hooks/signals.h"
@@ -35,19 +35,19 @@
 namespace gradprobe {
 namespace {
 
-// Whether operators run at once and for the sake of their results: no tracer, no transform of torch.func, no mode.
+// Whether operators simply run: no tracer, no torch.func transform, no forward-mode AD, no torch mode.
 bool is_plain_execution() {
   return !is_watched() && !torch::jit::tracer::isTracing() &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// The tensor of a Python object that is just a tensor, else null.
+// Returns the tensor of a Python object that is exactly a torch.Tensor, else null.
 const at::Tensor* exact_tensor(py::handle object) {
   return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
 }
 
-// Tells what a checkpoint computes again from what runs for the first time, as ForwardPasses in activations.py does.
+// Tells a checkpoint's recomputation from a first forward, like ForwardPasses in observers/activations.py.
 class ForwardPasses {
  public:
   explicit ForwardPasses(int64_t n_keys) : n_first_(n_keys), n_in_backward_(n_keys) {}
@@ -70,15 +70,15 @@ class ForwardPasses {
   std::vector<int64_t> n_in_backward_;
 };
 
-// A hook on the gradient of an output of a node. Compiled autograd asks every hook for its arguments and refuses the
-// graph without; ours take no part in it, and observe nothing of such a backward.
+// A hook on the gradient of one output of a node. Compiled autograd rejects a graph with a hook that lacks
+// compiled_args; ours take no part in it and observe nothing in such a backward.
 class GradientHook : public autograd::FunctionPreHook {
  public:
   explicit GradientHook(const at::Tensor& tensor) : output_nr(tensor.output_nr()) {}
 
   autograd::variable_list operator()(const autograd::variable_list& gradients) override {
     const at::Tensor& gradient = gradients[output_nr];
-    if (gradient.defined()) look_at(gradient);
+    if (gradient.defined()) observe(gradient);
     return gradients;
   }
 
@@ -87,11 +87,11 @@ class GradientHook : public autograd::FunctionPreHook {
   const uint32_t output_nr;
 
  protected:
-  virtual void look_at(const at::Tensor& gradient) = 0;
+  virtual void observe(const at::Tensor& gradient) = 0;
 };
 
-// Whether a hook may be put on a tensor's node in its place among the others: hooks on a leaf outlive the graph, and
-// those of Python, all in one, would run before ours even where they come later.
+// Whether a hook may go on a tensor's node. Not on a leaf, whose hooks outlive the graph; and not after a Python hook,
+// because torch runs all Python hooks as one, before ours even if they are added later.
 bool takes_hook(const at::Tensor& tensor) {
   if (tensor.is_leaf()) return false;
   const auto node = tensor.grad_fn();
@@ -100,14 +100,14 @@ bool takes_hook(const at::Tensor& tensor) {
                      [](const auto& hook) { return dynamic_cast<const GradientHook*>(hook.get()) != nullptr; });
 }
 
-// Calls the Python twin for a gradient that is not plain.
-class Twin {
+// The Python function that handles a gradient that is not plain.
+class PythonFallback {
  public:
-  explicit Twin(py::object function) : function_(std::move(function)) {}
-  Twin(const Twin&) = delete;
-  Twin& operator=(const Twin&) = delete;
-  ~Twin() {
-    if (Py_IsInitialized() == 0) {  // a graph has outlived the interpreter
+  explicit PythonFallback(py::object function) : function_(std::move(function)) {}
+  PythonFallback(const PythonFallback&) = delete;
+  PythonFallback& operator=(const PythonFallback&) = delete;
+  ~PythonFallback() {
+    if (Py_IsInitialized() == 0) {  // a graph outlived the interpreter
       function_.release();
       return;
     }
@@ -124,13 +124,15 @@ class Twin {
   py::object function_;
 };
 
-// Observes what M modules return: module m writes its output to site 2m, and the gradient of that to site 2m + 1.
+// Observes the outputs of M modules: the output of module m is site 2m, its gradient site 2m + 1.
 class OutputHooks {
  public:
   OutputHooks(std::shared_ptr<EventRows> rows, int64_t n_modules, py::object on_gradient)
-      : rows_(std::move(rows)), passes_(n_modules), twin_(std::make_shared<Twin>(std::move(on_gradient))) {}
+      : rows_(std::move(rows)),
+        passes_(n_modules),
+        fallback_(std::make_shared<PythonFallback>(std::move(on_gradient))) {}
 
-  // False, and nothing done, where Python has to look at what module m returned; true where that is settled.
+  // Observes the output of module m. Returns false, and does nothing, if Python has to handle it.
   bool observe(int64_t m, py::handle output) {
     if (!rows_->enabled || !at::GradMode::is_enabled()) return true;
     if (rows_->is_full()) return false;
@@ -153,41 +155,42 @@ class OutputHooks {
  private:
   class Hook final : public GradientHook {
    public:
-    Hook(const at::Tensor& tensor, std::shared_ptr<EventRows> rows, int64_t site, std::shared_ptr<Twin> twin)
-        : GradientHook(tensor), rows_(std::move(rows)), site_(site), twin_(std::move(twin)) {}
+    Hook(const at::Tensor& tensor, std::shared_ptr<EventRows> rows, int64_t site,
+         std::shared_ptr<PythonFallback> fallback)
+        : GradientHook(tensor), rows_(std::move(rows)), site_(site), fallback_(std::move(fallback)) {}
 
     bool is_of(const at::Tensor& tensor, const std::shared_ptr<EventRows>& rows, int64_t site) const {
       return output_nr == tensor.output_nr() && rows_ == rows && site_ == site;
     }
 
    protected:
-    void look_at(const at::Tensor& gradient) override {
+    void observe(const at::Tensor& gradient) override {
       if (!rows_->enabled) return;
-      if (!rows_->write(site_, gradient)) (*twin_)(site_, gradient);
+      if (!rows_->write(site_, gradient)) (*fallback_)(site_, gradient);
     }
 
    private:
     std::shared_ptr<EventRows> rows_;
     int64_t site_;
-    std::shared_ptr<Twin> twin_;
+    std::shared_ptr<PythonFallback> fallback_;
   };
 
-  // One hook is enough where a module returns a tensor that it has returned before: its input, say.
+  // Adds one hook only, even if a module returns the same tensor twice, e.g. its input.
   void observe_gradient(const at::Tensor& tensor, int64_t site) {
     const auto node = tensor.grad_fn();
     for (const auto& hook : node->tensor_pre_hooks()) {
       const auto* ours = dynamic_cast<const Hook*>(hook.get());
       if (ours != nullptr && ours->is_of(tensor, rows_, site)) return;
     }
-    node->add_tensor_pre_hook(std::make_unique<Hook>(tensor, rows_, site, twin_));
+    node->add_tensor_pre_hook(std::make_unique<Hook>(tensor, rows_, site, fallback_));
   }
 
   std::shared_ptr<EventRows> rows_;
   ForwardPasses passes_;
-  std::shared_ptr<Twin> twin_;
+  std::shared_ptr<PythonFallback> fallback_;
 };
 
-// The operands of a junction, if C++ may take them.
+// Returns the operands of a residual add, unless Python has to handle them.
 std::optional<std::pair<at::Tensor, at::Tensor>> operands(py::handle x, py::handle f) {
   const at::Tensor* of_x = exact_tensor(x);
   const at::Tensor* of_f = exact_tensor(f);
@@ -195,7 +198,7 @@ std::optional<std::pair<at::Tensor, at::Tensor>> operands(py::handle x, py::hand
   return std::pair(*of_x, *of_f);
 }
 
-// Lets an exception that Python raised below autograd, as a checkpoint does to stop early, go on as it was.
+// Passes on unchanged a Python exception from below autograd, such as the one with which a checkpoint stops early.
 template <typename Call>
 auto keeping_python_errors(const Call& call) {
   try {
@@ -206,37 +209,37 @@ auto keeping_python_errors(const Call& call) {
   }
 }
 
-// x + f, or max(x + f, 0); None, and nothing done, where the operator has to see the call.
+// Returns x + f, or max(x + f, 0); None, and does nothing, if the operator has to see the call.
 std::optional<at::Tensor> add_outside_dispatcher(py::handle x, py::handle f, bool relu) {
   const auto pair = operands(x, f);
   if (!pair) return std::nullopt;
   return keeping_python_errors([&] { return residual_add(pair->first, pair->second, relu, nullptr, nullptr); });
 }
 
-// Observes J junctions, with kSites sites each.
+// Observes J residual adds with kSites sites each.
 class JunctionHooks {
  public:
   JunctionHooks(std::shared_ptr<EventRows> rows, int64_t n_junctions, int64_t first_site)
       : rows_(std::move(rows)), passes_(n_junctions), first_site_(first_site) {}
 
-  // Joins the operands of junction j and observes it; None, and nothing done, where Python has to see the call or the
-  // call is not to be observed.
+  // Computes and observes residual add j. Returns None, and does nothing, if Python has to handle the call or it is not
+  // to be observed.
   std::optional<at::Tensor> join(int64_t j, py::handle x_object, py::handle f_object, bool relu) {
     if (!rows_->enabled || !at::GradMode::is_enabled() || rows_->is_full()) return std::nullopt;
     const auto pair = operands(x_object, f_object);
     if (!pair) return std::nullopt;
     const auto& [x, f] = *pair;
     const int64_t first = first_site_ + kSites * j;
-    const auto passage = std::make_shared<JunctionCall>(rows_, first);
+    const auto call = std::make_shared<JunctionCall>(rows_, first);
     double row[kStats];
-    at::Tensor y = keeping_python_errors([&] { return residual_add(x, f, relu, row, passage); });
+    at::Tensor y = keeping_python_errors([&] { return residual_add(x, f, relu, row, call); });
     if (!passes_.is_repeat(j)) {
       const py::gil_scoped_release no_gil;
       rows_->write(first + kX, x);
       rows_->write(first + kF, f);
-      passage->put(kY, y, row);
+      call->put(kY, y, row);
     }
-    if (x.requires_grad() && f.requires_grad()) follow_branch(passage, x, y);
+    if (x.requires_grad() && f.requires_grad()) follow_branch(call, x, y);
     return y;
   }
 

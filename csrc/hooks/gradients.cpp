@@ -1,0 +1,91 @@
+#include "hooks/gradients.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "core/stats.h"
+#include "cpu/parallel.h"
+#include "hooks/plain_tensor.h"
+
+namespace gradprobe {
+namespace {
+
+// Whether the gradient exists, is dense and has its parameter's dtype and device.
+bool is_regular(const at::Tensor& gradient, const at::Tensor& parameter) {
+  return gradient.defined() && gradient.layout() == at::kStrided && !gradient.is_complex() &&
+         gradient.scalar_type() == parameter.scalar_type() && gradient.device() == parameter.device() &&
+         !gradient.unsafeGetTensorImpl()->is_python_dispatch();
+}
+
+// Whether `rows` can hold the raw rows of K tensors.
+bool holds_rows(const at::Tensor& rows, int64_t n_tensors) {
+  return rows.defined() && rows.layout() == at::kStrided && rows.device().is_cpu() &&
+         rows.scalar_type() == at::kDouble && rows.is_contiguous() && rows.dim() == 2 && rows.size(0) == n_tensors &&
+         rows.size(1) == kStats;
+}
+
+}  // namespace
+
+bool grad_stats_into(const std::vector<at::Tensor>& tensors, const at::Tensor& out) {
+  if (is_watched() || !holds_rows(out, static_cast<int64_t>(tensors.size())) || !is_plain(out)) return false;
+  cpu::Work work(static_cast<int64_t>(tensors.size()));
+  for (const at::Tensor& tensor : tensors) {
+    if (!add_to(work, tensor)) return false;
+  }
+  py::gil_scoped_release no_gil;
+  out.unsafeGetTensorImpl()->bump_version();
+  cpu::grad_stats(work, static_cast<double*>(out.mutable_data_ptr()));
+  return true;
+}
+
+std::tuple<bool, bool, int64_t> measure(const GradientHooks& hooks, const std::optional<at::Tensor>& rows) {
+  const std::vector<at::Tensor>& parameters = hooks.parameters();
+  const std::vector<SeenGradient>& seen = hooks.seen();
+  bool is_measured = rows.has_value();
+  bool is_modified = false;
+  int64_t n_fired = 0;
+  const bool on_cpu = is_measured && rows->device().is_cpu();
+  cpu::Work work(on_cpu ? static_cast<int64_t>(parameters.size()) : 0);
+  std::vector<at::Tensor> gradients;
+  if (is_measured && !on_cpu) gradients.reserve(parameters.size());
+  for (size_t k = 0; k < parameters.size(); ++k) {
+    const at::Tensor& gradient = parameters[k].grad();
+    n_fired += seen[k].has_fired() ? 1 : 0;
+    is_modified = is_modified || seen[k].differs_from(gradient);
+    is_measured = is_measured && is_regular(gradient, parameters[k]) && gradient.device() == rows->device();
+    if (!is_measured) continue;
+    if (on_cpu) {
+      is_measured = add_to(work, gradient);
+    } else {
+      gradients.push_back(gradient);
+    }
+  }
+  if (is_measured && on_cpu) {
+    TORCH_CHECK(holds_rows(*rows, work.n_tensors()), "rows: needed a contiguous float64 tensor of shape [",
+                work.n_tensors(), ", ", kStats, "], got ", rows->scalar_type(), " of shape ", rows->sizes());
+    cpu::grad_stats(work, rows->mutable_data_ptr<double>());
+  } else if (is_measured) {
+    static const auto grad_stats_into = c10::Dispatcher::singleton()
+                                            .findSchemaOrThrow("gradprobe::grad_stats_into", "")
+                                            .typed<void(at::TensorList, at::Tensor&)>();
+    at::AutoDispatchBelowADInplaceOrView below;
+    at::Tensor out = *rows;
+    grad_stats_into.call(gradients, out);
+  }
+  return {is_measured, is_modified, n_fired};
+}
+
+std::pair<py::list, bool> list_gradients(const GradientHooks& hooks) {
+  const std::vector<at::Tensor>& parameters = hooks.parameters();
+  py::list result(parameters.size());
+  bool regular = true;
+  for (size_t k = 0; k < parameters.size(); ++k) {
+    const at::Tensor& gradient = parameters[k].grad();
+    regular = regular && is_regular(gradient, parameters[k]);
+    result[k] = gradient.defined() ? py::cast(gradient) : py::none();
+  }
+  return {std::move(result), regular};
+}
+
+}  // namespace gradprobe
