@@ -1,8 +1,8 @@
-// The table that maps a chunk number to a tensor and a range of its elements, for host and device.
+// Maps a chunk number to a tensor and a range of its elements, on host and device.
 //
-// Tensors are cut into chunks of `chunk_numel` elements (the last of each may be shorter; an empty tensor has none),
-// numbered through all tensors. The table holds the number of each tensor's first chunk, [n_tensors + 1], so a chunk
-// finds its tensor by binary search.
+// Each tensor is split into chunks of `chunk_numel` elements; its last chunk may be shorter, and an empty tensor has
+// none. Chunks are numbered across all tensors. A table first_chunk [n_tensors + 1] holds the number of each tensor's
+// first chunk, in which a binary search finds the tensor of a chunk.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,14 @@ namespace gradprobe {
 struct Chunk {
   int64_t tensor;
   int64_t begin;  // first element
-  int64_t end;    // one past the last
+  int64_t end;    // one past the last element
 };
 
 GRADPROBE_HD int64_t count_chunks(int64_t numel, int64_t chunk_numel) {
   return numel / chunk_numel + (numel % chunk_numel != 0);
 }
 
-// Fills first_chunk [n_tensors + 1] from numel [n_tensors]; returns the number of chunks of all tensors.
+// Fills first_chunk [n_tensors + 1] from numel [n_tensors]; returns the total number of chunks.
 GRADPROBE_HD int64_t number_chunks(const int64_t* numel, int64_t n_tensors, int64_t chunk_numel, int64_t* first_chunk) {
   int64_t n_chunks = 0;
   for (int64_t k = 0; k < n_tensors; ++k) {
@@ -32,8 +32,8 @@ GRADPROBE_HD int64_t number_chunks(const int64_t* numel, int64_t n_tensors, int6
   return n_chunks;
 }
 
-// The tensor that chunk number `chunk` belongs to: the last whose first chunk is not after it (so that empty ones are
-// passed over).
+// Returns the tensor that chunk number `chunk` belongs to: the last one whose first chunk is not after it, which skips
+// empty tensors.
 template <typename Index>
 GRADPROBE_HD int64_t find_tensor(const Index* first_chunk, int64_t n_tensors, int64_t chunk) {
   int64_t low = 0;
@@ -49,20 +49,12 @@ GRADPROBE_HD int64_t find_tensor(const Index* first_chunk, int64_t n_tensors, in
   return low;
 }
 
-// The range of chunk number `chunk` inside tensor `tensor` of `numel` elements, whose first chunk has number
+// Returns the range of chunk number `chunk` in tensor `tensor`, which has `numel` elements and first chunk
 // `first_chunk`.
 GRADPROBE_HD Chunk chunk_range(int64_t tensor, int64_t numel, int64_t first_chunk, int64_t chunk, int64_t chunk_numel) {
   const int64_t begin = (chunk - first_chunk) * chunk_numel;
   const int64_t left = numel - begin;
   return {tensor, begin, begin + (left < chunk_numel ? left : chunk_numel)};
-}
-
-// Both in one: where chunk number `chunk` lies.
-template <typename Index>
-GRADPROBE_HD Chunk locate_chunk(const Index* first_chunk, const int64_t* numel, int64_t n_tensors, int64_t chunk_numel,
-                                int64_t chunk) {
-  const int64_t tensor = find_tensor(first_chunk, n_tensors, chunk);
-  return chunk_range(tensor, numel[tensor], static_cast<int64_t>(first_chunk[tensor]), chunk, chunk_numel);
 }
 
 }  // namespace gradprobe

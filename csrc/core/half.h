@@ -1,4 +1,4 @@
-// Half-precision numbers to float32 and back, in plain arithmetic: where the processor has no instruction for it.
+// Converts half-precision numbers to float32 and back in plain arithmetic, for processors without an instruction.
 #pragma once
 
 #include <cstdint>
@@ -32,11 +32,11 @@ inline float widen_bfloat16(uint16_t half) { return float_from_bits(uint32_t{hal
 inline uint16_t narrow_to_bfloat16(float x) {
   const uint32_t bits = bits_from_float(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40;  // quiet, and not an infinity after the cut
+  const uint32_t nan = (bits >> 16) | 0x40;  // quiet, so that truncation cannot make it infinite
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
 
-// Subnormal float16 through the integer of their fraction: right also where the caller flushes subnormal float32.
+// Converts a subnormal float16 through its integer fraction, which is right even if the caller flushes subnormals.
 inline float widen_float16(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
@@ -53,11 +53,11 @@ inline uint16_t narrow_to_float16(float x) {
   const uint32_t sign = (bits >> 16) & 0x8000;
   const uint32_t magnitude = bits & 0x7fffffff;
   uint32_t half;
-  if (magnitude >= 0x477ff000) {  // from 65520 on: infinity, or NaN
+  if (magnitude >= 0x477ff000) {  // 65520 and above: infinity, or NaN
     half = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  } else if (magnitude >= 0x38800000) {  // normal, from 2**-14 on
+  } else if (magnitude >= 0x38800000) {  // 2**-14 and above: normal
     half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  } else {  // the unit of 0.5f is that of subnormal float16: the addition rounds
+  } else {  // 0.5f and subnormal float16 have the same unit in the last place: the addition rounds
     half = bits_from_float(float_from_bits(magnitude) + 0.5f) - bits_from_float(0.5f);
   }
   return static_cast<uint16_t>(sign | half);

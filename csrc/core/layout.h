@@ -1,4 +1,5 @@
-// Layouts of strided tensors, reduced to what a reduction needs: an order of the elements that suits the memory.
+// Simplifies the layout of a strided tensor for a reduction, which may visit the elements in any order: here, in that
+// of memory.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +8,7 @@
 
 namespace gradprobe::cpu {
 
-// Sizes and strides (in elements) of the dimensions of more than one element. 63 of them would hold more than 2**62
-// elements.
+// The dimensions of more than one element: sizes, and strides in elements. 63 of them would mean over 2**62 elements.
 struct Dims {
   static constexpr int kMax = 64;
   int n = 0;
@@ -17,8 +17,8 @@ struct Dims {
 
   bool dense() const { return n == 0 || (n == 1 && stride[0] == 1); }
 
-  // Whether two indices may lie on the same element. Strides fall; each has to reach over all that the smaller ones
-  // span.
+  // Whether two indices may share an element. Strides are in descending order; each must exceed the span of the smaller
+  // ones.
   bool may_overlap() const {
     int64_t span = 0;
     for (int d = n - 1; d >= 0; --d) {
@@ -29,8 +29,8 @@ struct Dims {
   }
 };
 
-// Orders the dimensions by falling stride and joins neighbours that walk on: any permutation of dense memory becomes
-// one dimension of stride 1. Only for tensors without a dimension of size 0.
+// Sorts the dimensions by descending stride and merges adjacent ones where possible: any permutation of dense memory
+// becomes one dimension of stride 1. The tensor must not be empty.
 inline Dims reduce_dims(const int64_t* sizes, const int64_t* strides, int64_t n_dims) {
   Dims sorted;
   for (int64_t d = 0; d < n_dims; ++d) {
@@ -57,7 +57,7 @@ inline Dims reduce_dims(const int64_t* sizes, const int64_t* strides, int64_t n_
   return joined;
 }
 
-// Walks n elements from number `begin` on, in runs of constant stride: calls run(offset, stride, count) for each.
+// Visits n elements from number `begin` on, in runs of constant stride: calls run(offset, stride, count) for each run.
 template <typename Run>
 void walk(const Dims& dims, int64_t begin, int64_t n, const Run& run) {
   int64_t index[Dims::kMax];
@@ -83,7 +83,7 @@ void walk(const Dims& dims, int64_t begin, int64_t n, const Run& run) {
   }
 }
 
-// Copies n elements from number `begin` on into dense memory.
+// Copies n elements, from number `begin` on, to dense memory.
 template <typename Word>
 void gather(const Word* data, const Dims& dims, int64_t begin, int64_t n, Word* out) {
   walk(dims, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {
@@ -97,7 +97,7 @@ void gather(const Word* data, const Dims& dims, int64_t begin, int64_t n, Word* 
   });
 }
 
-// The way back: dense memory to n elements from number `begin` on.
+// Copies dense memory to n elements, from number `begin` on.
 template <typename Word>
 void scatter(const Word* in, const Dims& dims, int64_t begin, int64_t n, Word* data) {
   walk(dims, begin, n, [&](int64_t offset, int64_t stride, int64_t count) {

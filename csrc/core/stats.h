@@ -1,14 +1,13 @@
-// The six statistics of a tensor: identity, add, merge, finish. The one definition of their arithmetic, for host and
-// device.
+// The arithmetic of the six statistics on host and device, defined here only: identity, add, merge, finish.
 //
-// Two ways to add elements, one way to merge:
-//   FastSums  float accumulators, for at most kFastAdds elements each. Right to a few float roundings as long as the
-//   largest
-//             element of the group lies in [kFastMin, kFastMax] (`fast_is_exact`); a group outside is added again with
+// Elements are added in one of two ways; partial results are merged in one:
+//
+//   FastSums  Float accumulators for at most kFastAdds elements each, accurate to a few float roundings if the largest
+//             magnitude of the group is in [kFastMin, kFastMax] (`fast_is_exact`). Any other group is added again with
 //             `add(Stats&)`.
-//   Stats     double accumulators of x * 2**-range_exponent(abs_max), right for every finite float64 (three bins, Blue
-//   1978,
-//             "A portable Fortran program to find the Euclidean norm of a vector").
+//   Stats     Double accumulators of x * 2**-range_exponent(abs_max), accurate for every finite float64.
+//
+// Source: Blue 1978, "A portable Fortran program to find the Euclidean norm of a vector", for the three ranges.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +24,8 @@ namespace gradprobe {
 // Columns of a row, in the order of gradprobe.STATS.
 inline constexpr int kStats = 6;
 
-// ---- Bit patterns. As integers, |x| orders like the numbers, with infinity above all finite and NaN above infinity:
-// an integer maximum of them finds the largest magnitude and never loses a NaN.
+// ---- Bit patterns. As integers, the bits of |x| sort like the numbers, infinity above all finite ones and NaN above
+// infinity: their integer maximum is the largest magnitude and never loses a NaN.
 
 GRADPROBE_HD int32_t abs_bits(float x) {
 #if defined(__CUDA_ARCH__)
@@ -75,15 +74,15 @@ GRADPROBE_HD bool is_finite(double x) { return abs_bits(x) < kDoubleInfBits; }
 
 // ---- The range of a row.
 
-// The e for which a row holds the sums of x * 2**-e; it depends on the row's abs_max alone. Only float64 tensors of
-// extreme magnitude have e != 0. With these limits no square overflows or loses digits, whatever the count below 2**63.
+// Returns the exponent e of a row, which holds the sums of x * 2**-e and depends on abs_max alone. Only float64 tensors
+// of extreme magnitude have e != 0. With these limits no square of up to 2**63 elements overflows or loses digits.
 GRADPROBE_HD int range_exponent(double abs_max) {
   if (!(abs_max > 0.0) || !is_finite(abs_max)) return 0;  // zero, NaN, infinity
   return abs_max > 0x1p+480 ? 600 : abs_max < 0x1p-480 ? -600 : 0;
 }
 
-// What `add(Stats&, x, factor)` multiplies elements by when the largest magnitude of their group is `abs_max`. A group
-// with NaN or infinity is scaled down, so that its finite elements cannot overflow; its sums are non-finite either way.
+// Returns the factor of `add(Stats&, x, factor)` for a group with largest magnitude `abs_max`. A group with NaN or
+// infinity is scaled down so that its finite elements cannot overflow; its sums are non-finite either way.
 GRADPROBE_HD double range_factor(double abs_max) {
   if (!is_finite(abs_max)) return 0x1p-600;
   const int exponent = range_exponent(abs_max);
@@ -92,13 +91,13 @@ GRADPROBE_HD double range_factor(double abs_max) {
 
 // ---- Fast sums.
 
-// Elements that one FastSums may take. Rounding: each add errs by at most half a unit in the last place, so sum_abs and
-// sum_sq are off by at most n * 2**-24 of themselves, sum by n * 2**-24 of sum_abs: 9.6e-7 for 16. Overflow: 16 *
-// kFastMax**2 is below 2**127.
+// The most elements of one FastSums. Rounding: each addition errs by at most half a unit in the last place, so the
+// relative error of sum_abs and sum_sq is at most n * 2**-24, and that of sum n * 2**-24 of sum_abs: 9.6e-7 for 16.
+// Overflow: 16 * kFastMax**2 is below 2**127.
 inline constexpr int kFastAdds = 16;
 
-// Below kFastMin squares may be subnormal: 2**-150 is lost for each. Against kFastMin**2 = 2**-110 that is nothing for
-// any group of less than 2**16 elements (2**-24). Above kFastMax the squares overflow.
+// Below kFastMin, squares may be subnormal and each lose 2**-150. Relative to kFastMin**2 = 2**-110, a group of fewer
+// than 2**16 elements loses at most 2**-24. Above kFastMax, squares overflow.
 inline constexpr float kFastMin = 0x1p-55f;
 inline constexpr float kFastMax = 0x1p+55f;
 
@@ -121,27 +120,27 @@ GRADPROBE_HD void add(FastSums& sums, float x) {
   sums.n_zero += bits == 0;
 }
 
-// Whether the fast sums of a group (fewer than 2**16 elements) with this largest magnitude are right. False for NaN and
-// infinity.
+// Whether fast sums are accurate for a group of fewer than 2**16 elements with this largest magnitude. False for NaN
+// and infinity.
 GRADPROBE_HD bool fast_is_exact(int32_t abs_max_bits) {
   return abs_max_bits == 0 || (abs_max_bits >= abs_bits(kFastMin) && abs_max_bits <= abs_bits(kFastMax));
 }
 
-// ---- Stats: a partial result over any number of elements.
+// ---- Stats: a partial result for any number of elements.
 
 struct Stats {
   double sum;      // of x * 2**-range_exponent(abs_max)
   double sum_abs;  // of |x| * 2**-range_exponent(abs_max)
   double sum_sq;   // of (x * 2**-range_exponent(abs_max))**2
-  double abs_max;  // NaN if any element is, else infinity if any is
+  double abs_max;  // NaN if any element is NaN, else infinity if any is infinite
   int64_t n_zero;
   int64_t n_nonfinite;
 };
 
 GRADPROBE_HD Stats identity() { return {0.0, 0.0, 0.0, 0.0, 0, 0}; }
 
-// Adds x to a group whose largest magnitude is known: `factor` = range_factor(of that). The caller must in the end have
-// added the element of that magnitude, otherwise the sums do not belong to abs_max.
+// Adds x to a group of known largest magnitude; `factor` is range_factor of that magnitude. The caller must add the
+// element of that magnitude too, or the sums do not match abs_max.
 GRADPROBE_HD void add(Stats& stats, double x, double factor) {
   const double magnitude = double_of_bits(abs_bits(x));
   const double scaled = x * factor;
@@ -153,17 +152,17 @@ GRADPROBE_HD void add(Stats& stats, double x, double factor) {
   stats.n_nonfinite += !is_finite(magnitude);
 }
 
-// The partial result that fast sums stand for; only where `fast_is_exact` of the group's largest magnitude. The sums of
-// several FastSums of one group add up in double: fill one Stats by hand, or merge what this returns.
+// Converts fast sums to a partial result, if `fast_is_exact` for the group's largest magnitude. Several FastSums of one
+// group add up in double: fill one Stats by hand, or merge these results.
 GRADPROBE_HD Stats widen(const FastSums& sums) {
   return {sums.sum, sums.sum_abs, sums.sum_sq, static_cast<double>(float_of_bits(sums.abs_max_bits)), sums.n_zero, 0};
 }
 
 GRADPROBE_HD double max_magnitude(double a, double b) {
-  return (a > b || a != a) ? a : b;  // a NaN on either side stays
+  return (a > b || a != a) ? a : b;  // NaN if either is
 }
 
-// Brings the sums from exponent `from` to exponent `to`, in steps that are exact powers of two.
+// Rescales the sums from exponent `from` to exponent `to`, in steps that are exact powers of two.
 GRADPROBE_HD void rescale(Stats& stats, int from, int to) {
   for (; from < to; from += 600) {
     stats.sum *= 0x1p-600;
@@ -179,10 +178,10 @@ GRADPROBE_HD Stats merge(Stats a, Stats b) {
   both.abs_max = max_magnitude(a.abs_max, b.abs_max);
   both.n_zero = a.n_zero + b.n_zero;
   both.n_nonfinite = a.n_nonfinite + b.n_nonfinite;
-  // Beside a NaN or an infinity nothing is rescaled: no finite sum, whatever its exponent, changes one that is neither.
+  // With a NaN or an infinity the sums are non-finite whatever the exponents, so they need no rescaling.
   if (is_finite(both.abs_max)) {
     const int exponent = range_exponent(both.abs_max);
-    // A group of zeros has exponent 0 and sums that no scaling changes.
+    // A group of zeros has exponent 0, and scaling does not change its sums.
     rescale(a, range_exponent(a.abs_max), exponent);
     rescale(b, range_exponent(b.abs_max), exponent);
   }
@@ -192,7 +191,7 @@ GRADPROBE_HD Stats merge(Stats a, Stats b) {
   return both;
 }
 
-// Writes the raw row [kStats] of the finished statistics. Counts are exact up to 2**53.
+// Writes the statistics to a raw row [kStats]. Counts are exact up to 2**53.
 GRADPROBE_HD void finish(const Stats& stats, double* row) {
   row[0] = stats.sum;
   row[1] = stats.sum_abs;

@@ -1,12 +1,12 @@
-// The loops over the two parts of the gradient at a shortcut for one instruction set: the statistics of the branch's
-// part, and the sum of its products with the shortcut's.
+// The loops over the two parts of the gradient at x for one instruction set: the statistics of the branch's part, and
+// the sum of its products with the shortcut's part.
 #include "cpu/grad_stats_lanes.h"
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
 namespace gradprobe::cpu::GRADPROBE_ISA {
 
-// Adds the products of two registers to sums of their own: of floats in double, where they are exact.
+// Adds the products of two registers; those of floats in double, where they are exact.
 GRADPROBE_INLINE void add_products(Doubles a, Doubles b, Doubles (&sums)[2]) { sums[0] += a * b; }
 GRADPROBE_INLINE void add_products(Floats a, Floats b, Doubles (&sums)[2]) {
   sums[0] += low(a) * low(b);
@@ -18,11 +18,11 @@ GRADPROBE_INLINE void load_pair(const double* from, Doubles& a, Doubles& b) {
   b = load<Doubles>(from + kDoubles);
 }
 
-// The sum of a * b.
+// Returns the sum of a * b.
 template <typename Register, typename T>
 static double dot(const T* a, const T* b, int64_t n) {
   constexpr int64_t kPair = 2 * sizeof(Register) / sizeof(Register{}[0]);
-  Doubles sums[2][2] = {};  // several, to hide the latency of an addition
+  Doubles sums[2][2] = {};  // several sums, to hide the latency of an addition
   const auto add_pair = [&](const T* of_a, const T* of_b) __attribute__((always_inline)) {
     Register x[2], y[2];
     load_pair(of_a, x[0], x[1]);
@@ -41,15 +41,15 @@ static double dot(const T* a, const T* b, int64_t n) {
   return sum_of_lanes((sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]));
 }
 
-// Sums of products in float, and what they have been emptied into. A lane takes kUnroll / 2 products of a block, so at
-// most 2 * (kFlush + 1) roundings, those of the products included: they err by at most 1.8e-6 of the sum of magnitudes,
-// and a cosine, with what its norms err, by at most 2.9e-6.
+// Float sums of products, and the double total that they are flushed to. Each lane adds kUnroll / 2 products per block,
+// hence at most 2 * (kFlush + 1) roundings including those of the products: an error of at most 1.8e-6 of the sum of
+// magnitudes. With the errors of the norms, a cosine errs by at most 2.9e-6.
 struct FastProducts {
   Floats lanes[2] = {};
   Doubles total{};
 };
 
-// The branch's part as a source; the products with the shortcut's are added up on the way.
+// A source (see add_block) that loads the branch's part and adds up its products with the shortcut's part.
 template <typename T>
 struct BesideShortcut {
   const T* branch;
@@ -89,10 +89,10 @@ GRADPROBE_INLINE void flush_own(const BesideShortcut<T>& source) {
   }
 }
 
-// Whether float held the products of a group. One that overflowed leaves a sum that is no finite number; each subnormal
-// result loses at most 2**-150 where such are not flushed, all of a group 2**-137. Products that cancel, or are all
-// zero, are done again for nothing.
-GRADPROBE_INLINE bool float_held(double sum_of_products) {
+// Whether the products of a group fit into float. Overflow leaves a non-finite sum; each subnormal product loses at
+// most 2**-150 if subnormals are not flushed, those of a whole group 2**-137. Products that cancel or are all zero are
+// computed again needlessly.
+GRADPROBE_INLINE bool fit_into_float(double sum_of_products) {
   return is_finite(sum_of_products) && (sum_of_products >= 0x1p-100 || sum_of_products <= -0x1p-100);
 }
 
@@ -106,7 +106,7 @@ static Stats branch_stats(const T* branch, const T* shortcut, int64_t n, double*
     const BesideShortcut<T> source{branch + begin, shortcut + begin, &products};
     if (!add_fast<T>(source, count, totals)) add_exact(branch + begin, count, totals);
     const double fast = sum_of_lanes(products.total);
-    *sum_of_products += float_held(fast) ? fast : dot<Floats>(branch + begin, shortcut + begin, count);
+    *sum_of_products += fit_into_float(fast) ? fast : dot<Floats>(branch + begin, shortcut + begin, count);
   }
   return finished(totals);
 }

@@ -1,8 +1,8 @@
 // Includes the file GRADPROBE_PER_ISA once for each instruction set, with the compiler's target set to match and
 //   GRADPROBE_ISA           the namespace: baseline, avx2, avx512
 //   GRADPROBE_VECTOR_BYTES  the width of a register: 16, 32 or 64
-//   GRADPROBE_HAS_F16C      1 where the processor converts float16 by itself
-// Hence no include guard, here or there, and headers of the outside world only before it.
+//   GRADPROBE_HAS_F16C      1 if the processor converts float16
+// Hence neither file has an include guard, and system headers must be included before this one.
 
 #define GRADPROBE_ISA baseline
 #define GRADPROBE_VECTOR_BYTES 16

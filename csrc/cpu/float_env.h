@@ -1,5 +1,5 @@
-// Subnormal numbers are data: while a FloatEnvironment lives, this thread neither flushes them nor takes them for zero,
-// whatever the caller has set (torch.set_flush_denormal). The caller's mode comes back at the end.
+// While a FloatEnvironment exists, its thread computes with subnormal numbers, even if the caller flushes them
+// (torch.set_flush_denormal). Its destructor restores the caller's mode.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// grad_stats on the CPU: choice of the instruction set, and chunks of any layout.
+// The statistics of a chunk of any layout, and the choice of the instruction set.
 #include <algorithm>
 #include <cstdint>
 

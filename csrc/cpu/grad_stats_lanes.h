@@ -1,4 +1,4 @@
-// The vector loops of grad_stats for one instruction set, for cpu/each_isa.h.
+// The vector loops of grad_stats for one instruction set (see each_isa.h).
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
@@ -14,7 +14,7 @@ typedef double Doubles __attribute__((vector_size(kBytes)));
 typedef int64_t Longs __attribute__((vector_size(kBytes)));
 typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
 
-// Registers that each sum is spread over, to hide the latency of an addition: more where there are 32 of them.
+// Registers per sum, to hide the latency of an addition. More if the processor has 32 registers.
 #if GRADPROBE_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kUnroll = 4;
 #else
@@ -22,19 +22,19 @@ constexpr int kUnroll = 2;
 #endif
 constexpr int kBlock = kUnroll * kFloats;
 
-// Float accumulators are emptied into double ones after this many blocks, the last time with the padded tail as one
-// more. An element then passes at most kFlush roundings in its lane (the first addition, to zero, is exact) and two
-// more where the four registers meet. At 2**-24 each, with that of the square on machines without FMA, sum_abs errs by
-// at most 9.6e-7 and sum_sq by 1.01e-6 of itself, hence the norm by 5.1e-7, whatever the data (constant inputs, where
-// all roundings go one way, included), and typically by 1e-8. The signed sum errs by 9.6e-7 of sum_abs at worst; on
-// random signs by about 6e-8 * sqrt(n) * rms, that is 6e-8 of the sum's own standard deviation. Adding it in double
-// takes 1.8 times as long in cache (measured on Zen 4).
+// Float accumulators are flushed to double ones after this many blocks; the last flush may include the padded tail as
+// one more block. An element then passes at most kFlush roundings in its lane (the first addition, to zero, is exact)
+// and two more when four registers are summed. At 2**-24 each, plus that of the square on machines without FMA, the
+// relative error is at most 9.6e-7 for sum_abs, 1.01e-6 for sum_sq and so 5.1e-7 for the norm, whatever the data
+// (including constant inputs, where all roundings go the same way), and typically 1e-8. The signed sum errs by at
+// most 9.6e-7 of sum_abs; with random signs by about 6e-8 * sqrt(n) * rms, i.e. 6e-8 of its standard deviation. Adding
+// in double takes 1.8 times as long in cache (measured on Zen 4).
 constexpr int kFlush = 14;
 static_assert(kFlush + 2 <= kFastAdds);
 
-// Elements whose own largest magnitude decides whether they are done again: 16 KiB of float32 or float64, so the second
-// read is from L1.
-constexpr int64_t kGroup = 4096;  // 16-bit lanes can count them
+// Elements of a group, whose largest magnitude decides whether it is added again: 16 KiB of float32 or float64, so that
+// the second read hits L1.
+constexpr int64_t kGroup = 4096;  // few enough for 16-bit counters
 constexpr int64_t kDoubleGroup = 2048;
 
 template <typename Vector>
@@ -44,17 +44,17 @@ GRADPROBE_INLINE Vector load(const void* from) {
   return vector;
 }
 
-// ---- What the compilers do not find by themselves.
+// ---- Operations that compilers do not vectorise well by themselves.
 
-// Two registers of elements, in any order.
+// Loads two registers of elements, in any order.
 GRADPROBE_INLINE void load_pair(const float* from, Floats& a, Floats& b) {
   a = load<Floats>(from);
   b = load<Floats>(from + kFloats);
 }
 
 GRADPROBE_INLINE void load_pair(const BFloat16* from, Floats& a, Floats& b) {
-  // A bfloat16 is the upper half of a float32: elements of even and of odd number, without widening. (Little-endian or
-  // not.)
+  // A bfloat16 is the upper half of a float32: split even and odd elements instead of widening. Works for any
+  // endianness.
   const Ints two_per_lane = load<Ints>(from);
   a = (Floats)(two_per_lane << 16);
   b = (Floats)(two_per_lane & ~0xffff);
@@ -69,7 +69,7 @@ GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
 GRADPROBE_INLINE Doubles low(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
 GRADPROBE_INLINE Doubles high(Floats x) { return (Doubles)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
 
-// Counts in general registers, which have nothing else to do.
+// Counts in general registers, which are otherwise idle.
 using Count = int64_t;
 GRADPROBE_INLINE Count count_nonzero(Ints magnitude_a, Ints magnitude_b) {
   return __builtin_popcount(_mm512_test_epi32_mask((__m512i)magnitude_a, (__m512i)magnitude_a)) +
@@ -85,7 +85,7 @@ GRADPROBE_INLINE void load_pair(const Float16* from, Floats& a, Floats& b) {
 GRADPROBE_INLINE Doubles low(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
 GRADPROBE_INLINE Doubles high(Floats x) { return (Doubles)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
 
-// Counts in lanes of 16 bits, two registers of elements at once.
+// Counts in 16-bit lanes, two registers of elements at a time.
 using Count = Shorts;
 GRADPROBE_INLINE Count count_nonzero(Ints magnitude_a, Ints magnitude_b) {
   const __m256i packed = _mm256_packus_epi32((__m256i)magnitude_a, (__m256i)magnitude_b);
@@ -94,11 +94,11 @@ GRADPROBE_INLINE Count count_nonzero(Ints magnitude_a, Ints magnitude_b) {
 
 #else
 
-// float16 in the low half of each lane to float32.
+// Converts the float16 in the low half of each lane to float32.
 GRADPROBE_INLINE Floats widen_half(Ints bits) {
   const Ints magnitude = (bits & 0x7fff) << 13;
-  // Moves the exponent from bias 15 to 127; exact for subnormal numbers too. Infinity and NaN get the exponent that
-  // they need.
+  // Changes the exponent's bias from 15 to 127, exactly for subnormal numbers too. Infinity and NaN get their exponent
+  // separately.
   const Ints finite = (Ints)((Floats)magnitude * 0x1p+112f);
   const Ints is_nonfinite = magnitude >= (0x7c00 << 13);
   return (Floats)(finite | (is_nonfinite & kFloatInfBits) | ((bits & 0x8000) << 16));
@@ -147,7 +147,7 @@ GRADPROBE_INLINE auto largest_lane(Vector vector) {
   return largest;
 }
 
-// The registers of an array as one, pairwise.
+// Adds the registers of an array, pairwise.
 template <typename Vector>
 GRADPROBE_INLINE Vector sum_of_registers(const Vector (&lanes)[kUnroll]) {
   if constexpr (kUnroll == 2) {
@@ -166,7 +166,7 @@ GRADPROBE_INLINE Vector largest_register(const Vector (&lanes)[kUnroll]) {
   }
 }
 
-// Double accumulators of a chunk of float32 or half-precision elements: there the range exponent is always 0.
+// Double accumulators of a chunk of float32 or half-precision elements, whose range exponent is always 0.
 struct Totals {
   Doubles sum{};
   Doubles sum_abs{};
@@ -181,11 +181,12 @@ GRADPROBE_INLINE void flush(Floats (&lanes)[kUnroll], Doubles& total) {
   total += low(sum) + high(sum);
 }
 
-// Called where the float accumulators are emptied, for a source that has some of its own.
+// Called when the float accumulators are flushed; overloaded for a source that has accumulators of its own.
 template <typename Source>
 GRADPROBE_INLINE void flush_own(const Source& /*source*/) {}
 
-// One full block into the float accumulators. A source gives pairs of registers by load_pair, and moves on by +.
+// Adds a full block to the float accumulators. A source is a pointer or a class like one: load_pair() reads two
+// registers from it, and + advances it.
 template <typename Source>
 GRADPROBE_INLINE void add_block(Source data, Floats (&sum)[kUnroll], Floats (&sum_abs)[kUnroll],
                                 Floats (&sum_sq)[kUnroll], Ints (&abs_max)[kUnroll], Count& nonzero) {
@@ -203,13 +204,14 @@ GRADPROBE_INLINE void add_block(Source data, Floats (&sum)[kUnroll], Floats (&su
   for (int u = 0; u < kUnroll; u += 2) nonzero += count_nonzero(magnitude[u], magnitude[u + 1]);
 }
 
-// The last elements of a source, fewer than a block, with zeros after the end.
+// Loads the last elements of a source, fewer than a block, and leaves the zeros after them.
 template <typename T>
 GRADPROBE_INLINE void load_tail(const T* from, int64_t n, T (&tail)[kBlock]) {
   __builtin_memcpy(tail, from, n * sizeof(T));
 }
 
-// A group in float; false, and nothing added, if its magnitudes need more. The tail of a source consists of T.
+// Adds a group in float. Returns false, and adds nothing, if its magnitudes do not allow that. T: type of the tail's
+// elements.
 template <typename T, typename Source>
 GRADPROBE_INLINE bool add_fast(Source data, int64_t n, Totals& totals) {
   Doubles sum{}, sum_abs{}, sum_sq{};
@@ -227,7 +229,7 @@ GRADPROBE_INLINE bool add_fast(Source data, int64_t n, Totals& totals) {
     }
     const bool is_last = blocks == 0;
     if (is_last && n_tail != 0) {
-      // Zeros after the end change no statistic but the number of zeros, which is n - nonzero.
+      // Padding with zeros changes only the number of zeros, which is computed as n - nonzero.
       T tail[kBlock] = {};
       load_tail(at, n_tail, tail);
       add_block<const T*>(tail, sums[0], sums[1], sums[2], abs_max, nonzero);
@@ -248,7 +250,7 @@ GRADPROBE_INLINE bool add_fast(Source data, int64_t n, Totals& totals) {
   return true;
 }
 
-// One register of elements in double.
+// Adds a register of elements in double.
 GRADPROBE_INLINE void add_exact(Floats x, Totals& totals, Ints& abs_max, Ints& nonzero, Ints& nonfinite) {
   const Ints magnitude = (Ints)x & 0x7fffffff;
   const Doubles low_x = low(x);
@@ -261,7 +263,8 @@ GRADPROBE_INLINE void add_exact(Floats x, Totals& totals, Ints& abs_max, Ints& n
   nonfinite -= magnitude >= kFloatInfBits;
 }
 
-// A group of any magnitudes, NaN and infinity included: in double no square of a float32 overflows or loses digits.
+// Adds a group of any magnitudes, including NaN and infinity: in double no square of a float32 overflows or loses
+// digits.
 template <typename T>
 __attribute__((noinline)) static void add_exact(const T* data, int64_t n, Totals& totals) {
   Ints abs_max{}, nonzero{}, nonfinite{};
@@ -328,8 +331,8 @@ struct DoubleSums {
   }
 };
 
-// A group of float64, times `factor` if kScaled. Without, non-finite elements are not counted: then the group is done
-// again.
+// Returns the statistics of a group of float64, times `factor` if kScaled. Non-finite elements are counted only if
+// kScaled: the caller adds such a group again.
 template <bool kScaled>
 static Stats add_doubles(const double* data, int64_t n, double factor) {
   constexpr int64_t kDoubleBlock = kUnroll * kDoubles;

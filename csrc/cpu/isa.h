@@ -1,4 +1,4 @@
-// The instruction sets that the CPU kernels are compiled for, and what their files need for it.
+// Compiler macros to compile the CPU kernels for several instruction sets.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -11,13 +11,13 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Vectors never cross the boundary of a function that is not inlined.
+// Concerns vector arguments of functions; ours are always inlined.
 #pragma GCC diagnostic ignored "-Wpsabi"
-// GCC's own AVX-512 headers start from a register that they leave undefined on purpose (GCC bug 105593).
+// GCC's AVX-512 headers use undefined registers on purpose (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-// The function of that name for an instruction set.
+// The function `function`, compiled for the instruction set `isa`.
 #if defined(GRADPROBE_X86_LEVELS)
 #define GRADPROBE_CHOOSE(isa, function)                        \
   ((isa) == ::gradprobe::cpu::Isa::kAvx512 ? &avx512::function \
@@ -27,7 +27,7 @@
 #define GRADPROBE_CHOOSE(isa, function) (static_cast<void>(isa), &baseline::function)
 #endif
 
-// Before a loop: no iteration touches memory that another writes.
+// Before a loop, promises that no iteration accesses memory that another one writes.
 #if defined(__clang__)
 #define GRADPROBE_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else

@@ -1,4 +1,5 @@
-// The CPU kernels: raw pointers in, statistics out. No torch, no threads: register.cpp brings both.
+// The CPU kernels: raw pointers in, statistics out, one chunk per call and without threads. parallel.h runs them on
+// many tensors.
 #pragma once
 
 #include <cstdint>
@@ -14,30 +15,30 @@ inline constexpr int64_t item_bytes(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// Elements of a chunk, the unit of work of a thread. Fixed, so that results do not depend on the number of threads.
+// Elements of a chunk, a thread's unit of work. Constant, so that results do not depend on the number of threads.
 inline constexpr int64_t kChunkNumel = 65536;
 
 // The instruction sets that the kernels are compiled for.
 enum class Isa : int { kBaseline, kAvx2, kAvx512 };
 inline constexpr int kIsas = 3;
 
-bool can_run(Isa isa);  // on this processor, and compiled in
+bool can_run(Isa isa);  // whether this processor has it and we compiled for it
 Isa best_isa();
 
-// A tensor as the kernels see it. `strides` is null for dense memory.
+// A tensor as the kernels see it.
 struct View {
   const void* data;
   Dtype dtype;
   int64_t numel;
-  const Dims* dims;  // null: dense, walked as flat memory
+  const Dims* dims;  // null for dense memory, which is visited as one flat range
 };
 
-// Statistics of elements [begin, end) of the view in walking order, end - begin <= kChunkNumel. Needs a
-// FloatEnvironment in force.
+// Returns the statistics of elements [begin, end) of the view in the order of `dims`, with end - begin <= kChunkNumel.
+// Requires a FloatEnvironment.
 Stats chunk_stats(const View& view, int64_t begin, int64_t end, Isa isa);
 
-// Multiplies elements [begin, end) in place, each product rounded once to the dtype: in double for kFloat64, else in
-// float.
+// Multiplies elements [begin, end) in place, in double for kFloat64, else in float, and rounds each product to the
+// dtype once.
 void scale_chunk(const View& view, int64_t begin, int64_t end, double coefficient, Isa isa);
 
 }  // namespace gradprobe::cpu

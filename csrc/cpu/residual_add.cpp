@@ -1,6 +1,6 @@
-// The junction of a residual block on the CPU. A chunk is written in the caller's flush mode, as torch's own add and
-// relu write it; its statistics are taken on the way, or from cache, and count subnormal numbers in either mode: main
-// memory sees each operand once.
+// The residual add on the CPU. A chunk is computed in the caller's flush mode, like torch's add and relu. Its
+// statistics come from registers or from cache, so each operand is read from main memory once, and count subnormal
+// numbers in either mode.
 #include "cpu/residual_add.h"
 
 #include <cstdint>

@@ -1,20 +1,19 @@
-// The loops of residual_add for one instruction set, for cpu/each_isa.h. Without statistics they are left to the
-// compiler to vectorise; for float32 with statistics, a group of elements is computed, written and counted in
-// registers, by the loops of grad_stats.
+// The loops of residual_add for one instruction set (see each_isa.h). Loops without statistics are vectorised by the
+// compiler. For float32 with statistics, the loops of grad_stats compute, store and count elements while in registers.
 #include "cpu/branch_loops.h"
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
 namespace gradprobe::cpu::GRADPROBE_ISA {
 
-// As torch.relu on the CPU: NaN and -0 stay what they are.
+// Like torch.relu on the CPU, keeps NaN and -0.
 template <bool kRelu, typename T>
 static inline T join(T x, T f) {
   const T sum = x + f;
   return kRelu && sum < 0 ? T{0} : sum;
 }
 
-// y may be x or f, so no pointer is restricted: each element depends on those of its own number alone.
+// No pointer is restricted because y may be x or f. An element depends only on those with the same index.
 template <bool kRelu, typename T>
 static void add(const T* x, const T* f, T* y, int64_t n) {
   GRADPROBE_INDEPENDENT
@@ -37,7 +36,7 @@ static void add_float16(const uint16_t* x, const uint16_t* f, uint16_t* y, int64
     const __m256 of_x = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
     const __m256 of_f = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i)));
     __m256 sum = _mm256_add_ps(of_x, of_f);
-    if (kRelu) sum = _mm256_max_ps(_mm256_setzero_ps(), sum);  // gives its second operand for NaN and for two zeros
+    if (kRelu) sum = _mm256_max_ps(_mm256_setzero_ps(), sum);  // returns its second operand for NaN and for two zeros
     _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i),
                      _mm256_cvtps_ph(sum, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
@@ -76,7 +75,7 @@ static void mask_bfloat16(const uint16_t* grad_y, const uint16_t* y, uint16_t* _
   }
 }
 
-// By the bits: positive, or NaN of either sign.
+// Tests the bits of y: positive, or NaN of either sign.
 static void mask_float16(const uint16_t* grad_y, const uint16_t* y, uint16_t* __restrict grad_x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const uint16_t bits = y[i];
@@ -104,7 +103,7 @@ static void mask_dense(Dtype dtype, const void* grad_y, const void* y, void* gra
 
 GRADPROBE_INLINE void store(float* to, Floats x) { __builtin_memcpy(to, &x, sizeof x); }
 
-// Sources of x + f and of the masked gradient for add_fast: what they give, they write too.
+// Sources for add_fast (see add_block): x + f and the masked gradient. They also store the values that they return.
 template <bool kRelu>
 struct Joined {
   const float* x;
@@ -157,7 +156,7 @@ GRADPROBE_INLINE void load_tail(Masked from, int64_t n, float (&tail)[kBlock]) {
   __builtin_memcpy(tail, from.grad_x, n * sizeof(float));
 }
 
-// Both need a mode in which subnormal numbers count, so they are not for a caller who flushes them.
+// Requires, like masked_stats, that the caller does not flush subnormal numbers.
 template <bool kRelu>
 static Stats joined_stats(const float* x, const float* f, float* y, int64_t n) {
   Totals totals;
@@ -171,7 +170,7 @@ static Stats joined_stats(const float* x, const float* f, float* y, int64_t n) {
 
 #if GRADPROBE_VECTOR_BYTES == 64
 
-// Sums of one row of two, in two registers each; half of what there is.
+// The sums of one of two rows, two registers each, so that both rows fit into the registers.
 struct RowSums {
   Floats sum[2] = {};
   Floats sum_abs[2] = {};
@@ -183,8 +182,8 @@ struct RowSums {
   }
 };
 
-// A group of the incoming gradient and of what passes, in one go: y gives a mask, under which the second row is added.
-// `is_added` tells of which of the two rows; the other's magnitudes need more.
+// Adds a group to both rows in one pass: the incoming gradient, and the outgoing one under the mask of y. `is_added`
+// says for each row whether its magnitudes allowed sums in float; if not, nothing is added to it.
 GRADPROBE_INLINE void add_both(Masked data, int64_t n, Totals (&totals)[2], bool (&is_added)[2]) {
   constexpr int64_t kPair = 2 * kFloats;
   Doubles sums[2][3] = {};
@@ -248,7 +247,7 @@ GRADPROBE_INLINE void add_both(Masked data, int64_t n, Totals (&totals)[2], bool
 
 #else
 
-// With fewer registers, or no masks, one row after the other: the second read is from L1.
+// With fewer registers or no masks, adds one row after the other: the second read hits L1.
 GRADPROBE_INLINE void add_both(Masked data, int64_t n, Totals (&totals)[2], bool (&is_added)[2]) {
   is_added[1] = add_fast<float>(data, n, totals[1]);
   is_added[0] = add_fast<float>(data.grad_y, n, totals[0]);
@@ -268,7 +267,7 @@ static void masked_stats(const float* grad_y, const float* y, float* grad_x, int
   for (int row = 0; row < 2; ++row) of_both[row] = finished(totals[row]);
 }
 
-// ---- A chunk.
+// ---- Chunks of any dtype.
 
 static void join_chunk(Dtype dtype, const void* x, const void* f, void* y, int64_t n, bool relu, Stats* of_y) {
   if (of_y != nullptr && dtype == Dtype::kFloat32 && !FloatEnvironment::flushes()) {

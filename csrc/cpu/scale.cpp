@@ -1,4 +1,4 @@
-// Multi-tensor multiplication in place on the CPU. Flush modes stay as the caller has them, as in torch's own mul_.
+// In-place multiplication on the CPU, in the caller's flush mode, like torch's mul_.
 #include <algorithm>
 #include <cstdint>
 

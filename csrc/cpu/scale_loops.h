@@ -1,4 +1,4 @@
-// The loops of scale_ for one instruction set, for cpu/each_isa.h; left to the compiler to vectorise.
+// The loops of scale_ for one instruction set (see each_isa.h), vectorised by the compiler.
 
 namespace gradprobe::cpu::GRADPROBE_ISA {
 
