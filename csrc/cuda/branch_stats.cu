@@ -1,18 +1,16 @@
-// The two parts of the gradient at the shortcut of a residual block, read once each: the statistics of what came
-// through the branch, and the sum of its products with what came by the shortcut, in double. Any dense layout, the same
-// for both.
-#include "finish.cuh"
+// Statistics of the two parts of the gradient at x, the input of a residual block, reading each once: those of the
+// branch's part, and the sum of its products with the shortcut's part, in double. Both have the same dense layout.
+#include "cuda/finish.cuh"
 
 namespace gradprobe::cuda {
 namespace {
 
-constexpr int kLoads = 2;  // 16-byte loads in flight for each thread and operand
+constexpr int kLoads = 2;  // 16-byte loads in flight per thread and operand
 
-// The products of a thread. As statistics, their sum stands in the place of the squares, beside a magnitude of which it
-// has the range.
+// The sum of a thread's products. As Stats, it is in sum_sq, with an abs_max that has its range exponent.
 template <typename Number>
 struct ThreadProducts {
-  double sum = 0.0;  // products of floats are exact in double, and stay in its range
+  double sum = 0.0;  // products of floats are exact in double and in its range
 
   __device__ __forceinline__ void add(float a, float b) { sum += static_cast<double>(a) * static_cast<double>(b); }
 
@@ -42,7 +40,7 @@ struct ThreadProducts<double> {
         return {0.0, 0.0, sum_of_large, 0x1p+600, 0, 0};
       case -600:
         return {0.0, 0.0, sum_of_small, 0x1p-600, 0, 0};
-      default:  // zero stands beside any range
+      default:  // a sum of zero needs no range
         return {0.0, 0.0, sum, geometric_mean == 0.0 ? 0.0 : 1.0, 0, 0};
     }
   }
@@ -78,7 +76,7 @@ struct Parts {
   }
 };
 
-// n vectors, kThreads vectors apart.
+// Adds n vectors, kThreads vectors apart.
 template <typename T, int n>
 __device__ __forceinline__ void add_vectors(Parts<T>& parts, const T* branch, const T* shortcut) {
   Vector<T> of_branch[n];
@@ -91,12 +89,12 @@ __device__ __forceinline__ void add_vectors(Parts<T>& parts, const T* branch, co
   parts.add(of_branch, of_shortcut);
 }
 
-// partials [2, n_chunks] and rows [2, kStats]: of the branch, of the products. Two kinds of sums need more registers
-// than kBlocksPerMultiprocessor leaves.
+// partials [2, n_chunks] and rows [2, kStats]: branch, products. Two kinds of sums need more registers than
+// kBlocksPerMultiprocessor allows.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
-    part_chunks(const T* branch, const T* shortcut, int64_t numel, Stats* partials, double* rows,
-                const int32_t* enabled) {
+    branch_chunks(const T* branch, const T* shortcut, int64_t numel, Stats* partials, double* rows,
+                  const int32_t* enabled) {
   if (!is_on(enabled)) return;
   constexpr int kNumel = kVectorNumel<T>;
   const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
@@ -104,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
   shortcut += chunk.begin;
   const int n = static_cast<int>(chunk.end - chunk.begin);
   const uintptr_t apart = reinterpret_cast<uintptr_t>(branch) ^ reinterpret_cast<uintptr_t>(shortcut);
-  // Operands that are never aligned at the same element go one by one.
+  // Operands that are not aligned at the same element are read one element at a time.
   const Split split = apart % kVectorBytes == 0 ? split_range(branch, n) : Split{n, 0, 0};
   const int thread = static_cast<int>(threadIdx.x);
 
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
   }
 
   const Stats of_branch = merge_block(parts.branch.stats());
-  __syncthreads();  // merge_block's shared memory is used again
+  __syncthreads();  // merge_block's shared memory is reused
   const Stats of_products = merge_block(parts.products.stats());
   if (thread != 0) return;
   if (gridDim.x == 1) {
@@ -145,7 +143,7 @@ cudaError_t branch_stats(const void* branch, const void* shortcut, int64_t numel
   if (n_chunks > 0) {
     const cudaError_t error = with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      return launch(part_chunks<T>, n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
+      return launch(branch_chunks<T>, n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
                     numel, partials, rows, enabled);
     });
     if (error) return error;

@@ -1,4 +1,4 @@
-// What the kernels share: element types, 16-byte access, the sums of a thread and of a block, launching.
+// Device code that the kernels share: element types, 16-byte access, sums of a thread and of a block, launching.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,15 +9,15 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../core/chunks.h"
-#include "../core/stats.h"
-#include "launch.h"
+#include "core/chunks.h"
+#include "core/stats.h"
+#include "cuda/launch.h"
 
 namespace gradprobe::cuda {
 
 inline constexpr int kThreads = 256;
 inline constexpr int kWarp = 32;
-// What the registers of every kernel must allow: 1024 threads, half of an H100's, all of a T4's.
+// Blocks that a kernel's registers should allow: 1024 threads, half of an H100's, all of a T4's.
 inline constexpr int kBlocksPerMultiprocessor = 4;
 inline constexpr int kVectorBytes = 16;
 inline constexpr int kChunkBytes = 64 * 1024;
@@ -28,7 +28,7 @@ inline constexpr int kVectorNumel = kVectorBytes / static_cast<int>(sizeof(T));
 template <typename T>
 inline constexpr int kChunkNumel = kChunkBytes / static_cast<int>(sizeof(T));
 
-// Kernel parameters hold 32,764 bytes from CUDA 12.1 on (compute capability 7.0 and up), 4,096 before.
+// Size limit of kernel parameters: 32,764 bytes from CUDA 12.1 on (compute capability 7.0 and up), 4,096 before.
 inline constexpr int kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
 // ---- Elements
@@ -57,7 +57,7 @@ struct alignas(kVectorBytes) Vector {
   T element[kVectorNumel<T>];
 };
 
-// Of memory that nobody writes while the kernel runs.
+// Loads from memory that nobody writes while the kernel runs.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_constant_vector(const T* address) {
   const uint4 bytes = __ldg(reinterpret_cast<const uint4*>(address));
@@ -66,7 +66,7 @@ __device__ __forceinline__ Vector<T> load_constant_vector(const T* address) {
   return vector;
 }
 
-// Of memory that the kernel may write in place.
+// Loads from memory that the kernel may write in place.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* address) {
   const uint4 bytes = __ldcg(reinterpret_cast<const uint4*>(address));
@@ -98,7 +98,7 @@ cudaError_t with_type(Element element, Body&& body) {
   return cudaErrorInvalidValue;
 }
 
-// Where the 16-byte vectors of a range lie: `head` single elements before them, `tail` after.
+// A range split at 16-byte boundaries: `head` single elements, vectors, `tail` single elements.
 struct Split {
   int head;
   int n_vectors;
@@ -116,8 +116,8 @@ __device__ __forceinline__ Split split_range(const T* begin, int numel) {
 
 // ---- Sums of one thread
 
-// float and narrower: sums of groups in float, carried in double. Their raw rows have exponent 0 always (float's range
-// lies within).
+// For float and narrower types: sums of groups in float, accumulated in double. The exponent of their raw rows is
+// always 0.
 template <typename Number>
 struct ThreadSums {
   double sum = 0.0;
@@ -185,8 +185,8 @@ __device__ __forceinline__ Stats shuffle_down(const Stats& stats, int delta) {
           __shfl_down_sync(kAllLanes, stats.n_zero, delta), __shfl_down_sync(kAllLanes, stats.n_nonfinite, delta)};
 }
 
-// The statistics of all threads of the block, in thread 0, merged in a fixed order. Two calls need a barrier between
-// them.
+// Merges the statistics of all threads of the block in a fixed order; thread 0 gets the result. Two calls need a
+// barrier between them.
 [[maybe_unused]] static __device__ Stats merge_block(const Stats& mine) {
   __shared__ Stats of_thread[kThreads];
   of_thread[threadIdx.x] = mine;

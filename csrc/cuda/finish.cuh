@@ -1,10 +1,10 @@
-// The second launch: merges the partial results of each row's chunks and writes the rows.
+// The second launch: merges each row's partial results and writes the rows.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace gradprobe::cuda {
-namespace {  // each file that includes this has its own kernel
+namespace {  // every file that includes this gets its own kernel
 
 template <int kCapacity>
 struct FinishTable {
@@ -16,10 +16,9 @@ struct FinishTable {
 inline constexpr int kFinishRows = (kParameterBytes - 32) / 12;
 inline constexpr int kFinishRowsSmall = 64;
 
-constexpr int kPartialLoads = 4;  // in flight for each thread
+constexpr int kPartialLoads = 4;  // loads in flight per thread
 
-// One block for each row. Threads stride over the partials with several loads in flight, since a row may have 1e5 of
-// them.
+// One block per row. Threads stride over the partials with several loads in flight: a row may have 1e5 of them.
 template <int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     merge_partials(const FinishTable<kCapacity> __grid_constant__ table, const Stats* partials, double* rows,
@@ -41,8 +40,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) finish(all, rows + int64_t{kStats} * table.row[blockIdx.x]);
 }
 
-// Collects rows that need merging. The caller flushes when full, once the launches that write the partials are
-// enqueued.
+// Collects the rows to merge. The caller flushes it when full, after enqueuing the launches that write the partials.
 class Finisher {
  public:
   Finisher(const Stats* partials, double* rows, const int32_t* enabled, cudaStream_t stream)

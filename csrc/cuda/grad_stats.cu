@@ -1,16 +1,16 @@
-// The six statistics of many tensors, each element read once.
+// The six statistics of many tensors, reading each element once.
 //
-// One block for each chunk (64 KiB) of each tensor. A block finds its tensor by binary search in the launch's table,
-// sums its chunk and writes the row if the tensor has no other chunk, otherwise a partial result that the second launch
-// merges. No atomics: the order of every sum is fixed by the tensor's size and alignment.
-#include "device.cuh"
-#include "finish.cuh"
-#include "table.cuh"
+// One block per chunk (64 KiB) of a tensor. A block finds its tensor by binary search in the launch's table and sums
+// its chunk. It writes the row if the tensor has no other chunk, else a partial result for the second launch to merge.
+// There are no atomics: the order of every sum depends only on the tensor's size and alignment.
+#include "cuda/device.cuh"
+#include "cuda/finish.cuh"
+#include "cuda/table.cuh"
 
 namespace gradprobe::cuda {
 namespace {
 
-constexpr int kLoads = 4;  // 16-byte loads in flight for each thread
+constexpr int kLoads = 4;  // 16-byte loads in flight per thread
 
 template <typename T>
 __device__ __forceinline__ void add_range(ThreadSums<Wide<T>>& sums, const T* begin, int numel) {
@@ -72,7 +72,7 @@ cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* par
                         const int32_t* enabled, cudaStream_t stream) {
   Finisher finisher(partials, rows, enabled, stream);
   Packer<T, kCapacity> packer;
-  int64_t chunks_done = 0;  // of the launches before
+  int64_t chunks_done = 0;  // by earlier launches
 
   const auto flush = [&]() -> cudaError_t {
     if (packer.n_chunks() == 0) return cudaSuccess;

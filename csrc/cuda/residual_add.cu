@@ -1,14 +1,14 @@
-// The junction of a residual block in one pass: y = x + f, or max(x + f, 0), with the statistics of y; backward, one
-// gradient for both branches, with its statistics and those of the gradient that came in. The same without statistics.
-// Any dense layout, the same for all operands.
-#include "finish.cuh"
+// The residual add in one pass: y = x + f, or max(x + f, 0), with the statistics of y. The backward computes the
+// gradient of both operands, with the statistics of the incoming and the outgoing gradient. Both also without
+// statistics. All operands have the same dense layout.
+#include "cuda/finish.cuh"
 
 namespace gradprobe::cuda {
 namespace {
 
-constexpr int kLoads = 2;  // 16-byte loads in flight for each thread and operand
+constexpr int kLoads = 2;  // 16-byte loads in flight per thread and operand
 
-// The tensors whose statistics a pass takes.
+// Which tensors' statistics a pass takes.
 enum class Counted { kNone, kOutgoing, kBoth };
 
 struct Add {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void add_vectors(ThreadSums<Wide<T>>& sums, const Vec
   }
 }
 
-// n vectors, `stride` elements apart.
+// Computes n vectors, `stride` elements apart.
 template <typename T, typename Operation, Counted counted, int n>
 __device__ __forceinline__ void apply_vectors(const T* a, const T* b, T* out, int stride,
                                               [[maybe_unused]] Sums<T, counted>& sums) {
@@ -107,13 +107,13 @@ __device__ __forceinline__ void put(const Stats& stats, bool is_whole, Stats* pa
   }
 }
 
-// What a thread does of a chunk of n elements.
+// Computes a thread's part of a chunk of n elements.
 template <typename T, typename Operation, Counted counted>
 __device__ __forceinline__ void apply_chunk(const T* a, const T* b, T* out, int n, Sums<T, counted>& sums) {
   constexpr int kNumel = kVectorNumel<T>;
   const uintptr_t apart = (reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) |
                           (reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(out));
-  // Operands that are never aligned at the same element go one by one.
+  // Operands that are not aligned at the same element are read one element at a time.
   const Split split = apart % kVectorBytes == 0 ? split_range(a, n) : Split{n, 0, 0};
   const int thread = static_cast<int>(threadIdx.x);
 
@@ -133,8 +133,7 @@ __device__ __forceinline__ void apply_chunk(const T* a, const T* b, T* out, int 
   }
 }
 
-// rows: none, [1, kStats] of the outgoing, or [2, kStats] of the incoming and the outgoing. partials alike,
-// [*, n_chunks].
+// rows: null, [1, kStats] (outgoing) or [2, kStats] (incoming, outgoing). partials: likewise, [*, n_chunks].
 template <typename T, typename Operation, Counted counted>
 // Two sets of sums need more registers than kBlocksPerMultiprocessor leaves.
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted == Counted::kBoth ? 2 : 0))
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted 
   [[maybe_unused]] const bool is_whole = gridDim.x == 1;
   if constexpr (counted == Counted::kBoth) {
     put(merge_block(sums.incoming.stats()), is_whole, partials + blockIdx.x, rows);
-    __syncthreads();  // merge_block's shared memory is used again
+    __syncthreads();  // merge_block's shared memory is reused
     partials += gridDim.x;
     rows += kStats;
   }

@@ -1,11 +1,11 @@
-// Multiplies many tensors by one number on the device, as gradient clipping does: no host waits for the norm, and
-// nothing is read where the number turns out to be 1.
-#include "table.cuh"
+// Multiplies many tensors by a number on the device, for gradient clipping: the host does not wait for the norm, and no
+// tensor is read if the number is 1.
+#include "cuda/table.cuh"
 
 namespace gradprobe::cuda {
 namespace {
 
-constexpr int kLoads = 4;  // 16-byte loads in flight for each thread
+constexpr int kLoads = 4;  // 16-byte loads in flight per thread
 
 template <typename T>
 __device__ __forceinline__ T scaled(T x, Wide<T> factor) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int thread = static_cast<int>(threadIdx.x);
 
   int v = thread;
-#pragma unroll 1  // the loads of one round are enough in flight
+#pragma unroll 1  // one iteration has enough loads in flight
   for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads) {
     Vector<T> loaded[kLoads];
 #pragma unroll

@@ -1,30 +1,30 @@
-// The table of a multi-tensor launch. It travels in the kernel's parameters: nothing is copied to the device, so there
-// is no buffer to wait for or to keep alive, and a captured CUDA graph holds its own copy.
+// The table of a multi-tensor launch, passed in kernel parameters: there is no upload, no buffer to wait for or keep
+// alive, and a captured CUDA graph has its own copy.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/device.cuh"
 
 namespace gradprobe::cuda {
 
-// 16 bytes a tensor: what does not fit is told by what does.
+// 16 bytes per tensor; everything else about a tensor follows from these.
 template <int kCapacity>
 struct TensorTable {
   const void* data[kCapacity];
   uint32_t first_chunk[kCapacity + 1];  // number of the tensor's first chunk within this launch
-  uint16_t last_numel[kCapacity];       // elements of the tensor's last chunk, less one
-  uint16_t row[kCapacity];              // less the launch's first row
+  uint16_t last_numel[kCapacity];       // elements of the tensor's last chunk, minus one
+  uint16_t row[kCapacity];              // relative to the launch's first row
   int32_t n_tensors;
 };
 
 inline constexpr int kTensors = (kParameterBytes - 64) / 16;
-inline constexpr int kTensorsSmall = 128;  // small models pay for 2 KiB of parameters, not for 32
+inline constexpr int kTensorsSmall = 128;  // small models pass 2 KiB of parameters, not 32
 
 // The part of a tensor that a block works on.
 template <typename T>
 struct Piece {
   const T* begin;
   int numel;
-  int64_t tensor;  // in the table
+  int64_t tensor;  // index in the table
   bool is_whole;   // the tensor has no other chunk
 };
 
@@ -39,7 +39,7 @@ __device__ __forceinline__ Piece<T> find_piece(const TensorTable<kCapacity>& tab
           n_chunks == 1};
 }
 
-// Fills the table on the host. The caller launches and clears when a tensor no longer fits.
+// Fills the table on the host. The caller launches and clears it when a tensor no longer fits.
 template <typename T, int kCapacity>
 class Packer {
  public:
@@ -48,7 +48,7 @@ class Packer {
     return table_.n_tensors == 0 || (table_.n_tensors < kCapacity && row_span >= 0 && row_span <= 0xffff);
   }
 
-  // tensor: not empty.
+  // Adds a tensor that is not empty.
   void add(const TensorSpan& tensor) {
     if (table_.n_tensors == 0) first_row_ = tensor.row;
     const int at = table_.n_tensors++;

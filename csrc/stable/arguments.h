@@ -1,4 +1,4 @@
-// Reading and checking the operators' arguments, alike for every device.
+// Reads and checks the operators' arguments on any device.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -45,7 +45,7 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// The element type of an argument. `index`: of the tensor in a list, if it is in one.
+// Returns the element type of argument `name`, or of its element `index` if it is a list.
 inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
@@ -58,7 +58,7 @@ inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t in
                   torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(dtype)));
 }
 
-// The dimensions of a tensor as its memory is walked.
+// Returns the dimensions of a tensor in memory order.
 inline cpu::Dims dims_of(AtenTensorHandle tensor) {
   int64_t n_dims = 0;
   int64_t* sizes = nullptr;
@@ -69,7 +69,12 @@ inline cpu::Dims dims_of(AtenTensorHandle tensor) {
   return cpu::reduce_dims(sizes, strides, n_dims);
 }
 
-// Checks that `out` can take the rows of n_tensors tensors, its device apart.
+inline void check_cpu(const torch::stable::Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": needed device cpu, got device type number ",
+                  static_cast<int>(tensor.device().type()));
+}
+
+// Checks that `out` can hold the rows of n_tensors tensors; does not check its device.
 inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
   STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Double, "out: needed dtype float64, got ",
                   torch::headeronly::toString(out.scalar_type()));
@@ -81,8 +86,8 @@ inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
                   "]");
 }
 
-// Tells autograd that a tensor is being written, which the stable ABI has no call for: torch's own in-place operation
-// on none of the elements raises the version that all views of the memory share, and launches nothing.
+// Tells autograd that a tensor is being written. The stable ABI has no call for that, but an in-place operation on an
+// empty view raises the version that all views of the memory share, and launches nothing.
 inline void count_write(const torch::stable::Tensor& written) {
   AtenTensorHandle none = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_narrow(written.get(), 0, 0, 0, &none));

@@ -1,7 +1,8 @@
-// The CPU implementations of gradprobe's operators, registered with torch through its stable ABI: argument checks.
+// The CPU implementations of gradprobe's multi-tensor operators: checks arguments, runs the kernels, and registers with
+// torch through its stable ABI.
 //
-// The kernels take the boxed stack itself: with a thousand small tensors, wrapping each in a shared pointer would cost
-// as much as the statistics.
+// These functions read the boxed stack directly: wrapping a thousand small tensors in shared pointers would take as
+// long as their statistics.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -64,6 +65,7 @@ Work plan(const TensorList& tensors, bool writable) {
   return work;
 }
 
+// For Work::for_each_chunk: keeps the caller's flush mode.
 struct CallersEnvironment {
   CallersEnvironment() {}
 };
@@ -73,9 +75,9 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
   const auto out = torch::stable::detail::to<torch::stable::Tensor>(stack[1]);
   const int64_t n_tensors = tensors.size();
-  STD_TORCH_CHECK(out.is_cpu(), "out: needed device cpu, that of tensors, got another");
+  check_cpu(out, "out");
   check_rows(out, n_tensors);
-  // As in count_write, but with all of its few elements: making a view would take four times as long.
+  // Like count_write(), but zeroes the whole of `out`, which is small: making a view would take four times as long.
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));
   cpu::grad_stats(plan(tensors, /*writable=*/false), static_cast<double*>(out.mutable_data_ptr()));
 }
@@ -83,7 +85,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
 double coefficient_of(const torch::stable::Tensor& coefficient) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(coefficient.numel() == 1, "coefficient: needed one element, got ", coefficient.numel());
-  STD_TORCH_CHECK(coefficient.is_cpu(), "coefficient: needed device cpu, that of tensors, got another");
+  check_cpu(coefficient, "coefficient");
   const ScalarType dtype = coefficient.scalar_type();
   if (dtype == ScalarType::Float) return *static_cast<const float*>(coefficient.const_data_ptr());
   STD_TORCH_CHECK(dtype == ScalarType::Double, "coefficient: needed dtype float32 or float64, got ",

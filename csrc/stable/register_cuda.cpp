@@ -1,9 +1,8 @@
-// The CUDA implementations of gradprobe's operators, registered with torch through its stable ABI: argument checks,
-// groups by dtype, current device and stream, scratch space.
+// The CUDA implementations of gradprobe's operators: checks arguments, groups tensors by dtype, chooses device and
+// stream, allocates scratch space, and registers with torch through its stable ABI.
 //
-// Scratch space comes from torch's caching allocator: after the first step that is no CUDA call, its reuse is ordered
-// by the stream, and while a CUDA graph is captured it comes from the graph's own pool, so that replays do not share it
-// with anybody.
+// Scratch space comes from torch's caching allocator: no CUDA call after the first step, and the stream orders its
+// reuse. Under capture it comes from the CUDA graph's own pool, so replays share it with nobody.
 #ifndef GRADPROBE_TORCH_DEVICE
 #define GRADPROBE_TORCH_DEVICE "stable/torch_device.h"
 #endif
@@ -32,8 +31,7 @@ using cuda::TensorSpan;
 using torch::stable::Tensor;
 
 constexpr int kElements = 4;
-
-constexpr int64_t kBytes[kElements] = {2, 2, 4, 8};  // of an Element
+constexpr int64_t kBytes[kElements] = {2, 2, 4, 8};  // by Element
 
 Element element_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
   switch (dtype_of(tensor, name, index)) {
@@ -70,13 +68,13 @@ Order order_of(AtenTensorHandle tensor) {
   return dims.dense() ? Order::dense : dims.may_overlap() ? Order::overlapping : Order::strided;
 }
 
-// A copy that stands in for a tensor with gaps between its elements.
+// A dense copy of a tensor with gaps between its elements.
 struct Copy {
   AtenTensorHandle original;
   Tensor dense;
 };
 
-// The tensors of a call by element type.
+// The tensors of a call, by element type.
 struct Groups {
   std::array<std::vector<TensorSpan>, kElements> spans;
   std::vector<Copy> copies;
@@ -126,21 +124,23 @@ Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
   return groups;
 }
 
-// What this thread's launches ask before they take statistics; null for nothing.
+// The flag that this thread's launches check before they take statistics; null for none.
 thread_local struct {
   const int32_t* flag;
   int32_t device_index;
-} asked = {nullptr, 0};
+} condition = {nullptr, 0};
 
-// The flag where launches on this device may read it: a model on several is captured on one at a time.
-const int32_t* enabled(int32_t device_index) { return device_index == asked.device_index ? asked.flag : nullptr; }
+// Returns the flag if it is on this device, else null: a model on several devices is captured on one at a time.
+const int32_t* enabled(int32_t device_index) {
+  return device_index == condition.device_index ? condition.flag : nullptr;
+}
 
 // count_if(Tensor flag, bool on) -> ()
 void count_if(Tensor flag, bool on) {
   STD_TORCH_CHECK(flag.numel() == 1, "flag: needed one element, got ", flag.numel());
   STD_TORCH_CHECK(flag.scalar_type() == torch::headeronly::ScalarType::Int, "flag: needed dtype int32, got ",
                   torch::headeronly::toString(flag.scalar_type()));
-  asked = {on ? static_cast<const int32_t*>(flag.const_data_ptr()) : nullptr, flag.device().index()};
+  condition = {on ? static_cast<const int32_t*>(flag.const_data_ptr()) : nullptr, flag.device().index()};
 }
 
 // grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()
@@ -153,7 +153,7 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   const cuda::DeviceScope scope(device_index);
   const Groups groups = group(tensors, device_index, /*writable=*/false);
 
-  // The launches of a stream follow one another: all groups share one scratch space.
+  // Launches on a stream run one after another, so all groups share the scratch space.
   int64_t n_partials = 0;
   for (int e = 0; e < kElements; ++e) {
     const auto& spans = groups.spans[e];
@@ -204,7 +204,7 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
-// Checks the operands of a junction; returns their element type.
+// Checks the operands of a residual operator and returns their element type.
 Element check_operands(const Tensor& a, const Tensor& b, const char* name_a, const char* name_b) {
   const Element element = element_of(a.get(), name_a);
   const int32_t device_index = device_index_of(a, name_a);
@@ -219,7 +219,7 @@ Tensor empty_partials(const Tensor& like, int64_t n_partials) {
                               std::nullopt, like.device());
 }
 
-// Raw rows [n, kStats] of dense tensors of one element type, on the device of `like`.
+// Returns the raw rows [n, kStats] of dense tensors of one element type, on the device of `like`.
 template <size_t n>
 Tensor rows_of(const std::array<TensorSpan, n>& spans, Element element, const Tensor& like, const char* name) {
   const int32_t device_index = like.device().index();
@@ -285,7 +285,7 @@ Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
   const int32_t device_index = branch.device().index();
   const cuda::DeviceScope scope(device_index);
   const int64_t numel = branch.numel();
-  // One order of memory for both, without gaps; any will do.
+  // Both operands need dense memory in the same order, whichever that is.
   const Tensor dense = numel == 0 || is_dense(branch) ? branch : torch::stable::contiguous(branch);
   const Tensor beside = numel == 0 ? shortcut : in_order_of(dense, shortcut);
   Tensor rows = torch::stable::new_empty(branch, {int64_t{2}, int64_t{kStats}}, torch::headeronly::ScalarType::Double);

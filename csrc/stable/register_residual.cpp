@@ -1,5 +1,5 @@
-// The CPU implementations of the residual operators, registered with torch through its stable ABI: argument checks,
-// the choice between the fused kernel and torch's own operators, torch's thread pool.
+// The CPU implementations of the residual operators: checks arguments, chooses between the fused kernel and torch's own
+// operators, and registers with torch through its stable ABI.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,13 +27,13 @@ using torch::stable::Tensor;
 
 Dtype check_operands(const Tensor& a, const Tensor& b, const char* name_a, const char* name_b) {
   const Dtype dtype = dtype_of(a.get(), name_a);
-  STD_TORCH_CHECK(a.is_cpu(), name_a, ": needed device cpu, got another");
-  STD_TORCH_CHECK(b.is_cpu(), name_b, ": needed device cpu, that of ", name_a, ", got another");
+  check_cpu(a, name_a);
+  check_cpu(b, name_b);
   check_alike(a, b, name_a, name_b);
   return dtype;
 }
 
-// The rows [n_rows, kStats] of what a pass has seen.
+// Returns the raw rows [n_rows, kStats] of a pass.
 Tensor finish_rows(const Tensor& like, const cpu::Partials& partials, int64_t n_rows) {
   Tensor rows = torch::stable::new_empty(like, {n_rows, kStats}, ScalarType::Double);
   auto* row = static_cast<double*>(rows.mutable_data_ptr());  // [n_rows, kStats]
@@ -41,7 +41,7 @@ Tensor finish_rows(const Tensor& like, const cpu::Partials& partials, int64_t n_
   return rows;
 }
 
-// y, and its statistics where `partials` is not null.
+// Returns y, and writes its statistics unless `partials` is null.
 Tensor join(const Tensor& x, const Tensor& f, bool relu, cpu::Partials* partials) {
   const Dtype dtype = check_operands(x, f, "x", "f");
   const int64_t numel = x.numel();
@@ -62,7 +62,7 @@ Tensor join(const Tensor& x, const Tensor& f, bool relu, cpu::Partials* partials
   return *out;
 }
 
-// grad_x, and the statistics of grad_y and grad_x where `partials` is not null.
+// Returns grad_x, and writes the statistics of grad_y and grad_x unless `partials` is null.
 Tensor mask(const Tensor& grad_y, const std::optional<Tensor>& y, cpu::Partials* partials) {
   const Dtype dtype = y ? check_operands(grad_y, *y, "grad_y", "y") : dtype_of(grad_y.get(), "grad_y");
   Tensor grad_x = torch::stable::empty_like(y ? *y : grad_y);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> residual_add_backward_stats(Tensor grad_y, std::optio
 Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
   const Dtype dtype = check_operands(branch, shortcut, "branch", "shortcut");
   const int64_t numel = branch.numel();
-  // One order of memory for both, without gaps; any will do.
+  // Both operands need dense memory in the same order, whichever that is.
   const Tensor dense = numel == 0 || is_dense(branch) ? branch : torch::stable::contiguous(branch);
   const Tensor beside = numel == 0 ? shortcut : in_order_of(dense, shortcut);
   Tensor rows = torch::stable::new_empty(branch, {2, kStats}, ScalarType::Double);

@@ -1,5 +1,5 @@
-// What both registrations of the residual operators ask about their operands, alike for every device: whether they
-// match, and in which order of memory the fused kernel may walk them.
+// Checks the operands of the residual operators on any device: whether they match, and in which memory order the fused
+// kernel may visit them.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -37,7 +37,7 @@ inline std::string shape_of(const torch::stable::Tensor& tensor) {
   return text;
 }
 
-// Refuses operands of different dtypes or shapes; the second is the one to blame.
+// Rejects operands of different dtypes or shapes. The error names the second one.
 inline void check_alike(const torch::stable::Tensor& a, const torch::stable::Tensor& b, const char* name_a,
                         const char* name_b) {
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), name_b, ": needed the dtype of ", name_a, ", ",
@@ -46,12 +46,13 @@ inline void check_alike(const torch::stable::Tensor& a, const torch::stable::Ten
                   shape_of(b));
 }
 
-// Only for tensors with elements.
+// Requires a tensor that is not empty.
 inline cpu::Dims dims_of(const torch::stable::Tensor& x) {
   return cpu::reduce_dims(x.sizes().data(), x.strides().data(), x.dim());
 }
 
-// Whether torch's add might take the operand for channels-last, whose strides in dimensions of size 1 it makes itself.
+// Whether torch's add may treat the operand as channels-last, in which case it chooses the strides of dimensions of
+// size 1 itself.
 inline bool has_ambiguous_strides(const torch::stable::Tensor& x) {
   if (x.dim() != 4 && x.dim() != 5) return false;
   for (int64_t size : x.sizes()) {
@@ -60,8 +61,8 @@ inline bool has_ambiguous_strides(const torch::stable::Tensor& x) {
   return false;
 }
 
-// Memory for x + f with the strides that torch's add gives it, where it is dense and in the order of both operands;
-// none where the sum has to be left to torch.
+// Allocates x + f with the strides that torch's add would give it, if that is dense and in the memory order of both
+// operands. Returns nothing if torch has to compute the sum.
 inline std::optional<torch::stable::Tensor> empty_sum(const torch::stable::Tensor& x, const torch::stable::Tensor& f) {
   if (x.numel() == 0) return std::nullopt;
   if (x.is_contiguous() && f.is_contiguous()) return torch::stable::new_empty(x, x.sizes());
@@ -70,8 +71,8 @@ inline std::optional<torch::stable::Tensor> empty_sum(const torch::stable::Tenso
   return torch::stable::empty_like(x);
 }
 
-// x + f or max(x + f, 0) by torch's own operators. The stable ABI has no add with its factor; subtracting minus f is
-// the same kernel.
+// Computes x + f, or max(x + f, 0), with torch's operators. The stable ABI has no add, so this subtracts -1 * f, which
+// runs the same kernel.
 inline torch::stable::Tensor sum_by_torch(const torch::stable::Tensor& x, const torch::stable::Tensor& f, bool relu) {
   torch::stable::Tensor sum = torch::stable::subtract(x, f, -1.0);
   if (!relu) return sum;
@@ -80,7 +81,7 @@ inline torch::stable::Tensor sum_by_torch(const torch::stable::Tensor& x, const 
   return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
-// A tensor with the values of `values` in the memory order of `like`, which is dense: itself where it has that order.
+// Returns `values` in the memory order of `like`, which is dense: a copy unless it has that order.
 inline torch::stable::Tensor in_order_of(const torch::stable::Tensor& like, const torch::stable::Tensor& values) {
   if (equal(like.strides(), values.strides())) return values;
   torch::stable::Tensor copy = torch::stable::empty_like(like);
@@ -90,14 +91,14 @@ inline torch::stable::Tensor in_order_of(const torch::stable::Tensor& like, cons
 
 // ---- In place
 
-// Refuses to write to a tensor of which two indices may lie on the same element.
+// Rejects a tensor to be written if two of its indices may share an element.
 inline void check_writable(const torch::stable::Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_contiguous() || !dims_of(x).may_overlap(), name,
                   ": needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
 }
 
-// f, or a copy of it where writing to x might change elements of f that are still to be read: where both may share
-// memory in another way than element for element.
+// Returns f, or a copy if writing to x might change elements of f before they are read: if they may share memory other
+// than element by element.
 inline torch::stable::Tensor unchanged_by(const torch::stable::Tensor& x, const torch::stable::Tensor& f) {
   const auto range = [](const torch::stable::Tensor& tensor) {
     int64_t last = 0;
@@ -113,7 +114,7 @@ inline torch::stable::Tensor unchanged_by(const torch::stable::Tensor& x, const 
   return copy;
 }
 
-// Whether a fused kernel may write over x, walking it as flat memory.
+// Whether the elements of x fill a flat range of memory, which a fused kernel may overwrite.
 inline bool is_dense(const torch::stable::Tensor& x) { return x.is_contiguous() || dims_of(x).dense(); }
 
 }  // namespace gradprobe

@@ -1,5 +1,5 @@
-// What the registration of the CUDA kernels asks of torch about devices. The test of the registration without a GPU
-// puts another header in its place (GRADPROBE_TORCH_DEVICE).
+// The device functions that the registration of the CUDA kernels needs from torch. Its tests without a GPU replace this
+// header (GRADPROBE_TORCH_DEVICE).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ namespace gradprobe::cuda {
 inline constexpr auto kDeviceType = torch::headeronly::DeviceType::CUDA;
 inline constexpr const char* kDeviceName = "cuda";
 
-// Makes a device current for torch and for the CUDA runtime of this library, which is linked statically.
+// Makes a device current for torch and for this library's own CUDA runtime, which is linked statically.
 class DeviceScope {
  public:
   explicit DeviceScope(int32_t index) : guard_(index) {
@@ -31,8 +31,8 @@ class DeviceScope {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// torch's current stream. torch 2.13 gives it through its stable ABI; older ones only through a symbol of
-// libtorch_cuda. Both are looked up at run time, so that one library loads with every torch, CPU wheels included.
+// Returns torch's current stream: from torch 2.13 on through the stable ABI, before only through a symbol of
+// libtorch_cuda. Both are looked up at run time so that one library loads with every torch, including CPU builds.
 inline cudaStream_t current_stream(int32_t index) {
   using NativeHandle = AOTITorchError (*)(StreamHandle, void**);
   static const auto native_handle = reinterpret_cast<NativeHandle>(dlsym(RTLD_DEFAULT, "torch_stream_native_handle"));
@@ -50,7 +50,7 @@ inline cudaStream_t current_stream(int32_t index) {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(of_libtorch_cuda != nullptr, "this torch does not say which CUDA stream is current");
+  STD_TORCH_CHECK(of_libtorch_cuda != nullptr, "this torch has no function for its current CUDA stream");
   STABLE_TORCH_ERROR_CODE_CHECK(of_libtorch_cuda(index, &stream));
   return static_cast<cudaStream_t>(stream);
 }

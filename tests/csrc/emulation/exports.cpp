@@ -1,9 +1,9 @@
-// C entry points of the emulated kernels, for ctypes. Each returns 0, or 1 with the reason in emulated_error().
+// C entry points of the emulated kernels, for ctypes. Each returns 0, or 1 and leaves the reason in emulated_error().
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "../../../csrc/cuda/launch.h"
+#include "cuda/launch.h"
 #include "emulation.h"
 
 using gradprobe::Stats;
@@ -29,7 +29,7 @@ int guarded(Call&& call) {
   return 1;
 }
 
-// Scratch space as a caching allocator may hand it out: full of somebody's old bytes. Zeros where only some blocks run.
+// Scratch space full of stale bytes, as from a caching allocator; zeros if only some blocks run.
 std::vector<Stats> scratch(int64_t n) {
   std::vector<Stats> partials(static_cast<size_t>(n));
   if (n && emulation::first_block() == 0)
@@ -47,11 +47,11 @@ void emulated_free(void* address) { std::free(address); }
 void emulated_run_only(int64_t first_block) { emulation::run_only(static_cast<uint64_t>(first_block)); }
 void emulated_seed(uint64_t value) { emulation::seed(value); }
 uint64_t emulated_shared_bytes() { return emulation::shared_bytes(); }
-void emulated_ask(int value) {
+void emulated_set_flag(int value) {
   flag = value;
   enabled = &flag;
 }
-void emulated_ask_nothing() { enabled = nullptr; }
+void emulated_clear_flag() { enabled = nullptr; }
 int64_t emulated_launches() { return emulation::take_launch_count(); }
 
 int emulated_grad_stats(const TensorSpan* tensors, int64_t n_tensors, int element, double* rows) {

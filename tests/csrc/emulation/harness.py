@@ -1,8 +1,7 @@
 """Builds the emulated kernels with a host compiler and calls them through ctypes.
 
-Modes: "plain"; "address" (address and undefined-behaviour sanitizers); "thread" (thread sanitizer). The sanitizers
-need their run-time library loaded before Python starts: `sanitizer_environment` is for a child process that loads such
-a build.
+Modes: "plain"; "address" (address and undefined-behaviour sanitizers); "thread" (thread sanitizer). A sanitizer's
+library must be loaded before Python starts, so such a build runs in a child process with `sanitizer_environment`.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ _RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)
 
 
 def compiler() -> str | None:
-    """The host compiler, or None."""
+    """Returns the host compiler's path, or None."""
     return shutil.which("g++")
 
 
@@ -60,7 +59,7 @@ def _run(command: Sequence[str]) -> None:
 
 
 def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequence[str] = KERNELS) -> Path:
-    """Builds the library of `mode` into `folder` from the kernels in `csrc`; parts that are there already are kept."""
+    """Builds the library of `mode` in `folder` from the kernels in `csrc`; keeps objects that exist already."""
     library = folder / f"libkernels-{mode}.so"
     if library.exists():
         return library
@@ -83,33 +82,33 @@ def build(folder: Path, mode: str = "plain", csrc: Path = CSRC, kernels: Sequenc
         (kept if target.exists() else built).append(str(target))
         if target.exists():
             continue
-        # The scheduler's own switching between fibers must stay out of the thread sanitizer's sight.
+        # The thread sanitizer would report the scheduler's switching between fibers.
         instrumented = source.name != "scheduler.cpp"
         flags = _FLAGS[mode] if instrumented else ["-O2", "-g"]
-        jobs.append([*common, *flags, f"-I{csrc / 'cuda'}", "-x", "c++", "-c", str(source), "-o", str(target)])
+        jobs.append([*common, *flags, f"-I{csrc}", "-x", "c++", "-c", str(source), "-o", str(target)])
     running = [subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for job in jobs]
     for job, process in zip(jobs, running, strict=True):
         output, _ = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(f"{' '.join(job)}\n{output}")
-    # Of inline functions that several objects have, the linker takes the first.
+    # New objects first: if several objects define an inline function, the linker uses the first.
     _run(["g++", "-shared", *_FLAGS[mode], *built, *kept, "-o", str(library)])
     return library
 
 
 def keep_objects(source: Path, folder: Path, mode: str, rebuilt: Sequence[str]) -> None:
-    """Copies the objects of a build, but for those of the kernels named, into the folder of the next."""
+    """Copies the objects of a build, except those of `rebuilt`, to the folder of the next build."""
     if unknown := set(rebuilt) - {*HARNESS, *KERNELS}:
-        raise ValueError(f"no such sources: {unknown}")  # nothing would be compiled again
+        raise ValueError(f"no such sources: {unknown}")  # would compile nothing
     for name in (*HARNESS, *KERNELS):
         if name not in rebuilt:
             shutil.copy(source / f"{Path(name).stem}-{mode}.o", folder)
 
 
 def build_operators(folder: Path, torch_root: Path) -> Path:
-    """Builds a library that registers the operators as in csrc/stable/register_cuda.cpp, on CPU tensors.
+    """Builds a library that registers the operators of csrc/stable/register_cuda.cpp for CPU tensors.
 
-    The operators' namespace is gradprobe_emulated; their schemas are the caller's to define.
+    The operators' namespace is gradprobe_emulated. The caller defines their schemas.
     """
     library = folder / "liboperators.so"
     if library.exists():
@@ -131,7 +130,7 @@ def build_operators(folder: Path, torch_root: Path) -> Path:
 
 @cache
 def session_folder() -> Path:
-    """A folder for builds that lives as long as this process."""
+    """Returns a folder for builds, which is deleted when the process ends."""
     folder = tempfile.mkdtemp(prefix="gradprobe-emulation-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -139,12 +138,12 @@ def session_folder() -> Path:
 
 @cache
 def session_build(mode: str = "plain") -> Path:
-    """The library of `mode`, built once for this process."""
+    """Returns the library of `mode`, built once per process."""
     return build(session_folder(), mode)
 
 
 def run_sweep(library: Path, mode: str = "plain", *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs the named checks (see sweep.py) on a library in a process of their own."""
+    """Runs the checks of sweep.py on a library in a child process."""
     command = [sys.executable, "-m", "emulation.sweep", str(library), *options]
     return subprocess.run(
         command,
@@ -158,7 +157,7 @@ def run_sweep(library: Path, mode: str = "plain", *options: str) -> subprocess.C
 
 
 def sanitizer_environment(mode: str) -> dict[str, str]:
-    """The environment for a child process that loads a library of `mode`."""
+    """Returns the environment of a child process that loads a library of `mode`."""
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     paths = []
     for name in _RUNTIMES.get(mode, ()):
@@ -178,7 +177,7 @@ def sanitizer_environment(mode: str) -> dict[str, str]:
 
 
 def encode(values: NDArray[np.float64], element: str) -> NDArray[np.generic]:
-    """Rounds values to the element type; bfloat16 as its bit pattern in uint16."""
+    """Rounds values to the element type. bfloat16 is returned as bit patterns in uint16."""
     with np.errstate(over="ignore", invalid="ignore"):
         if element == "f64":
             return values.astype(np.float64)
@@ -193,7 +192,7 @@ def encode(values: NDArray[np.float64], element: str) -> NDArray[np.generic]:
 
 
 def decode(storage: NDArray[np.generic], element: str) -> NDArray[np.float64]:
-    """The values, exactly, as float64."""
+    """Returns the exact values as float64."""
     if element == "bf16":
         return (storage.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return storage.astype(np.float64)
@@ -205,7 +204,7 @@ class _Span(ctypes.Structure):
 
 @dataclass
 class Block:
-    """Device memory for one tensor, `offset` elements after a 16-byte boundary."""
+    """A tensor to place in device memory, `offset` elements after a 16-byte boundary."""
 
     storage: NDArray[np.generic]
     element: str
@@ -220,9 +219,9 @@ class Kernels:
     """The kernels of one built library.
 
     Args:
-        library: what `build` gave.
-        guard_bytes: 0xFF bytes (NaN in every type) around each tensor. None under the address sanitizer, which knows
-            the exact ends.
+        library: Returned by `build`.
+        guard_bytes: Number of 0xFF bytes (NaN in every type) around each tensor. 0 under the address sanitizer, which
+            knows the exact ends.
     """
 
     def __init__(self, library: Path, guard_bytes: int = 64) -> None:
@@ -242,15 +241,15 @@ class Kernels:
         self._library.emulated_seed(value)
 
     def shared_bytes(self) -> int:
-        """Shared memory that the kernels declare, in all files."""
+        """Returns the bytes of shared memory that the kernels of all files declare."""
         return int(self._library.emulated_shared_bytes())
 
     def take_launches(self) -> int:
-        """Launches since the last call."""
+        """Returns the number of launches since the last call."""
         return int(self._library.emulated_launches())
 
     def run_only(self, first_block: int) -> None:
-        """Skips the blocks before `first_block` in larger grids, leaving zeros in scratch space; 0 runs all again."""
+        """Skips the blocks before `first_block` in larger grids, leaving zeros in scratch space; 0 runs all blocks."""
         self._library.emulated_run_only(first_block)
 
     def _check(self, status: int) -> None:
@@ -260,7 +259,7 @@ class Kernels:
     def grad_stats(
         self, blocks: Sequence[Block], rows: Sequence[int] | None = None, n_rows: int | None = None
     ) -> NDArray[np.float64]:
-        """Raw rows [n_rows, 6] of tensors of one type; tensor k goes to rows[k]. Rows that nobody writes stay NaN."""
+        """Returns the raw rows [n_rows, 6] of tensors of one type. Tensor k goes to rows[k]; unwritten rows are NaN."""
         with _Memory(self._library, self._guard_bytes) as memory:
             spans = (_Span * max(1, len(blocks)))()
             for k, block in enumerate(blocks):
@@ -276,7 +275,7 @@ class Kernels:
         return out
 
     def grad_stats_at(self, address: int, numel: int, element: str) -> NDArray[np.float64]:
-        """Raw row [1, 6] of a tensor that lies in the caller's own memory."""
+        """Returns the raw row [1, 6] of a tensor in the caller's memory."""
         out = np.full((1, 6), np.nan)
         spans = (_Span * 1)(_Span(address, numel, 0))
         self._check(
@@ -289,7 +288,7 @@ class Kernels:
     def scale(
         self, blocks: Sequence[Block], coefficient: float, coefficient_element: str = "f32"
     ) -> list[NDArray[np.generic]]:
-        """The tensors, of one element type, multiplied by a coefficient."""
+        """Returns the tensors, of one element type, multiplied by a coefficient."""
         with _Memory(self._library, self._guard_bytes) as memory:
             spans = (_Span * max(1, len(blocks)))()
             for k, block in enumerate(blocks):
@@ -310,7 +309,7 @@ class Kernels:
     def residual_add(
         self, x: Block, f: Block, relu: bool, y_offset: int = 0, in_place: bool = False, counts: bool = True
     ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
-        """y, and its raw row [6], of NaN where it is not asked for; in place of x where asked."""
+        """Returns y and its raw row [6], which is NaN unless `counts`. `in_place`: y overwrites x."""
         row = np.full(6, np.nan)
         wanted = row if counts else None
         y = self._join(x, f, y_offset, in_place, self._library.emulated_residual_add, int(relu), wanted)
@@ -319,23 +318,23 @@ class Kernels:
     def residual_add_backward(
         self, grad_y: Block, y: Block, grad_x_offset: int = 0, in_place: bool = False, counts: bool = True
     ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
-        """grad_x, and the raw rows [2, 6] of grad_y and grad_x, likewise; in place of grad_y where asked."""
+        """Returns grad_x and the raw rows [2, 6] of grad_y and grad_x. `in_place`: grad_x overwrites grad_y."""
         rows = np.full((2, 6), np.nan)
         wanted = rows if counts else None
         grad_x = self._join(grad_y, y, grad_x_offset, in_place, self._library.emulated_residual_add_backward, wanted)
         return grad_x, rows
 
     @contextmanager
-    def asking(self, flag: int) -> Iterator[None]:
-        """Has the kernels ask a flag of this value before they take statistics."""
-        self._library.emulated_ask(flag)
+    def counting_if(self, flag: int) -> Iterator[None]:
+        """Makes the kernels check a flag of this value before they take statistics."""
+        self._library.emulated_set_flag(flag)
         try:
             yield
         finally:
-            self._library.emulated_ask_nothing()
+            self._library.emulated_clear_flag()
 
     def branch_stats(self, branch: Block, shortcut: Block) -> NDArray[np.float64]:
-        """The raw rows [2, 6] of the branch's part, and of the products of both parts."""
+        """Returns the raw rows [2, 6] of the branch's part and of the products of both parts."""
         rows = np.full((2, 6), np.nan)
         with _Memory(self._library, self._guard_bytes) as memory:
             addresses = [memory.place(branch), memory.place(shortcut)]
@@ -373,7 +372,7 @@ class Kernels:
 
 
 class _Memory:
-    """Places tensors into allocations of the C library, so that the address sanitizer knows their ends."""
+    """Places tensors in memory from malloc, so that the address sanitizer knows their ends."""
 
     def __init__(self, library: ctypes.CDLL, guard_bytes: int) -> None:
         self._library = library
@@ -388,25 +387,25 @@ class _Memory:
             self._library.emulated_free(address)
 
     def place(self, block: Block) -> int:
-        """Copies a tensor in; returns its address."""
+        """Copies a tensor to new memory; returns its address."""
         before = self._guard_bytes + block.offset * ITEM_BYTES[block.element]
         content = block.storage.tobytes()
         total = before + len(content) + self._guard_bytes
         address = self._library.emulated_allocate(total)
         if address % VECTOR_BYTES != 0:
-            raise RuntimeError("the C library's allocations are not aligned to 16 bytes")
+            raise RuntimeError("malloc does not align to 16 bytes")
         ctypes.memset(address, 0xFF, total)
         ctypes.memmove(address + before, content, len(content))
         self._placed.append((address, before, total, block, content))
         return address + before
 
     def read(self, at: int) -> bytes:
-        """The bytes of the tensor that was placed as number `at`."""
+        """Returns the bytes of the tensor that was placed as number `at`."""
         address, before, _, _, content = self._placed[at]
         return ctypes.string_at(address + before, len(content))
 
     def check_untouched(self, written: Sequence[int] = ()) -> None:
-        """Fails if a kernel has written outside the tensors that it may write to."""
+        """Raises KernelError if a kernel has written outside the tensors that it may write."""
         for k, (address, before, total, _, content) in enumerate(self._placed):
             now = ctypes.string_at(address, total)
             after = before + len(content)

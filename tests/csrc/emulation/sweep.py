@@ -1,7 +1,7 @@
-"""Named checks of the emulated kernels.
+"""The checks of the emulated kernels, by name.
 
-`python -m emulation.sweep LIBRARY [--only PREFIX] [--short] [--exact-ends]` runs them in a process of their own, as the
-sanitizers and the planted bugs need it: it exits with 1 and the check's name when one fails.
+`python -m emulation.sweep LIBRARY [--only PREFIX] [--short] [--exact-ends]` runs them in a separate process, for
+sanitizers and planted bugs. It exits with 1 and prints the check's name if one fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Check = Callable[[Kernels], None]
 
 
 def sizes_at_boundaries(element: str, short: bool = False) -> list[int]:
-    """Numbers of elements around each boundary that the kernels know: vector, warp, block, unrolled loop, chunk."""
+    """Returns tensor sizes around each boundary in the kernels: vector, warp, block, unrolled loop, chunk."""
     vector = VECTOR_BYTES // ITEM_BYTES[element]
     chunk = CHUNK_BYTES // ITEM_BYTES[element]
     marks = [1, vector, 32, 256, 32 * vector, THREADS * vector, LOADS * THREADS * vector, chunk]
@@ -45,14 +45,14 @@ def sizes_at_boundaries(element: str, short: bool = False) -> list[int]:
 
 
 def random_values(rng: np.random.Generator, numel: int) -> NDArray[np.float64]:
-    """Gradients as they come: normal, some zero, a scale of their own."""
+    """Returns values like a gradient's: normal with a random scale, some zero."""
     values = rng.standard_normal(numel) * 10.0 ** rng.uniform(-3, 1)
     values[rng.random(numel) < 0.05] = 0.0
     return values
 
 
 def check_tensors(kernels: Kernels, blocks: list[Block], what: str) -> None:
-    """The raw rows of `blocks` must be those of the twin, and the same bits in every order of threads."""
+    """Checks the raw rows of `blocks` against the reference, and that thread order does not change a bit."""
     kernels.seed(len(blocks))
     rows = kernels.grad_stats(blocks)
     for k, (row, block) in enumerate(zip(rows, blocks, strict=True)):
@@ -65,7 +65,7 @@ def check_tensors(kernels: Kernels, blocks: list[Block], what: str) -> None:
     kernels.seed(len(blocks) + 1)
     again = kernels.grad_stats(blocks)
     if again.tobytes() != rows.tobytes():
-        raise AssertionError(f"{what}: another order of threads gives other bits")
+        raise AssertionError(f"{what}: another order of threads changes the result")
 
 
 def boundaries(element: str, short: bool) -> Check:
@@ -93,7 +93,7 @@ def misaligned(element: str) -> Check:
 
 
 def _extremes(element: str) -> list[NDArray[np.float64]]:
-    """Values at the ends of a type's range, alone and mixed, NaN and infinities among them."""
+    """Returns values at the ends of a type's range, alone and mixed, including NaN and infinities."""
     smallest, largest = {
         "f16": (2.0**-24, 65504.0),
         "bf16": (2.0**-133, 2.0**127),
@@ -137,7 +137,7 @@ def extremes(element: str, short: bool) -> Check:
 
 
 def many(n_tensors: int, share_empty: float) -> Check:
-    """More tensors than a launch's table holds, with tensors of two chunks in the first and in the last launch."""
+    """More tensors than fit in a launch's table, with tensors of two chunks in the first and the last launch."""
 
     def check(kernels: Kernels) -> None:
         rng = np.random.default_rng(4)
@@ -153,7 +153,7 @@ def many(n_tensors: int, share_empty: float) -> Check:
 
 
 def scattered_rows(kernels: Kernels) -> None:
-    """Rows of one type among those of others, in any order and far apart; the rest of the output stays as it was."""
+    """Rows in any order and far apart, as if among those of other types; other rows of the output stay unchanged."""
     rng = np.random.default_rng(5)
     rows = [7, 3, 70_000, 12, 65_536 + 7, 5]
     blocks = [Block(encode(random_values(rng, n), "bf16"), "bf16") for n in (10, 40_000, 33, 0, 70_000, 1)]
@@ -161,11 +161,11 @@ def scattered_rows(kernels: Kernels) -> None:
     for row, block in zip(rows, blocks, strict=True):
         check_row(out[row], decode(block.storage, "bf16"), "bf16", f"row {row}")
     if not np.isnan(np.delete(out, rows, axis=0)).all():
-        raise AssertionError("a kernel wrote rows that it does not own")
+        raise AssertionError("a kernel wrote other rows than those of its tensors")
 
 
 def many_chunks(n_chunks: int) -> Check:
-    """The unrolled loop of the second launch, and its remainders."""
+    """The second launch's unrolled loop and its remainder."""
 
     def check(kernels: Kernels) -> None:
         rng = np.random.default_rng(6)
@@ -179,13 +179,13 @@ def many_chunks(n_chunks: int) -> Check:
 
 
 def mixed_chunk_counts(kernels: Kernels) -> None:
-    """One tensor of two chunks among empty ones: scratch space is needed, with fewer chunks than tensors."""
+    """One tensor of two chunks among empty ones: needs scratch space although there are fewer chunks than tensors."""
     blocks = [Block(encode(np.ones(n), "f64"), "f64") for n in (0, 0, 0, CHUNK_BYTES // 8 + 1, 0)]
     check_tensors(kernels, blocks, "mixed chunk counts")
 
 
 def same(got: NDArray[np.generic], needed: NDArray[np.generic], element: str, what: str) -> None:
-    """Equal values, NaN to NaN; zeros may differ in sign."""
+    """Checks that values are equal or both NaN. Zeros may differ in sign."""
     different = np.flatnonzero(
         ~((got == needed) | (np.isnan(decode(got, element)) & np.isnan(decode(needed, element))))
     )
@@ -197,7 +197,7 @@ def same(got: NDArray[np.generic], needed: NDArray[np.generic], element: str, wh
 
 
 def rounded_float(values: NDArray[np.float64], element: str) -> NDArray[np.float64]:
-    """What is computed in float32 for the narrower types, in float64 for f64."""
+    """Rounds to the type that the kernels compute in: float64 for f64, else float32."""
     if element == "f64":
         return values
     with np.errstate(over="ignore"):
@@ -231,7 +231,7 @@ def scaled(element: str, short: bool) -> Check:
 
 
 def scaled_many(kernels: Kernels) -> None:
-    """More tensors than a launch's table holds; not a byte is touched where the coefficient is 1."""
+    """More tensors than fit in a launch's table; a coefficient of 1 changes no byte."""
     rng = np.random.default_rng(8)
     blocks = [Block(encode(random_values(rng, int(n)), "f32"), "f32") for n in rng.integers(0, 9, 2300)]
     for block, result in zip(blocks, kernels.scale(blocks, 2.0), strict=True):
@@ -242,7 +242,7 @@ def scaled_many(kernels: Kernels) -> None:
 
 
 def _joined_inputs(element: str, short: bool) -> list[tuple[Block, Block, int]]:
-    """Pairs of operands: every boundary, aligned alike and not, with specials."""
+    """Returns pairs of operands of all boundary sizes, equally aligned or not, with special values."""
     rng = np.random.default_rng(9)
     vector = VECTOR_BYTES // ITEM_BYTES[element]
     pairs = []
@@ -277,9 +277,9 @@ def residual_forward(element: str, short: bool) -> Check:
 
 
 def check_plain(kernels: Kernels, plain: NDArray[np.generic], counted: NDArray[np.generic], what: str) -> None:
-    """Without statistics: the same bits, in one launch."""
+    """Checks that the kernel without statistics returns the same bits, in one launch."""
     if plain.tobytes() != counted.tobytes():
-        raise AssertionError(f"{what}: other bits without statistics")
+        raise AssertionError(f"{what}: the result without statistics differs")
     launches = kernels.take_launches()
     if launches != min(plain.size, 1):
         raise AssertionError(f"{what}: {launches} launches without statistics")
@@ -302,7 +302,7 @@ def residual_backward(element: str, short: bool) -> Check:
 
 
 def both_parts(element: str, short: bool) -> Check:
-    """The branch's part of a gradient, and its products with the shortcut's."""
+    """The branch's part of a gradient, and its products with the shortcut's part."""
 
     def check(kernels: Kernels) -> None:
         for k, (branch, shortcut, _) in enumerate(_joined_inputs(element, short)):
@@ -314,15 +314,15 @@ def both_parts(element: str, short: bool) -> Check:
             check_products(rows[1], a, b, what)
             kernels.seed(k + 1)
             if kernels.branch_stats(branch, shortcut).tobytes() != rows.tobytes():
-                raise AssertionError(f"{what}: another order of threads gives other bits")
+                raise AssertionError(f"{what}: another order of threads changes the result")
 
     return check
 
 
 def products_of_any_range(kernels: Kernels) -> None:
-    """Products of float64 beyond its range, all in one tensor and in some of its chunks only."""
+    """Products of float64 outside its range, in all of a tensor and in some of its chunks only."""
     rng = np.random.default_rng(10)
-    numel = CHUNK_BYTES // 8 + 100  # of the last chunk most threads have nothing
+    numel = CHUNK_BYTES // 8 + 100  # in the last chunk most threads are idle
     a, b = rng.standard_normal(numel), rng.standard_normal(numel)
     for exponents in ((-900, -900), (900, 900), (-900, 900), (-490, -490), (500, 20)):
         for part in (slice(None), slice(0, 300), slice(numel - 300, None)):
@@ -337,12 +337,12 @@ def products_of_any_range(kernels: Kernels) -> None:
 
 
 def only_if(operation: str, element: str) -> Check:
-    """Behind a flag of 0 a kernel writes what it computes, and no statistics; behind another all as without one."""
+    """With a flag of 0 a kernel writes its result but no statistics; with 1 it does the same as without a flag."""
 
     def check(kernels: Kernels) -> None:
         rng = np.random.default_rng(11)
         chunk = CHUNK_BYTES // ITEM_BYTES[element]
-        for numel in (5, chunk + 77):  # of one launch, and of two
+        for numel in (5, chunk + 77):  # one launch, two launches
             a, b = (Block(encode(random_values(rng, numel), element), element, 1) for _ in range(2))
 
             def outcome(a: Block = a, b: Block = b) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
@@ -356,11 +356,11 @@ def only_if(operation: str, element: str) -> Check:
 
             needed, needed_rows = outcome()
             for flag in (0, 1):
-                with kernels.asking(flag):
+                with kernels.counting_if(flag):
                     out, rows = outcome()
                 what = f"{operation} of {element} [{numel}], flag {flag}"
                 if out.tobytes() != needed.tobytes():
-                    raise AssertionError(f"{what}: other results than without a flag")
+                    raise AssertionError(f"{what}: the result differs from the one without a flag")
                 if not (np.isnan(rows).all() if flag == 0 else rows.tobytes() == needed_rows.tobytes()):
                     raise AssertionError(f"{what}: rows {rows!r}")
 
@@ -368,7 +368,7 @@ def only_if(operation: str, element: str) -> Check:
 
 
 def beyond_int32(kernels: Kernels) -> None:
-    """Elements after number 2**31 of one tensor. Memory is reserved, not used: untouched pages read as zeros."""
+    """Elements after index 2**31 of a tensor. Its memory is only reserved: untouched pages read as zeros."""
     numel = 2**31 + 70_001
     chunk = CHUNK_BYTES // 2
     first_block = 2**31 // chunk - 1
@@ -389,7 +389,7 @@ def beyond_int32(kernels: Kernels) -> None:
 
 
 def all_checks(short: bool = False) -> dict[str, Check]:
-    """Every check by its name. `short` leaves out sizes, for the thread sanitizer and other slow builds."""
+    """Returns all checks by name. `short` omits some sizes, for slow builds such as the thread sanitizer's."""
     checks: dict[str, Check] = {}
     for element in ELEMENTS:
         checks[f"grad_stats/boundaries/{element}"] = boundaries(element, short)
@@ -417,13 +417,13 @@ def all_checks(short: bool = False) -> dict[str, Check]:
 
 
 def main() -> int:
-    """Runs the checks in order; the exit status says whether all held."""
+    """Runs the checks in order; returns the exit status."""
     parser = argparse.ArgumentParser(description="Checks a library of emulated kernels.")
     parser.add_argument("library", type=Path)
-    parser.add_argument("--only", action="append", help="run the checks whose names start with this")
-    parser.add_argument("--short", action="store_true", help="smaller sizes")
+    parser.add_argument("--only", action="append", metavar="PREFIX", help="run only checks with this prefix")
+    parser.add_argument("--short", action="store_true", help="use fewer and smaller sizes")
     parser.add_argument(
-        "--exact-ends", action="store_true", help="no guard around tensors: the address sanitizer sees their ends"
+        "--exact-ends", action="store_true", help="omit the guards around tensors, for the address sanitizer"
     )
     arguments = parser.parse_args()
     kernels = Kernels(arguments.library, guard_bytes=0 if arguments.exact_ends else 64)
