@@ -1,4 +1,4 @@
-"""The two native modules and the dependency on torch; everything else stands in pyproject.toml."""
+"""Builds the two native modules and sets the dependency on torch. Everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ plan = native.make_plan()
 
 
 class BuildNative(build_ext):
-    """Hands the modules to ninja and puts the libraries where setuptools expects them."""
+    """Builds the modules with ninja and copies the libraries to where setuptools expects them."""
 
     def run(self) -> None:
-        """Refuses to build nothing where there is a compiler, then builds."""
+        """Checks the plan, then builds."""
         plan.check()
         super().run()
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Returns a library's path in its package; setuptools asks with and without the package's name."""
+        """Returns a library's path in its package. setuptools may call this without the package's name."""
         package, _, name = fullname.rpartition(".")
         file_names = {module.name.rpartition(".")[2]: module.file_name for module in plan.modules}
         return str(Path(package, file_names[name]))
 
     def build_extensions(self) -> None:
-        """Builds all modules in one run of ninja."""
+        """Builds all modules with one run of ninja."""
         for name, library in native.build(plan).items():
             target = Path(self.get_ext_fullpath(name))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -41,10 +41,10 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Adds the record of what was built."""
+    """Copies the package and adds ``_build_info.json``."""
 
     def run(self) -> None:
-        """Copies the package and writes the record beside it."""
+        """Copies the package, removes stale libraries and records what was built."""
         plan.check()
         super().run()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "gradprobe"

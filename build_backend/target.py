@@ -1,4 +1,4 @@
-"""Finds the interpreter of the environment that gradprobe goes into, where uv hides it from an isolated build."""
+"""Finds the interpreter of the target environment of an isolated build by uv, which hides it from the build."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 
 def find_uv_target() -> str | None:
-    """Asks uv for the target where this process is a build that uv runs, on systems with /proc.
+    """Asks uv for the target environment, if uv runs this build.
 
-    uv builds in an environment of its own and overwrites ``VIRTUAL_ENV``. It is this process's parent, though: its
-    arguments, folder and variables say what it was asked to install into, and ``uv python find`` reads them as it does.
+    uv builds in a separate environment and overwrites ``VIRTUAL_ENV``. But uv is this process's parent: its arguments,
+    folder and variables determine the target, and ``uv python find`` evaluates them in the same way.
 
     Returns:
-        The path of the interpreter; None where another frontend builds, where there is no target yet, or no /proc.
+        The path of the interpreter; None if another frontend runs the build, if there is no target yet, or without
+        /proc.
     """
     parent = Path(f"/proc/{os.getppid()}")
     try:
@@ -29,7 +30,7 @@ def find_uv_target() -> str | None:
         return None
     environment = dict(variable.split("=", 1) for variable in variables if "=" in variable)
     if "pip" not in arguments:
-        environment.pop("VIRTUAL_ENV", None)  # uv's commands for projects do not look at it
+        environment.pop("VIRTUAL_ENV", None)  # uv's project commands ignore it
     answer = subprocess.run(
         [uv, "python", "find", *_choice_of_python(arguments)],
         cwd=folder,
@@ -42,7 +43,7 @@ def find_uv_target() -> str | None:
 
 
 def _choice_of_python(arguments: list[str]) -> list[str]:
-    """Picks from a command line of uv what decides on the interpreter.
+    """Returns those of uv's arguments that choose the interpreter.
 
     Example:
         >>> _choice_of_python(["pip", "install", "-q", "-e", ".", "--python=3.12"])

@@ -1,4 +1,4 @@
-"""Finds what a native build needs: torch, a C++ compiler, Python's headers, nvcc; says in a line what is missing."""
+"""Finds what the native build needs (torch, a C++ compiler, Python's headers, nvcc), or gives the reason why not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUPPORTED_TORCH = ">=2.11,<2.16"
 
 _CXX_CANDIDATES = ("c++", "g++", "clang++")
 _CUDA_TARGETS = (75, 80, 86, 89, 90, 100, 120)
-# torch/version.py tells +cu130 from +cpu; the metadata of a wheel may leave that out.
+# torch/version.py has the local version (+cu130, +cpu), which the wheel's metadata may omit.
 _FIND_TORCH = """
 import importlib.util, json, pathlib, runpy, sys
 sys.path.pop(0)
@@ -32,7 +32,7 @@ print(json.dumps(root and [str(root), runpy.run_path(str(root / "version.py"))["
 
 
 class ToolchainError(RuntimeError):
-    """Something that the build cannot do without is missing; the message says what to do."""
+    """The build lacks something that it needs; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class Torch:
 
     Attributes:
         root: Folder of the installed package.
-        version: Full version, local part included, as in ``2.13.0+cpu``.
-        in_target: True where the environment that gradprobe goes into has this torch; False where only the
-            throw-away build environment has it.
+        version: Full version including the local part, e.g. ``2.13.0+cpu``.
+        in_target: Whether the target environment has this torch, not just the temporary build environment.
     """
 
     root: Path
@@ -52,13 +51,13 @@ class Torch:
 
     @property
     def requirement(self) -> str:
-        """The run-time dependency: any supported torch, or exactly the one that was fetched for the build."""
+        """The run-time dependency: any supported torch, or exactly the one that was installed for the build."""
         return f"torch{SUPPORTED_TORCH}" if self.in_target else f"torch=={self.version.partition('+')[0]}"
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """An nvcc with its toolkit folder and the compute capabilities (80 for sm_80) that it can compile for."""
+    """An nvcc, its toolkit's folder, and the compute capabilities that it can compile for (80 for sm_80)."""
 
     nvcc: str
     root: Path
@@ -70,10 +69,10 @@ def _run(command: list[str], **options: object) -> subprocess.CompletedProcess[s
 
 
 def find_torch() -> Torch | None:
-    """Looks in the target environment first, then on this process's own path.
+    """Finds torch in the target environment, else on this process's own path.
 
-    pip isolates a build through ``PYTHONPATH``, so the same interpreter with ``-E`` sees the environment that the
-    package goes into, ``.pth`` files and system site-packages included. uv builds with an interpreter of its own.
+    pip isolates a build through ``PYTHONPATH``, so the same interpreter with ``-E`` sees the target environment and its
+    ``.pth`` files and system site-packages. uv builds with a separate interpreter, see ``find_uv_target``.
     """
     target = find_uv_target() or sys.executable
     for command, in_target in (([target, "-E"], True), ([sys.executable], False)):
@@ -85,10 +84,10 @@ def find_torch() -> Torch | None:
 
 
 def find_cxx() -> tuple[list[str] | None, str]:
-    """Finds a working C++20 compiler: ``$CXX`` where set, otherwise the usual names.
+    """Finds a working C++20 compiler: ``$CXX`` if set, else one of the usual names.
 
     Returns:
-        The command (None where there is none) and its version line (or the reason why there is none).
+        The command, or None, and its version line, or the reason why there is none.
     """
     chosen = shlex.split(os.environ.get("CXX", ""))
     candidates = [chosen] if chosen else [[name] for name in _CXX_CANDIDATES]
@@ -109,7 +108,7 @@ def find_cxx() -> tuple[list[str] | None, str]:
 
 
 def python_headers() -> tuple[list[Path], str]:
-    """Returns the include folders of this Python, or none and the reason why not."""
+    """Returns this Python's include folders, or none and the reason why."""
     folders = [Path(sysconfig.get_path(name)) for name in ("include", "platinclude")]
     if not any((folder / "Python.h").is_file() for folder in folders):
         return [], f"Python.h not found in {folders[0]} (install your system's python3-dev or python3-devel)"
@@ -117,27 +116,27 @@ def python_headers() -> tuple[list[Path], str]:
 
 
 def find_cuda() -> tuple[Cuda | None, str]:
-    """Finds nvcc through ``$CUDA_HOME``, ``$CUDA_PATH``, the path or the usual folder.
+    """Finds nvcc in ``$CUDA_HOME``, in ``$CUDA_PATH``, in the default folder or on ``PATH``.
 
     Returns:
-        The toolkit (None where there is none) and nvcc's version line (or the reason why there is none).
+        The toolkit, or None, and nvcc's version line, or the reason why there is none.
     """
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)] or ["/usr/local/cuda"]
     nvcc = next((found for home in homes if (found := shutil.which("nvcc", path=f"{home}/bin"))), shutil.which("nvcc"))
     if nvcc is None:
         return None, "nvcc not found (set CUDA_HOME or put nvcc on PATH)"
-    # nvcc may be a wrapper script outside of its toolkit: it says itself where the toolkit is.
+    # nvcc may be a wrapper script outside its toolkit, so ask it where the toolkit is.
     top = re.search(r"^#\$ TOP=(.+)$", _run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]).stderr, re.MULTILINE)
     known = {int(code) for code in re.findall(r"sm_(\d+)$", _run([nvcc, "--list-gpu-code"]).stdout, re.MULTILINE)}
     targets = tuple(target for target in _CUDA_TARGETS if target in known)
     if top is None or not targets:
-        return None, f"{nvcc} does not answer as nvcc 11.5 or newer does"
+        return None, f"{nvcc}: needed nvcc 11.5 or newer, which lists its toolkit and its targets"
     version = re.search(r"release .*", _run([nvcc, "--version"]).stdout)
     return Cuda(nvcc, Path(top[1].strip()).resolve(), targets), f"nvcc {version[0]}" if version else "nvcc"
 
 
 def find_ninja() -> str:
-    """Returns ninja's path: on PATH in an isolated build, beside Python in an environment that is not activated."""
+    """Returns ninja's path: on PATH, or beside Python if the environment is not activated."""
     found = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if found is None:
         raise ToolchainError("the native build needs ninja: pip install ninja")

@@ -1,7 +1,7 @@
-"""Real installs into fresh environments: isolated, not isolated, without a compiler, with code that does not compile.
+"""Installs the package into fresh environments: with and without isolation, without a compiler, with broken code.
 
-The environments see this one's torch through links on a .pth path: pip counts them as installed and never touches them;
-uv does not look there, and is told to install no dependencies.
+The environments see this one's torch through links on a .pth path. pip treats it as installed and does not touch it; uv
+does not look there, so it is told to install no dependencies.
 """
 
 import json
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.soak
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of what the package is built from."""
+    """A copy of the files that the package is built from."""
     target = tmp_path / "source"
     target.mkdir()
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
@@ -51,7 +51,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def show_packages(environment: Path) -> None:
-    """Lets an environment see torch and everything beside it, except what builds packages."""
+    """Makes torch and its neighbours visible in an environment, except for packaging tools."""
     visible = environment.parent / "visible"
     visible.mkdir()
     for entry in Path(torch.__file__).parent.parent.iterdir():
@@ -66,7 +66,7 @@ def purelib(environment: Path) -> Path:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The interpreter of a fresh environment that sees torch and the other dependencies, and no setuptools."""
+    """The interpreter of a fresh environment with torch and the other dependencies but without setuptools."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     show_packages(environment)
@@ -77,7 +77,7 @@ def python(tmp_path: Path) -> Path:
 
 def pip(python: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [python, "-m", "pip", "--disable-pip-version-check", "install", *arguments]
-    # One part of the build that these tests leave to `make build`: minutes of nvcc.
+    # Leaves nvcc, which takes minutes, to `make build`.
     environment = os.environ | {"GRADPROBE_WITHOUT": "cuda"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -92,7 +92,7 @@ def installed(python: Path, tmp_path: Path) -> dict[str, Any]:
 def test_isolated_build_uses_the_torch_of_the_environment(source: Path, python: Path, tmp_path: Path) -> None:
     done = pip(python, "-v", "-e", source)
 
-    said = done.stdout + done.stderr  # pip tells of the isolated environment on the one or the other
+    said = done.stdout + done.stderr  # pip reports the isolated environment on either
     assert done.returncode == 0, said
     assert re.search(r"Successfully installed .*\bninja-", said)
     assert not re.search(r"Successfully installed .*\btorch-", said)
@@ -140,7 +140,7 @@ def test_without_a_compiler_the_package_is_pure_python_and_says_so(
 
 
 def test_code_that_does_not_compile_fails_the_install(source: Path, python: Path) -> None:
-    with (source / "csrc" / "register.cpp").open("a") as code:
+    with (source / "csrc" / "stable" / "register.cpp").open("a") as code:
         code.write("static int never_used(int argument) { return 1; }\n")
 
     done = pip(python, "-e", source)
@@ -164,11 +164,11 @@ def test_an_unknown_part_to_leave_out_is_refused(source: Path, python: Path) -> 
     done = pip(python, "-e", source, GRADPROBE_WITHOUT="cuda,kernels")
 
     assert done.returncode != 0
-    assert "GRADPROBE_WITHOUT names ['kernels']; it takes a comma list of native, hooks, cuda" in done.stderr
+    assert "GRADPROBE_WITHOUT: needed a comma-separated list of native, hooks, cuda, got ['kernels']" in done.stderr
 
 
 class Uv:
-    """Runs uv in a folder, with variables as a shell outside of any environment has them."""
+    """Runs uv in a folder, with the variables of a shell outside any environment."""
 
     def __init__(self, program: str, variables: dict[str, str]) -> None:
         self._program = program
@@ -182,7 +182,7 @@ class Uv:
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
     def environment(self, folder: Path, *, with_torch: bool) -> Path:
-        """Makes a fresh environment: empty, or with a view of torch and the other dependencies; no setuptools."""
+        """Creates a fresh environment without setuptools: empty, or with torch and the other dependencies visible."""
         made = self("venv", "--python", sys.executable, folder, folder=folder.parent)
         assert made.returncode == 0, made.stderr
         if with_torch:
@@ -192,7 +192,7 @@ class Uv:
 
 @pytest.fixture
 def uv(tmp_path: Path) -> Uv:
-    """An uv that fails where a build fetches a torch."""
+    """A uv that fails if a build tries to install torch."""
     program = shutil.which("uv", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         pytest.skip("uv is not installed")
@@ -239,7 +239,7 @@ def test_uv_finds_the_environment_however_it_is_chosen(
     if "--no-build-isolation" in arguments:
         needs = uv("pip", "install", "setuptools>=77", "ninja>=1.11", folder=source)
         assert needs.returncode == 0, needs.stderr
-    variables = {"GRADPROBE_WITHOUT": "cuda,hooks,native"}  # which torch it is shows without minutes of building
+    variables = {"GRADPROBE_WITHOUT": "cuda,hooks,native"}  # the metadata shows which torch was found, without a build
     if not inside and len(arguments) == 1:
         variables |= {"VIRTUAL_ENV": str(environment)}
 
@@ -251,18 +251,17 @@ def test_uv_finds_the_environment_however_it_is_chosen(
     assert installed(environment / "bin" / "python", tmp_path)["row"] == [-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]
 
 
-def test_uv_fetches_the_pinned_torch_for_an_empty_environment(uv: Uv, source: Path, tmp_path: Path) -> None:
+def test_uv_requires_the_pinned_torch_for_an_empty_environment(uv: Uv, source: Path, tmp_path: Path) -> None:
     environment = uv.environment(tmp_path / "environment", with_torch=False)
 
     done = uv("pip", "install", "--python", environment, "-e", source, folder=tmp_path)
 
     assert done.returncode != 0
-    assert (
-        f"torch=={PINNED_TORCH}" in done.stderr
-    )  # which the fixture's constraint forbids, so that nothing large is fetched
+    # The fixture's constraint forbids this version, so nothing large is downloaded.
+    assert f"torch=={PINNED_TORCH}" in done.stderr
 
 
-def test_uv_installs_pure_python_where_there_is_no_compiler(uv: Uv, source: Path, tmp_path: Path) -> None:
+def test_uv_installs_pure_python_without_a_compiler(uv: Uv, source: Path, tmp_path: Path) -> None:
     environment = uv.environment(tmp_path / "environment", with_torch=False)
 
     done = uv("pip", "install", "--no-deps", "--python", environment, source, folder=tmp_path, CXX="no-such-compiler")
