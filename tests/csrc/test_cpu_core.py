@@ -1,11 +1,16 @@
-"""The CPU kernels of every instruction set, outside torch and under the address and undefined-behaviour sanitizers."""
+"""The CPU kernels of every instruction set, without torch, under the address and undefined-behaviour sanitizers."""
 
+import math
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from gradprobe.ops.rows import range_exponent
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = next(
@@ -16,7 +21,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The check, compiled with the kernels; skips where there is no compiler or its sanitizers cannot be linked."""
+    """The check program, compiled with the kernels; skips without a compiler or its sanitizers."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("cpu_core") / "check"
@@ -31,12 +36,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    # The address sanitizer has to come before any library that the environment preloads.
+    # The address sanitizer must be loaded before any preloaded library.
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
 
 
-def test_kernels_of_every_instruction_set_are_right_and_read_no_byte_too_many(program: Path) -> None:
+def test_kernels_of_every_instruction_set_are_right_and_stay_in_bounds(program: Path) -> None:
     checked = run(str(program))
     assert checked.returncode == 0, (checked.stdout + checked.stderr)[-4000:]
     assert "checked baseline" in checked.stdout
@@ -47,3 +52,15 @@ def test_the_sanitizer_sees_a_read_beyond_the_end(program: Path) -> None:
     done = run(str(program), "beyond")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+def test_range_exponent_is_the_same_in_python(program: Path) -> None:
+    """Zero, subnormal and ordinary magnitudes, both thresholds and their neighbours, infinity and NaN."""
+    thresholds = [2.0**-480, 2.0**480]
+    neighbours = [math.nextafter(threshold, to) for threshold in thresholds for to in (0.0, math.inf)]
+    tiny = [0.0, 5e-324, math.nextafter(sys.float_info.min, 0.0), sys.float_info.min]
+    magnitudes = [*tiny, 1e-200, 1.0, 1e200, sys.float_info.max, *thresholds, *neighbours, math.inf, math.nan]
+    printed = run(str(program), "range-exponent", *(magnitude.hex() for magnitude in magnitudes))
+    exponents = [int(line) for line in printed.stdout.split()]
+    assert exponents == range_exponent(np.array(magnitudes)).tolist()
+    assert set(exponents) == {-600, 0, 600}

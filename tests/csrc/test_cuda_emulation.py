@@ -1,4 +1,4 @@
-"""The CUDA kernels against their twin, run on the CPU by the emulation: values, order of threads, launches, limits."""
+"""The CUDA kernels, run on the CPU by the emulation, against a reference: values, thread order, launches, limits."""
 
 import re
 import sys
@@ -25,13 +25,13 @@ def kernels() -> Kernels:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.soak) if name in SLOW else name for name in all_checks()]
 )
-def test_kernels_give_what_the_twin_gives(kernels: Kernels, name: str) -> None:
+def test_kernels_match_the_reference(kernels: Kernels, name: str) -> None:
     all_checks()[name](kernels)
 
 
 @st.composite
 def groups_of_tensors(draw: st.DrawFn) -> list[Block]:
-    """Tensors of one type: any size, alignment and magnitude, with specials at random places."""
+    """Tensors of one type with any size, alignment and magnitude, and special values at random places."""
     element = draw(st.sampled_from(ELEMENTS))
     blocks = []
     for _ in range(draw(st.integers(1, 5))):
@@ -51,7 +51,7 @@ def groups_of_tensors(draw: st.DrawFn) -> list[Block]:
 
 @given(blocks=groups_of_tensors())
 @settings(max_examples=150)
-def test_any_tensors_give_what_the_twin_gives(kernels: Kernels, blocks: list[Block]) -> None:
+def test_any_tensors_match_the_reference(kernels: Kernels, blocks: list[Block]) -> None:
     check_tensors(kernels, blocks, "random tensors")
 
 
@@ -68,11 +68,11 @@ def test_launches_stay_few(kernels: Kernels, sizes: list[int], launches: int) ->
 
 
 def test_all_shared_memory_is_poisoned(kernels: Kernels) -> None:
-    """The emulation fills what the compiler puts into the section; it must be all that the source declares."""
+    """The emulation poisons one linker section, which must hold all shared memory that the sources declare."""
     declared = [
         line for path in (CSRC / "cuda").iterdir() for line in path.read_text().splitlines() if "__shared__" in line
     ]
     assert [line.strip() for line in declared] == ["__shared__ Stats of_thread[kThreads];"]
-    # One copy for each file that merges blocks.
+    # One copy per file that calls merge_block.
     users = [path for path in (CSRC / "cuda").glob("*.cu") if re.search(r"\bmerge_block\(", path.read_text())]
     assert kernels.shared_bytes() == len(users) * 256 * 48

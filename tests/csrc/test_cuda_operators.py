@@ -1,4 +1,4 @@
-"""The operators' CUDA registration: on CPU tensors with emulated kernels here, and on a GPU where there is one."""
+"""The operators' CUDA registration, on CPU tensors with emulated kernels, and on a GPU if there is one."""
 
 import sys
 from collections.abc import Callable
@@ -27,14 +27,14 @@ def emulated() -> object:
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def target(request: pytest.FixtureRequest) -> tuple[object, torch.device]:
-    """The operators and the device that they run on."""
+    """The operators and their device."""
     if request.param == "cuda":
         return torch.ops.gradprobe, torch.device("cuda")
     return request.getfixturevalue("emulated"), torch.device("cpu")
 
 
 def layouts(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Tensors of every layout that a gradient comes in."""
+    """Tensors of every layout that a gradient may have."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -125,7 +125,7 @@ def test_bad_arguments_are_named(
         call(operators, device)
 
 
-def test_no_tensors_are_no_work(target: tuple[object, torch.device]) -> None:
+def test_an_empty_list_is_no_work(target: tuple[object, torch.device]) -> None:
     operators, device = target
     operators.grad_stats_into([], torch.empty(0, 6, dtype=torch.float64, device=device))
     operators.scale_([], torch.ones((), device=device))
@@ -149,21 +149,19 @@ def test_opcheck_passes(target: tuple[object, torch.device], name: str) -> None:
     ],
     ids=["equal", "newer", "older"],
 )
-def test_a_driver_too_old_is_a_reason(
-    nvcc: str, driver: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_driver_is_reported(nvcc: str, driver: int, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
     assert libraries._driver_too_old({"nvcc": nvcc}) == reason
 
 
-# ---- What only a GPU can show.
+# ---- Tests that need a GPU.
 
 
 @pytest.mark.gpu
 def test_work_is_enqueued_on_the_current_stream() -> None:
-    """On a busy side stream the result must not be there before the stream gets to it, and must be right after."""
+    """On a busy side stream the result must appear only when the stream reaches the kernel."""
     x = torch.zeros(1 << 24, device="cuda")
     out = torch.full((1, 6), torch.nan, dtype=torch.float64, device="cuda")
     stream = torch.cuda.Stream()
@@ -191,7 +189,7 @@ def test_no_synchronisation() -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_measures_what_is_there_when_it_replays() -> None:
+def test_a_captured_graph_measures_the_values_at_replay() -> None:
     tensors = [torch.ones(n, device="cuda") for n in (5, 100_000, 3)]
     out = torch.empty(3, 6, dtype=torch.float64, device="cuda")
     side = torch.cuda.Stream()
@@ -201,9 +199,8 @@ def test_a_captured_graph_measures_what_is_there_when_it_replays() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         torch.ops.gradprobe.grad_stats_into(tensors, out)
-    noise = [
-        torch.full((1 << 16,), torch.nan, device="cuda") for _ in range(50)
-    ]  # over any scratch space that was given back
+    # Overwrites any scratch space that was freed.
+    noise = [torch.full((1 << 16,), torch.nan, device="cuda") for _ in range(50)]
     for value in (2.0, 3.0):
         for tensor in tensors:
             tensor.fill_(value)
@@ -224,7 +221,7 @@ def test_no_allocation_in_steady_state() -> None:
 
 
 @pytest.mark.gpu
-def test_another_device_than_the_current_one() -> None:
+def test_a_device_that_is_not_current() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     x = torch.full((50_000,), 2.0, device="cuda:1")
@@ -239,5 +236,5 @@ def test_another_device_than_the_current_one() -> None:
 
 
 @pytest.mark.gpu
-def test_auto_takes_the_native_kernels() -> None:
+def test_auto_selects_the_native_kernels() -> None:
     assert ops.resolve("auto", torch.device("cuda")).name == "native"

@@ -1,4 +1,4 @@
-"""The residual junction as operators: in plain torch, with emulated CUDA kernels, and on a GPU where there is one."""
+"""The residual operators on the CPU, with emulated CUDA kernels, and on a GPU if there is one."""
 
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Target:
-    """The operators of one library, and the device that they run on."""
+    """The operators of one library, and their device."""
 
     operators: Any
     device: torch.device
@@ -61,7 +61,7 @@ LAYOUTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 @pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_is_what_torch_gives(target: Target, dtype: torch.dtype, layout: str, relu: bool) -> None:
+def test_forward_matches_torch(target: Target, dtype: torch.dtype, layout: str, relu: bool) -> None:
     x, f = LAYOUTS[layout](*operands((3, 4, 7, 9), dtype, target.device))
     y, row = target.operators.residual_add_stats(x, f, relu)
     needed = (x + f).relu() if relu else x + f
@@ -107,7 +107,7 @@ def test_in_place_reads_the_addend_as_it_was(target: Target, share: Callable[[Te
     assert torch.equal(x, needed)
 
 
-def test_in_place_refuses_what_is_folded_onto_itself(target: Target) -> None:
+def test_in_place_rejects_a_tensor_folded_onto_itself(target: Target) -> None:
     x = torch.ones(4, device=target.device)
     with pytest.raises((ArgumentError, RuntimeError), match="x: needed elements that do not overlap in memory"):
         target.operators.residual_add_(x.expand(3, 4), torch.ones(3, 4, device=target.device), True)
@@ -127,7 +127,7 @@ def test_backward_masks_the_gradient(target: Target, dtype: torch.dtype, numel: 
         assert row[3].item() == values.abs().max().item()
 
 
-def test_nan_goes_the_way_of_torch(target: Target) -> None:
+def test_nan_is_handled_like_torch(target: Target) -> None:
     nan = torch.nan
     x = torch.tensor([nan, 1.0, -1.0, torch.inf], device=target.device, requires_grad=True)
     f = torch.tensor([1.0, nan, -1.0, -torch.inf], device=target.device)
@@ -168,7 +168,7 @@ def test_the_two_parts_of_a_gradient(
     a, b = branch.double(), shortcut.double()
     torch.testing.assert_close(rows[0, 2], a.square().sum(), rtol=1e-6, atol=0)
     torch.testing.assert_close(rows[0, 0], a.sum(), rtol=0, atol=1e-6 * a.abs().sum().item())
-    in_float = request.node.callspec.params["target"] == "plain" and dtype != torch.float64  # as csrc/cpu does it
+    in_float = request.node.callspec.params["target"] == "plain" and dtype != torch.float64  # like csrc/cpu
     error = 1e-7 * (a * b).abs().sum().item() if in_float else 1e-12 * a.numel()
     torch.testing.assert_close(rows[1, 2], (a * b).sum(), rtol=0, atol=error)
     assert rows[1, [0, 1, 4, 5]].tolist() == [0.0] * 4

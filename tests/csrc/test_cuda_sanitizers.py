@@ -1,4 +1,4 @@
-"""The CUDA kernels under the host compiler's sanitizers: memory, undefined behaviour, races within a block."""
+"""The emulated CUDA kernels under sanitizers: memory errors, undefined behaviour, races within a block."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ SHORT = ("--short", "--exact-ends")
 
 
 @pytest.mark.parametrize("mode", ["address", "thread"])
-def test_no_report_in_short(mode: str) -> None:
+def test_no_report_in_the_short_checks(mode: str) -> None:
     prefixes = (
         "grad_stats/boundaries/f16",
         "grad_stats/misaligned",
@@ -34,8 +34,8 @@ def test_no_report_in_all_checks(mode: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-READS_BEHIND_THE_END = Mutant(
-    "tail_reads_behind_the_end",
+READS_PAST_THE_END = Mutant(
+    "tail_reads_past_the_end",
     "cuda/grad_stats.cu",
     "thread < split.tail",
     "thread < split.tail + 1",
@@ -49,7 +49,7 @@ MISSING_BARRIER = Mutant(
 @pytest.mark.parametrize(
     ("mode", "mutant", "report"),
     [
-        pytest.param("address", READS_BEHIND_THE_END, "heap-buffer-overflow", id="address"),
+        pytest.param("address", READS_PAST_THE_END, "heap-buffer-overflow", id="address"),
         pytest.param("thread", MISSING_BARRIER, "data race", id="thread", marks=pytest.mark.soak),
     ],
 )

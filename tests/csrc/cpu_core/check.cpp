@@ -1,6 +1,9 @@
-// Runs the CPU kernels of every instruction set that this processor has, outside torch, so that sanitizers see each
-// load: every buffer is a heap block of exactly the elements' size. Results are checked against long double. Exits 1
-// with a line per failure.
+// Checks the CPU kernels of every instruction set of this processor against long double, without torch. Every buffer is
+// a heap block of the exact size, so that sanitizers see each wrong access. Prints a line per failure and exits with 1.
+//
+//   check                     runs all checks
+//   check beyond              reads an element too many, which the address sanitizer must report
+//   check range-exponent X..  prints range_exponent of each number
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -51,8 +54,8 @@ double widen(Dtype dtype, const void* element) {
   return bits & 0x8000 ? -x : x;
 }
 
-// Random bits: every magnitude, sign and special value of the dtype. With `exponents` > 0, exponent fields of that many
-// neighbouring values, powers of two and zeros among them.
+// Fills data with random bits: all magnitudes, signs and special values of the dtype. With `exponents` > 0, only that
+// many exponents from `first_exponent` on, and some powers of two and zeros.
 void fill(Dtype dtype, void* data, int64_t n, std::mt19937_64& random, int first_exponent, int exponents) {
   const int64_t width = item_bytes(dtype);
   const int fraction_bits = dtype == Dtype::kFloat16    ? 10
@@ -114,7 +117,7 @@ struct Exponents {
 void check_dense(Dtype dtype, Isa isa, std::mt19937_64& random) {
   const int64_t width = item_bytes(dtype);
   const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
-  // All bit patterns; the lowest, the middle and the highest exponents; all finite ones.
+  // All bit patterns; the lowest, middle and highest exponents; all finite values.
   const Exponents kinds[] = {{0, 0}, {0, 2}, {top / 2, 3}, {top - 2, 2}, {0, top}};
   std::vector<int64_t> sizes;
   for (int64_t n = 1; n < 140; ++n) sizes.push_back(n);
@@ -159,7 +162,7 @@ void check_strided(Dtype dtype, Isa isa, std::mt19937_64& random) {
     const View view{data.get(), dtype, numel, dims.dense() ? nullptr : &dims};
     const int64_t middle = random() % (numel + 1);
     check("strided", dtype, isa, x, merge(chunk_stats(view, 0, middle, isa), chunk_stats(view, middle, numel, isa)));
-    // Scaling by 1 has to put every element back where it came from, and touch none other.
+    // Scaling by 1 must write every element back to its place, and no other element.
     if (!dims.may_overlap()) {
       const std::vector<char> before(data.get(), data.get() + reach * width);
       scale_chunk(view, 0, numel, 1.0, isa);
@@ -172,8 +175,8 @@ void check_strided(Dtype dtype, Isa isa, std::mt19937_64& random) {
   }
 }
 
-// Every float16 and bfloat16 value times a few coefficients, and floats at each rounding boundary of float16: all sets
-// alike.
+// Multiplies every float16 or bfloat16 value by several coefficients, some of which hit rounding boundaries. All
+// instruction sets must agree.
 void check_scale(Dtype dtype, Isa isa) {
   std::vector<uint16_t> values(65536), expected;
   for (double coefficient : {1.0, 0.1, 3.0, 0x1p-20, 0x1.8p-11, 70000.0, -0.0}) {
@@ -186,7 +189,7 @@ void check_scale(Dtype dtype, Isa isa) {
       const uint16_t from = static_cast<uint16_t>(i);
       const float product = static_cast<float>(widen(dtype, &from)) * static_cast<float>(coefficient);
       const bool same = std::isnan(product) ? std::isnan(x) && std::isnan(y) : values[i] == expected[i];
-      // Half a unit in the last place, and that of the subnormal numbers.
+      // Half a unit in the last place, normal or subnormal.
       const bool is_half = dtype == Dtype::kFloat16;
       const double bound = std::fabs(product) * (is_half ? 0x1p-11 : 0x1p-8) + (is_half ? 0x1p-25 : 0x1p-134);
       const double largest = is_half ? 65520 : 0x1.ff0p+127;
@@ -199,7 +202,7 @@ void check_scale(Dtype dtype, Isa isa) {
   }
 }
 
-// Rounded to nearest, ties to even, from the definition of the format.
+// Rounds to nearest, ties to even, according to the definition of the format.
 double rounded(Dtype dtype, double x) {
   if (dtype == Dtype::kFloat64 || x == 0 || !std::isfinite(x)) return x;
   const bool is_half = dtype == Dtype::kFloat16, is_brain = dtype == Dtype::kBFloat16;
@@ -291,7 +294,7 @@ void check_mask(Isa isa, const Buffer& grad_y, const Buffer& y, int64_t middle) 
   }
 }
 
-// `middle` splits the work, as chunks do.
+// `middle`: where the work is split, as into chunks.
 void check_branch(Isa isa, const Buffer& branch, const Buffer& shortcut, int64_t middle) {
   const Dtype dtype = branch.dtype;
   std::vector<double> of_branch(branch.n);
@@ -307,7 +310,7 @@ void check_branch(Isa isa, const Buffer& branch, const Buffer& shortcut, int64_t
   const Stats first = branch_chunk(dtype, a, b, 0, middle, isa, &dots[0]);
   check("branch", dtype, isa, of_branch, merge(first, branch_chunk(dtype, a, b, middle, branch.n, isa, &dots[1])));
   const bool is_wide = dtype == Dtype::kFloat64;
-  // residual_pass.h does these again
+  // residual_pass.h computes these again
   if (is_wide && std::isfinite(magnitudes) && magnitudes != 0 && (magnitudes > 1e300L || magnitudes < 1e-280L)) return;
   if (close(dots[0] + dots[1], expected, (is_wide ? 1e-13L : 1.8e-6L) * magnitudes)) return;
   ++failures;
@@ -318,7 +321,7 @@ void check_branch(Isa isa, const Buffer& branch, const Buffer& shortcut, int64_t
 
 void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
   const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
-  // All bit patterns; numbers that nearly cancel; the lowest and the highest exponents; what is no number.
+  // All bit patterns; numbers that nearly cancel; the lowest and the highest exponents; non-finite values.
   const Exponents kinds[] = {{0, 0}, {top / 2, 2}, {0, 3}, {top - 3, 3}, {top - 1, 2}};
   for (int64_t n : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 129, 1000, 4095, 4097, 9001}) {
     for (const Exponents& kind : kinds) {
@@ -339,9 +342,12 @@ void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
 int main(int argc, char** argv) {
   const FloatEnvironment environment;
   if (argc > 1 && std::strcmp(argv[1], "beyond") == 0) {
-    // A read of one element too many, which the address sanitizer has to stop.
     const std::unique_ptr<float[]> data(new float[100]{});
     return chunk_stats({data.get(), Dtype::kFloat32, 101, nullptr}, 0, 101, best_isa()).n_zero == 101 ? 0 : 1;
+  }
+  if (argc > 1 && std::strcmp(argv[1], "range-exponent") == 0) {
+    for (int i = 2; i < argc; ++i) std::printf("%d\n", range_exponent(std::strtod(argv[i], nullptr)));
+    return 0;
   }
   int sets = 0;
   for (int i = 0; i < kIsas; ++i) {

@@ -1,5 +1,4 @@
-// Switches between stacks: a few instructions on x86-64; ucontext, which makes two system calls for each switch,
-// elsewhere.
+// Switches between stacks: in a few instructions on x86-64, elsewhere with ucontext, which makes two system calls.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +17,7 @@ struct Context {
 };
 
 extern "C" void emulated_switch(void** save, void* resume);
-// Saves what a call must preserve (System V ABI) on the old stack, and restores it from the new one.
+// Saves the callee-saved registers (System V ABI) on the old stack and restores them from the new one.
 __asm__(
     ".text\n.p2align 4\n.globl emulated_switch\n.hidden emulated_switch\n.type "
     "emulated_switch,@function\nemulated_switch:\n"
@@ -30,7 +29,7 @@ __asm__(
 inline void start_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
   auto top = reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t{15};
   auto* slots = reinterpret_cast<void**>(top);
-  *--slots = nullptr;  // where entry would return to: it never does
+  *--slots = nullptr;  // the return address of entry, which never returns
   *--slots = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--slots = nullptr;
   context.stack_pointer = slots;

@@ -1,4 +1,4 @@
-"""Planted bugs: textual changes of the kernels' source, each of which the checks must catch."""
+"""Planted bugs: changes to the kernels' source text that the checks must catch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from emulation.harness import CSRC
 
 @dataclass(frozen=True)
 class Mutant:
-    """One bug: `old` in `file` becomes `new`; the checks under `caught_by` must fail."""
+    """A bug: `old` in `file` becomes `new`, and the checks whose names start with `caught_by` must fail."""
 
     name: str
     file: str
@@ -21,7 +21,7 @@ class Mutant:
 
     @property
     def kernel(self) -> str:
-        """The file to compile again: what the check runs is in it, even where the bug is in a header."""
+        """The file to recompile, which contains the kernels that the check runs. The bug may be in a header of it."""
         return f"{self.caught_by.partition('/')[0]}.cu"
 
 
@@ -175,7 +175,7 @@ MUTANTS = (
         "scale/boundaries/f32",
     ),
     Mutant(
-        "scale_writes_behind_the_end",
+        "scale_writes_past_the_end",
         "cuda/scale.cu",
         "if (thread < split.tail)",
         "if (thread <= split.tail)",
@@ -231,7 +231,7 @@ MUTANTS = (
         "residual_add/backward/f32",
     ),
     Mutant(
-        "merges_what_nobody_counted",
+        "merges_sums_that_were_not_taken",
         "cuda/residual_add.cu",
         "counted == Counted::kNone || n_chunks == 1",
         "n_chunks == 1",
@@ -246,14 +246,14 @@ MUTANTS = (
         "residual_add/forward/f16",
     ),
     Mutant(
-        "flag_keeps_the_sum_from_being_written",
+        "flag_stops_the_sum_from_being_written",
         "cuda/residual_add.cu",
         "      return apply_chunk<T, Operation, Counted::kNone>(a, b, out, n, none);",
         "      return;",
         "residual_add/only_if/forward/f32",
     ),
     Mutant(
-        "flag_not_asked_by_the_second_launch",
+        "flag_ignored_by_the_second_launch",
         "cuda/finish.cuh",
         "  if (!is_on(enabled)) return;\n",
         "",
@@ -298,12 +298,18 @@ MUTANTS = (
 
 
 def plant(mutant: Mutant, folder: Path) -> Path:
-    """Copies csrc into `folder`, with the bug; returns the copy. The text to change must occur exactly once."""
+    """Copies csrc to `folder` with the bug; returns the copy.
+
+    Raises:
+        ValueError: The text to change does not occur exactly once.
+    """
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     path = csrc / mutant.file
     source = path.read_text(encoding="utf-8")
     if source.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.name}: {mutant.file} has {source.count(mutant.old)} times: {mutant.old!r}")
+        raise ValueError(
+            f"{mutant.name}: needed once in {mutant.file}, got {source.count(mutant.old)} times: {mutant.old!r}"
+        )
     path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     return csrc

@@ -1,4 +1,4 @@
-"""The operators as csrc/register_cuda.cpp registers them, on CPU tensors with emulated kernels."""
+"""The operators of csrc/stable/register_cuda.cpp on CPU tensors, with emulated kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradprobe.ops import reference, residual, schemas
 
 @cache
 def emulated_operators() -> Any:
-    """Builds and loads the library once for this process; returns its `torch.ops` namespace."""
+    """Builds and loads the library once per process; returns its `torch.ops` namespace."""
     for schema in (*schemas.SCHEMAS, *residual.SCHEMAS):
         _library.define(schema)
     schemas.register(_library, reference.grad_stats_into, reference.scale_)

@@ -1,5 +1,4 @@
-// The fiber scheduler behind emulation.h. Compiled without the thread sanitizer, so that its own switching is not taken
-// for a race.
+// The fiber scheduler of emulation.h. Compiled without the thread sanitizer, which would report its switching as races.
 #include <algorithm>
 #include <memory>
 #include <random>
@@ -43,7 +42,7 @@ struct Fiber {
   State state = State::returned;
   Position position;
   unsigned index = 0;
-  int line = 0;       // of the barrier or exchange that it waits at
+  int line = 0;       // of the barrier or exchange that the fiber waits at
   unsigned mask = 0;  // of the exchange
   unsigned source = 0;
   uint64_t value = 0;
@@ -57,7 +56,7 @@ struct Fiber {
 };
 
 struct Scheduler {
-  std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
+  std::vector<std::unique_ptr<Fiber>> fibers;  // reused by every launch
   Fiber* running = nullptr;
   Context main_context;
   const std::function<void()>* body = nullptr;
@@ -78,7 +77,7 @@ struct Scheduler {
 
 Scheduler scheduler;
 
-char block_order;  // released by all, acquired by all, at block barriers and between blocks
+char block_order;  // all threads release and acquire it at block barriers and between blocks
 char warp_order[kMaxThreads / kWarp];
 
 std::string name(const Fiber& fiber) {
@@ -112,7 +111,7 @@ void switch_to_main() {
 #endif
 }
 
-// A fiber lives for many blocks: it runs the body, reports back, and is resumed for the next block.
+// A fiber runs the body for one block, switches back, and is resumed for the next block.
 void fiber_main() {
 #if defined(EMULATION_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.main_stack, &scheduler.main_stack_bytes);
@@ -151,7 +150,7 @@ void resume(Fiber& fiber) {
 #endif
 }
 
-// Lets every thread go on that waits at the block's barrier. Throws when they do not all wait at the same one.
+// Resumes the threads that wait at the block's barrier. Throws if they do not all wait at the same one.
 void release_barrier() {
   const Fiber* first = nullptr;
   for (unsigned t = 0; t < scheduler.threads; ++t) {
@@ -176,7 +175,7 @@ void release_barrier() {
 }
 
 void run_block(Index3 block) {
-  // Byte by byte: the sanitizers would take a call of memset for the kernel's own.
+  // Not memset: the sanitizers would attribute it to the kernel.
   for (volatile char* byte = __start_emulated_shared; byte != __stop_emulated_shared; ++byte) *byte = '\xff';
   scheduler.ready.clear();
   for (unsigned t = 0; t < scheduler.threads; ++t) {
@@ -202,7 +201,7 @@ void run_block(Index3 block) {
   }
 }
 
-// Lets the lanes of the mask go on once all of them wait at the same exchange.
+// Resumes the lanes of the mask once all of them wait at the same exchange.
 void try_exchange(Fiber& arrived) {
   const unsigned warp = arrived.index / kWarp;
   for (unsigned l = 0; l < kWarp; ++l) {
@@ -270,7 +269,7 @@ void barrier(int line) {
   order_acquire(&block_order);
 }
 
-// The hardware does not order memory at a shuffle; neither does this.
+// Like the hardware, does not order memory.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, int line) {
   return wait_for_lanes(mask, value, source, line);
 }
@@ -294,7 +293,7 @@ void run_grid(Index3 grid, Index3 block, const std::function<void()>& body) {
   order_release(&block_order);
 #endif
   scheduler.body = &body;
-  scheduler.ready.reserve(scheduler.threads);  // never grown by a fiber
+  scheduler.ready.reserve(scheduler.threads);  // so that no fiber reallocates it
   for (auto& fiber : scheduler.fibers) {
     fiber->position.block_dim = block;
     fiber->position.grid_dim = grid;
@@ -310,7 +309,7 @@ void run_grid(Index3 grid, Index3 block, const std::function<void()>& body) {
                  static_cast<unsigned>(b / grid.x / grid.y)});
     }
   } catch (...) {
-    scheduler.fibers.clear();  // some are in the middle of a kernel
+    scheduler.fibers.clear();  // some are still inside a kernel
     current = nullptr;
     throw;
   }

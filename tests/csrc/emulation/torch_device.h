@@ -1,5 +1,4 @@
-// In the place of csrc/stable/torch_device.h: the registration of the CUDA kernels, on CPU tensors and emulated
-// kernels.
+// Replaces csrc/stable/torch_device.h to register emulated kernels for CPU tensors.
 #pragma once
 
 #include <torch/headeronly/core/DeviceType.h>
@@ -18,7 +17,7 @@ inline constexpr const char* kDeviceName = "cpu";
 
 struct DeviceScope {
   explicit DeviceScope(int32_t) {}
-  ~DeviceScope() {}  // keeps an unused one from being a warning
+  ~DeviceScope() {}  // avoids a warning about an unused variable
 };
 
 inline cudaStream_t current_stream(int32_t) { return nullptr; }

@@ -1,23 +1,23 @@
-"""What the kernels must give: the same operations in extended precision, written without their source."""
+"""The reference of the kernels: the same operations in extended precision, written independently of their source."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Largest errors allowed, relative to sum_abs for "sum" and to itself for the other sums.
+# Largest error relative to sum_abs for "sum", and relative to the value for the other sums.
 TOLERANCE = {"f16": 1e-6, "bf16": 1e-6, "f32": 1e-6, "f64": 1e-12}
 
 
 def range_exponent(abs_max: float) -> int:
-    """The exponent of a raw row, from the definition of raw rows."""
+    """Returns the exponent of a raw row, according to the definition of raw rows."""
     if abs_max == 0 or not np.isfinite(abs_max):
         return 0
     return 600 if abs_max > 2.0**480 else -600 if abs_max < 2.0**-480 else 0
 
 
 def raw_row(values: NDArray[np.float64]) -> NDArray[np.longdouble]:
-    """The raw row [6] of a tensor's values."""
+    """Returns the raw row [6] of a tensor's values."""
     wide = values.astype(np.longdouble)
     magnitude = np.abs(wide)
     abs_max = np.longdouble(0)
@@ -48,9 +48,9 @@ def check_row(got: NDArray[np.float64], values: NDArray[np.float64], element: st
 
 
 def check_products(got: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64], what: str) -> None:
-    """Raises AssertionError unless `got` [6] stands for the sum of a * b, as a sum of squares does in a raw row."""
+    """Raises AssertionError unless `got` [6] holds the sum of a * b in the way a raw row holds its sum of squares."""
     if got[[0, 1, 4, 5]].any():
-        raise AssertionError(f"{what}: columns beside the sum of products are {got!r}, needed zeros")
+        raise AssertionError(f"{what}: columns other than the sum of products are {got!r}, needed zeros")
     products = a.astype(np.longdouble) * b.astype(np.longdouble)
     with np.errstate(invalid="ignore"):
         needed, bound = products.sum(), TOLERANCE["f64"] * np.abs(products).sum()

@@ -1,4 +1,4 @@
-// Stands in for the CUDA toolkit's header of this name (see emulation.h): the conversions of __nv_bfloat16.
+// Replaces the CUDA toolkit's header of this name (see emulation.h): conversions of __nv_bfloat16.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,4 @@
-// Stands in for the CUDA toolkit's header of this name (see emulation.h): the conversions of __half, by the host's
-// _Float16.
+// Replaces the CUDA toolkit's header of this name (see emulation.h): conversions of __half, with the host's _Float16.
 #pragma once
 
 struct __half {

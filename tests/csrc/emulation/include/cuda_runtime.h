@@ -1,5 +1,5 @@
-// Stands in for the CUDA toolkit's header of this name when kernels are compiled by a host compiler (see emulation.h).
-// Holds what the kernels of this project use; a kernel that needs more fails to compile until it is added here.
+// Replaces the CUDA toolkit's header of this name when a host compiler compiles kernels (see emulation.h). It declares
+// only what this project's kernels use; a kernel that needs more does not compile until it is added here.
 #pragma once
 
 #include <cmath>
@@ -16,8 +16,8 @@
 // One copy for all threads; `const T __grid_constant__ x` becomes a reference.
 #define __grid_constant__ &
 #define __launch_bounds__(...)
-// Own section, so that the scheduler can poison it. GCC ignores this inside templates: shared memory lives in plain
-// functions (tested).
+// A section of its own, which the scheduler poisons. GCC ignores the attribute in templates, so shared memory must be
+// declared in plain functions (tested).
 #define __shared__ __attribute__((section("emulated_shared"))) static
 
 #define threadIdx (::emulation::current->thread)

@@ -1,11 +1,10 @@
-// Runs CUDA kernels on the host, to test them without a GPU. One fiber per CUDA thread of a block, blocks one after
-// another.
+// Runs CUDA kernels on the host to test them without a GPU: one fiber per CUDA thread, one block after another.
 //
-// What is checked while a kernel runs (a violation throws emulation::Violation out of the launch):
-//   barriers   every thread of the block must arrive at the same __syncthreads; none may have returned before
-//   shuffles   every lane of the mask must arrive at the same call with the same mask, and read a lane of the mask
+// Checks while a kernel runs (a violation throws emulation::Violation out of the launch):
+//   barriers   every thread of the block must reach the same __syncthreads, and none may have returned
+//   shuffles   every lane of the mask must reach the same call with the same mask, and read a lane of the mask
 //   vectors    16-byte loads and stores must be 16-byte aligned
-// Threads and blocks run in shuffled order, and shared memory is filled with 0xFF before each block. Not checked: races
+// Threads and blocks run in random order, and shared memory is filled with 0xFF before each block. Not checked: races
 // between blocks, and memory ordering weaker than the host's.
 #pragma once
 
@@ -26,25 +25,25 @@ struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// What the running kernel thread sees as threadIdx, blockIdx, blockDim, gridDim.
+// threadIdx, blockIdx, blockDim and gridDim of a kernel thread.
 struct Position {
   Index3 thread, block, block_dim, grid_dim;
 };
 
-extern Position* current;  // of the fiber that runs now
+extern Position* current;  // of the running fiber
 
 inline constexpr unsigned kWarp = 32;
 
-// Runs body once per thread of the grid. Throws Violation.
+// Runs body once per thread of the grid. May throw Violation.
 void run_grid(Index3 grid, Index3 block, const std::function<void()>& body);
 
-// Waits for the block. `line` tells two barriers apart.
+// Waits for all threads of the block. `line` identifies the barrier.
 void barrier(int line);
 
-// Waits for the lanes of `mask`; then each lane gets what lane `source` passed.
+// Waits for the lanes of `mask`, then returns the value that lane `source` passed.
 uint64_t exchange(unsigned mask, uint64_t value, unsigned source, int line);
 
-// Waits for the lanes of `mask`, ordering memory between them.
+// Waits for the lanes of `mask` and orders memory between them.
 void warp_barrier(unsigned mask, int line);
 
 unsigned lane();
@@ -52,14 +51,14 @@ unsigned lane();
 // Seeds the order of threads and blocks.
 void seed(uint64_t value);
 
-// Skips the blocks before `first` in grids of more than `first` blocks, for tensors too large to run whole. 0 runs all.
+// Skips the blocks before `first` in grids of more than `first` blocks, for very large tensors. 0 runs all blocks.
 void run_only(uint64_t first);
 uint64_t first_block();
 
-// Bytes of shared memory that the kernels declare in all.
+// Total bytes of shared memory that the kernels declare.
 size_t shared_bytes();
 
-// Launches since the last call.
+// Returns the number of launches since the last call.
 int64_t take_launch_count();
 void count_launch();
 
