@@ -5,7 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from emulation.harness import CSRC, ELEMENTS, ITEM_BYTES, VECTOR_BYTES, Block, Kernels, compiler, encode, session_build
+from emulation.building import CSRC, compiler, session_build
+from emulation.kernels import ELEMENTS, ITEM_BYTES, VECTOR_BYTES, Block, Kernels, encode
 from emulation.sweep import all_checks, check_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st

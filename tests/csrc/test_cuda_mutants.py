@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulation.harness import build, compiler, keep_objects, run_sweep, session_build
+from emulation.building import build, compiler, keep_objects, run_sweep, session_build
 from emulation.mutants import MUTANTS, Mutant, plant
 
 pytestmark = pytest.mark.skipif(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from emulation.harness import compiler
+from emulation.building import compiler
 from emulation.operators import emulated_operators
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.harness import compiler
+from emulation.building import compiler
 from emulation.operators import emulated_operators
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def test_forward_matches_torch(target: Target, dtype: torch.dtype, layout: str, 
 @pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_in_place_gives_what_torch_gives(target: Target, dtype: torch.dtype, layout: str, relu: bool) -> None:
+def test_in_place_matches_torch(target: Target, dtype: torch.dtype, layout: str, relu: bool) -> None:
     x, f = LAYOUTS[layout](*operands((3, 4, 7, 9), dtype, target.device))
     needed = (x + f).relu() if relu else x + f
     strides, version, address = x.stride(), x._version, x.data_ptr()
@@ -100,7 +100,7 @@ def test_in_place_gives_what_torch_gives(target: Target, dtype: torch.dtype, lay
     ],
     ids=["itself", "one-on", "one-back", "transposed", "halves"],
 )
-def test_in_place_reads_the_addend_as_it_was(target: Target, share: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+def test_in_place_reads_the_original_addend(target: Target, share: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
     x, f = share(operands((300, 300), torch.float32, target.device)[0])
     needed = (x + f).relu()
     target.operators.residual_add_(x, f, True)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from emulation.harness import CSRC, KERNELS, session_folder
+from emulation.building import CSRC, KERNELS, session_folder
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 THREADS = 256

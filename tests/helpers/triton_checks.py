@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from emulation.twin import check_row
+from emulation.reference import check_row
 
 from gradprobe import ops
 from gradprobe.errors import ArgumentError, BackendError

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from emulation.harness import CSRC
+from emulation.building import CSRC
 
 
 @dataclass(frozen=True)

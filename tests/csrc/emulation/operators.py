@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from emulation.harness import build_operators, session_folder
+from emulation.building import build_operators, session_folder
 from gradprobe.ops import reference, residual, schemas
 
 

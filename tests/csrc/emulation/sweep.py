@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from emulation.harness import (
+from emulation.kernels import (
     CHUNK_BYTES,
     ELEMENTS,
     ITEM_BYTES,
@@ -26,7 +26,7 @@ from emulation.harness import (
     decode,
     encode,
 )
-from emulation.twin import check_products, check_row
+from emulation.reference import check_products, check_row
 
 THREADS = 256
 LOADS = 4
