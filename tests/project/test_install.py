@@ -143,7 +143,7 @@ def test_code_that_does_not_compile_fails_the_install(source: Path, python: Path
     with (source / "csrc" / "stable" / "register.cpp").open("a") as code:
         code.write("static int never_used(int argument) { return 1; }\n")
 
-    done = pip(python, "-e", source)
+    done = pip(python, "-e", source, GRADPROBE_WERROR="1")
 
     assert done.returncode != 0
     assert "never_used" in done.stdout + done.stderr
