@@ -56,7 +56,7 @@ def sweep(
     """
     from gradprobe.experiments.sweep.run import sweep as run_sweep
     from gradprobe.experiments.sweep.store import open_run
-    from gradprobe.report import terminal
+    from gradprobe.report import export
 
     try:
         path = run_sweep(
@@ -76,7 +76,7 @@ def sweep(
         raise typer.Exit(130) from None
     with open_run(path) as run:
         if as_json:
-            print_json(terminal.as_dict(run))
+            print_json(export.as_dict(run))
             return
         cells = run.cells()
     done = sum(cell.status == "done" for cell in cells)
@@ -98,20 +98,20 @@ def report(
     Example: gradprobe report run.sqlite --html report.html
     """
     from gradprobe.experiments.sweep.store import open_run
-    from gradprobe.report import terminal
+    from gradprobe.report import export, terminal
 
     with open_run(run_file) as run:
         if as_json:
-            print_json(terminal.as_dict(run))
+            print_json(export.as_dict(run))
         else:
             print_table(terminal.render(run))
         written: list[Path] = []
         if html is not None:
             written.append(drawing_module("--html", "gradprobe.report.html").write(run, html))
         if csv is not None:
-            written += terminal.write_csv(run, csv)
+            written += export.write_csv(run, csv)
         if png is not None:
-            written += drawing_module("--png", "gradprobe.report.charts").write_png(run, png)
+            written += drawing_module("--png", "gradprobe.report.sweep_charts").write_png(run, png)
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
 
@@ -169,7 +169,7 @@ def remedies(
     from gradprobe.experiments.remedies.run import REMEDIES
     from gradprobe.experiments.remedies.run import remedies as run_remedies
 
-    drawing = None if chart is None else drawing_module("--chart", "gradprobe.report.remedies")
+    drawing = None if chart is None else drawing_module("--chart", "gradprobe.report.remedies_chart")
     if drawing is not None:
         drawing.check_suffix(chart)
     result = run_remedies(

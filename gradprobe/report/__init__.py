@@ -1,5 +1,5 @@
-"""Reports of a recorded sweep: terminal tables, charts, one HTML page, JSON and CSV. None of them needs torch.
+"""Reports of a recorded sweep: terminal tables, charts, one HTML page, JSON and CSV. Nothing here imports torch.
 
-`summary` draws the conclusions once; `words` puts them into sentences; `terminal`, `charts` (with what
-`drawing` gives) and `html` lay them out.
+`summary` judges each network, `sentences` puts the verdicts into words, and `terminal`, `export`, `sweep_charts` and
+`html` lay them out. `palette` has the colours of the charts, `page_template` the CSS of the page.
 """

@@ -1,4 +1,4 @@
-"""The report of a sweep as one page that needs nothing beside itself: no network, no other file."""
+"""The report of a sweep as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from html import escape
 from pathlib import Path
 
 from gradprobe.errors import StoreError
-from gradprobe.report.charts import error_chart, gradient_chart, hidden_junctions, hidden_layers, shortcut_chart
-from gradprobe.report.drawing import NARROW, THIRDS, WIDE, Chart, svg
+from gradprobe.report.chart_parts import NARROW, THIRDS, WIDE, Chart, svg
+from gradprobe.report.formatting import duration, number, percent
+from gradprobe.report.page_template import document
 from gradprobe.report.palette import Palette
-from gradprobe.report.paper import PAPER, PaperTable, tables_beside
+from gradprobe.report.published_errors import CITATION, PublishedTable, matching_tables
 from gradprobe.report.records import SweepRun
-from gradprobe.report.spread import MARGIN, SINGLE_SEED_MARGIN
-from gradprobe.report.style import document
+from gradprobe.report.seed_statistics import MARGIN, SINGLE_SEED_MARGIN
+from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
 from gradprobe.report.summary import (
     DEGRADED,
     EARLIEST_COMPARISON,
     NOT_LEARNING,
     OVERFITTING,
-    Moment,
+    GradientProfile,
     NetSummary,
     Summary,
     summarise,
 )
-from gradprobe.report.words import duration, explain, headline, number, percent, shortcuts
+from gradprobe.report.sweep_charts import error_chart, gradient_chart, hidden_junctions, hidden_layers, shortcut_chart
 
 _CLASSES = {
     "healthy": "healthy",
@@ -41,7 +42,7 @@ def write(run: SweepRun, path: str | Path) -> Path:
 
     Args:
         run: The recorded sweep, finished or not.
-        path: The HTML file; missing folders are made, an older page is replaced.
+        path: The HTML file; missing folders are created, an existing file is overwritten.
 
     Returns:
         The path written.
@@ -60,14 +61,7 @@ def write(run: SweepRun, path: str | Path) -> Path:
 
 
 def page(summary: Summary) -> str:
-    """The page's text.
-
-    Args:
-        summary: The sweep.
-
-    Returns:
-        A complete HTML document.
-    """
+    """Returns the page as a complete HTML document."""
     data = str(summary.config.get("data", "unknown data"))
     parts = [
         f'<p class="facts">{escape(_facts(summary))}</p>',
@@ -76,9 +70,9 @@ def page(summary: Summary) -> str:
         *_figures(summary),
         _table(summary),
         _verdicts(summary),
-        *(_reference(summary, table) for table in tables_beside(summary)),
+        *(_published(summary, table) for table in matching_tables(summary)),
         _method(),
-        _run(summary),
+        _settings(summary),
     ]
     body = "\n".join(part for part in parts if part)
     return document(f"Degradation sweep on {data}", _dark_rules(summary), body)
@@ -100,10 +94,10 @@ def _facts(summary: Summary) -> str:
 def _notice(summary: Summary) -> str:
     done, planned = summary.cells_finished, summary.cells_planned
     if not planned:
-        return '<p class="notice">The run holds no networks yet.</p>'
+        return '<p class="notice">The run has no networks yet.</p>'
     if done == planned:
         return ""
-    return f'<p class="notice">{done} of {planned} runs are finished. Everything below is what is known so far.</p>'
+    return f'<p class="notice">{done} of {planned} runs are finished. Everything below is preliminary.</p>'
 
 
 def _figures(summary: Summary) -> Iterable[str]:
@@ -112,7 +106,7 @@ def _figures(summary: Summary) -> Iterable[str]:
     if several:
         caption += " Circles are seeds, dots their means, bars one standard deviation to each side."
     if any(not net.finished for net in summary.nets):
-        caption += " Networks that are still training stand at their newest epoch."
+        caption += " Networks that are still training are shown at their newest epoch."
     charts = [error_chart(summary, size) for size in (WIDE, NARROW)]
     yield _figure("Error against depth", charts, caption, "No finite error is recorded yet.")
     caption = "L2 norm of each weight's gradient, layer by layer, on a logarithmic scale."
@@ -120,26 +114,28 @@ def _figures(summary: Summary) -> Iterable[str]:
         caption += " Lines are medians over seeds, bands their range."
     hidden = hidden_layers(summary)
     if hidden:
-        caption += f" Left out, since zero, NaN and infinite norms have no place on it: {'; '.join(hidden)}."
+        caption += (
+            f" Not shown, since a logarithmic scale has no place for zero, NaN and infinite norms: {'; '.join(hidden)}."
+        )
     nothing = "Every recorded norm is zero, NaN or infinite." if hidden else "No gradient is recorded yet."
     charts = [gradient_chart(summary, size) for size in (WIDE, NARROW)]
     yield _figure("The gradient on its way to the input", charts, caption, nothing)
-    yield _shortcuts(summary, several)
+    yield _shortcut_figure(summary, several)
 
 
-def _shortcuts(summary: Summary, several: bool) -> str:
-    sentences = shortcuts(summary)
+def _shortcut_figure(summary: Summary, several: bool) -> str:
+    sentences = shortcut_sentences(summary)
     if not sentences:
         return ""
     caption = (
-        "At every residual junction, the norm of the part of the gradient that arrives by the shortcut, over the sum "
-        "of this norm and that of the part that arrives through the branch."
+        "At every residual add, the norm of the part of the gradient that arrives by the shortcut, divided by the sum "
+        "of this norm and the norm of the part that arrives through the branch."
     )
     if several:
         caption += " Lines are medians over seeds, bands their range."
     hidden = hidden_junctions(summary)
     if hidden:
-        caption += " Left out where there are no two parts, as behind a shortcut that changes the shape: "
+        caption += " Not shown if one part is missing, as behind a shortcut that changes the shape: "
         caption += f"{'; '.join(hidden)}."
     charts = [shortcut_chart(summary, size) for size in (THIRDS, NARROW)]
     lead = "\n".join(f"<p>{_typeset(sentence)}</p>" for sentence in sentences)
@@ -157,7 +153,7 @@ def _figure(title: str, charts: Sequence[Chart | None], caption: str, nothing: s
 
 
 def _inline(chart: Chart) -> str:
-    # Inside a page an SVG needs no namespace; without it the page holds no address at all.
+    # Inside a page an SVG needs no namespace; without it the page contains no URL.
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg(chart))
 
 
@@ -166,7 +162,7 @@ def _table(summary: Summary) -> str:
         return ""
     groups = '<th colspan="6"></th><th colspan="3" class="group">gradient at the first step</th>'
     groups += '<th colspan="3" class="group">gradient at the end</th>'
-    columns = "".join(f'<th class="text">{head}</th>' for head in ("network", "verdict so far", "seeds"))
+    columns = "".join(f'<th class="text">{head}</th>' for head in ("network", "verdict", "seeds"))
     errors = ("parameters", "training<br>error&nbsp;%", "test<br>error&nbsp;%")
     columns += "".join(f"<th>{head}</th>" for head in (*errors, *("first", "last", "first/last") * 2))
     rows = "\n".join(_table_row(net) for net in summary.nets)
@@ -181,15 +177,15 @@ def _table(summary: Summary) -> str:
 def _table_row(net: NetSummary) -> str:
     cells = [f"{net.parameters:,}", percent(net.train_error_pct), percent(net.test_error_pct)]
     numbers = "".join(f"<td>{_typeset(cell)}</td>" for cell in (*cells, *_ends(net.initial), *_ends(net.end)))
-    when = f'<span class="small">{net.verdict_moment.when}</span>' if net.verdict_moment else ""
+    when = f'<span class="small">{net.verdict_profile.when}</span>' if net.verdict_profile else ""
     return (
         f'<tr><th scope="row">{escape(net.name)}</th><td class="text">{_verdict(net)}{when}</td>'
         f'<td class="text">{escape(net.progress)}</td>{numbers}</tr>'
     )
 
 
-def _ends(moment: Moment | None) -> list[str]:
-    return ["–"] * 3 if moment is None else [number(moment.first), number(moment.last), number(moment.ratio)]
+def _ends(profile: GradientProfile | None) -> list[str]:
+    return ["–"] * 3 if profile is None else [number(profile.first), number(profile.last), number(profile.ratio)]
 
 
 def _verdict(net: NetSummary) -> str:
@@ -200,27 +196,28 @@ def _verdicts(summary: Summary) -> str:
     if not summary.nets:
         return ""
     items = "\n".join(
-        f"<dt>{escape(net.name)}</dt><dd>{_verdict(net)}<br>{_typeset(explain(net))}</dd>" for net in summary.nets
+        f"<dt>{escape(net.name)}</dt><dd>{_verdict(net)}<br>{_typeset(explain_verdict(net))}</dd>"
+        for net in summary.nets
     )
     return f"<h2>Verdicts and their evidence</h2>\n<dl>\n{items}\n</dl>"
 
 
-def _reference(summary: Summary, table: PaperTable) -> str:
+def _published(summary: Summary, table: PublishedTable) -> str:
     here = {(net.family, net.depth): percent(net.test_error_pct) for net in summary.nets}
     rows = []
     for (family, depth), printed in table.error_pct.items():
         ours = _typeset(here.get((family, depth), "–"))
         rows.append(f'<tr><th scope="row">{family}-{depth}</th><td>{ours}</td><td>{printed}</td></tr>')
     return (
-        f"<h2>Beside the paper</h2>\n<p>{PAPER} print the {escape(table.what)}. There: {escape(table.conditions)} "
-        f"Here: {escape(_conditions(summary))}.</p>\n"
+        f"<h2>Compared with the paper</h2>\n<p>{CITATION} report the {escape(table.what)}. "
+        f"There: {escape(table.conditions)} Here: {escape(_conditions(summary))}.</p>\n"
         '<table style="min-width:0"><thead><tr><th class="text">network</th><th>here, test error&nbsp;%</th>'
         "<th>He et al., error&nbsp;%</th></tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
     )
 
 
 def _conditions(summary: Summary) -> str:
-    """How the sweep's test errors were measured, as far as its configuration tells."""
+    """States how the sweep's test errors were measured, as far as its configuration tells."""
     config = summary.config
     parts = [f"test error on {config.get('data', 'unknown data')}"]
     if "train_images" in config:
@@ -232,31 +229,31 @@ def _conditions(summary: Summary) -> str:
 
 
 _METHOD = (
-    "Gradients were recorded by gradprobe while the networks trained: one pass over each weight's gradient, exact over "
-    "the whole range of the data type. The norm is that of the gradient which the optimizer used.",
+    "gradprobe recorded the gradients while the networks trained: one pass over each weight's gradient, exact over the "
+    "whole range of the data type. The norm is that of the gradient which the optimizer used.",
     "“At the first step” is the gradient of the first training step, at initialisation. At a later epoch it is, layer "
     "by layer, the median over that epoch's steps. Only weights of more than one dimension are shown, in depth order.",
-    "At a residual junction, y = x + F(x), the gradient at x is the sum of what the shortcut brings and of what comes "
-    "back through the branch F (He et al. 2016, arXiv:1603.05027). Junctions are observed in the first step of every "
-    "epoch: “after epoch 10” is the first step of epoch 11.",
-    "A gradient is vanishing, exploding or sound by the ratio of its norm in the first weight layer to that in the "
-    "last (thresholds of AUTOTRAINER, Zhang et al., ICSE 2021), and non-finite where any element is NaN or infinite. "
-    "With several seeds the most frequent verdict counts. One that explodes at the first step and vanishes later is "
-    "called exploding: long steps along it can be what makes it vanish.",
-    "“Degraded optimisation” means: the gradient is sound, and still the training error is clearly above that of a "
-    "shallower network of the same family. Clearly above is, with several seeds on both sides, Welch's one-sided t-"
-    f"test at 95 % and at least {MARGIN:g} percentage points between the means; with a single seed, at least "
-    f"{SINGLE_SEED_MARGIN:g} points. Both networks are compared after the same epoch, and not before "
+    "At a residual add, y = x + F(x), the gradient at x is the sum of the part that takes the shortcut and the "
+    "part that comes back through the branch F (He et al. 2016, arXiv:1603.05027). Residual adds are observed in the "
+    "first step of every epoch: “after epoch 10” is the first step of epoch 11.",
+    "A gradient is vanishing, exploding or healthy by the ratio of its norm in the first weight layer to that in the "
+    "last (thresholds of AUTOTRAINER, Zhang et al., ICSE 2021), and non-finite if any element is NaN or infinite. "
+    "With several seeds the most frequent verdict counts. A gradient that explodes at the first step and vanishes "
+    "later is called exploding: large steps along it can make it vanish.",
+    "“Degraded optimisation” means: the gradient is healthy, but the training error is clearly above that of a "
+    "shallower network of the same family. With several seeds on both sides, “clearly above” requires Welch's "
+    f"one-sided t-test at 95 % and at least {MARGIN:g} percentage points between the means; with a single seed, at "
+    f"least {SINGLE_SEED_MARGIN:g} points. Both networks are compared after the same epoch, and not before "
     f"{100 * EARLIEST_COMPARISON:g} % of the planned epochs.",
     "He et al. 2015 (arXiv:1512.03385, section 4.1) found vanishing gradients an unlikely cause of this degradation in "
     "networks with batch normalisation.",
-    "“Overfitting” means: the gradient is sound, the training error is not clearly above that of a shallower network, "
-    "but the test error is, and so is its distance from the training error (He et al. argue so of their 1202 layers, "
-    "section 4.2); or the test error is clearly above its own lowest, while the training error fell from there on "
-    "(after Prechelt 1998). “Clearly”, of test errors, counts standard errors of the difference of two shares of the "
-    "test images instead of points: with few images they are large.",
-    "“Not learning” means: the gradient is sound, no shallower network of the family trains better, and the training "
-    "error is not clearly below that before the first step.",
+    "“Overfitting” means: the gradient is healthy and the training error is not clearly above that of a shallower "
+    "network, but the test error is, and so is its distance from the training error (the argument of He et al. on "
+    "their 1202 layers, section 4.2); or the test error is clearly above its own minimum while the training error fell "
+    "from there on (after Prechelt 1998). For test errors, “clearly” counts standard errors of the difference of two "
+    "proportions of the test images instead of points: with few images they are large.",
+    "“Not learning” means: the gradient is healthy and no shallower network of the family trains better, but the "
+    "training error is not clearly below that before the first step.",
 )
 
 
@@ -265,37 +262,37 @@ def _method() -> str:
     return f"<h2>How the numbers were measured</h2>\n<ul>\n{points}\n</ul>"
 
 
-def _run(summary: Summary) -> str:
+def _settings(summary: Summary) -> str:
     facts = {**summary.config, **{key: value for key, value in summary.meta.items() if key != "config"}}
     items = "\n".join(
-        f"<dt>{escape(_spaced(key))}</dt><dd>{escape(_plain(value))}</dd>" for key, value in facts.items()
+        f"<dt>{escape(_words(key))}</dt><dd>{escape(_value_text(value))}</dd>" for key, value in facts.items()
     )
     return f'<h2>The run</h2>\n<dl class="run">\n{items}\n</dl>'
 
 
-def _spaced(key: str) -> str:
+def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _plain(value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{_spaced(str(key))} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{_words(str(key))} {_value_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_value_text, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
 
 
 def _typeset(text: str) -> str:
-    """Escapes a text, sets its powers of ten as such and keeps a number with what belongs to it on one line."""
+    """Escapes a text, typesets powers of ten, and keeps each number on one line with its unit."""
     text = escape(text).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
     text = re.sub(r"(\d)e(-?)(\d+)\b", lambda m: f"{m[1]}&nbsp;×&nbsp;10<sup>{'−' if m[2] else ''}{m[3]}</sup>", text)
     return re.sub(r"\b([a-z]\w*-\d+)\b", r'<span class="net">\1</span>', text)
 
 
 def _dark_rules(summary: Summary) -> str:
-    """Recolours the drawings on a dark page; a rule outweighs the colour that a mark carries."""
+    """Returns CSS that recolours the charts on a dark page; a rule overrides a mark's own colour."""
     rules = "".join(
         f'svg [{kind}="{light}"] {{ {kind}: {dark}; }}\n'
         for light, dark in Palette(summary).dark().items()

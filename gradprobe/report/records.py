@@ -1,18 +1,21 @@
-"""What a sweep records, row by row."""
+"""The rows that a sweep and a comparison of remedies record."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from gradprobe.diagnosis.diagnose import Verdict
 
 
 @dataclass(frozen=True)
 class Cell:
     """One network of the sweep.
 
-    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (its training loss became
-    non-finite, and it stopped in that epoch, the last one recorded).
+    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (the training loss became
+    non-finite, and training stopped in that epoch, the last one recorded).
     """
 
     id: int
@@ -30,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """What an epoch ended with; epoch 0 is the network at initialisation. Errors are percentages over the full sets."""
+    """Loss and errors (in percent, over the full sets) at the end of an epoch; epoch 0 is initialisation."""
 
     epoch: int
     train_loss: float
@@ -41,10 +44,10 @@ class EpochRow:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """The gradient of one weight (more than one dimension), in depth order by ``position``.
+    """The gradient of one weight (a parameter of more than one dimension), ordered by depth in ``position``.
 
     Epoch 0 holds the first step's gradient, epoch e the median over the steps of epoch e; ``nonfinite`` is the largest
-    count of any step.
+    count of any step. ``site`` is the parameter's name.
     """
 
     epoch: int
@@ -60,11 +63,11 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class JunctionRow:
-    """The two parts of the gradient at a residual junction in one step, in depth order by ``position``.
+    """The two parts of the gradient at a residual add in one step, ordered by depth in ``position``.
 
-    ``epoch`` counts the epochs done before the step, which is the first of the next epoch: 0 is at initialisation. What
-    the values are: `gradprobe.snapshot.Junction`. NaN stands where a part is missing, as behind a shortcut that changes
-    the shape.
+    ``epoch`` is the number of completed epochs; the step is the first of the next one, so 0 is initialisation. ``site``
+    is the residual add's name, and the values are those of `gradprobe.snapshot.Junction`: NaN if a part is missing, as
+    behind a shortcut that changes the shape.
     """
 
     epoch: int
@@ -76,25 +79,67 @@ class JunctionRow:
     shortcut_share: float
 
 
+@dataclass(frozen=True, slots=True)
+class RemedyCell:
+    """One remedy on one network; norms are geometric means over the seeds.
+
+    Attributes:
+        remedy: Parts of `gradprobe.experiments.remedies.networks.PARTS`, joined by +.
+        activation: Activation of every hidden layer.
+        depth: Number of weight layers.
+        norms: Norm of each weight's gradient at initialisation, from the input to the loss, after clipping if the
+            remedy clips. Zero if it is zero for one seed.
+        total_norm: Norm of the gradient of all parameters at initialisation.
+        factor: Factor of the norm per hidden layer towards the input, from a line through the log-norms; NaN if no line
+            fits.
+        std_error: Standard error of the factor.
+        theory: Predicted factor for wide layers and groups; None if there is no prediction.
+        verdict: Verdict on the gradient, the residual adds and the loss at initialisation; the gravest of the seeds.
+        start_loss: Loss over the training set, mean over the seeds, normalised by batch statistics.
+        final_loss: The same after training.
+        n_fell: Number of seeds whose loss fell.
+        nan_after: For each seed whose loss became NaN or infinite, the number of steps completed before that.
+    """
+
+    remedy: str
+    activation: str
+    depth: int
+    norms: tuple[float, ...]
+    total_norm: float
+    factor: float
+    std_error: float
+    theory: float | None
+    verdict: Verdict
+    start_loss: float
+    final_loss: float
+    n_fell: int
+    nan_after: tuple[int, ...]
+
+    @property
+    def ratio(self) -> float:
+        """The first norm over the last; NaN if the last is zero."""
+        return self.norms[0] / self.norms[-1] if self.norms[-1] else math.nan
+
+
 class SweepRun(Protocol):
-    """A recorded sweep. `gradprobe.experiments.sweep.store.Run` has this shape; so may any other source of rows."""
+    """A recorded sweep, such as `gradprobe.experiments.sweep.store.Run`."""
 
     @property
     def config(self) -> Mapping[str, object]:
-        """What all cells share: the data, the epochs, the recipe."""
+        """Settings that all cells share: data, epochs, recipe."""
 
     @property
     def meta(self) -> Mapping[str, str]:
-        """What the file says of itself: versions, creation time."""
+        """The file's metadata: versions, creation time."""
 
     def cells(self) -> Sequence[Cell]:
-        """All planned cells."""
+        """Returns all planned cells."""
 
     def epochs(self, cell_id: int, /) -> Sequence[EpochRow]:
-        """The recorded epochs of a cell."""
+        """Returns the recorded epochs of a cell."""
 
     def layers(self, cell_id: int, epoch: int, /) -> Sequence[LayerRow]:
-        """The gradients of a cell's weights in one epoch."""
+        """Returns the gradients of a cell's weights in one epoch."""
 
     def junctions(self, cell_id: int, epoch: int, /) -> Sequence[JunctionRow]:
-        """The residual junctions of a cell in its first step after so many epochs."""
+        """Returns the residual adds of a cell in its first step after ``epoch`` completed epochs."""

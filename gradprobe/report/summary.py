@@ -1,4 +1,4 @@
-"""What a sweep says so far: per network the errors over seeds, the gradient over depth and a verdict."""
+"""Summarises a sweep: for each network the errors over seeds, the gradient over depth, and a verdict."""
 
 from __future__ import annotations
 
@@ -9,97 +9,98 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradprobe.diagnosis.depth import flow_verdict
-from gradprobe.report.comparison import Comparison, Errors, Learning, Rise
+from gradprobe.report.error_comparison import Comparison, Errors, Learning, Rise
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
-from gradprobe.report.spread import Spread, median
+from gradprobe.report.seed_statistics import Spread, median
 
 DONE = "done"
-"""The status of a cell that has run all its epochs."""
+"""Status of a cell that has run all its epochs."""
 
 DIVERGED = "diverged"
-"""The status of a cell that stopped because its training loss became non-finite."""
+"""Status of a cell that stopped because its training loss became non-finite."""
 
 DEGRADED = "degraded optimisation"
-"""The verdict on a net with sound gradients and a training error clearly above that of a shallower net."""
+"""Verdict: healthy gradients, but a training error clearly above that of a shallower network."""
 
 OVERFITTING = "overfitting"
-"""The verdict on a net with sound gradients whose test error alone is clearly too high."""
+"""Verdict: healthy gradients and training error, but a test error that is clearly too high."""
 
 NOT_LEARNING = "not learning"
-"""The verdict on a net with sound gradients whose training error has not clearly fallen, with none to compare."""
+"""Verdict: healthy gradients, but a training error that has not clearly fallen."""
 
 EARLIEST_COMPARISON = 0.3
-"""Share of the planned epochs before which errors are not compared; AUTOTRAINER waits as long."""
+"""Share of the planned epochs before which errors are not compared, as in AUTOTRAINER."""
 
-# From the mildest to the worst, for seeds that disagree in equal numbers.
+# From the mildest to the worst; the worst breaks a tie between seeds.
 _SEVERITY = ("healthy", "vanishing", "exploding", "non-finite")
 
 
 @dataclass(frozen=True)
-class Moment:
-    """The gradient over depth at one epoch; epoch 0 is the first step.
+class GradientProfile:
+    """The gradient over depth at one epoch.
 
     Attributes:
-        epoch: The epoch.
-        profiles: Per seed, the weight layers in depth order.
-        votes: Number of seeds by their flow verdict.
+        epoch: The epoch; 0 is the first step.
+        layers_by_seed: For each seed, the weight layers in depth order.
+        verdict_counts: Number of seeds by verdict on the gradient.
     """
 
     epoch: int
-    profiles: tuple[tuple[LayerRow, ...], ...]
-    votes: Mapping[str, int]
+    layers_by_seed: tuple[tuple[LayerRow, ...], ...]
+    verdict_counts: Mapping[str, int]
 
     @property
     def verdict(self) -> str:
-        """The most frequent verdict over seeds; of equally frequent ones the worst."""
-        return max(self.votes, key=lambda word: (self.votes[word], _SEVERITY.index(word)))
+        """The most frequent verdict over seeds; the worst breaks a tie."""
+        return max(self.verdict_counts, key=lambda word: (self.verdict_counts[word], _SEVERITY.index(word)))
 
     @property
     def first(self) -> float:
         """Median over seeds of the L2 norm at the first weight layer."""
-        return median([rows[0].norm_l2 for rows in self.profiles])
+        return median([rows[0].norm_l2 for rows in self.layers_by_seed])
 
     @property
     def last(self) -> float:
         """Median over seeds of the L2 norm at the last weight layer."""
-        return median([rows[-1].norm_l2 for rows in self.profiles])
+        return median([rows[-1].norm_l2 for rows in self.layers_by_seed])
 
     @property
     def ratio(self) -> float:
-        """First / last; NaN where it has no meaning, infinite where only the last is zero."""
+        """First norm over last; infinite if only the last is zero, NaN if both are."""
         if self.last == 0:
             return math.inf if self.first > 0 else math.nan
         return self.first / self.last
 
     @property
     def when(self) -> str:
-        """The moment in words."""
+        """The epoch in words."""
         return "the first step" if self.epoch == 0 else f"epoch {self.epoch}"
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """The gradient's two parts at every residual junction, in the first step after so many epochs.
+class ShortcutProfile:
+    """The two parts of the gradient at every residual add, in the first step after an epoch.
 
     Attributes:
-        epoch: The epochs done.
-        profiles: Per seed, the junctions in depth order.
+        epoch: Number of epochs completed before the step.
+        junctions_by_seed: For each seed, the residual adds in depth order.
     """
 
     epoch: int
-    profiles: tuple[tuple[JunctionRow, ...], ...]
+    junctions_by_seed: tuple[tuple[JunctionRow, ...], ...]
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of each junction by name, the median over seeds of the shortcut's share.
+        """The median over seeds of the shortcut's share at each residual add, by name.
 
-        NaN where there is nothing to compare: behind a shortcut that changes the shape, and where a part is not finite.
+        NaN behind a shortcut that changes the shape, and if a part is not finite.
         """
-        return {rows[0].site: median([row.shortcut_share for row in rows]) for rows in zip(*self.profiles, strict=True)}
+        by_depth = zip(*self.junctions_by_seed, strict=True)
+        return {rows[0].site: median([row.shortcut_share for row in rows]) for rows in by_depth}
 
     @property
     def when(self) -> str:
-        """The moment in words."""
+        """The epoch in words."""
         return "at the first step" if self.epoch == 0 else f"after epoch {self.epoch}"
 
 
@@ -112,33 +113,33 @@ class CellResult:
 
     @property
     def done(self) -> bool:
-        """Whether it has run all its epochs."""
+        """Whether the cell has run all its epochs."""
         return self.cell.status == DONE
 
     @property
     def diverged(self) -> bool:
-        """Whether it stopped at a non-finite training loss."""
+        """Whether the cell stopped at a non-finite training loss."""
         return self.cell.status == DIVERGED
 
 
 @dataclass(frozen=True)
 class NetSummary:
-    """All that a report says of one family at one depth.
+    """The results of one family at one depth.
 
     Attributes:
         family: Name of the family.
         depth: Depth in weight layers, as the family counts them.
-        results: Every planned cell, whatever its state.
-        counted: The cells behind the numbers: those that are done or, while none is, those that have begun.
-        epoch: The newest epoch that all counted cells have; None while none has begun.
-        initial: Gradient over depth at the first step, None where not recorded.
-        end: The same at `epoch`, None where not recorded or `epoch` is 0.
-        sharings: The residual junctions at the first step, in the middle and at the end, as far as recorded.
-        comparison: With the shallower net of the family that has the lowest training error, None where there is none or
-            it is too early.
-        test_comparison: The same with the one that has the lowest test error.
-        rise: From the epoch of its own lowest test error, None where there is none or it is too early.
-        learning: From before the first step, None where that is not recorded or it is too early.
+        results: Every planned cell, in any state.
+        counted: Cells that the numbers are taken from: the finished ones or, while there is none, those that started.
+        epoch: Newest epoch that all counted cells have; None before the first.
+        initial: Gradient over depth at the first step; None if not recorded.
+        end: Gradient over depth at `epoch`; None if not recorded or if `epoch` is 0.
+        shortcut_profiles: Residual adds at the first step, in the middle and at the end, as far as recorded.
+        comparison: Comparison with the shallower network of the lowest training error; None if there is none, or if it
+            is too early.
+        test_comparison: The same with the shallower network of the lowest test error.
+        rise: Comparison with the epoch of the lowest test error; None if it is too early.
+        learning: Comparison with the errors before the first step; None if not recorded, or if it is too early.
     """
 
     family: str
@@ -146,9 +147,9 @@ class NetSummary:
     results: tuple[CellResult, ...]
     counted: tuple[CellResult, ...]
     epoch: int | None
-    initial: Moment | None
-    end: Moment | None
-    sharings: tuple[Sharing, ...]
+    initial: GradientProfile | None
+    end: GradientProfile | None
+    shortcut_profiles: tuple[ShortcutProfile, ...]
     comparison: Comparison | None
     test_comparison: Comparison | None
     rise: Rise | None
@@ -181,7 +182,7 @@ class NetSummary:
 
     @property
     def progress(self) -> str:
-        """How far the seeds are: "3" when all are done, "1 of 3", "0 of 3, epoch 7", "2 of 3, 1 diverged"."""
+        """Progress of the seeds: "3" if all are done, "1 of 3", "0 of 3, epoch 7", "2 of 3, 1 diverged"."""
         if self.n_done == len(self.results):
             return str(self.n_done)
         text = f"{self.n_done} of {len(self.results)}"
@@ -212,37 +213,36 @@ class NetSummary:
         return math.fsum(time for time in times if math.isfinite(time))
 
     @property
-    def verdict_moment(self) -> Moment | None:
-        """Where the verdict is taken: the newest moment with a recorded gradient, the first step if that has turned."""
-        return self.initial if self.has_turned else self.end or self.initial
+    def verdict_profile(self) -> GradientProfile | None:
+        """The gradient that the verdict is about: the newest, or the first if it exploded and vanished later."""
+        return self.initial if self.exploded_then_vanished else self.end or self.initial
 
     @property
-    def has_turned(self) -> bool:
+    def exploded_then_vanished(self) -> bool:
         """Whether the gradient explodes at the first step and vanishes at `epoch`.
 
-        Exploding is then what went wrong: steps along such a gradient can leave a net whose gradient vanishes. Two of
-        six seeds of plain-56 on the digits do so at a rate of 0.1, and neither does at 0.01. The rule is ours.
+        The explosion is then the cause: steps along such gradients can leave a network whose gradients vanish. Two of
+        six seeds of plain-56 on the digits do so at a learning rate of 0.1, and neither does at 0.01. The rule is ours.
         """
-        moments = [moment.verdict for moment in (self.initial, self.end) if moment is not None]
-        return moments == ["exploding", "vanishing"]
+        return [profile.verdict for profile in (self.initial, self.end) if profile] == ["exploding", "vanishing"]
 
     @property
     def verdict(self) -> str | None:
-        """The verdict so far: that on the gradient, or one on the errors; None while nothing is recorded.
+        """The verdict so far: on the gradient first, then on the errors; None while nothing is recorded.
 
-        A net most of whose seeds diverged is non-finite. An unsound gradient names itself. Only with sound gradients is
-        a training error above the shallower net's called degraded optimisation: He et al. 2015, section 4.1, keep the
-        two apart. Only without that is a test error that is too high called overfitting: "such degradation is not
-        caused by overfitting" (section 1), as the training error shows.
+        A network most of whose seeds diverged is non-finite. A gradient that is not healthy is the verdict. A training
+        error above the shallower network's is called degraded optimisation only if gradients are healthy: He et al.
+        2015, section 4.1, keep the two apart. A test error that is too high is called overfitting only if optimisation
+        is not degraded: "such degradation is not caused by overfitting" (section 1), as the training error shows.
         """
         if 2 * self.n_diverged > len(self.results):
             return "non-finite"
-        flow = self.verdict_moment.verdict if self.verdict_moment else None
+        flow = self.verdict_profile.verdict if self.verdict_profile else None
         if flow != "healthy":
             return flow
         if self.comparison is not None and self.comparison.clearly_above:
             return DEGRADED
-        if self.learning is not None and not self.learning.is_seen:
+        if self.learning is not None and not self.learning.has_learned:
             return NOT_LEARNING
         overfits = any(seen is not None and seen.overfits for seen in (self.test_comparison, self.rise))
         return OVERFITTING if overfits else flow
@@ -250,7 +250,7 @@ class NetSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A sweep's nets in order of family (as first met) and depth, with what the file says of itself."""
+    """A sweep's networks, ordered by family (as in the run) and depth, with the run's configuration and metadata."""
 
     config: Mapping[str, object]
     meta: Mapping[str, str]
@@ -258,12 +258,12 @@ class Summary:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families in order."""
+        """The families, in order."""
         return tuple(dict.fromkeys(net.family for net in self.nets))
 
     @property
     def cells_finished(self) -> int:
-        """Number of cells with nothing left to run."""
+        """Number of cells with no epochs left to run."""
         return sum(result.done or result.diverged for net in self.nets for result in net.results)
 
     @property
@@ -273,13 +273,13 @@ class Summary:
 
 
 def summarise(run: SweepRun) -> Summary:
-    """Reads a run once and draws its conclusions.
+    """Reads a run once and summarises it for the terminal, the page, the charts and the exports.
 
     Args:
-        run: The recorded sweep; unfinished cells, missing layers and non-finite values are all allowed.
+        run: The recorded sweep; it may have unfinished cells, missing layers and non-finite values.
 
     Returns:
-        The summary that the terminal, the page, the charts and the exports share.
+        The summary.
     """
     groups: dict[tuple[str, int], list[CellResult]] = {}
     for cell in run.cells():
@@ -303,9 +303,9 @@ def summarise(run: SweepRun) -> Summary:
             results=tuple(results),
             counted=tuple(counted),
             epoch=epoch,
-            initial=_moment(run, counted, 0),
-            end=_moment(run, counted, epoch) if epoch else None,
-            sharings=_sharings(run, counted, epoch or 0),
+            initial=_gradient_profile(run, counted, 0),
+            end=_gradient_profile(run, counted, epoch) if epoch else None,
+            shortcut_profiles=_shortcut_profiles(run, counted, epoch or 0),
             comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="train"),
             test_comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="test"),
             rise=_rise(counted, epoch or 0, earliest, test_images),
@@ -330,27 +330,27 @@ def _learning(counted: Sequence[CellResult], epoch: int, earliest: float) -> Lea
     return Learning(epoch, before.train, now.train)
 
 
-def _moment(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> Moment | None:
+def _gradient_profile(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> GradientProfile | None:
     recorded = (run.layers(result.cell.id, epoch) for result in counted)
     profiles = tuple(tuple(sorted(rows, key=lambda row: row.position)) for rows in recorded if rows)
     if not profiles:
         return None
-    return Moment(epoch, profiles, Counter(map(_flow, profiles)))
+    return GradientProfile(epoch, profiles, Counter(map(_flow, profiles)))
 
 
-def _sharings(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> tuple[Sharing, ...]:
-    sharings = []
-    # After the last epoch there is no further step.
+def _shortcut_profiles(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> tuple[ShortcutProfile, ...]:
+    shortcut_profiles = []
+    # No step follows the last epoch.
     for done in sorted({0, epoch // 2, epoch - 1}) if epoch else ():
         recorded = (run.junctions(result.cell.id, done) for result in counted)
         profiles = tuple(tuple(sorted(rows, key=lambda row: row.position)) for rows in recorded if rows)
         if profiles:
-            sharings.append(Sharing(done, profiles))
-    return tuple(sharings)
+            shortcut_profiles.append(ShortcutProfile(done, profiles))
+    return tuple(shortcut_profiles)
 
 
 def _flow(rows: Sequence[LayerRow]) -> str:
-    # A median over an epoch's steps may be finite although some step was not; the count remembers it.
+    # A median over an epoch's steps can be finite although some step was not; the count shows it.
     return "non-finite" if any(row.nonfinite for row in rows) else flow_verdict([row.norm_l2 for row in rows])
 
 

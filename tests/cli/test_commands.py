@@ -8,7 +8,8 @@ import pytest
 
 from gradprobe.cli import commands as cli
 from gradprobe.experiments.sweep import engines
-from gradprobe.experiments.sweep.store import EpochRow, LayerRow, open_run, start_run
+from gradprobe.experiments.sweep.store import open_run, start_run
+from gradprobe.report.records import EpochRow, LayerRow
 
 
 @pytest.fixture
@@ -232,7 +233,7 @@ def test_report_writes_the_requested_files(gradprobe, run_file, tmp_path):
 
 @pytest.mark.parametrize("option", ["--html", "--png"])
 def test_a_missing_drawing_library_is_named(gradprobe, run_file, tmp_path, monkeypatch, option):
-    for name in ("gradprobe.report.html", "gradprobe.report.charts"):
+    for name in ("gradprobe.report.html", "gradprobe.report.sweep_charts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("altair", "vl_convert"):
         monkeypatch.setitem(sys.modules, name, None)

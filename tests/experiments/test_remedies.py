@@ -25,14 +25,15 @@ from gradprobe.errors import ArgumentError
 from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.data import load
 from gradprobe.experiments.remedies.networks import network
-from gradprobe.experiments.remedies.result import BATCH_SIZE, Cell, Remedies
+from gradprobe.experiments.remedies.result import BATCH_SIZE, Remedies
 from gradprobe.experiments.remedies.run import REMEDIES, remedies
 from gradprobe.experiments.remedies.theory import factor_per_layer
+from gradprobe.report.records import RemedyCell
 
 
 def measured(
     remedy: str, activation: str, depth: int, seeds: tuple[int, ...] = (0,), steps: int = 1, layers: str = "linear"
-) -> Cell:
+) -> RemedyCell:
     result = remedies(
         layers=layers, remedies=[remedy], activations=[activation], depths=[depth], seeds=seeds, steps=steps
     )
@@ -443,14 +444,14 @@ def test_the_chart(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("layers", ["linear", "conv"])
 def test_the_chart_speaks_of_theory_only_where_there_is_one(layers: str, tmp_path: Path) -> None:
-    charts = pytest.importorskip("gradprobe.report.remedies", exc_type=ImportError)
+    charts = pytest.importorskip("gradprobe.report.remedies_chart", exc_type=ImportError)
     cells = [measured("groupnorm", "tanh", 5, layers=layers)]
     text = charts.write_remedies(cells, 1, [], tmp_path / "a.svg").read_text(encoding="utf-8")
     assert ("tick: theory" in text) == (layers == "linear")
 
 
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
-    charts = pytest.importorskip("gradprobe.report.remedies", exc_type=ImportError)
+    charts = pytest.importorskip("gradprobe.report.remedies_chart", exc_type=ImportError)
     with pytest.raises(ArgumentError, match=r"^--chart: needed at least one net"):
         charts.write_remedies([measured("he", "relu", 2)], 1, [], tmp_path / "a.svg")
     assert list(tmp_path.iterdir()) == []

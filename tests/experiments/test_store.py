@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from gradprobe.errors import StoreError
-from gradprobe.experiments.sweep.store import EpochRow, JunctionRow, LayerRow, open_run, start_run
+from gradprobe.experiments.sweep.store import open_run, start_run
+from gradprobe.report.records import EpochRow, JunctionRow, LayerRow
 
 CONFIG = {"data": "digits", "epochs": 3, "learning_rate": 0.1}
 CELLS = [("plain", 8, 0, 75_002), ("resnet", 8, 0, 75_002)]

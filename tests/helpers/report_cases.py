@@ -1,4 +1,4 @@
-"""Runs in memory, ordinary and odd, and a reader of the page, for the tests of the report."""
+"""Runs in memory, ordinary and odd, and a parser of the page, for the tests of the report."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from html.parser import HTMLParser
 
-from gradprobe.experiments.sweep.store import Cell, EpochRow, JunctionRow, LayerRow
 from gradprobe.report import html
+from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow
 from gradprobe.report.summary import summarise
 
 PARAMETERS = {20: 269_722, 56: 853_018, 110: 1_727_962}
 
-
-# Of the shortcut at three junctions; the second changes the shape.
+# Share of the shortcut at three residual adds; the second one's shortcut changes the shape.
 FIRST_SHARES, LATER_SHARES = (0.4, math.nan, 0.5), (0.7, math.nan, 0.9)
-UNTRAINED = (90.0, 90.0)  # percent, of ten classes
-SOUND, VANISHING, EXPLODING = (1.2, 0.8, 0.5), (1e-9, 1e-5, 1e-2), (500.0, 20.0, 0.5)
+UNTRAINED = (90.0, 90.0)  # percent, for ten classes
+HEALTHY, VANISHING, EXPLODING = (1.2, 0.8, 0.5), (1e-9, 1e-5, 1e-2), (500.0, 20.0, 0.5)
 
 
 @dataclass
@@ -30,7 +29,6 @@ class Recorded:
     rows: list[Cell] = field(default_factory=list)
     epoch_rows: dict[int, list[EpochRow]] = field(default_factory=dict)
     layer_rows: dict[tuple[int, int], list[LayerRow]] = field(default_factory=dict)
-
     junction_rows: dict[tuple[int, int], list[JunctionRow]] = field(default_factory=dict)
 
     def cells(self) -> list[Cell]:
@@ -52,17 +50,17 @@ class Recorded:
         errors: tuple[float, float] = (1.0, 2.0),
         *,
         seed: int = 0,
-        first: tuple[float, ...] = SOUND,
-        end: tuple[float, ...] = SOUND,
+        first: tuple[float, ...] = HEALTHY,
+        end: tuple[float, ...] = HEALTHY,
         epochs: int = 4,
         status: str = "done",
         loss: float = 0.1,
         nonfinite: int = 0,
         shares: tuple[tuple[float, ...], tuple[float, ...]] = (FIRST_SHARES, LATER_SHARES),
     ) -> Recorded:
-        """Adds a cell that ended with `errors` (train, test) and had norms `first` and `end`.
+        """Adds a cell with final `errors` (train, test), gradient norms `first` and `end`, and `status`.
 
-        A residual one had `shares` of the shortcut in its first step and later.
+        A residual one has the shortcut's `shares` in its first step and later.
         """
         cell = len(self.rows) + 1
         self.rows.append(Cell(cell, family, depth, seed, PARAMETERS.get(depth, 1000), status))
@@ -82,7 +80,7 @@ class Recorded:
 
 
 def degraded(seeds: int = 3) -> Recorded:
-    """plain-56 with sound gradients and a high training error, beside three nets that train."""
+    """plain-56 with healthy gradients and a high training error, and three networks that train."""
     run = Recorded()
     for seed in range(seeds):
         run.add("plain", 20, (0.3 + 0.1 * seed, 1.6), seed=seed)
@@ -129,7 +127,7 @@ ODD: dict[str, Callable[[], Recorded]] = {
     "no-layers": no_layers,
     "one-layer": lambda: Recorded().add("plain", 20, first=(1.0,), end=(1.0,)),
     "gap": lambda: Recorded().add("plain", 20, end=(1.0, 0.0, 2.0, 3.0)),
-    "subnormal": lambda: Recorded().add("plain", 20, first=(1e-320, 1e-45, 1e308), end=SOUND),
+    "subnormal": lambda: Recorded().add("plain", 20, first=(1e-320, 1e-45, 1e308), end=HEALTHY),
     "interrupted": interrupted,
     "no-config": lambda: Recorded(config={}, meta={}).add("plain", 20).add("plain", 56),
     "error-zero": lambda: Recorded().add("plain", 20, (0.0, 0.0)),
@@ -140,12 +138,12 @@ ODD: dict[str, Callable[[], Recorded]] = {
 
 @cache
 def page_of(build: Callable[[], Recorded]) -> str:
-    """The page of a run; drawing it takes a while, and several tests look at the same one."""
+    """Returns the page of a run, cached since rendering is slow and several tests use the same page."""
     return html.page(summarise(build()))
 
 
 class Page(HTMLParser):
-    """Reads a page: its cells, what it loads, and whether its tags close in order."""
+    """Parses a page: its table cells, the resources it loads, and whether its tags close in order."""
 
     VOID = frozenset({"meta", "br", "link", "img"})
 
@@ -184,7 +182,7 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
     def row_below(self, name: str, head: str) -> list[str]:
-        """The first row of a name below a row of heads with another."""
+        """Returns the first row that starts with `name` below a header row that contains `head`."""
         rows = [[cell.replace("\xa0", " ") for cell in row] for row in self.rows]
         start = next(place for place, row in enumerate(rows) if head in row)
         return next(row for row in rows[start:] if row and row[0] == name)

@@ -1,4 +1,4 @@
-"""The verdict "overfitting": against shallower nets, against the net's own past, and told apart from degradation."""
+"""The verdict "overfitting": against shallower networks, against earlier epochs, and distinguished from degradation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rich.console import Console
 
 from gradprobe.experiments.common import one_thread
 from gradprobe.experiments.data import Dataset, load
-from gradprobe.experiments.sweep.store import Cell, EpochRow
 from gradprobe.experiments.train import Recipe, train_cell
 from gradprobe.report import html
+from gradprobe.report.export import as_dict
+from gradprobe.report.records import Cell, EpochRow
+from gradprobe.report.sentences import explain_verdict, headline
 from gradprobe.report.summary import NetSummary, summarise
-from gradprobe.report.terminal import as_dict, render
-from gradprobe.report.words import explain, headline
+from gradprobe.report.terminal import render
 
 Errors = tuple[float, float]  # training and test error, in percent
 
@@ -27,7 +28,7 @@ def recorded(test_images: int | None = 450, epochs: int = 4) -> Recorded:
 
 
 def with_course(errors: Sequence[Sequence[Errors]], epochs: int = 0) -> NetSummary:
-    """One net, each of whose seeds had these errors after epochs 1, 2, 3 …"""
+    """Summarises one network whose seeds had these errors after epochs 1, 2, 3 …"""
     run = recorded(epochs=epochs or len(errors[0]))
     for seed, course in enumerate(errors):
         run.add("plain", 20, course[-1], seed=seed, epochs=len(course))
@@ -41,7 +42,7 @@ def deepest(run: Recorded) -> NetSummary:
 
 
 def trained(families_depths_seeds: Sequence[tuple[str, int, int]], data: Dataset, epochs: int) -> Recorded:
-    """A sweep in memory, on any data."""
+    """Runs a sweep in memory, on any data."""
     run = recorded(len(data.test_x), epochs)
     for id, (family, depth, seed) in enumerate(families_depths_seeds, start=1):
         run.rows.append(Cell(id, family, depth, seed, 1000, "done"))
@@ -55,7 +56,7 @@ def trained(families_depths_seeds: Sequence[tuple[str, int, int]], data: Dataset
 
 
 def few_digits(n_images: int, wrong_labels: float = 0.0) -> Dataset:
-    """Some of the digits to train on, a share of them with labels drawn by lot; the test images stay as they are."""
+    """Returns the digits with fewer training images, a share of them with random labels, and unchanged test images."""
     digits = load("digits")
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(digits.train_x), generator=generator)[:n_images]
@@ -79,7 +80,7 @@ def few_digits(n_images: int, wrong_labels: float = 0.0) -> Dataset:
         pytest.param((0.0, 14.0), (0.0, 5.6), 450, "healthy", id="deeper-is-better"),
     ],
 )
-def test_deeper_overfits_where_its_test_error_alone_is_clearly_higher(
+def test_a_deeper_network_overfits_if_only_its_test_error_is_clearly_higher(
     shallower: Errors, deeper: Errors, test_images: int | None, expected: str
 ) -> None:
     run = recorded(test_images).add("resnet", 110, shallower).add("resnet", 1202, deeper)
@@ -88,26 +89,26 @@ def test_deeper_overfits_where_its_test_error_alone_is_clearly_higher(
 
 
 @pytest.mark.parametrize(("tests", "expected"), [((9.0, 10.0, 11.0), "overfitting"), ((0.0, 9.0, 21.0), "healthy")])
-def test_seeds_that_scatter_explain_a_difference(tests: tuple[float, ...], expected: str) -> None:
+def test_a_difference_within_the_spread_over_seeds_is_not_overfitting(tests: tuple[float, ...], expected: str) -> None:
     run = recorded()
     for seed, error in enumerate(tests):
         run.add("plain", 8, (0.0, 5.0), seed=seed).add("plain", 20, (0.0, error), seed=seed)
     assert deepest(run).verdict == expected
 
 
-def test_gradients_that_are_not_sound_come_first() -> None:
+def test_unhealthy_gradients_take_precedence() -> None:
     run = recorded().add("plain", 8, (0.0, 5.6)).add("plain", 20, (0.0, 14.0), end=EXPLODING)
     assert deepest(run).verdict == "exploding"
-    assert "overfits" not in explain(deepest(run))
+    assert "overfits" not in explain_verdict(deepest(run))
     assert headline(summarise(run))[0].startswith("Deeper is not clearly worse for plain")
 
 
-def test_it_is_compared_with_the_shallower_net_of_the_lowest_test_error() -> None:
+def test_the_comparison_is_with_the_shallower_network_of_the_lowest_test_error() -> None:
     run = recorded().add("plain", 8, (0.2, 5.6)).add("plain", 14, (0.0, 12.0)).add("plain", 20, (0.0, 14.0))
     net = deepest(run)
     assert net.verdict == "overfitting"
     assert (net.comparison and net.comparison.other) == "plain-14"
-    assert "After epoch 4 the test error, 14.0 %, is clearly above that of plain-8, 5.6 %" in explain(net)
+    assert "After epoch 4 the test error, 14.0 %, is clearly above that of plain-8, 5.6 %" in explain_verdict(net)
 
 
 def test_the_report_names_the_epoch_and_the_numbers() -> None:
@@ -120,12 +121,14 @@ def test_the_report_names_the_epoch_and_the_numbers() -> None:
     lines = [" ".join(line.split()) for line in capture.get().splitlines()]
     assert "plain-20 3 269,722 0.5 ± 0.0 14.0 ± 1.0 overfitting, 4" in lines
     assert headline(summarise(run)) == [
-        "Deeper overfits for plain: after epoch 4 the test error is 14.0 ± 1.0 % for plain-20 and 6.0 ± 1.0 % for "
-        "plain-8, the training error 0.5 ± 0.0 and 0.0 ± 0.0 %."
+        "Depth leads to overfitting for plain: after epoch 4 the test error is 14.0 ± 1.0 % for plain-20 and "
+        "6.0 ± 1.0 % for plain-8, and the training error 0.5 ± 0.0 and 0.0 ± 0.0 %."
     ]
     (told,) = [line for line in lines if line.startswith("plain-20 Gradients")]
     assert "the training error, 0.5 ± 0.0 %, is not clearly above that of plain-8" in told
-    assert "further above the training error, by 13.5 ± 1.0 points against 6.0 ± 1.0: the deeper net overfits." in told
+    assert (
+        "exceeds the training error by more, 13.5 ± 1.0 points against 6.0 ± 1.0: the deeper network overfits." in told
+    )
     net = as_dict(run)["nets"][1]  # type: ignore[index]
     assert (net["verdict"], net["verdict_epoch"]) == ("overfitting", 4)
     assert net["test_compared_with"]["overfits"] is True
@@ -150,20 +153,20 @@ FALLING = [(36.0, 8.0), (30.0, 9.0), (5.0, 19.0), (0.2, 22.0)]
         pytest.param([(36.0, 40.0), (5.0, 9.0), (0.2, 8.0), (0.0, 8.0)], "healthy", id="falls"),
     ],
 )
-def test_a_net_alone_overfits_where_its_test_error_has_risen(course: list[Errors], expected: str) -> None:
+def test_a_single_network_overfits_if_its_test_error_has_risen(course: list[Errors], expected: str) -> None:
     net = with_course([course])
     assert (net.verdict, net.end and net.end.epoch) == (expected, 4)
 
 
-def test_the_epoch_of_the_lowest_test_error_is_told() -> None:
+def test_the_epoch_of_the_lowest_test_error_is_named() -> None:
     net = with_course([FALLING])
     assert (
         "From epoch 1 to epoch 4 the test error rose from 8.0 to 22.0 % while the training error fell from 36.0 to "
-        "0.2 %: the net overfits."
-    ) in explain(net)
+        "0.2 %: the network overfits."
+    ) in explain_verdict(net)
 
 
-def test_seeds_have_to_agree_on_the_rise() -> None:
+def test_seeds_must_agree_on_the_rise() -> None:
     stays = [(36.0, 8.0), (30.0, 8.0), (5.0, 8.0), (0.2, 8.0)]
     assert with_course([FALLING, FALLING, FALLING]).verdict == "overfitting"
     assert with_course([FALLING, stays, stays]).verdict == "healthy"
@@ -175,15 +178,15 @@ def test_a_rise_is_not_judged_in_the_first_third() -> None:
 
 
 @pytest.mark.soak
-def test_a_deeper_net_on_few_images_overfits() -> None:
+def test_a_deeper_network_on_few_images_overfits() -> None:
     cells = [("plain", depth, seed) for depth in (8, 20) for seed in range(3)]
     shallower, deeper = summarise(trained(cells, few_digits(200), epochs=20)).nets
     assert (shallower.verdict, deeper.verdict) == ("healthy", "overfitting")
-    assert "the deeper net overfits." in explain(deeper)
+    assert "the deeper network overfits." in explain_verdict(deeper)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("wrong_labels", "expected"), [(0.0, "healthy"), (0.4, "overfitting")])
-def test_a_net_that_learns_wrong_labels_by_heart_overfits(wrong_labels: float, expected: str) -> None:
+def test_a_network_that_memorises_wrong_labels_overfits(wrong_labels: float, expected: str) -> None:
     (net,) = summarise(trained([("resnet", 8, 0)], few_digits(1347, wrong_labels), epochs=20)).nets
     assert net.verdict == expected

@@ -1,4 +1,4 @@
-"""The page and the charts of a sweep: they show what was recorded, whatever was recorded."""
+"""The page and the charts of a sweep show every recorded value, ordinary or odd."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers.report_cases import (
     EXPLODING,
+    HEALTHY,
     ODD,
-    SOUND,
     Page,
     Recorded,
     all_nan,
@@ -24,7 +24,7 @@ from helpers.report_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradprobe.report import charts, drawing, html
+from gradprobe.report import chart_parts, html, sweep_charts
 from gradprobe.report.summary import summarise
 
 
@@ -36,10 +36,8 @@ from gradprobe.report.summary import summarise
         pytest.param(no_layers, ["error.png"], id="no-layers"),
     ],
 )
-def test_pictures_are_written_where_there_is_something_to_draw(
-    build: Callable[[], Recorded], expected: list[str], tmp_path: Path
-) -> None:
-    paths = charts.write_png(build(), tmp_path / "new")
+def test_a_chart_is_written_if_it_has_data(build: Callable[[], Recorded], expected: list[str], tmp_path: Path) -> None:
+    paths = sweep_charts.write_png(build(), tmp_path / "new")
     assert [path.name for path in paths] == expected
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -47,18 +45,18 @@ def test_pictures_are_written_where_there_is_something_to_draw(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("no-cells", "The run holds no networks yet"),
+        ("no-cells", "The run has no networks yet"),
         ("not-started", "Not started."),
         ("not-started", "No gradient is recorded yet."),
         ("all-nan", "No finite error is recorded yet."),
-        ("all-nan", "Gradients hold NaN or infinite values at the first step (norm NaN in the first weight layer"),
+        ("all-nan", "Gradients contain NaN or infinite values at the first step (norm NaN in the first weight layer"),
         ("zero-norms", "Every recorded norm is zero, NaN or infinite."),
-        ("gap", "zero, NaN and infinite norms have no place on it: plain-20 at epoch 4: 1 layer."),
+        ("gap", "no place for zero, NaN and infinite norms: plain-20 at epoch 4: 1 layer."),
         ("no-layers", "No gradient is recorded."),
-        ("diverged", "The training loss of its one seed became NaN or infinite"),
+        ("diverged", "The training loss of its only seed became NaN or infinite"),
     ],
 )
-def test_page_says_what_is_odd(name: str, words: str) -> None:
+def test_page_reports_odd_runs(name: str, words: str) -> None:
     assert words in Page(page_of(ODD[name])).text.replace("\xa0", " ")
 
 
@@ -89,7 +87,7 @@ def test_page_loads_nothing(build: Callable[[], Recorded]) -> None:
     )
 
 
-def test_page_escapes_what_it_is_given() -> None:
+def test_page_escapes_names() -> None:
     run = Recorded({"data": "<script>alert(1)</script>", "epochs": 4}).add("<b>x", 20)
     text = html.page(summarise(run))
     assert "<script>alert" not in text
@@ -106,7 +104,7 @@ def test_page_stays_small_for_a_large_sweep() -> None:
     assert len(html.page(summarise(run)).encode()) < 2_000_000
 
 
-def test_page_prints_the_papers_figures_for_cifar10_only_beside_cifar10() -> None:
+def test_page_shows_published_cifar10_errors_only_for_cifar10() -> None:
     config = {"data": "cifar10", "epochs": 4, "train_images": 50_000, "augmented": True, "batch_size": 128}
     page = Page(html.page(summarise(Recorded(config).add("plain", 20).add("resnet", 20, (1.0, 9.25)))))
     assert page.row_below("resnet-20", "He et al., error %") == ["resnet-20", "9.2", "8.75"]
@@ -121,7 +119,7 @@ def test_page_prints_the_papers_figures_for_cifar10_only_beside_cifar10() -> Non
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
-def test_page_prints_the_papers_figures_for_imagenet_with_their_conditions(data: str) -> None:
+def test_page_shows_published_imagenet_errors_with_their_conditions(data: str) -> None:
     run = Recorded({"data": data, "epochs": 4, "train_images": 1347, "augmented": False}).add("plain", 34, (1.0, 30.0))
     page = Page(html.page(summarise(run.add("resnet", 34, (1.0, 20.0)))))
     assert page.row_below("plain-34", "He et al., error %") == ["plain-34", "30.0", "28.54"]
@@ -135,26 +133,26 @@ def test_page_prints_the_papers_figures_for_imagenet_with_their_conditions(data:
     assert "CIFAR-10" not in words
 
 
-def rows_of(chart: charts.Chart | None) -> list[dict[str, object]]:
-    """All rows of data inside a chart."""
+def rows_of(chart: sweep_charts.Chart | None) -> list[dict[str, object]]:
+    """Returns all data rows of a chart."""
     assert chart is not None
     return [row for data in chart.to_dict()["datasets"].values() for row in data]
 
 
 def test_charts_hold_the_recorded_data() -> None:
     summary = summarise(degraded())
-    errors = rows_of(charts.error_chart(summary))
+    errors = rows_of(sweep_charts.error_chart(summary))
     means = {(row["family"], row["depth"], row["error"]) for row in errors if "low" in row}
     assert ("plain", 56, 67.0) in means
     assert ("plain", 56, 71.0) in means
     assert {row["error"] for row in errors if row.get("note") == "plain-56, seed 1: 67.00 %"} == {67.0}
-    norms = rows_of(charts.gradient_chart(summary))
+    norms = rows_of(sweep_charts.gradient_chart(summary))
     drawn = [(row["position"], row["norm"]) for row in norms if row.get("net") == "plain-56"]
-    assert drawn == [*enumerate(EXPLODING, start=1), *enumerate(SOUND, start=1)]
+    assert drawn == [*enumerate(EXPLODING, start=1), *enumerate(HEALTHY, start=1)]
 
 
 def test_layers_that_a_log_scale_cannot_show_are_gaps_not_zeros() -> None:
-    rows = rows_of(charts.gradient_chart(summarise(ODD["gap"]())))
+    rows = rows_of(sweep_charts.gradient_chart(summarise(ODD["gap"]())))
     drawn = [(row["position"], row["norm"], row["segment"]) for row in rows if row.get("depth") == 20]
     assert (2, 0.0) not in [row[:2] for row in drawn]
     assert {segment for position, _, segment in drawn if position == 4} != {drawn[-4][2]}
@@ -164,30 +162,30 @@ def test_gradient_line_is_the_median_over_seeds() -> None:
     run = Recorded()
     for seed, norm in enumerate((1.0, 100.0, 3.0)):
         run.add("plain", 20, seed=seed, end=(norm, 1.0))
-    row = next(row for row in rows_of(charts.gradient_chart(summarise(run))) if row.get("high") == 2.0)
-    assert (row["low"], row["norm"]) == (0.0, 3.0)  # a power of ten, and the norm itself
+    row = next(row for row in rows_of(sweep_charts.gradient_chart(summarise(run))) if row.get("high") == 2.0)
+    assert (row["low"], row["norm"]) == (0.0, 3.0)  # low is log10 of the norm
 
 
-def test_each_net_has_its_own_colour() -> None:
+def test_each_network_has_its_own_colour() -> None:
     run = Recorded()
     for family in ("plain", "resnet", "fixup"):
         for depth in (20, 56):
             run.add(family, depth)
-    nets = {(r["net"], r["colour"]) for r in rows_of(charts.gradient_chart(summarise(run))) if "net" in r}
+    nets = {(r["net"], r["colour"]) for r in rows_of(sweep_charts.gradient_chart(summarise(run))) if "net" in r}
     assert len({colour for _, colour in nets}) == len(nets) == 6
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0, 250), min_size=1, max_size=8), st.lists(st.floats(1, 300), max_size=20))
 def test_labels_keep_apart_and_inside(ends: list[float], line: list[float]) -> None:
-    labels = [drawing.Label(str(i), "#000000", 1.0, 0.0, y) for i, y in enumerate(ends)]
-    placed = drawing._apart(labels, 250.0, [(x, 60.0) for x in line])
+    labels = [chart_parts.Label(str(i), "#000000", 1.0, 0.0, y) for i, y in enumerate(ends)]
+    placed = chart_parts._label_heights(labels, 250.0, [(x, 60.0) for x in line])
     assert all(0 <= y < 250 for y in placed)
     ordered = sorted(placed)
-    assert all(below - above >= drawing._LABEL_PX for above, below in pairwise(ordered))
+    assert all(below - above >= chart_parts._LABEL_PX for above, below in pairwise(ordered))
 
 
-def test_write_makes_folders_and_replaces_an_older_page(tmp_path: Path) -> None:
+def test_write_creates_folders_and_overwrites_an_older_page(tmp_path: Path) -> None:
     path = tmp_path / "new" / "page.html"
     html.write(not_started(), path)
     assert html.write(interrupted(), path) == path

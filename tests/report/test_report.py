@@ -1,4 +1,4 @@
-"""The report of a sweep: what it says must be what was recorded, whatever was recorded."""
+"""The report of a sweep states exactly what was recorded, ordinary or odd."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from statistics import stdev
 import pytest
 from helpers.report_cases import (
     EXPLODING,
+    HEALTHY,
     ODD,
-    SOUND,
     VANISHING,
     Page,
     Recorded,
@@ -27,12 +27,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gradprobe.errors import StoreError
-from gradprobe.experiments.sweep.store import EpochRow, open_run, start_run
-from gradprobe.report import charts, html
-from gradprobe.report.records import SweepRun
-from gradprobe.report.spread import clearly_above
+from gradprobe.experiments.sweep.store import open_run, start_run
+from gradprobe.report import html, sweep_charts
+from gradprobe.report.export import as_dict, write_csv
+from gradprobe.report.records import EpochRow, SweepRun
+from gradprobe.report.seed_statistics import clearly_above
 from gradprobe.report.summary import summarise
-from gradprobe.report.terminal import as_dict, render, write_csv
+from gradprobe.report.terminal import render
 
 
 def terminal(run: SweepRun, width: int = 160) -> str:
@@ -69,8 +70,8 @@ def test_one_seed_has_no_spread() -> None:
 @pytest.mark.parametrize(
     ("end", "error", "expected"),
     [
-        pytest.param(SOUND, 67.0, "degraded optimisation", id="sound-gradients-high-error"),
-        pytest.param(SOUND, 3.0, "healthy", id="sound-gradients-error-within-the-margin"),
+        pytest.param(HEALTHY, 67.0, "degraded optimisation", id="healthy-gradients-high-error"),
+        pytest.param(HEALTHY, 3.0, "healthy", id="healthy-gradients-error-within-the-margin"),
         pytest.param(VANISHING, 67.0, "vanishing", id="vanishing"),
         pytest.param(EXPLODING, 67.0, "exploding", id="exploding"),
         pytest.param((math.nan, 1.0, 1.0), 67.0, "non-finite", id="nan"),
@@ -85,17 +86,17 @@ def test_verdict_follows_the_gradient_first_and_the_error_second(
     assert verdict(run, "plain-56") == expected
 
 
-def test_degraded_net_with_sound_gradients_is_never_called_vanishing() -> None:
+def test_degraded_network_with_healthy_gradients_is_never_called_vanishing() -> None:
     text = terminal(degraded(), width=1000)
     assert "vanishing" not in text
     line = next(line for line in text.splitlines() if line.startswith("plain-56  Gradients"))
     assert "Gradients explode towards the input at the first step (norm 500 in the first weight layer" in line
-    assert "they are sound at epoch 4 (1.20 and 0.500)" in line
+    assert "and are healthy at epoch 4 (1.20 and 0.500)" in line
     assert "67.0 ± 2.0 %, is clearly above that of plain-20, 0.4 ± 0.1 %" in line
     assert "its gradients do not vanish" in line
 
 
-def test_report_does_not_deny_vanishing_where_it_was_seen() -> None:
+def test_report_does_not_deny_vanishing_that_was_seen() -> None:
     run = Recorded().add("plain", 20, (0.3, 1.6)).add("plain", 56, (67.0, 70.0), first=VANISHING)
     text = terminal(run, width=1000)
     assert verdict(run, "plain-56") == "degraded optimisation"
@@ -103,18 +104,18 @@ def test_report_does_not_deny_vanishing_where_it_was_seen() -> None:
     assert "do not vanish" not in text
 
 
-def test_gradients_that_vanish_after_they_exploded_are_exploding() -> None:
+def test_gradients_that_explode_and_then_vanish_are_exploding() -> None:
     run = Recorded().add("plain", 20, (0.3, 1.6)).add("plain", 56, (89.0, 90.0), first=EXPLODING, end=VANISHING)
     net = summarise(run).nets[1]
-    assert (net.verdict, net.verdict_moment) == ("exploding", net.initial)
+    assert (net.verdict, net.verdict_profile) == ("exploding", net.initial)
     text = terminal(run, width=1000)
     assert "Gradients explode towards the input at the first step" in text
-    assert "they vanish towards the input at epoch 4 (1.0e-9 and 0.0100). What explodes first is the fault" in text
+    assert "and vanish towards the input at epoch 4 (1.0e-9 and 0.0100). The explosion is the cause" in text
     assert verdict(Recorded().add("plain", 56, first=VANISHING, end=EXPLODING), "plain-56") == "exploding"
-    assert verdict(Recorded().add("plain", 56, first=SOUND, end=VANISHING), "plain-56") == "vanishing"
+    assert verdict(Recorded().add("plain", 56, first=HEALTHY, end=VANISHING), "plain-56") == "vanishing"
 
 
-def test_a_net_alone_that_has_not_learned_is_not_healthy() -> None:
+def test_a_single_network_that_has_not_learned_is_not_healthy() -> None:
     alone = Recorded().add("plain", 56, (87.8, 87.1), first=EXPLODING)
     assert verdict(alone, "plain-56") == "not learning"
     text = terminal(alone, width=1000)
@@ -127,7 +128,7 @@ def test_a_net_alone_that_has_not_learned_is_not_healthy() -> None:
     assert verdict(too_early, "plain-56") == "healthy"
 
 
-def test_seeds_decide_whether_a_net_has_learned() -> None:
+def test_seeds_decide_whether_a_network_has_learned() -> None:
     run = Recorded()
     for seed, error in enumerate((87.2, 87.4, 87.6)):
         run.add("plain", 56, (error, 88.0), seed=seed)
@@ -136,12 +137,12 @@ def test_seeds_decide_whether_a_net_has_learned() -> None:
     assert verdict(run, "plain-56") == "not learning"
 
 
-def test_single_non_finite_element_makes_the_verdict() -> None:
+def test_a_single_non_finite_element_decides_the_verdict() -> None:
     run = Recorded().add("plain", 20, nonfinite=1)
     assert verdict(run, "plain-20") == "non-finite"
 
 
-def test_one_diverged_seed_is_told_and_kept_out_of_the_mean() -> None:
+def test_one_diverged_seed_is_reported_and_excluded_from_the_mean() -> None:
     run = Recorded().add("plain", 20, (1.0, 2.0), seed=0).add("plain", 20, (2.0, 3.0), seed=1)
     run.add("plain", 20, (90.0, 90.0), seed=2, status="diverged", loss=math.nan, epochs=1)
     net = summarise(run).nets[0]
@@ -150,7 +151,7 @@ def test_one_diverged_seed_is_told_and_kept_out_of_the_mean() -> None:
     assert "The training loss of 1 of 3 seeds became NaN or infinite" in Page(html.page(summarise(run))).text
 
 
-def test_most_seeds_diverged_is_non_finite() -> None:
+def test_a_network_is_non_finite_if_most_seeds_diverged() -> None:
     run = Recorded().add("plain", 20, seed=0)
     for seed in (1, 2):
         run.add("plain", 20, seed=seed, status="diverged", loss=math.inf, epochs=1)
@@ -158,10 +159,10 @@ def test_most_seeds_diverged_is_non_finite() -> None:
 
 
 def test_seeds_vote_and_the_worse_verdict_breaks_a_tie() -> None:
-    run = Recorded().add("plain", 20, seed=0, end=SOUND).add("plain", 20, seed=1, end=EXPLODING)
+    run = Recorded().add("plain", 20, seed=0, end=HEALTHY).add("plain", 20, seed=1, end=EXPLODING)
     assert verdict(run, "plain-20") == "exploding"
     assert "healthy (1 of 2 seeds), exploding (1 of 2 seeds)" in terminal(run)
-    run.add("plain", 20, seed=2, end=SOUND)
+    run.add("plain", 20, seed=2, end=HEALTHY)
     assert verdict(run, "plain-20") == "healthy"
 
 
@@ -183,7 +184,7 @@ def test_families_are_not_compared_with_each_other() -> None:
     assert verdict(run, "plain-56") == "healthy"
 
 
-def test_comparison_is_with_the_best_shallower_net() -> None:
+def test_comparison_is_with_the_best_shallower_network() -> None:
     run = Recorded().add("plain", 20, (0.3, 1.6)).add("plain", 56, (67.0, 70.0)).add("plain", 110, (60.0, 60.0))
     comparison = summarise(run).nets[2].comparison
     assert comparison is not None
@@ -196,7 +197,7 @@ def test_comparison_is_with_the_best_shallower_net() -> None:
 )
 def test_clearly_above_is_at_least_as_strict_as_welch_at_95_pct(deeper: list[float], shallower: list[float]) -> None:
     stats = pytest.importorskip("scipy.stats")
-    # Seeds that agree to many digits are beyond what scipy's own arithmetic can judge.
+    # scipy's arithmetic cannot judge seeds that agree to many digits.
     if clearly_above(deeper, shallower) and stdev(deeper) + stdev(shallower) > 1e-6:
         assert stats.ttest_ind(deeper, shallower, equal_var=False, alternative="greater").pvalue <= 0.0501
 
@@ -224,7 +225,7 @@ def test_odd_run_breaks_nothing(build: Callable[[], Recorded], tmp_path: Path) -
         assert page.row(net.name)
 
 
-def test_json_equals_the_run_and_names_what_json_cannot_hold() -> None:
+def test_json_equals_the_run_and_spells_out_non_finite_numbers() -> None:
     report = json.loads(json.dumps(as_dict(degraded()), allow_nan=False))
     net = next(net for net in report["nets"] if net["net"] == "plain-56")
     assert net["train_error_pct"] == {"mean": 67.0, "std": 2.0, "values": [65.0, 67.0, 69.0]}
@@ -238,9 +239,9 @@ def test_json_equals_the_run_and_names_what_json_cannot_hold() -> None:
     assert nan["train_error_pct"]["mean"] == "nan"
 
 
-def test_the_papers_figures_are_told_of_the_nets_that_it_has() -> None:
+def test_published_errors_are_listed_for_networks_of_the_paper() -> None:
     run = Recorded().add("plain", 18).add("resnet", 34).add("resnet", 56)
-    (told,) = as_dict(run)["paper"]  # digits: only ImageNet's, which no sweep can have
+    (told,) = as_dict(run)["paper"]  # ImageNet's only: the sweep's data are the digits
     assert "(Tables 2 and 3): plain-18 27.94 %, resnet-34 24.52 %. There: 1,000 classes" in told
     assert " ".join(told.split()) in " ".join(terminal(run).split())
     assert as_dict(degraded())["paper"] == []
@@ -266,7 +267,7 @@ def test_csv_holds_every_recorded_row(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("write", [html.write, write_csv, charts.write_png], ids=["html", "csv", "png"])
+@pytest.mark.parametrize("write", [html.write, write_csv, sweep_charts.write_png], ids=["html", "csv", "png"])
 def test_unwritable_target_is_one_clear_error(write: Callable[..., object], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot write"):
@@ -309,7 +310,7 @@ def test_any_run_can_be_reported(cells: list[tuple[str, int, float, list[float],
         run.add(family, depth, (error, error), seed=seed, end=tuple(norms), status=status, epochs=epochs)
     summary = summarise(run)
     json.dumps(as_dict(run), allow_nan=False)
-    charts.error_chart(summary)
-    charts.gradient_chart(summary)
-    charts.shortcut_chart(summary)
+    sweep_charts.error_chart(summary)
+    sweep_charts.gradient_chart(summary)
+    sweep_charts.shortcut_chart(summary)
     assert all(net.name in terminal(run) for net in summary.nets)

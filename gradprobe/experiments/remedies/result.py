@@ -9,57 +9,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from gradprobe.diagnosis.diagnose import Verdict
 from gradprobe.experiments.remedies.networks import CHANNELS, GROUPS, WIDTH
-from gradprobe.report.words import number
+from gradprobe.report.formatting import number
+from gradprobe.report.records import RemedyCell
 
 BATCH_SIZE = 64
 MAX_NORM = 1.0
 # A loss counts as fallen when it is below this share of the start and of what a constant answer reaches: a net whose
 # gradients arrive at the last layer only learns the constant answer.
 FELL_SHARE = 0.95
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One remedy on one net; norms are geometric means over the seeds.
-
-    Attributes:
-        remedy: parts of `PARTS` with + between.
-        activation: of every hidden layer.
-        depth: weight layers.
-        norms: of each weight's gradient at initialisation, from the input to the loss; after clipping where that is
-            part of the remedy. Zero where one seed's is zero.
-        total_norm: of the gradient of all parameters, at initialisation.
-        factor: of the norm per hidden layer towards the input, of a line through the log-norms; NaN where there is
-            none.
-        std_error: of the factor.
-        theory: the factor for wide layers and groups; None where there is no prediction.
-        verdict: of the gradient, the junctions and the loss at initialisation; the gravest of the seeds.
-        start_loss: over the training set, the mean over the seeds; normalised by each batch.
-        final_loss: the same after training.
-        n_fell: seeds whose loss fell.
-        nan_after: for each seed whose loss became NaN or infinite, the steps that it had done by then.
-    """
-
-    remedy: str
-    activation: str
-    depth: int
-    norms: tuple[float, ...]
-    total_norm: float
-    factor: float
-    std_error: float
-    theory: float | None
-    verdict: Verdict
-    start_loss: float
-    final_loss: float
-    n_fell: int
-    nan_after: tuple[int, ...]
-
-    @property
-    def ratio(self) -> float:
-        """The first over the last norm; NaN where the last is zero."""
-        return self.norms[0] / self.norms[-1] if self.norms[-1] else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +44,14 @@ class Remedies:
     momentum: float
     weight_decay: float
     constant_loss: float
-    cells: tuple[Cell, ...]
+    cells: tuple[RemedyCell, ...]
 
     def as_dict(self) -> dict[str, object]:
         """Gives the result as plain data, with the ratios and the conclusions."""
         cells = [{**asdict(cell), "ratio": cell.ratio} for cell in self.cells]
         return {**asdict(self), "cells": cells, "conclusions": list(self.conclusions)}
 
-    def of(self, remedy: str, activation: str, depth: int) -> Cell | None:
+    def of(self, remedy: str, activation: str, depth: int) -> RemedyCell | None:
         """Finds a cell, None where it was not asked for."""
         wanted = (remedy, activation, depth)
         return next((one for one in self.cells if (one.remedy, one.activation, one.depth) == wanted), None)
@@ -135,7 +93,7 @@ class Remedies:
             )
         return tuple(sentences)
 
-    def _unclipped(self, cell: Cell) -> Cell | None:
+    def _unclipped(self, cell: RemedyCell) -> RemedyCell | None:
         parts = cell.remedy.split("+")
         if "clipping" not in parts:
             return None

@@ -24,10 +24,11 @@ from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.common import bar, check_seeds, one_thread
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.remedies.networks import LAYERS, network, parse_remedy
-from gradprobe.experiments.remedies.result import BATCH_SIZE, FELL_SHARE, MAX_NORM, Cell, Remedies
+from gradprobe.experiments.remedies.result import BATCH_SIZE, FELL_SHARE, MAX_NORM, Remedies
 from gradprobe.experiments.remedies.theory import ACTIVATIONS, factor_per_layer
 from gradprobe.experiments.train import Recipe, evaluate, sgd
 from gradprobe.probe.probe import attach
+from gradprobe.report.records import RemedyCell
 from gradprobe.snapshot.snapshot import Snapshot
 
 RECIPE = Recipe(epochs=1, batch_size=BATCH_SIZE, learning_rate=0.01)
@@ -204,7 +205,7 @@ def _cell(
     runs: Sequence[_Run],
     constant_loss: float,
     data: Dataset,
-) -> Cell:
+) -> RemedyCell:
     logs = [_mean_log(norms) for norms in zip(*(run.norms for run in runs), strict=True)]
     # The first and the last layer have other shapes and other neighbours.
     line = fit_trend(logs[1:-1])
@@ -216,7 +217,7 @@ def _cell(
         theory = factor_per_layer(
             activation, parts.norm, parts.weight_gain, parts.bias_variance, mean_square, depth - 2
         )
-    return Cell(
+    return RemedyCell(
         remedy=remedy,
         activation=activation,
         depth=depth,

@@ -1,4 +1,4 @@
-"""What the charts share: sizes and the look, lines over depth with labels beside their ends, and SVG and PNG files."""
+"""Parts shared by all charts: sizes, theme, lines over depth with labels at their ends, SVG and PNG output."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, TypeAlias
 import altair as alt
 import vl_convert
 
-from gradprobe.report.palette import FAINT, GRID, INK, PAPER
+from gradprobe.report.palette import BACKGROUND, FAINT, GRID, INK
 from gradprobe.report.summary import NetSummary
 
 FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 
 PNG_SCALE = 2.0
-_LABEL_PX = 13.0  # Vertical room of one direct label.
+_LABEL_PX = 13.0  # height of one label
 _LABEL_WIDTH_PX = 66.0
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ Chart: TypeAlias = alt.HConcatChart | alt.VConcatChart
 
 @dataclass(frozen=True)
 class Size:
-    """Size of each of a chart's panels in pixels; `stacked` puts them one above the other."""
+    """Size of each panel in pixels; `stacked` puts panels one above the other."""
 
     width: int
     height: int
@@ -39,7 +39,7 @@ NARROW = Size(width=240, height=220, stacked=True)
 
 @dataclass(frozen=True)
 class Label:
-    """A direct label, to stand right of its line's end (x_px, y_px); pixels from the panel's upper left corner."""
+    """A label to the right of its line's end (x_px, y_px), in pixels from the panel's upper left corner."""
 
     text: str
     colour: str
@@ -49,41 +49,32 @@ class Label:
 
 
 class ChartData:
-    """The rows of one chart by name: they are in the chart once, and altair does not copy them at each step."""
+    """The rows of one chart by name, so that the chart holds them once and altair does not copy them at each step."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Row]] = {}
 
     def add(self, rows: Sequence[Row]) -> alt.NamedData:
-        """Keeps rows, and gives what a layer of the chart finds them by."""
+        """Adds rows and returns the reference to them for a layer of the chart."""
         name = f"rows-{len(self.rows)}"
         self.rows[name] = list(rows)
         return alt.NamedData(name=name)
 
 
 def svg(chart: Chart) -> str:
-    """The chart as an SVG document, drawn without network access."""
+    """Renders the chart as an SVG document, without network access."""
     drawn: str = vl_convert.vegalite_to_svg(chart.to_dict())
     return drawn
 
 
 def png(chart: Chart) -> bytes:
-    """The chart as a picture, drawn without network access."""
+    """Renders the chart as a PNG image, without network access."""
     drawn: bytes = vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE)
     return drawn
 
 
 def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Chart:
-    """Sets panels beside or above one another, in the look that all charts share.
-
-    Args:
-        panels: The panels.
-        size: Size of each.
-        data: The rows of all of them.
-
-    Returns:
-        The chart.
-    """
+    """Joins panels, side by side or stacked, into a chart with the theme that all charts share."""
     chart: Chart
     if size.stacked:
         chart = alt.vconcat(*panels, spacing=28, datasets=data.rows)
@@ -92,7 +83,7 @@ def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Cha
     axis = {"labelColor": FAINT, "titleColor": FAINT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
     lines = {"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "domain": False, "ticks": False}
     styled: Chart = (
-        chart.configure(font=FONT, background=PAPER, padding={"left": 4, "top": 4, "right": 8, "bottom": 4})
+        chart.configure(font=FONT, background=BACKGROUND, padding={"left": 4, "top": 4, "right": 8, "bottom": 4})
         .configure_view(stroke=None)
         .configure_axis(**axis, **lines, labelPadding=6, titlePadding=8)
         .configure_axisX(domain=True, ticks=True, tickSize=4, labelPadding=3)
@@ -101,17 +92,17 @@ def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Cha
     return styled
 
 
-def line(net: NetSummary, colour: str, places: Sequence[Row | None]) -> list[Row]:
-    """Makes the rows of one net's line.
+def line_rows(net: NetSummary, colour: str, places: Sequence[Row | None]) -> list[Row]:
+    """Makes the rows of one network's line.
 
     Args:
-        net: The net.
-        colour: Of the line.
-        places: For each place from the first on, `value`, the `low` and `high` of its band, and `note`, what a pointer
-            gets to know there; None is a gap.
+        net: The network.
+        colour: Colour of the line.
+        places: For each position along the depth, `value`, the `low` and `high` of its band, and `note`, the tooltip;
+            None leaves a gap.
 
     Returns:
-        Rows for `lines_panel`; `segment` counts up at each gap.
+        Rows for `lines_panel`; `segment` changes at each gap.
     """
     rows: list[Row] = []
     gaps = 0
@@ -134,17 +125,17 @@ def lines_panel(
     size: Size,
     data: ChartData,
 ) -> alt.LayerChart:
-    """Draws lines over the places of a net, from input to output, each with its band and its name.
+    """Draws lines over a network's depth, from input to output, each with its band and its name.
 
     Args:
-        title: Of the panel.
-        rows: Those of all lines.
-        n_places: Places on the axis.
-        x_title: What a place is.
-        y_axis: Of the values.
-        y_domain: Their range.
-        size: Of the panel.
-        data: Takes the rows.
+        title: Title of the panel.
+        rows: Rows of all lines, from `line_rows`.
+        n_places: Number of positions on the depth axis.
+        x_title: What one position is, e.g. "weight layer".
+        y_axis: Axis of the values.
+        y_domain: Range of the values.
+        size: Size of the panel.
+        data: The chart's data, to which the rows are added.
 
     Returns:
         The panel.
@@ -157,7 +148,7 @@ def lines_panel(
 
     ends_of_lines = {row["net"]: row for row in rows}.values()
     labels = [Label(row["net"], row["colour"], row["position"], *pixel(row)) for row in ends_of_lines]
-    x_axis = alt.Axis(values=_place_ticks(n_places), format="d", grid=False, title=f"{x_title}, from input to output")
+    x_axis = alt.Axis(values=_depth_ticks(n_places), format="d", grid=False, title=f"{x_title}, from input to output")
     x = alt.X("position:Q", scale=alt.Scale(domain=[1, max(n_places, 2)], nice=False), axis=x_axis)
     y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)
     y = alt.Y("value:Q", scale=y_scale, axis=y_axis)
@@ -170,7 +161,7 @@ def lines_panel(
         band = alt.Chart(base.data).mark_area(opacity=0.16).encode(x=x, fill=alt.Fill("colour:N", scale=None))
         layers.append(band.encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q", detail="segment:N"))
     layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
-    # Invisible, but they carry what a pointer or a screen reader gets to know of each place.
+    # Invisible: they carry the text for tooltips and screen readers.
     layers.append(base.mark_point(filled=True, size=40, opacity=0).encode(y=y, description="note:N"))
     if alone:
         dots = alt.Chart(data.add(alone)).mark_point(filled=True, size=36, opacity=1)
@@ -179,7 +170,7 @@ def lines_panel(
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
 
 
-def _place_ticks(n_places: int) -> list[int]:
+def _depth_ticks(n_places: int) -> list[int]:
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if n_places / step <= 8)
     return [1, *range(step, n_places + 1, step)] if step > 1 else list(range(1, n_places + 1))
 
@@ -194,20 +185,20 @@ def label_layers(
     data: ChartData,
     obstacles: Sequence[tuple[float, float]] = (),
 ) -> list[alt.Chart]:
-    """Writes a text beside the end of each line, over a halo in the page's colour.
+    """Writes a label at the end of each line, over a halo in the background colour.
 
     Args:
-        labels: The texts; they are moved up or down to where they can be read.
-        x: The axis of the lines.
-        y: Theirs too.
-        y_domain: Its range.
-        gap_px: From the end of a line to its label.
-        size: Of the panel.
-        data: Takes the rows.
-        obstacles: Points of the lines, in pixels from the panel's upper left corner, to keep clear of.
+        labels: The labels; each moves up or down until it is legible.
+        x: Horizontal encoding of the lines.
+        y: Vertical encoding of the lines.
+        y_domain: Range of the vertical axis.
+        gap_px: Distance from the end of a line to its label.
+        size: Size of the panel.
+        data: The chart's data, to which the labels are added.
+        obstacles: Points of lines to keep clear of, in pixels from the panel's upper left corner.
 
     Returns:
-        Layers of the panel.
+        Layers for the panel.
     """
     x_field, y_field = (channel.shorthand.split(":")[0] for channel in (x, y))
     bottom, top = y_domain
@@ -218,18 +209,18 @@ def label_layers(
             "label": label.text,
             "colour": label.colour,
         }
-        for label, y_px in zip(labels, _apart(labels, size.height, obstacles), strict=True)
+        for label, y_px in zip(labels, _label_heights(labels, size.height, obstacles), strict=True)
     ]
     base = alt.Chart(data.add(rows)).encode(x=x, y=y, text="label:N")
     style: dict[str, Any] = {"align": "left", "baseline": "middle", "dx": gap_px, "fontSize": 12, "fontWeight": 600}
-    halo = base.mark_text(**style, stroke=PAPER, strokeWidth=4, color=PAPER, aria=False)
+    halo = base.mark_text(**style, stroke=BACKGROUND, strokeWidth=4, color=BACKGROUND, aria=False)
     return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None))]
 
 
-def _apart(labels: Sequence[Label], height: float, obstacles: Sequence[tuple[float, float]]) -> list[float]:
-    """Vertical pixel of each label: the nearest to its line's end that is clear of lines and of earlier labels.
+def _label_heights(labels: Sequence[Label], height: float, obstacles: Sequence[tuple[float, float]]) -> list[float]:
+    """Places each label as near to its line's end as lines and earlier labels allow; returns vertical pixels.
 
-    Where no place is clear of both, labels keep clear of each other.
+    If no height is clear of both, labels keep clear of each other.
     """
     taken: list[tuple[float, float]] = []
     places: dict[int, float] = {}
@@ -238,7 +229,7 @@ def _apart(labels: Sequence[Label], height: float, obstacles: Sequence[tuple[flo
         label = labels[index]
         lines = [y for x, y in obstacles if 0 < x - label.x_px < _LABEL_WIDTH_PX]
         others = [y for x, y in taken if abs(x - label.x_px) < _LABEL_WIDTH_PX]
-        # Half a label above the axis, so that it does not stand on it.
+        # At least half a label above the axis, so that the text does not touch it.
         inside = [y for y in (label.y_px + offset for offset in offsets) if 0 <= y <= height - _LABEL_PX / 2]
         apart = [y for y in inside if all(abs(y - other) >= _LABEL_PX for other in others)]
         clear = (y for y in apart if all(abs(y - line) >= _LABEL_PX / 2 + 2 for line in lines))

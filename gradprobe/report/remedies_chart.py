@@ -1,4 +1,4 @@
-"""The picture of `gradprobe remedies`: the gradient's factor per layer for every remedy, beside theory."""
+"""The chart of `gradprobe remedies`: the gradient's factor per layer for every remedy, compared with theory."""
 
 from __future__ import annotations
 
@@ -6,64 +6,37 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Protocol
 
 import altair as alt
 
 from gradprobe.errors import ArgumentError, StoreError
-from gradprobe.report.drawing import Chart, ChartData, Row, Size, concat, png, svg
+from gradprobe.report.chart_parts import Chart, ChartData, Row, Size, concat, png, svg
+from gradprobe.report.formatting import number
+from gradprobe.report.page_template import document
 from gradprobe.report.palette import FAINT, INK, shades
-from gradprobe.report.style import document
-from gradprobe.report.words import number
+from gradprobe.report.records import RemedyCell
 
 SUFFIXES = (".html", ".svg", ".png")
 
 _ROW_PX = 22
-_TITLE = "Gradient norm's factor per layer towards the input, at initialisation"
+_TITLE = "Factor per layer on the gradient norm, towards the input, at initialisation"
 _CAPTION = (
-    "One point for each depth; full where the loss fell in a short training with every seed, open where not. Below 1 "
-    "the gradient shrinks towards the input, above 1 it grows. A short line is the theory of plain fully connected "
-    "nets of wide layers and groups. A net without a point has a zero or non-finite norm, or too few layers for a line."
+    "One point per depth: filled if the loss fell with every seed in a short training, open if not. Below 1 the "
+    "gradient shrinks towards the input, above 1 it grows. A short line is the prediction for plain fully connected "
+    "networks of wide layers and groups. A network without a point has a zero or non-finite norm, or too few layers "
+    "to fit a line."
 )
 
 
-class RemedyCell(Protocol):
-    """One remedy on one net, as `gradprobe.experiments.remedies.run.Cell` has it."""
-
-    @property
-    def remedy(self) -> str:
-        """Name of the remedy."""
-
-    @property
-    def activation(self) -> str:
-        """Name of the activation."""
-
-    @property
-    def depth(self) -> int:
-        """Weight layers."""
-
-    @property
-    def factor(self) -> float:
-        """Factor of the norm per layer towards the input; NaN where there is none."""
-
-    @property
-    def theory(self) -> float | None:
-        """The factor in theory, None where there is none."""
-
-    @property
-    def n_fell(self) -> int:
-        """Seeds whose loss fell."""
-
-
 def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
-    """Draws the factor per layer: a panel for each activation, a row for each remedy, a shade for each depth.
+    """Draws the factor per layer: one panel per activation, one row per remedy, one shade per depth.
 
     Args:
-        cells: The measured nets.
-        n_seeds: Seeds of each.
+        cells: The measured networks.
+        n_seeds: Number of seeds of each.
 
     Returns:
-        The chart, or None where no cell has a positive finite factor.
+        The chart, or None if no cell has a positive finite factor.
     """
     drawn = [cell for cell in cells if math.isfinite(cell.factor) and cell.factor > 0]
     if not drawn:
@@ -116,7 +89,7 @@ def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
         )
         layers = [one, tick.encode(x=alt.X("theory:Q", scale=x_scale, axis=x_axis), y=y), points]
         panels.append(alt.LayerChart(layer=layers, width=size.width, height=size.height, title=activation))
-    meaning = "full: the loss fell with every seed"
+    meaning = "filled: the loss fell with every seed"
     if any(cell.theory is not None for cell in drawn):
         meaning += "; tick: theory"
     title = alt.TitleParams(_TITLE, subtitle=meaning, subtitleColor=FAINT)
@@ -125,7 +98,7 @@ def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
 
 
 def check_suffix(path: Path) -> None:
-    """Refuses a file that `write_remedies` cannot write, before anything is measured.
+    """Rejects a file name that `write_remedies` cannot write, before anything is measured.
 
     Raises:
         ArgumentError: The name ends in none of `SUFFIXES`.
@@ -135,13 +108,13 @@ def check_suffix(path: Path) -> None:
 
 
 def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Sequence[str], path: Path) -> Path:
-    """Writes the chart; as a page, with what follows from it.
+    """Writes the chart; as a page, with the conclusions.
 
     Args:
-        cells: The measured nets.
-        n_seeds: Seeds of each.
+        cells: The measured networks.
+        n_seeds: Number of seeds of each.
         conclusions: Sentences for the page.
-        path: A file that ends in .html, .svg or .png; missing folders are made, an older file is replaced.
+        path: A file that ends in .html, .svg or .png; missing folders are created, an existing file is overwritten.
 
     Returns:
         The path written.
@@ -153,7 +126,7 @@ def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Seque
     check_suffix(path)
     chart = remedy_chart(cells, n_seeds)
     if chart is None:
-        raise ArgumentError("--chart: needed at least one net with a finite factor per layer; take more layers")
+        raise ArgumentError("--chart: needed at least one network with a finite factor per layer; use more layers")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".png":

@@ -1,4 +1,4 @@
-"""The pictures of a sweep: error against depth, the gradient's norm by layer, and the shortcut's share by junction."""
+"""Charts of a sweep: error against depth, gradient norm by layer, and the shortcut's share by residual add."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import altair as alt
 
 from gradprobe.errors import StoreError
-from gradprobe.report.drawing import (
+from gradprobe.report.chart_parts import (
     THIRDS,
     WIDE,
     Chart,
@@ -19,28 +19,28 @@ from gradprobe.report.drawing import (
     Size,
     concat,
     label_layers,
-    line,
+    line_rows,
     lines_panel,
     png,
 )
+from gradprobe.report.formatting import number
 from gradprobe.report.palette import Palette
 from gradprobe.report.records import SweepRun
-from gradprobe.report.spread import Spread, median
-from gradprobe.report.summary import Moment, NetSummary, Sharing, Summary, summarise
-from gradprobe.report.words import number
+from gradprobe.report.seed_statistics import Spread, median
+from gradprobe.report.summary import GradientProfile, NetSummary, ShortcutProfile, Summary, summarise
 
 
 def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
-    """Draws training and test error against depth, a line for each family.
+    """Draws training and test error against depth, one line per family.
 
-    Each seed is a faint point, the line joins the means, a bar spans one standard deviation to each side.
+    Each seed is a faint point, the line joins the means, and a bar spans one standard deviation to each side.
 
     Args:
         summary: The sweep.
         size: Size of each of the two panels.
 
     Returns:
-        The chart, or None where no finite error is recorded.
+        The chart, or None if no finite error is recorded.
     """
     palette = Palette(summary)
     splits = [
@@ -51,7 +51,7 @@ def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     spreads = [spread for _, points in drawn for _, spread in points]
     if not spreads:
         return None
-    # One scale for both panels: the distance from training to test error is part of the story.
+    # One scale for both panels, so that the distance from training to test error can be read.
     top = max(max(*spread.values, spread.mean + (spread.std or 0.0)) for spread in spreads)
     y_domain = (0.0, min(100.0, 1.08 * top) if top > 0 else 1.0)
     data = ChartData()
@@ -60,7 +60,7 @@ def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
 
 
 def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
-    """Draws the gradient's norm over depth, at the first step and at the end, a line for each net, on a log scale.
+    """Draws the gradient norm over depth at the first step and at the end, one line per network, on a log scale.
 
     The line is the median over seeds and the band their range. A layer whose norm is zero, NaN or infinite is a gap.
 
@@ -69,7 +69,7 @@ def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
         size: Size of each of the two panels.
 
     Returns:
-        The chart, or None where no positive finite norm is recorded.
+        The chart, or None if no positive finite norm is recorded.
     """
     palette = Palette(summary)
     ends = sorted({net.end.epoch for net in summary.nets if net.end is not None})
@@ -79,14 +79,14 @@ def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
         (f"Gradient norm {at_end}", [(net, net.end) for net in summary.nets]),
     ]
     panels = [
-        (title, [row for net, moment in nets if moment for row in _profile(net, moment, palette)])
+        (title, [row for net, profile in nets if profile for row in _layer_rows(net, profile, palette)])
         for title, nets in sides
     ]
     exponents = [row[key] for _, rows in panels for row in rows for key in ("low", "high")]
     if not exponents:
         return None
     low, high = min(exponents), max(exponents)
-    # More room below than above: labels of shallow nets go under the deeper nets' lines.
+    # More room below than above: labels of shallow networks go under the lines of deeper ones.
     y_domain = (low - max(0.14 * (high - low), 0.3), high + max(0.05 * (high - low), 0.15))
     layers = max(row["position"] for _, rows in panels for row in rows)
     axis = _power_axis(y_domain)
@@ -98,86 +98,74 @@ def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
 
 
 def hidden_layers(summary: Summary) -> list[str]:
-    """Names what `gradient_chart` cannot show, by net and moment, as in "plain-56 at epoch 3: 4 layers".
-
-    Args:
-        summary: The sweep.
-
-    Returns:
-        The phrases; empty when every layer of every net is drawn.
-    """
+    """Lists the layers that `gradient_chart` cannot show, as phrases such as "plain-56 at epoch 3: 4 layers"."""
     palette = Palette(summary)
     phrases: list[str] = []
     for net in summary.nets:
-        for moment in (net.initial, net.end):
-            if moment is not None:
-                hidden = len(moment.profiles[0]) - len(_profile(net, moment, palette))
+        for profile in (net.initial, net.end):
+            if profile is not None:
+                hidden = len(profile.layers_by_seed[0]) - len(_layer_rows(net, profile, palette))
                 if hidden:
-                    phrases.append(f"{net.name} at {moment.when}: {hidden} layer{'s' if hidden > 1 else ''}")
+                    phrases.append(f"{net.name} at {profile.when}: {hidden} layer{'s' if hidden > 1 else ''}")
     return phrases
 
 
 def shortcut_chart(summary: Summary, size: Size = THIRDS) -> Chart | None:
-    """Draws the share of the gradient that arrives by the shortcut, by junction, a line for each residual net.
+    """Draws the share of the gradient that arrives by the shortcut at each residual add, one line per network.
 
-    At the first step, in the middle of the training and at its end. The line is the median over seeds and the band
-    their range. A junction where there are no two parts to compare is a gap.
+    The panels show the first step, the middle and the end of training. The line is the median over seeds and the band
+    their range. A residual add without two parts to compare is a gap.
 
     Args:
         summary: The sweep.
         size: Size of each of the three panels.
 
     Returns:
-        The chart, or None where no share is recorded.
+        The chart, or None if no share is recorded.
     """
     palette = Palette(summary)
-    sides: dict[str, list[tuple[NetSummary, Sharing]]] = {"first": [], "in the middle": [], "at the end": []}
+    sides: dict[str, list[tuple[NetSummary, ShortcutProfile]]] = {"first": [], "in the middle": [], "at the end": []}
     for net in summary.nets:
-        for sharing in net.sharings:
-            later = "at the end" if sharing is net.sharings[-1] else "in the middle"
-            sides[later if sharing.epoch else "first"].append((net, sharing))
+        for profile in net.shortcut_profiles:
+            later = "at the end" if profile is net.shortcut_profiles[-1] else "in the middle"
+            sides[later if profile.epoch else "first"].append((net, profile))
     panels: list[tuple[str, list[Row]]] = []
     for side, nets in sides.items():
-        moments = {sharing.when for _, sharing in nets}
-        rows = [row for net, sharing in nets for row in _shares(net, sharing, palette)]
+        epochs = {profile.when for _, profile in nets}
+        rows = [row for net, profile in nets for row in _junction_rows(net, profile, palette)]
         if rows:
-            panels.append((moments.pop() if len(moments) == 1 else side, rows))
+            panels.append((epochs.pop() if len(epochs) == 1 else side, rows))
     if not panels:
         return None
-    n_junctions = max(len(sharing.shares) for nets in sides.values() for _, sharing in nets)
+    n_adds = max(len(profile.shares) for nets in sides.values() for _, profile in nets)
     axis = alt.Axis(title=None, values=[0, 0.25, 0.5, 0.75, 1], format=".0%")
     data = ChartData()
-    drawn = [lines_panel(title, rows, n_junctions, "junction", axis, (0.0, 1.0), size, data) for title, rows in panels]
+    drawn = [lines_panel(title, rows, n_adds, "residual add", axis, (0.0, 1.0), size, data) for title, rows in panels]
     titled: Chart = concat(drawn, size, data).properties(title="Share of the gradient that arrives by the shortcut")
     return titled
 
 
 def hidden_junctions(summary: Summary) -> list[str]:
-    """Names what `shortcut_chart` cannot show, by net, as in "resnet-56: 2 of 27".
-
-    Args:
-        summary: The sweep.
-
-    Returns:
-        The phrases; empty when every junction of every net is drawn.
-    """
+    """Lists the residual adds that `shortcut_chart` cannot show, as phrases such as "resnet-56: 2 of 27"."""
     phrases: list[str] = []
     for net in summary.nets:
-        hidden = {site for one in net.sharings for site, share in one.shares.items() if not math.isfinite(share)}
+        hidden = {
+            site for one in net.shortcut_profiles for site, share in one.shares.items() if not math.isfinite(share)
+        }
         if hidden:
-            phrases.append(f"{net.name}: {len(hidden)} of {len(net.sharings[0].shares)}")
+            phrases.append(f"{net.name}: {len(hidden)} of {len(net.shortcut_profiles[0].shares)}")
     return phrases
 
 
 def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
-    """Draws the charts as pictures, `error.png`, `gradient.png` and `shortcut.png`.
+    """Writes the charts as `error.png`, `gradient.png` and `shortcut.png`.
 
     Args:
         run: The recorded sweep, finished or not.
-        folder: Where to; made if missing.
+        folder: Folder to write to; created if missing.
 
     Returns:
-        The files written: a chart with nothing to draw yet is left out.
+        The files written; a chart without data is skipped.
 
     Raises:
         StoreError: The folder or a file in it cannot be written.
@@ -247,35 +235,35 @@ def _error_panel(
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
 
 
-def _profile(net: NetSummary, moment: Moment, palette: Palette) -> list[Row]:
-    """The drawable layers of one net at one moment, norms as powers of ten."""
+def _layer_rows(net: NetSummary, profile: GradientProfile, palette: Palette) -> list[Row]:
+    """Returns the rows of the layers that a log scale can show, with norms as powers of ten."""
     places: list[Row | None] = []
-    for place, layers in enumerate(zip(*moment.profiles, strict=True), start=1):
+    for place, layers in enumerate(zip(*profile.layers_by_seed, strict=True), start=1):
         norms = [layer.norm_l2 for layer in layers]
         if not all(math.isfinite(norm) and norm > 0 for norm in norms):
             places.append(None)
             continue
         norm = median(norms)
         low, value, high = map(math.log10, (min(norms), norm, max(norms)))
-        name = f"{net.name}, layer {place} of {len(moment.profiles[0])}, {layers[0].site}"
+        name = f"{net.name}, layer {place} of {len(profile.layers_by_seed[0])}, {layers[0].site}"
         note = f"{name}: norm {number(norm)}"
         places.append({"norm": norm, "value": value, "low": low, "high": high, "note": note})
-    return line(net, palette.net(net.family, net.depth), places)
+    return line_rows(net, palette.net(net.family, net.depth), places)
 
 
-def _shares(net: NetSummary, sharing: Sharing, palette: Palette) -> list[Row]:
-    """The drawable junctions of one net at one moment."""
+def _junction_rows(net: NetSummary, profile: ShortcutProfile, palette: Palette) -> list[Row]:
+    """Returns the rows of the residual adds that have two parts."""
     places: list[Row | None] = []
-    for place, (site, share) in enumerate(sharing.shares.items(), start=1):
-        seeds = [rows[place - 1].shortcut_share for rows in sharing.profiles]
-        note = f"{net.name}, junction {place} of {len(sharing.shares)}, {site}: {100 * share:.0f} % by the shortcut"
+    for place, (site, share) in enumerate(profile.shares.items(), start=1):
+        seeds = [rows[place - 1].shortcut_share for rows in profile.junctions_by_seed]
+        note = f"{net.name}, residual add {place} of {len(profile.shares)}, {site}: {100 * share:.0f} % by the shortcut"
         drawn = {"value": share, "low": min(seeds), "high": max(seeds), "note": note}
         places.append(drawn if math.isfinite(share) else None)
-    return line(net, palette.net(net.family, net.depth), places)
+    return line_rows(net, palette.net(net.family, net.depth), places)
 
 
 def _power_axis(domain: tuple[float, float]) -> alt.Axis:
-    """Axis over exponents of ten that reads as a logarithmic one, with at most seven ticks at whole powers."""
+    """Makes an axis of log10 values that is labelled with the powers, with at most seven ticks at whole powers."""
     first, last = math.ceil(domain[0]), math.floor(domain[1])
     factors = (1, 2, 5) if last - first < 2 else (1,)
     powers = range(first - (last - first < 2), last + 1, max(1, math.ceil((last - first + 1) / 7)))

@@ -1,4 +1,4 @@
-"""The frame of a page: its look, and the little script that shows a mark's description beside the pointer."""
+"""The HTML page around a report: its CSS, and the script that shows a tooltip for a mark of a chart."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ _SCRIPT = """
 
 
 def document(title: str, css: str, body: str) -> str:
-    r"""Makes a page that needs nothing beside itself.
+    r"""Makes a self-contained page.
 
     Args:
-        title: Its title and headline, as plain text.
-        css: Rules beside those of every page.
-        body: What stands below the headline, as HTML.
+        title: Title and headline, as plain text.
+        css: CSS rules in addition to those of every page.
+        body: HTML below the headline.
 
     Returns:
         A complete HTML document.

@@ -1,4 +1,4 @@
-"""What He et al. 2015 print of the nets that a sweep trains, with the conditions under which it was measured."""
+"""Errors that He et al. 2015 publish for the networks that a sweep trains, with the conditions of measurement."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 from gradprobe.report.summary import Summary
 
-PAPER = "He et al. 2015 (arXiv:1512.03385)"
+CITATION = "He et al. 2015 (arXiv:1512.03385)"
 
 
 @dataclass(frozen=True)
-class PaperTable:
-    """Errors that the paper prints.
+class PublishedTable:
+    """A table of errors in the paper.
 
     Attributes:
-        what: The errors, and their place in the paper.
-        data: The start of the name of the data that a sweep must have for them to stand beside it; empty for any.
-        conditions: How they were measured, in sentences.
-        error_pct: In per cent, as printed, by family and depth.
+        what: The kind of error, and its place in the paper.
+        data: Prefix of the data name of the sweeps that the table may be shown beside; empty for any data.
+        conditions: Conditions of measurement, in sentences.
+        error_pct: Errors by family and depth, in percent, as printed.
     """
 
     what: str
@@ -27,13 +27,13 @@ class PaperTable:
     error_pct: Mapping[tuple[str, int], str]
 
 
-CIFAR = PaperTable(
+CIFAR = PublishedTable(
     what="test error on CIFAR-10 (Table 6)",
     data="cifar10",
     conditions=(
         "64,000 iterations of batch 128 on augmented images, shortcuts without parameters (option A), a single view at "
-        "test; ResNet-110 is the best of five runs, with a mean of 6.61 ± 0.16. A shorter run or another recipe does "
-        "not reach these. Of plain nets no numbers are printed."
+        "test; ResNet-110 is the best of five runs, whose mean is 6.61 ± 0.16. A shorter run or another recipe does "
+        "not reach these errors. The paper prints no numbers for plain networks."
     ),
     error_pct={
         ("resnet", 20): "8.75",
@@ -44,14 +44,14 @@ CIFAR = PaperTable(
         ("resnet", 1202): "7.93",
     },
 )
-# No sweep trains on ImageNet: what can be compared is what depth does.
-IMAGENET = PaperTable(
+# No sweep trains on ImageNet: only the effect of depth can be compared.
+IMAGENET = PublishedTable(
     what="top-1 error on the validation images of ImageNet (Tables 2 and 3)",
     data="",
     conditions=(
         "1,000 classes of photographs, the mean over 10 crops at test; ResNet-18 with shortcuts without parameters "
-        "(option A), the deeper ones, as all of them here, with projections where the shape changes (option B). The "
-        "data are not those of this sweep: what can be compared is the order of the nets, not the numbers."
+        "(option A), the deeper ones, like all of them here, with projections where the shape changes (option B). The "
+        "data differ from those of this sweep: compare the order of the networks, not the numbers."
     ),
     error_pct={
         ("plain", 18): "27.94",
@@ -65,25 +65,18 @@ IMAGENET = PaperTable(
 )
 
 
-def tables_beside(summary: Summary) -> list[PaperTable]:
-    """Chooses the tables of the paper that have a net of a sweep.
-
-    Args:
-        summary: The sweep.
-
-    Returns:
-        Those whose errors may stand beside the sweep's own.
-    """
+def matching_tables(summary: Summary) -> list[PublishedTable]:
+    """Selects the paper's tables that have at least one of a sweep's networks and suit its data."""
     nets = {(net.family, net.depth) for net in summary.nets}
     data = str(summary.config.get("data", ""))
     return [table for table in (CIFAR, IMAGENET) if data.startswith(table.data) and nets & set(table.error_pct)]
 
 
-def beside_the_paper(summary: Summary) -> list[str]:
-    """What the paper prints of a sweep's nets, a paragraph for each table."""
+def published_paragraphs(summary: Summary) -> list[str]:
+    """States the paper's errors for a sweep's networks, one paragraph per table."""
     paragraphs = []
-    for table in tables_beside(summary):
+    for table in matching_tables(summary):
         nets = [net for net in summary.nets if (net.family, net.depth) in table.error_pct]
         told = ", ".join(f"{net.name} {table.error_pct[net.family, net.depth]} %" for net in nets)
-        paragraphs.append(f"{PAPER} print as {table.what}: {told}. There: {table.conditions}")
+        paragraphs.append(f"{CITATION} report this {table.what}: {told}. There: {table.conditions}")
     return paragraphs

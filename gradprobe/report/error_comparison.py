@@ -1,35 +1,35 @@
-"""Errors of a net beside those of a shallower one, and beside its own of an earlier epoch."""
+"""Compares a network's errors with those of a shallower one, and with its own at an earlier epoch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradprobe.report.spread import Spread, clearly_above, sampling_error_pct
+from gradprobe.report.seed_statistics import Spread, clearly_above, sampling_error_pct
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Training and test errors of a net after an epoch, seed by seed, in percent."""
+    """Training and test errors of a network after an epoch, one per seed, in percent."""
 
     train: Spread
     test: Spread
 
     @property
     def gap(self) -> Spread:
-        """Test error less training error, in percentage points."""
+        """Test error minus training error, in percentage points."""
         return Spread(tuple(test - train for train, test in zip(self.train.values, self.test.values, strict=True)))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A net and a shallower one of its family, both after the same epoch.
+    """A network and a shallower one of its family, after the same epoch.
 
     Attributes:
-        other: Name of the shallower net.
+        other: Name of the shallower network.
         epoch: The epoch.
-        errors: Of the net.
-        other_errors: Of the shallower net.
-        test_images: Number of test images; None where it is not recorded.
+        errors: Errors of the network.
+        other_errors: Errors of the shallower network.
+        test_images: Number of test images; None if not recorded.
     """
 
     other: str
@@ -40,15 +40,15 @@ class Comparison:
 
     @property
     def clearly_above(self) -> bool:
-        """Whether the deeper net's training error is higher by more than seeds explain."""
+        """Whether the deeper network's training error is higher by more than the spread over seeds explains."""
         return clearly_above(self.errors.train.values, self.other_errors.train.values)
 
     @property
     def overfits(self) -> bool:
-        """Whether the deeper net's test error is higher by more than seeds and test images explain, and its gap too.
+        """Whether the deeper network's test error and its gap are higher by more than seeds and test images explain.
 
-        The gap keeps out a net that is worse on both sets alike; it is ours. Of pairs of seeds of the same net, in ten
-        nets on the digits, at most one in 200 was told apart.
+        Requiring the gap too excludes a network that is equally worse on both sets; this condition is ours. Among pairs
+        of seeds of the same network, for ten networks on the digits, at most one in 200 was told apart.
 
         Source:
             He et al. 2015, section 4.2: ResNet-1202 beside ResNet-110, "although both have similar training error".
@@ -62,14 +62,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Rise:
-    """A net after the epoch of its lowest test error, and after a later one.
+    """A network at the epoch of its lowest test error, and at a later one.
 
     Attributes:
-        lowest_epoch: The epoch of the lowest test error, its mean over seeds.
+        lowest_epoch: Epoch of the lowest test error (mean over seeds).
         epoch: The later epoch.
-        lowest: Errors at the former.
-        errors: Errors at the latter.
-        test_images: Number of test images; None where it is not recorded.
+        lowest: Errors at `lowest_epoch`.
+        errors: Errors at `epoch`.
+        test_images: Number of test images; None if not recorded.
     """
 
     lowest_epoch: int
@@ -80,11 +80,11 @@ class Rise:
 
     @property
     def overfits(self) -> bool:
-        """Whether the test error has risen by more than seeds and test images explain, while the training error fell.
+        """Whether the test error rose by more than seeds and test images explain while the training error fell.
 
         Source:
             Prechelt 1998, "Early Stopping - but when?": the test error above its own minimum. His limit is a share of
-            that minimum, which a few test images exceed by chance; this one is in standard errors, and ours.
+            that minimum, which a few test images exceed by chance; ours is in standard errors.
         """
         if not self.test_images:
             return False
@@ -95,24 +95,18 @@ class Rise:
 
 @dataclass(frozen=True)
 class Learning:
-    """The training error of a net before its first step, and after an epoch.
-
-    Attributes:
-        epoch: The epoch.
-        before: The errors before the first step, one per seed.
-        now: Those after the epoch.
-    """
+    """A network's training errors before the first step and after an epoch, one per seed."""
 
     epoch: int
     before: Spread
     now: Spread
 
     @property
-    def is_seen(self) -> bool:
-        """Whether the error has fallen by more than seeds explain.
+    def has_learned(self) -> bool:
+        """Whether the error fell by more than the spread over seeds explains.
 
         Source:
-            AUTOTRAINER (Zhang et al., ICSE 2021) asks after 30 % of the epochs whether training converges; that it is
-            asked of the error before the first step is ours.
+            AUTOTRAINER (Zhang et al., ICSE 2021) checks after 30 % of the epochs whether training converges; comparing
+            with the error before the first step is ours.
         """
         return clearly_above(self.before.values, self.now.values)

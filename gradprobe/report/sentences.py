@@ -1,0 +1,190 @@
+"""The sentences of a report: each network's verdict with its evidence, and what the whole sweep shows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+
+from gradprobe.report.error_comparison import Comparison, Rise
+from gradprobe.report.formatting import number, percent
+from gradprobe.report.summary import DEGRADED, NOT_LEARNING, OVERFITTING, GradientProfile, NetSummary, Summary
+
+_RESIDUAL_FAMILIES = ("resnet",)
+
+_FLOW_WORDS = {
+    "healthy": "are healthy",
+    "vanishing": "vanish towards the input",
+    "exploding": "explode towards the input",
+    "non-finite": "contain NaN or infinite values",
+}
+
+
+def explain_verdict(net: NetSummary) -> str:
+    """Returns the evidence for a network's verdict, in sentences."""
+    if net.epoch is None:
+        return "Not started."
+    parts = _flow_sentences(net)
+    if net.exploded_then_vanished:
+        parts.append(
+            "The explosion is the cause: steps along such gradients can leave a network whose gradients vanish. A run "
+            "with a lower initial learning rate would tell."
+        )
+    if net.n_diverged:
+        seeds = f"{net.n_diverged} of {len(net.results)} seeds" if len(net.results) > 1 else "its only seed"
+        parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
+    if net.comparison is not None:
+        parts.append(_comparison_sentence(net, net.comparison))
+    if net.verdict == NOT_LEARNING and net.learning is not None:
+        before, now = percent(net.learning.before), percent(net.learning.now)
+        parts.append(
+            f"After epoch {net.learning.epoch} the training error, {now} %, is not clearly below that before the first "
+            f"step, {before} %: the network has not learned."
+        )
+    if net.verdict == OVERFITTING:
+        parts += _overfitting_sentences(net.test_comparison, net.rise)
+    if not net.finished:
+        parts.append(f"Not finished: {net.progress}.")
+    return " ".join(parts)
+
+
+def headline(summary: Summary) -> list[str]:
+    """States what the sweep shows, one sentence per family with two or more depths."""
+    sentences: list[str] = []
+    for family in summary.families:
+        compared = [
+            (net, net.comparison) for net in summary.nets if net.family == family and net.comparison is not None
+        ]
+        worse = [(net, comparison) for net, comparison in compared if comparison.clearly_above]
+        overfitting = [
+            (net, net.test_comparison)
+            for net, _ in compared
+            if net.verdict == OVERFITTING and net.test_comparison is not None and net.test_comparison.overfits
+        ]
+        if worse or (compared and not overfitting):
+            net, comparison = (worse or compared)[-1]
+            start = "Deeper is worse for" if worse else "Deeper is not clearly worse for"
+            ours, theirs = comparison.errors, comparison.other_errors
+            sentences.append(
+                f"{start} {family}: after epoch {comparison.epoch} the training error is {percent(ours.train)} % "
+                f"for {net.name} and {percent(theirs.train)} % for {comparison.other}."
+            )
+        if overfitting:
+            net, comparison = overfitting[-1]
+            ours, theirs = comparison.errors, comparison.other_errors
+            sentences.append(
+                f"Depth leads to overfitting for {family}: after epoch {comparison.epoch} the test error is "
+                f"{percent(ours.test)} % for {net.name} and {percent(theirs.test)} % for {comparison.other}, and the "
+                f"training error {percent(ours.train)} and {percent(theirs.train)} %."
+            )
+    return sentences
+
+
+def shortcut_sentences(summary: Summary) -> list[str]:
+    """States the shortcuts' share of the gradient, for each residual network and over depth, as far as recorded."""
+    sentences = [sentence for net in summary.nets if (sentence := _shortcut_sentence(net))]
+    for family in summary.families:
+        members = [net for net in summary.nets if net.family == family]
+        newest = {net.name: list(medians.items())[-1] for net in members if (medians := _median_shares(net))}
+        epochs = {when for when, _ in newest.values()}
+        if len(newest) > 1 and len(epochs) == 1:
+            larger = all(deeper > shallower for (_, shallower), (_, deeper) in pairwise(newest.values()))
+            told = _listed([f"{100 * share:.0f} % in {name}" for name, (_, share) in newest.items()])
+            grows = "grows" if larger else "does not always grow"
+            sentences.append(f"{epochs.pop().capitalize()} the share {grows} with depth: {told}.")
+    without = [
+        net.name for net in summary.nets if net.family in _RESIDUAL_FAMILIES and net.epoch and not net.shortcut_profiles
+    ]
+    if without:
+        sentences.append(f"No residual adds are recorded for {_listed(without)}; files of older versions have none.")
+    return sentences
+
+
+def _finite_shares(net: NetSummary) -> list[tuple[str, dict[str, float]]]:
+    """Lists the epochs at which a network has residual adds with two parts, each with their shares by name."""
+    epochs = [
+        (profile.when, {site: share for site, share in profile.shares.items() if math.isfinite(share)})
+        for profile in net.shortcut_profiles
+    ]
+    return [(when, shares) for when, shares in epochs if shares]
+
+
+def _median_shares(net: NetSummary) -> dict[str, float]:
+    """Computes the median share over the residual adds, by epoch."""
+    return {when: statistics.median(shares.values()) for when, shares in _finite_shares(net)}
+
+
+def _shortcut_sentence(net: NetSummary) -> str:
+    medians = _median_shares(net)
+    if not medians:
+        return ""
+    told = _listed([f"{100 * share:.0f} % {when}" for when, share in medians.items()])
+    more = [when for when, share in medians.items() if share > 0.5]
+    compared = "more than the branch's" if more else "no more than the branch's"
+    if 0 < len(more) < len(medians):
+        compared += f" only {_listed(more)}"
+    drawn = _finite_shares(net)
+    lowest, site, when = min((share, site, when) for when, shares in drawn for site, share in shares.items())
+    n_adds = len(drawn[0][1])
+    return (
+        f"In {net.name} the shortcut's share of the gradient is {told}, {compared} (median over {n_adds} "
+        f"residual add{'s' if n_adds > 1 else ''}; the lowest is {100 * lowest:.0f} %, at {site} {when})."
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+
+
+def _flow_sentences(net: NetSummary) -> list[str]:
+    profiles = [profile for profile in (net.initial, net.end) if profile is not None]
+    if not profiles:
+        return ["No gradient is recorded."]
+    start, *later = profiles
+    norms = f"norm {number(start.first)} in the first weight layer, {number(start.last)} in the last"
+    text = f"Gradients {_flow(start)} at {start.when} ({norms})"
+    for end in later:
+        change = "" if _flow(end) == _flow(start) else f"{_flow(end)} "
+        text += f" and {change}at {end.when} ({number(end.first)} and {number(end.last)})"
+    return [f"{text}."]
+
+
+def _flow(profile: GradientProfile) -> str:
+    seeds = sum(profile.verdict_counts.values())
+    agreeing = profile.verdict_counts[profile.verdict]
+    return _FLOW_WORDS[profile.verdict] + ("" if agreeing == seeds else f" in {agreeing} of {seeds} seeds")
+
+
+def _comparison_sentence(net: NetSummary, comparison: Comparison) -> str:
+    errors = f"training error, {percent(comparison.errors.train)} %,"
+    other = f"that of {comparison.other}, {percent(comparison.other_errors.train)} %"
+    text = f"After epoch {comparison.epoch} the {errors} is"
+    if not comparison.clearly_above:
+        return f"{text} not clearly above {other}."
+    text = f"{text} clearly above {other}"
+    if net.verdict != DEGRADED:
+        return f"{text}; since the gradients are not healthy, this is not called degraded optimisation."
+    vanished = any(profile and "vanishing" in profile.verdict_counts for profile in (net.initial, net.end))
+    return (
+        f"{text}{'.' if vanished else ': the deeper network is harder to optimise, and its gradients do not vanish.'}"
+    )
+
+
+def _overfitting_sentences(comparison: Comparison | None, rise: Rise | None) -> list[str]:
+    sentences = []
+    if comparison is not None and comparison.overfits:
+        ours, theirs = comparison.errors, comparison.other_errors
+        sentences.append(
+            f"After epoch {comparison.epoch} the test error, {percent(ours.test)} %, is clearly above that of "
+            f"{comparison.other}, {percent(theirs.test)} %, and exceeds the training error by more, "
+            f"{percent(ours.gap)} points against {percent(theirs.gap)}: the deeper network overfits."
+        )
+    if rise is not None and rise.overfits:
+        then, now = rise.lowest, rise.errors
+        sentences.append(
+            f"From epoch {rise.lowest_epoch} to epoch {rise.epoch} the test error rose from {percent(then.test)} to "
+            f"{percent(now.test)} % while the training error fell from {percent(then.train)} to "
+            f"{percent(now.train)} %: the network overfits."
+        )
+    return sentences
