@@ -1,8 +1,11 @@
-"""Experiments on depth: the degradation sweep, the identity that deep stacks do not find, and the remedies."""
+"""Experiments on depth: the degradation sweep, the identity experiment, and the comparison of remedies.
 
-# Passes over the training set: enough for the digits to show the degradation in a minute.
+The defaults below are here so that the command line reads them without importing torch.
+"""
+
+# Passes over the training set: enough for the digits to show degradation within a minute.
 DEFAULT_EPOCHS = 20
-# Steps in which a stack of layers learns y = x.
+# Training steps of a stack of layers that learns y = x.
 STACK_STEPS = 1000
-# Steps for which each net with a remedy trains.
+# Training steps of each network with a remedy.
 REMEDY_STEPS = 60

@@ -1,4 +1,4 @@
-"""What the experiments share: a progress bar, checks of seeds, one thread for small networks."""
+"""Helpers shared by the experiments: progress bar, seed check, single-threaded block."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from gradprobe.errors import ArgumentError
 
 
-def bar(console: Console | None) -> Progress:
-    """Makes a bar with the share that is done, the time that passed and is left, and what was trained last.
+def progress_bar(console: Console | None) -> Progress:
+    """Makes a bar with the share completed, the time elapsed and remaining, and the network trained last.
 
     Args:
-        console: where to draw it; None, or one that is no terminal, draws nothing.
+        console: Console to draw on; None, or a console that is not a terminal, draws nothing.
 
     Returns:
-        The bar, to be used in a ``with`` statement; it has no task yet.
+        The bar, for a ``with`` statement; it has no task yet.
 
     Example:
-        >>> with bar(None) as progress:
+        >>> with progress_bar(None) as progress:
         ...     task = progress.add_task("", total=2)
         ...     progress.update(task, advance=1, description="plain-20: epoch 1")
     """
     quiet = console is None or not console.is_terminal
-    # The speed is taken over many epochs, since those of different nets take different times.
+    # The speed is averaged over many epochs, since those of different networks take different times.
     return Progress(
         BarColumn(),
         TaskProgressColumn(),
@@ -42,14 +42,14 @@ def bar(console: Console | None) -> Progress:
 
 
 def check_seeds(name: str, seeds: Iterable[int]) -> None:
-    """Refuses what is no seed.
+    """Checks that each seed is a whole number from 0 to 2^32 - 1.
 
     Args:
-        name: of the argument.
-        seeds: what came.
+        name: Name of the argument, for the message.
+        seeds: The seeds.
 
     Raises:
-        ArgumentError: one is not a whole number from 0 to 2^32 - 1.
+        ArgumentError: A seed is not such a number.
 
     Example:
         >>> check_seeds("seeds", [0, 2**32 - 1])
@@ -61,7 +61,7 @@ def check_seeds(name: str, seeds: Iterable[int]) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Lets torch compute on one thread inside the block; it has as many as before at the end.
+    """Makes torch compute on one thread inside the block, and restores the number of threads at the end.
 
     Example:
         >>> before = torch.get_num_threads()

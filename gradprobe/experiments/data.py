@@ -1,4 +1,4 @@
-"""Real images for the sweep, preprocessed and augmented as in He et al. 2015, section 4.2."""
+"""Loads images for the experiments, preprocessed and augmented as in He et al. 2015, section 4.2."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Dataset:
 
     Attributes:
         name: ``"digits"`` or ``"cifar10"``.
-        spec: what `load` takes to load it again, from any working folder.
+        spec: Argument of `load` that loads the same data from any working folder.
         train_x: [N, C, H, W] float32.
         train_y: [N] int64.
         test_x: [M, C, H, W] float32.
         test_y: [M] int64.
-        num_classes: labels are 0 to num_classes - 1.
-        augmented: whether training images are to go through `augment`.
-        files: the files that were read, none for an embedded set.
+        num_classes: Number of classes; labels are 0 to num_classes - 1.
+        augmented: Whether training images should go through `augment`.
+        files: Names of the files read; empty for an embedded set.
     """
 
     name: str
@@ -51,19 +51,19 @@ class Dataset:
 
     @property
     def in_channels(self) -> int:
-        """Channels of the images."""
+        """Number of channels of the images."""
         return self.train_x.shape[1]
 
     @property
     def summary(self) -> str:
-        """One line for people: the sizes, and which files they come from."""
+        """The sizes and files in one line."""
         shape = "x".join(map(str, self.train_x.shape[1:]))
         source = f" from {', '.join(self.files)}" if self.files else ""
         return f"{self.name}: {len(self.train_x):,} training and {len(self.test_x):,} test images of {shape}{source}"
 
     @property
     def sha256(self) -> str:
-        """A fingerprint of all images and labels: equal only for the same data."""
+        """Hash of all images and labels."""
         digest = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(str(tuple(tensor.shape)).encode())
@@ -76,14 +76,13 @@ def load(spec: str) -> Dataset:
 
     Args:
         spec: ``"digits"`` (scikit-learn's 1,797 handwritten digits of 8x8, embedded, split 75/25 by class) or
-            ``"cifar10:DIR"`` (CIFAR-10's binary files: those of data_batch_1.bin to data_batch_5.bin that are there,
-            and test_batch.bin).
+            ``"cifar10:DIR"`` (CIFAR-10's binary files: test_batch.bin and any of data_batch_1.bin to data_batch_5.bin).
 
     Returns:
         The data set. Pixels are scaled to 0..1 before the mean is subtracted.
 
     Raises:
-        ArgumentError: there is no such data set, files are missing, or one is damaged or short.
+        ArgumentError: The data set is unknown, files are missing, or a file is damaged or truncated.
 
     Example:
         >>> load("digits").summary
@@ -95,18 +94,18 @@ def load(spec: str) -> Dataset:
     if kind == "cifar10" and place:
         return _cifar10(Path(place).expanduser())
     if kind == "cifar10":
-        raise ArgumentError("data: cifar10 needs the folder of its binary files, as in cifar10:DIR")
+        raise ArgumentError(f"data: needed cifar10:DIR with DIR the folder of the binary files, got {spec!r}")
     if kind in _PLANNED:
-        raise ArgumentError(f"data: {kind}: is not there yet; there is {_SPECS}; got {spec!r}")
+        raise ArgumentError(f"data: {kind} is not supported yet; needed one of {_SPECS}, got {spec!r}")
     raise ArgumentError(f"data: needed one of {_SPECS}, got {spec!r}")
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Pads by 4, crops at random to the old size, and flips every second image or so.
+    """Pads by 4, crops at random to the original size, and flips with probability 1/2.
 
     Args:
-        images: [N, C, H, W], mean already subtracted, so that the padding is the mean.
-        generator: where the randomness comes from.
+        images: [N, C, H, W], mean already subtracted, so that the zero padding is the mean.
+        generator: Source of the random numbers.
 
     Returns:
         New images [N, C, H, W].
@@ -165,7 +164,7 @@ def _cifar10(folder: Path) -> Dataset:
     if not (folder / _CIFAR_TEST).is_file():
         missing.append(_CIFAR_TEST)
     if missing:
-        state = "has no" if folder.is_dir() else "is no folder; it should have"
+        state = "has no" if folder.is_dir() else "is not a folder; it should have"
         raise ArgumentError(f"data: {folder} {state} {', '.join(missing)}")
     batches = [_cifar10_file(folder / name) for name in present]
     train = (torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
@@ -181,7 +180,7 @@ def _cifar10_file(path: Path) -> tuple[Tensor, Tensor]:
         raise ArgumentError(f"data: {path} cannot be read: {error}") from error
     if raw.size == 0 or raw.size % _CIFAR_RECORD:
         raise ArgumentError(
-            f"data: {path} is damaged or short: needed a multiple of {_CIFAR_RECORD:,} bytes (1 label and "
+            f"data: {path} is damaged or truncated: needed a multiple of {_CIFAR_RECORD:,} bytes (1 label and "
             f"{_CIFAR_PIXELS:,} pixels; {10_000 * _CIFAR_RECORD:,} for the full 10,000 images), found {raw.size:,}"
         )
     records = raw.reshape(-1, _CIFAR_RECORD)

@@ -1,7 +1,7 @@
-"""Trains one cell of the sweep with the probe attached, to the same numbers bit for bit wherever it was cut.
+"""Trains one cell of the sweep with the probe attached; an interrupted cell resumes to bit-identical numbers.
 
-Nothing depends on a stream of random numbers that runs through the training: initialisation, order of the images and
-augmentation each come from a generator keyed by (seed, epoch). A cell needs one thread.
+No random stream runs through the whole training: initialisation, order of the images and augmentation come from a
+generator keyed by (seed, epoch). A cell needs one thread.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from gradprobe.report.records import EpochRow, JunctionRow, LayerRow
 from gradprobe.snapshot.snapshot import Snapshot
 
 EVALUATION_BATCH = 128
-# Denormals are flushed only in an epoch whose first step has no site with a largest gradient between 0 and this: the
-# elements that flushing loses (below 1.2e-38) are then too small, by eight orders of magnitude, to be seen in any norm.
+# Denormals are flushed in an epoch only if in its first step no parameter's largest gradient is between 0 and this: the
+# elements that flushing loses (below 1.2e-38) are then eight orders of magnitude too small to affect any norm.
 FLUSH_ABOVE = 1e-30
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every cell of a sweep is trained: He et al. 2015, section 4.2, scaled to the length of the run.
+    """Training settings of every cell of a sweep: He et al. 2015, section 4.2, scaled to the length of the run.
 
     Attributes:
-        epochs: passes over the training set.
-        batch_size: images per step; the last, smaller batch of an epoch is left out.
-        learning_rate: divided by 10 at 50 % and at 75 % of the steps.
-        momentum: of SGD.
-        weight_decay: of all parameters.
-        warmup_learning_rate: for nets of ``warmup_depth`` and more, until an epoch ends with a training error below
-            ``warmup_error_pct``.
-        warmup_depth: in layers.
-        warmup_error_pct: in per cent.
+        epochs: Passes over the training set.
+        batch_size: Images per step; the last, smaller batch of an epoch is dropped.
+        learning_rate: Initial learning rate, divided by 10 at 50 % and at 75 % of the steps.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of all parameters.
+        warmup_learning_rate: Learning rate of networks of ``warmup_depth`` layers or more until an epoch ends with a
+            training error below ``warmup_error_pct``.
+        warmup_depth: Depth from which networks warm up, in layers.
+        warmup_error_pct: Training error that ends the warm-up, in percent.
     """
 
     epochs: int
@@ -62,12 +62,12 @@ class Recipe:
                 raise ArgumentError(f"{name}: needed at least 1, got {value}")
 
     def learning_rate_at(self, step: int, total_steps: int, warming: bool) -> float:
-        """The learning rate of a step, counted from 0 over the whole run.
+        """Returns the learning rate of a step.
 
         Args:
-            step: the step.
-            total_steps: steps of the whole run.
-            warming: whether the net is still warming up.
+            step: Index of the step, from 0 over the whole run.
+            total_steps: Number of steps of the whole run.
+            warming: Whether the network is still warming up.
 
         Returns:
             The learning rate.
@@ -84,9 +84,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch of a cell leaves: its rows, the checkpoint for the next one, and the cell's status.
+    """The rows of one epoch of a cell, the checkpoint for the next epoch, and the cell's status.
 
-    The first epoch brings also the rows of epoch 0. The junctions are those of the epoch's first step.
+    The first result also has the rows of epoch 0. The residual adds are those of the epoch's first step.
     """
 
     epochs: tuple[EpochRow, ...]
@@ -101,59 +101,58 @@ def build(family: str, depth: int, in_channels: int, num_classes: int) -> nn.Mod
 
     Args:
         family: ``"plain"`` or ``"resnet"``.
-        depth: a depth of `gradprobe.networks`.
-        in_channels: channels of the images.
-        num_classes: number of classes.
+        depth: Depth that `gradprobe.networks` supports.
+        in_channels: Number of channels of the images.
+        num_classes: Number of classes.
 
     Returns:
         The network.
 
     Raises:
-        ArgumentError: unknown family or depth.
+        ArgumentError: The family or the depth is unknown.
     """
     makers = {"plain": networks.plain, "resnet": networks.resnet}
     if family not in makers:
-        raise ArgumentError(f"families: needed some of {', '.join(networks.FAMILIES)}, got {family!r}")
+        raise ArgumentError(f"families: needed one or more of {', '.join(networks.FAMILIES)}, got {family!r}")
     return makers[family](depth, in_channels=in_channels, num_classes=num_classes)
 
 
 def train_cell(
     family: str, depth: int, seed: int, data: Dataset, recipe: Recipe, state: bytes | None
 ) -> Iterator[EpochResult]:
-    """Trains a cell from its start, or from a checkpoint, to its end.
+    """Trains a cell from its start or from a checkpoint to its end.
 
-    Many CPUs are slow on denormals, so training flushes them to zero, but never where that could hide a small gradient:
-    the first step of every epoch, hence also the record of epoch 0, runs with flushing off, and the rest of the epoch
-    only turns it on when that step has shown every gradient to be far above the denormals (`FLUSH_ABOVE`). The probe's
-    own arithmetic sees denormals in either case.
+    Many CPUs are slow on denormals, so training flushes them to zero, unless that could hide a small gradient: the
+    first step of every epoch, and so the record of epoch 0, runs without flushing, and the rest of the epoch flushes
+    only if every gradient of that step was far above the denormals (`FLUSH_ABOVE`). The probe's own arithmetic sees
+    denormals in either case.
 
-    That first step of every epoch is also the one whose residual junctions are observed: to observe them in every step
-    would cost time.
+    Residual adds are observed only in the first step of each epoch, to save time.
 
-    A cell whose training loss becomes non-finite stops within that epoch: the epoch's measurements are recorded, and
-    its status is ``"diverged"``.
+    A cell whose training loss becomes non-finite stops within that epoch: the epoch is recorded, and the status is
+    ``"diverged"``.
 
     Args:
         family: ``"plain"`` or ``"resnet"``.
-        depth: a depth of `gradprobe.networks`.
-        seed: of the initialisation, the order of the images and their augmentation.
-        data: what to train on.
-        recipe: how to train.
-        state: the checkpoint of an earlier result of the same cell, or None.
+        depth: Depth that `gradprobe.networks` supports.
+        seed: Seed of the initialisation, the order of the images and their augmentation.
+        data: Data set to train on.
+        recipe: Training settings.
+        state: Checkpoint from an earlier result of the same cell, or None.
 
     Yields:
         One result per epoch.
 
     Raises:
-        ArgumentError: unknown family or depth.
+        ArgumentError: The family or the depth is unknown.
 
     Source:
         He et al. 2015, section 4.2.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_key(seed, 0))
+        torch.manual_seed(_generator_seed(seed, 0))
         model = build(family, depth, data.in_channels, data.num_classes)
-    # Nearly twice as fast on 32x32 images on a CPU, a tenth on 8x8.
+    # On a CPU nearly twice as fast for 32x32 images, and 10 % faster for 8x8.
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = sgd(model, recipe)
     batch_size = min(recipe.batch_size, len(data.train_x))
@@ -170,7 +169,7 @@ def train_cell(
             began = time.perf_counter()
             start = [_measure(model, data, epoch=0, began=began)] if epoch == 1 else []
             began = time.perf_counter()
-            generator = torch.Generator().manual_seed(_key(seed, epoch))
+            generator = torch.Generator().manual_seed(_generator_seed(seed, epoch))
             order = torch.randperm(len(data.train_x), generator=generator)
             finite = True
             model.train()
@@ -210,19 +209,19 @@ def train_cell(
                 return
 
 
-def _key(seed: int, epoch: int) -> int:
-    """A generator's seed for one epoch (0: initialisation), unrelated to those of other seeds and epochs."""
+def _generator_seed(seed: int, epoch: int) -> int:
+    """Derives an independent generator seed for each seed and epoch (0: initialisation)."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
 
 
 def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, warming: bool) -> bytes:
-    """Makes the checkpoint from which `train_cell` goes on.
+    """Makes the checkpoint from which `train_cell` resumes.
 
     Args:
-        model: the network.
-        optimizer: its optimizer, `sgd` of the recipe.
-        epoch: the last epoch that is done.
-        warming: whether the net is still warming up.
+        model: The network.
+        optimizer: Its optimizer, from `sgd`.
+        epoch: The last completed epoch.
+        warming: Whether the network is still warming up.
 
     Returns:
         The checkpoint.
@@ -235,14 +234,14 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, w
 
 
 def load_state(model: nn.Module, state: bytes) -> dict[str, Any]:
-    """Puts the weights and running averages of a checkpoint into a network.
+    """Loads the weights and running averages of a checkpoint into a network.
 
     Args:
-        model: the network, of the checkpoint's family and depth.
-        state: a checkpoint of `save_state`.
+        model: Network of the checkpoint's family and depth.
+        state: Checkpoint from `save_state`.
 
     Returns:
-        What else is in it: ``optimizer``, ``epoch`` and ``warming``.
+        The rest of the checkpoint: ``optimizer``, ``epoch`` and ``warming``.
     """
     saved: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True)
     model.load_state_dict(saved.pop("model"))
@@ -250,30 +249,30 @@ def load_state(model: nn.Module, state: bytes) -> dict[str, Any]:
 
 
 def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Makes the optimizer of a recipe for a network."""
+    """Makes a network's optimizer as the recipe says."""
     return torch.optim.SGD(
         model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
 
 
 def _measure(model: nn.Module, data: Dataset, epoch: int, began: float) -> EpochRow:
-    # The running averages of an untrained net mean nothing.
+    # The running averages of an untrained network are meaningless.
     train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, by_batch=epoch == 0)
     _, test_error_pct = evaluate(model, data.test_x, data.test_y, by_batch=epoch == 0)
     return EpochRow(epoch, train_loss, train_error_pct, test_error_pct, time.perf_counter() - began)
 
 
 def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, by_batch: bool = False) -> tuple[float, float]:
-    """Measures a network over a whole set, and leaves it as it was.
+    """Computes a network's loss and error over a whole set, and leaves the network unchanged.
 
     Args:
-        model: the network.
-        images: [N, C, H, W].
-        labels: [N].
-        by_batch: normalise by each batch instead of by running averages.
+        model: The network.
+        images: [N, C, H, W] float32.
+        labels: [N] int64.
+        by_batch: Normalise by batch statistics instead of running averages.
 
     Returns:
-        Mean cross-entropy, and the error in per cent. An image whose logits are not all finite is an error.
+        Mean cross-entropy, and the error in percent. An image with a non-finite logit counts as an error.
     """
     training = model.training
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -295,7 +294,7 @@ def _may_flush(snapshot: Snapshot) -> bool:
 
 
 def _layers(epoch: int, weights: Sequence[str], snapshots: Sequence[Snapshot]) -> tuple[LayerRow, ...]:
-    """The weights' gradients over some steps: the median of each statistic, NaN where any step has NaN."""
+    """Summarises the weights' gradients over several steps: the median of each statistic, NaN if any step has NaN."""
     rows = []
     for position, name in enumerate(weights):
         seen = [snapshot[name] for snapshot in snapshots]
@@ -316,7 +315,7 @@ def _layers(epoch: int, weights: Sequence[str], snapshots: Sequence[Snapshot]) -
 
 
 def _junctions(epoch: int, snapshot: Snapshot) -> tuple[JunctionRow, ...]:
-    """The residual junctions of a step before which so many epochs were done."""
+    """Makes the rows of the residual adds of one step, the first one after ``epoch`` completed epochs."""
     return tuple(
         JunctionRow(
             epoch=epoch,

@@ -21,7 +21,7 @@ SUFFIXES = (".html", ".svg", ".png")
 _ROW_PX = 22
 _TITLE = "Factor per layer on the gradient norm, towards the input, at initialisation"
 _CAPTION = (
-    "One point per depth: filled if the loss fell with every seed in a short training, open if not. Below 1 the "
+    "One point per depth: filled if the loss fell for every seed in a short training, open if not. Below 1 the "
     "gradient shrinks towards the input, above 1 it grows. A short line is the prediction for plain fully connected "
     "networks of wide layers and groups. A network without a point has a zero or non-finite norm, or too few layers "
     "to fit a line."
@@ -67,7 +67,7 @@ def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
                 "depth": cell.depth,
                 "fill": colours[cell.depth] if cell.n_fell == n_seeds else "transparent",
                 "note": f"{cell.remedy}, {activation}, {cell.depth} layers: {number(cell.factor)} per layer; the loss "
-                f"fell with {cell.n_fell} of {n_seeds} seeds",
+                f"fell for {cell.n_fell} of {n_seeds} seeds",
             }
             for cell in drawn
             if cell.activation == activation
@@ -89,7 +89,7 @@ def remedy_chart(cells: Sequence[RemedyCell], n_seeds: int) -> Chart | None:
         )
         layers = [one, tick.encode(x=alt.X("theory:Q", scale=x_scale, axis=x_axis), y=y), points]
         panels.append(alt.LayerChart(layer=layers, width=size.width, height=size.height, title=activation))
-    meaning = "filled: the loss fell with every seed"
+    meaning = "filled: the loss fell for every seed"
     if any(cell.theory is not None for cell in drawn):
         meaning += "; tick: theory"
     title = alt.TitleParams(_TITLE, subtitle=meaning, subtitleColor=FAINT)

@@ -200,7 +200,7 @@ def test_a_foreign_file_is_one_line_and_stays_as_it_is(tmp_path):
         ended = subprocess.run([sys.executable, "-m", "gradprobe.cli", *command], capture_output=True, text=True)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr == (
-            f"gradprobe: {path}: needed a run written by gradprobe sweep, found a file that is no SQLite database\n"
+            f"gradprobe: {path}: needed a file written by gradprobe sweep, found one that is not an SQLite database\n"
         )
     assert path.read_text() == "not a database at all"
 

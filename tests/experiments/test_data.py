@@ -1,4 +1,4 @@
-"""The data of the sweep: splits, preprocessing, augmentation, and damaged files."""
+"""The data sets: splits, preprocessing, augmentation, and damaged files."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def digits():
 
 @pytest.fixture
 def cifar(tmp_path):
-    """A small set in the standard layout: two training files and a test file, with pixels that name their place."""
+    """A small set in the standard layout: two training files and a test file."""
     rng = np.random.default_rng(0)
     for name, count in {"data_batch_1.bin": 7, "data_batch_2.bin": 5, "test_batch.bin": 3}.items():
         records = rng.integers(0, 256, (count, RECORD), dtype=np.uint8)
@@ -42,7 +42,7 @@ def test_digits_are_split_by_class_always_the_same_way(digits):
 
 def test_the_training_mean_is_subtracted_from_both_sets(digits):
     assert digits.train_x.mean(dim=0).abs().max() < 1e-6
-    # The test set has a mean of its own: it was not centred by itself.
+    # The test set was not centred by its own mean.
     assert digits.test_x.mean(dim=0).abs().max() > 1e-3
 
 
@@ -57,7 +57,7 @@ def test_cifar_files_are_read_in_order_planes_and_scale(cifar):
     assert "data_batch_1.bin, data_batch_2.bin, test_batch.bin" in data.summary
 
 
-def test_the_spec_of_a_loaded_set_works_from_anywhere(cifar, monkeypatch):
+def test_the_spec_of_a_loaded_set_works_from_any_folder(cifar, monkeypatch):
     monkeypatch.chdir(cifar)
     data = load("cifar10:.")
     monkeypatch.chdir("/")
@@ -70,7 +70,7 @@ def test_the_archives_own_folder_is_found(cifar, tmp_path_factory):
     assert len(load(f"cifar10:{outer}").train_x) == 12
 
 
-def test_a_changed_pixel_changes_the_fingerprint(cifar):
+def test_a_changed_pixel_changes_the_hash(cifar):
     before = load(f"cifar10:{cifar}").sha256
     path = cifar / "data_batch_2.bin"
     content = bytearray(path.read_bytes())
@@ -80,21 +80,21 @@ def test_a_changed_pixel_changes_the_fingerprint(cifar):
 
 
 @pytest.mark.parametrize("cut", [1, 100, RECORD - 1], ids=["one-byte", "hundred", "all-but-one"])
-def test_a_short_file_is_refused_with_both_sizes(cifar, cut):
+def test_a_truncated_file_is_rejected_with_both_sizes(cifar, cut):
     path = cifar / "data_batch_2.bin"
     path.write_bytes(path.read_bytes()[:-cut])
-    message = f"{path} is damaged or short: needed a multiple of 3,073 bytes .*found {5 * RECORD - cut:,}"
+    message = f"{path} is damaged or truncated: needed a multiple of 3,073 bytes .*found {5 * RECORD - cut:,}"
     with pytest.raises(ArgumentError, match=message):
         load(f"cifar10:{cifar}")
 
 
-def test_an_empty_file_is_refused(cifar):
+def test_an_empty_file_is_rejected(cifar):
     (cifar / "test_batch.bin").write_bytes(b"")
-    with pytest.raises(ArgumentError, match=r"test_batch\.bin is damaged or short.*found 0"):
+    with pytest.raises(ArgumentError, match=r"test_batch\.bin is damaged or truncated.*found 0"):
         load(f"cifar10:{cifar}")
 
 
-def test_a_label_above_nine_is_refused(cifar):
+def test_a_label_above_nine_is_rejected(cifar):
     path = cifar / "data_batch_1.bin"
     content = bytearray(path.read_bytes())
     content[4 * RECORD] = 77
@@ -107,14 +107,14 @@ def test_missing_files_are_listed(cifar, tmp_path):
     (cifar / "test_batch.bin").unlink()
     with pytest.raises(ArgumentError, match=r"has no test_batch\.bin$"):
         load(f"cifar10:{cifar}")
-    with pytest.raises(ArgumentError, match=r"is no folder.*data_batch_1\.bin, .*data_batch_5\.bin, test_batch\.bin"):
+    with pytest.raises(ArgumentError, match=r"not a folder.*data_batch_1\.bin, .*data_batch_5\.bin, test_batch\.bin"):
         load(f"cifar10:{tmp_path / 'nowhere'}")
 
 
 @pytest.mark.parametrize(
     "spec", ["", "mnist", "Digits", "digits:x", "imagefolder:/tmp", "hf:cifar10", "cifar10", "cifar10:"]
 )
-def test_an_unknown_set_is_refused_with_what_there_is(spec):
+def test_an_unknown_set_is_rejected_with_the_known_ones(spec):
     with pytest.raises(ArgumentError, match="cifar10:DIR"):
         load(spec)
 
@@ -138,7 +138,7 @@ def test_augmentation_crops_pads_and_flips():
     assert {flipped for _, _, flipped in seen} == {False, True}
 
 
-def test_augmentation_depends_on_its_generator_alone():
+def test_augmentation_depends_only_on_its_generator():
     images = torch.rand(16, 3, 8, 8)
     first = augment(images, torch.Generator().manual_seed(5))
     torch.manual_seed(99)

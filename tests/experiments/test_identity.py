@@ -1,4 +1,4 @@
-"""`gradprobe identity`: the constructed net is the shallow one, and the sentences follow from the numbers."""
+"""`gradprobe identity`: the constructed network equals the shallow one, and the conclusions follow from the numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from gradprobe import networks
 from gradprobe.cli.commands import app
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import Dataset, load
-from gradprobe.experiments.identity.run import NetErrors, Paradox, extend, identity
+from gradprobe.experiments.identity.result import NetErrors, Paradox
+from gradprobe.experiments.identity.run import extend, identity
 from gradprobe.experiments.identity.stacks import Stack, Stacks, train_stacks
 from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.train import EpochResult, Recipe, load_state, train_cell
@@ -36,7 +37,7 @@ def difference(one: nn.Module, other: nn.Module, x: torch.Tensor) -> float:
 
 
 def weight_layers(model: nn.Module, x: torch.Tensor) -> int:
-    """Counts the convolutions and linear layers that x passes."""
+    """Counts the convolutions and linear layers that run on x."""
     ran: list[nn.Module] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(lambda module, *_: ran.append(module)) for layer in layers]
@@ -48,7 +49,7 @@ def weight_layers(model: nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize(("shallow_depth", "deep_depth"), [(8, 14), (8, 110), (20, 56), (44, 56)])
 @pytest.mark.parametrize("norm", ["batch", "none"])
-def test_a_random_net_and_its_extension_give_the_same_logits(shallow_depth: int, deep_depth: int, norm: Any) -> None:
+def test_a_random_network_and_its_extension_have_equal_logits(shallow_depth: int, deep_depth: int, norm: Any) -> None:
     torch.manual_seed(0)
     shallow, deep = (networks.plain(depth, norm=norm) for depth in (shallow_depth, deep_depth))
     assert difference(shallow, deep, images()) > 1e-3
@@ -56,7 +57,7 @@ def test_a_random_net_and_its_extension_give_the_same_logits(shallow_depth: int,
     extend(shallow, deep)
 
     assert difference(shallow, deep, images()) <= 1e-5
-    assert shallow(images()).std(dim=0).max().item() > 1e-4  # they say something about the image
+    assert shallow(images()).std(dim=0).max().item() > 1e-4  # the logits depend on the image
     assert weight_layers(deep, images()) == deep_depth
 
 
@@ -67,7 +68,7 @@ def test_the_imagenet_layout_is_extended_too() -> None:
     assert difference(shallow, deep, torch.randn(2, 3, 64, 64)) <= 1e-5
 
 
-def test_a_trained_net_and_its_extension_give_the_same_logits() -> None:
+def test_a_trained_network_and_its_extension_have_equal_logits() -> None:
     data = load("digits")
     few = Dataset("digits", "digits", data.train_x[:192], data.train_y[:192], data.test_x, data.test_y, 10, False)
     *_, last = train_cell("plain", 20, 0, few, Recipe(3, 64), None)
@@ -80,25 +81,25 @@ def test_a_trained_net_and_its_extension_give_the_same_logits() -> None:
     logits = deep.train()(data.test_x)  # batch statistics replace the running ones
     assert difference(shallow, deep, data.test_x) > 1e-2
     F.cross_entropy(logits, data.test_y).backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in deep.parameters())  # every layer goes on learning
+    assert all(p.grad is not None and bool(p.grad.any()) for p in deep.parameters())  # every layer still learns
 
 
 @pytest.mark.parametrize(
     ("shallow", "deep", "message"),
     [
-        (networks.plain(8), networks.resnet(14), "needed plain nets, got a residual one"),
-        (networks.plain(14), networks.plain(8), r"needed stages.0.1.* as in the shallow net, got nothing"),
+        (networks.plain(8), networks.resnet(14), "needed plain networks, got a residual one"),
+        (networks.plain(14), networks.plain(8), r"needed stages.0.1.* as in the shallow network, got nothing"),
         (
             networks.plain(8),
             networks.plain(14, width=8),
-            r"needed stem.0.weight of \(16, 3, 3, 3\) as in the shallow net",
+            r"needed stem.0.weight of \(16, 3, 3, 3\) as in the shallow network",
         ),
         (networks.plain(8), networks.plain(14, num_classes=5), r"needed fc.weight of \(10, 64\)"),
         (nn.Sequential(), nn.Conv2d(3, 8, 3), "changes the shape"),
     ],
     ids=["residual", "shallower", "width", "classes", "shape"],
 )
-def test_what_is_no_extension_is_refused_and_left_alone(shallow: nn.Module, deep: nn.Module, message: str) -> None:
+def test_a_network_that_cannot_be_extended_is_rejected(shallow: nn.Module, deep: nn.Module, message: str) -> None:
     deep = nn.Sequential(deep) if isinstance(deep, nn.Conv2d) else deep
     before = {name: value.clone() for name, value in deep.state_dict().items()}
     with pytest.raises(ArgumentError, match=f"^deep: .*{message}"):
@@ -125,24 +126,24 @@ PARADOX = Paradox(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({}, "(largest difference 2e-06) and the same errors: a plain-56 exists that is as good as plain-20."),
+        ({}, "(largest difference 2e-06) and errors: a plain-56 exists that is as good as plain-20."),
         ({"constructed": NetErrors(0.9, 7.0, 9.0)}, "but a training error of 7.0 % instead of 0.5 %."),
-        ({}, "plain-56 does not find one: 67.0 % against 0.5 % of training error."),
-        ({"scratch": NetErrors(0.0, 1.4, 3.0)}, "plain-56 becomes as good here: 1.4 % against 0.5 %"),
-        ({"shallow": NetErrors(0.2, 9.0, 9.0), "scratch": GOOD}, "plain-56 becomes better here: 0.5 % against 9.0 %"),
-        ({}, "under which the added layers are no identities: 21.0 % before the first step."),
-        ({}, "6 more epochs at the last learning rate take the constructed net's training error from 0.5 to 0.7 %"),
+        ({}, "plain-56 does not find one: 67.0 % against 0.5 % training error."),
+        ({"scratch": NetErrors(0.0, 1.4, 3.0)}, "plain-56 is as good: 1.4 % against 0.5 %"),
+        ({"shallow": NetErrors(0.2, 9.0, 9.0), "scratch": GOOD}, "plain-56 is better: 0.5 % against 9.0 %"),
+        ({}, "under which the added layers are not identities: 21.0 % before the first step."),
+        ({}, "6 more epochs at the last learning rate take the constructed network's training error from 0.5 to 0.7 %"),
         ({}, "training stays within 1 point of the better solution."),
         ({"trained_on": NetErrors(2.0, 60.0, 61.0)}, "training leaves the better solution."),
     ],
 )
-def test_the_paradox_is_told_from_its_numbers(change: dict[str, Any], said: str) -> None:
+def test_the_conclusions_on_the_paradox_follow_from_its_numbers(change: dict[str, Any], said: str) -> None:
     assert said in " ".join(replace(PARADOX, **change).conclusions)
 
 
-def test_nothing_is_said_that_did_not_happen() -> None:
+def test_no_conclusion_is_stated_that_does_not_hold() -> None:
     text = " ".join(replace(PARADOX, scratch=GOOD, by_batch=GOOD, trained_on=GOOD).conclusions)
-    for claim in ("does not find", "overfitting", "no identities", "leaves", "better here"):
+    for claim in ("does not find", "overfitting", "not identities", "leaves", "is better"):
         assert claim not in text
     assert "exists" not in " ".join(replace(PARADOX, constructed=NetErrors(0.9, 7.0, 9.0)).conclusions)
 
@@ -169,7 +170,7 @@ def stacks(plain_loss: float, residual_loss: float) -> Stacks:
     ],
     ids=["residual-better", "plain-better", "not-finite"],
 )
-def test_the_stacks_are_told_from_their_numbers(
+def test_the_conclusions_on_the_stacks_follow_from_their_numbers(
     plain_loss: float, residual_loss: float, said: list[str], not_said: str
 ) -> None:
     text = " ".join(stacks(plain_loss, residual_loss).conclusions)
@@ -177,7 +178,7 @@ def test_the_stacks_are_told_from_their_numbers(
     assert not_said not in text
 
 
-def test_stacks_learn_and_depth_makes_it_harder() -> None:
+def test_stacks_learn_and_deeper_ones_learn_less() -> None:
     result = train_stacks(depths=[1, 8])
     assert 0.3 < result.constant_loss < 0.42  # the variance of |N(0, 1)| is 1 - 2 / pi
     for kind in ("plain", "residual"):
@@ -194,7 +195,7 @@ def test_stacks_learn_and_depth_makes_it_harder() -> None:
     assert train_stacks(seed=1, depths=[1], steps=1).stacks[0] != train_stacks(depths=[1], steps=1).stacks[0]
 
 
-def test_stacks_learn_on_one_thread_and_leave_the_others_to_the_caller() -> None:
+def test_stacks_learn_on_one_thread_and_restore_the_callers_threads() -> None:
     threads, seen = torch.get_num_threads(), []
     torch.set_num_threads(3)
     try:
@@ -210,12 +211,12 @@ def test_stacks_learn_on_one_thread_and_leave_the_others_to_the_caller() -> None
         ({"seed": -1}, "seed: needed a whole number from 0"),
         ({"epochs": 2}, "epochs: needed at least 3, got 2"),
         ({"steps": 0}, "steps: needed at least 1, got 0"),
-        ({"depths": (56, 20)}, "depths: needed a shallow and then a deeper net, got 56, 20"),
-        ({"depths": (20,)}, "depths: needed a shallow and then a deeper net, got 20"),
+        ({"depths": (56, 20)}, "depths: needed a smaller and then a larger depth, got 56, 20"),
+        ({"depths": (20,)}, "depths: needed a smaller and then a larger depth, got 20"),
         ({"depths": (20, 57)}, "depth: needed 6n"),
-        ({"depths": (20, 34)}, "depths: needed 6n.2 of the CIFAR layout .* got 34, which names an ImageNet net"),
-        ({"depths": (20, 50)}, "depths: needed 6n.2 of the CIFAR layout .* got 50, which names an ImageNet net"),
-        ({"stack_depths": (4, 2)}, "depths of the stacks: needed whole numbers of at least 1 in rising order"),
+        ({"depths": (20, 34)}, "depths: needed 6n.2 of the CIFAR layout .* got 34, which is an ImageNet depth"),
+        ({"depths": (20, 50)}, "depths: needed 6n.2 of the CIFAR layout .* got 50, which is an ImageNet depth"),
+        ({"stack_depths": (4, 2)}, "stack depths: needed whole numbers of at least 1 in rising order"),
     ],
     ids=["seed", "epochs", "steps", "order", "one", "no-depth", "imagenet", "both", "stacks"],
 )
@@ -226,7 +227,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trains in this process, which is quicker than starting others."""
+    """Trains in this process, which is faster than starting others."""
 
     def run(
         jobs: Sequence[engines.Job], workers: int, checkpoint: Callable[[int], bytes | None]
@@ -242,7 +243,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_the_whole_of_it() -> None:
+def test_the_whole_experiment() -> None:
     screen, page = io.StringIO(), io.StringIO()
     result = identity(
         depths=(8, 14),

@@ -1,4 +1,4 @@
-"""`gradprobe remedies`: what is measured is what autograd gives, and agrees with theory where there is one."""
+"""`gradprobe remedies`: measured norms equal those of autograd and agree with theory if there is one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def first_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def by_autograd(remedy: str, activation: str, depth: int, seed: int, layers: str = "linear") -> list[float]:
-    """The weights' gradient norms without any of gradprobe's measurement."""
+    """Computes the weights' gradient norms without gradprobe."""
     torch.manual_seed(seed)
     model = network(remedy, activation, depth, (1, 8, 8), 10, layers).double()
     images, labels = first_batch(seed)
@@ -60,7 +60,7 @@ def by_autograd(remedy: str, activation: str, depth: int, seed: int, layers: str
 @pytest.mark.parametrize(
     ("remedy", "variance", "uniform"), [("he", 2 / 64, False), ("xavier", 1 / 64, True), ("none", 1 / 192, True)]
 )
-def test_weights_start_as_the_paper_of_the_init_says(remedy: str, variance: float, uniform: bool) -> None:
+def test_initial_weights_have_the_variance_of_the_published_scheme(remedy: str, variance: float, uniform: bool) -> None:
     torch.manual_seed(0)
     hidden = network(remedy, "tanh", 12, (64,), 10)[2:-1]
     weights = torch.stack([layer.weighted.weight for layer in hidden])
@@ -74,7 +74,7 @@ def test_weights_start_as_the_paper_of_the_init_says(remedy: str, variance: floa
 @pytest.mark.parametrize(
     ("remedy", "groups", "per"), [("batchnorm", 1, "feature"), ("layernorm", 1, "group"), ("groupnorm", 4, "group")]
 )
-def test_a_normalisation_is_over_what_its_name_says(remedy: str, groups: int, per: str, layers: str) -> None:
+def test_a_normalisation_is_over_the_dimensions_of_its_name(remedy: str, groups: int, per: str, layers: str) -> None:
     torch.manual_seed(0)
     layer = network(remedy, "relu", 3, (1, 8, 8), 10, layers)[1 if layers == "conv" else 2]
     shape = (32, 32, 4, 4) if layers == "conv" else (32, 64)
@@ -99,7 +99,7 @@ def test_convolutions_start_and_end_as_the_options_say() -> None:
 
 
 @pytest.mark.parametrize("remedy", ["xavier", "groupnorm", "he+residual"])
-def test_the_norms_of_convolutions_are_those_of_autograd_and_have_no_theory(remedy: str) -> None:
+def test_the_norms_of_convolutions_equal_those_of_autograd_and_have_no_theory(remedy: str) -> None:
     cell = measured(remedy, "relu", 6, seeds=(3,), layers="conv")
     assert cell.norms == pytest.approx(by_autograd(remedy, "relu", 6, 3, "conv"), rel=1e-9)
     assert math.isfinite(cell.factor)
@@ -114,7 +114,7 @@ def test_convolutions_with_group_normalisation_learn() -> None:
 
 @pytest.mark.parametrize("remedy", ["none", "batchnorm", "groupnorm", "he+residual"])
 @pytest.mark.parametrize("activation", ["sigmoid", "relu"])
-def test_the_norms_are_those_of_autograd(remedy: str, activation: str) -> None:
+def test_the_norms_equal_those_of_autograd(remedy: str, activation: str) -> None:
     cell = measured(remedy, activation, 12, seeds=(3,))
     assert cell.norms == pytest.approx(by_autograd(remedy, activation, 12, 3), rel=1e-9)
     assert cell.ratio == cell.norms[0] / cell.norms[-1]
@@ -125,7 +125,7 @@ def test_several_seeds_give_the_geometric_mean() -> None:
     assert measured("none", "tanh", 6, seeds=(0, 1)).norms == pytest.approx(np.exp(each.mean(axis=0)), rel=1e-9)
 
 
-def test_a_sigmoid_net_by_hand_vanishes_as_measured() -> None:
+def test_a_sigmoid_network_by_hand_vanishes_as_measured() -> None:
     """Forward and backward written out for sigmoid layers, without autograd."""
     depth, seed = 20, 0
     cell = measured("none", "sigmoid", depth)
@@ -156,14 +156,14 @@ def test_a_sigmoid_net_by_hand_vanishes_as_measured() -> None:
         ("he", "relu", 1.0, 0.05),  # He et al. 2015
         ("batchnorm", "relu", math.sqrt(math.pi / (math.pi - 1)), 0.03),  # Yang et al. 2019
         ("he+batchnorm", "relu", math.sqrt(math.pi / (math.pi - 1)), 0.03),
-        ("groupnorm", "relu", 1.0, 0.05),  # as layer normalisation; for wide groups
+        ("groupnorm", "relu", 1.0, 0.05),  # for wide groups the same as layer normalisation
         ("none", "relu", math.sqrt(1 / 6), 0.02),
         ("none", "tanh", math.sqrt(1 / 3), 0.02),
         ("xavier", "tanh", 1.0, 0.05),
-        ("xavier", "sigmoid", 0.25, 0.02),  # the derivative at 0; less further out
+        ("xavier", "sigmoid", 0.25, 0.02),  # the derivative at 0, its maximum
     ],
 )
-def test_the_factor_per_layer_is_that_of_the_literature(
+def test_the_factor_per_layer_is_the_published_one(
     remedy: str, activation: str, factor: float, tolerance: float, depth: int
 ) -> None:
     cell = measured(remedy, activation, depth, seeds=(0, 1))
@@ -172,7 +172,7 @@ def test_the_factor_per_layer_is_that_of_the_literature(
     assert 0 < cell.std_error < 0.01
 
 
-def test_a_deep_plain_net_with_batch_normalisation_explodes_and_with_shortcuts_does_not() -> None:
+def test_a_deep_plain_network_with_batch_normalisation_explodes_and_a_residual_one_does_not() -> None:
     plain, residual = measured("batchnorm", "relu", 50), measured("batchnorm+residual", "relu", 50)
     assert plain.verdict == "exploding"
     assert plain.ratio > 1e3
@@ -180,7 +180,7 @@ def test_a_deep_plain_net_with_batch_normalisation_explodes_and_with_shortcuts_d
     assert residual.ratio < 10
 
 
-def test_a_residual_net_whose_forward_pass_explodes_is_not_healthy_for_its_sound_gradients() -> None:
+def test_a_residual_network_whose_forward_pass_explodes_is_not_healthy_despite_its_gradients() -> None:
     cell = measured("he+residual", "relu", 50)
     assert 0.1 < cell.factor < 70 ** (1 / 48)
     assert cell.start_loss > 1e5
@@ -195,14 +195,14 @@ def test_the_verdict_is_the_gravest_of_the_seeds(verdicts: tuple[str, ...], monk
     assert measured("he", "relu", 3, seeds=(0, 1, 2)).verdict == "exploding"
 
 
-def test_gradients_far_below_the_smallest_float32_still_have_a_slope() -> None:
+def test_gradients_far_below_the_smallest_float32_still_have_a_factor() -> None:
     cell = measured("none", "sigmoid", 60)
     assert 0 < cell.norms[0] < 1e-46
     assert cell.factor == pytest.approx(0.14, abs=0.01)
 
 
 @pytest.mark.parametrize("base", ["none", "he+residual"])
-def test_clipping_changes_the_step_and_not_the_ratio(base: str) -> None:
+def test_clipping_changes_the_norm_and_not_the_ratio(base: str) -> None:
     remedy = "clipping" if base == "none" else f"{base}+clipping"
     result = remedies(remedies=[base, remedy], activations=["relu"], depths=[20], seeds=(0,), steps=1)
     free, clipped = result.cells
@@ -213,7 +213,7 @@ def test_clipping_changes_the_step_and_not_the_ratio(base: str) -> None:
     assert "not the ratio over depth" in " ".join(result.conclusions)
 
 
-def test_clipping_saves_what_becomes_nan_without_it() -> None:
+def test_clipping_prevents_nan() -> None:
     free, clipped = (
         measured("he+residual", "relu", 20, steps=40),
         measured("he+residual+clipping", "relu", 20, steps=40),
@@ -228,7 +228,7 @@ def test_clipping_saves_what_becomes_nan_without_it() -> None:
     assert clipped.final_loss < clipped.start_loss
 
 
-def test_a_healthy_net_learns_and_a_vanishing_one_only_the_constant_answer() -> None:
+def test_a_healthy_network_learns_and_a_vanishing_one_only_the_constant_output() -> None:
     good, bad = (
         measured("batchnorm", "relu", 10, steps=REMEDY_STEPS),
         measured("none", "sigmoid", 10, steps=REMEDY_STEPS),
@@ -238,7 +238,7 @@ def test_a_healthy_net_learns_and_a_vanishing_one_only_the_constant_answer() -> 
     assert bad.final_loss == pytest.approx(math.log(10), abs=0.1)
 
 
-def test_a_run_can_be_repeated_and_leaves_torch_as_it_was() -> None:
+def test_a_run_is_reproducible_and_leaves_torchs_state_unchanged() -> None:
     torch.manual_seed(5)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     assert measured("he", "relu", 5, steps=3) == measured("he", "relu", 5, steps=3)
@@ -249,7 +249,7 @@ def test_a_run_can_be_repeated_and_leaves_torch_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4])
-def test_where_there_are_too_few_layers_for_a_line_none_is_drawn(depth: int) -> None:
+def test_with_too_few_layers_there_is_no_factor(depth: int) -> None:
     cell = measured("he", "relu", depth)
     assert len(cell.norms) == depth
     assert math.isnan(cell.factor) == (depth < 4)
@@ -273,7 +273,7 @@ def test_the_line(log_norms: list[float], factor: float, std_error: float) -> No
     assert line.std_error == pytest.approx(std_error, abs=1e-12, nan_ok=True)
 
 
-def test_the_error_of_the_line_is_that_of_least_squares() -> None:
+def test_the_standard_error_is_that_of_least_squares() -> None:
     y = np.random.default_rng(0).normal(size=30).cumsum()
     (slope, _), covariance = np.polyfit(np.arange(30), y, 1, cov=True)
     line = fit_trend(list(y))
@@ -292,7 +292,7 @@ def test_the_error_of_the_line_is_that_of_least_squares() -> None:
         ("sigmoid", "none"),
     ],
 )
-def test_theory_agrees_with_a_wide_net(activation: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_theory_agrees_with_a_wide_network(activation: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     depth, width = 12, 512
     monkeypatch.setattr("gradprobe.experiments.remedies.networks.WIDTH", width)
     torch.manual_seed(0)
@@ -309,20 +309,20 @@ def test_theory_agrees_with_a_wide_net(activation: str, norm: str, monkeypatch: 
     ("options", "message"),
     [
         ({"layers": "pool"}, "layers: needed one of linear, conv, got 'pool'"),
-        ({"remedies": ["magic"]}, "remedies: needed some of none, clipping, xavier, he, .* got 'magic'"),
-        ({"remedies": ["he+xavier"]}, "remedies: .* at most; got 'he.xavier'"),
+        ({"remedies": ["magic"]}, "remedies: needed one or more of none, clipping, xavier, he, .* got 'magic'"),
+        ({"remedies": ["he+xavier"]}, "remedies: .* with at most one of .*; got 'he.xavier'"),
         ({"remedies": ["none+he"]}, "remedies: .* got 'none.he'"),
         ({"remedies": ["he+he"]}, "remedies: .* got 'he.he'"),
         ({"remedies": []}, "remedies: needed at least one"),
-        ({"remedies": ["he", "he"]}, "remedies: needed at least one, and none twice, got he, he"),
-        ({"activations": ["gelu"]}, "activations: needed some of sigmoid, tanh, relu, got 'gelu'"),
+        ({"remedies": ["he", "he"]}, "remedies: needed at least one, without duplicates, got he, he"),
+        ({"activations": ["gelu"]}, "activations: needed one or more of sigmoid, tanh, relu, got 'gelu'"),
         ({"depths": [20, 1]}, "depths: needed whole numbers of at least 2, got 1"),
-        ({"depths": [20, 20]}, "depths: needed at least one, and none twice"),
+        ({"depths": [20, 20]}, "depths: needed at least one, without duplicates"),
         ({"seeds": [-1]}, "seeds: needed a whole number from 0"),
         ({"seeds": [2**32]}, "seeds: needed a whole number from 0"),
         ({"seeds": [0.5]}, "seeds: needed a whole number from 0"),
-        ({"seeds": []}, "seeds: needed at least one, and none twice, got "),
-        ({"seeds": [1, 1]}, "seeds: needed at least one, and none twice, got 1, 1"),
+        ({"seeds": []}, "seeds: needed at least one, without duplicates, got "),
+        ({"seeds": [1, 1]}, "seeds: needed at least one, without duplicates, got 1, 1"),
         ({"steps": 0}, "steps: needed at least 1, got 0"),
     ],
 )
@@ -363,7 +363,7 @@ def few() -> Remedies:
     return remedies(remedies=["none", "clipping", "he"], activations=["sigmoid", "relu"], depths=[5], steps=2)
 
 
-def test_the_table_says_what_was_measured(few: Remedies) -> None:
+def test_the_table_has_the_measurements_and_conditions(few: Remedies) -> None:
     page = io.StringIO()
     Console(file=page, width=120).print(few)
     text = page.getvalue()
@@ -387,11 +387,11 @@ def test_the_table_says_what_was_measured(few: Remedies) -> None:
     assert "2^20" not in " ".join(few.conclusions)
 
 
-def test_what_is_said_follows_from_the_numbers(few: Remedies) -> None:
+def test_the_conclusions_follow_from_the_numbers(few: Remedies) -> None:
     none = replace(few, cells=tuple(replace(cell, n_fell=0) for cell in few.cells))
-    assert "No remedy let the loss fall on all 2 nets" in none.conclusions[0]
+    assert "No remedy made the loss fall for all 2 networks" in none.conclusions[0]
     he = replace(few, cells=tuple(replace(cell, n_fell=2 if cell.remedy == "he" else 1) for cell in few.cells))
-    assert he.conclusions[0].endswith("with every seed with: he.")
+    assert he.conclusions[0].endswith("and every seed with: he.")
     first, clipped, *rest = few.cells
     changed = replace(few, cells=(first, replace(clipped, norms=(1.0, *clipped.norms[1:])), *rest))
     assert "not the ratio" not in changed.conclusions[1]
@@ -415,7 +415,7 @@ def test_the_command_gives_json(few: Remedies) -> None:
     assert values["seeds"] == [0, 1]
 
 
-def test_there_is_a_bar_on_a_terminal_only() -> None:
+def test_progress_is_shown_on_a_terminal_only() -> None:
     for terminal in (True, False):
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=terminal, width=140)
@@ -443,20 +443,20 @@ def test_the_chart(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("layers", ["linear", "conv"])
-def test_the_chart_speaks_of_theory_only_where_there_is_one(layers: str, tmp_path: Path) -> None:
+def test_the_chart_mentions_theory_only_if_there_is_one(layers: str, tmp_path: Path) -> None:
     charts = pytest.importorskip("gradprobe.report.remedies_chart", exc_type=ImportError)
     cells = [measured("groupnorm", "tanh", 5, layers=layers)]
     text = charts.write_remedies(cells, 1, [], tmp_path / "a.svg").read_text(encoding="utf-8")
     assert ("tick: theory" in text) == (layers == "linear")
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+def test_an_empty_chart_is_rejected(tmp_path: Path) -> None:
     charts = pytest.importorskip("gradprobe.report.remedies_chart", exc_type=ImportError)
-    with pytest.raises(ArgumentError, match=r"^--chart: needed at least one net"):
+    with pytest.raises(ArgumentError, match=r"^--chart: needed at least one network"):
         charts.write_remedies([measured("he", "relu", 2)], 1, [], tmp_path / "a.svg")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_each_part_of_the_default_is_one_that_there_is() -> None:
+def test_every_default_remedy_can_be_built() -> None:
     for remedy in REMEDIES:
         assert network(remedy, "tanh", 3, (64,), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)

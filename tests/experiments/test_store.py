@@ -1,4 +1,4 @@
-"""The sweep's file: what comes out is what went in, whole epochs only, and nothing that is not ours is touched."""
+"""The sweep's file: rows are read as written, epochs are atomic, and other programs' files are never changed."""
 
 import math
 import os
@@ -38,14 +38,14 @@ def path(tmp_path):
 
 
 def write(path, config=CONFIG, cells=CELLS):
-    """Makes a run whose first cell has two of its epochs."""
+    """Writes a run whose first cell has two of its epochs."""
     with start_run(path, config, {"torch_version": "2.13.0"}) as run:
         run.add_cells(cells)
         layers = [layer_row(0), layer_row(1), layer_row(1, 1)]
         run.save(1, [epoch_row(0), epoch_row(1)], layers, [junction_row(), junction_row(1)], STATE)
 
 
-def test_what_was_written_is_read(path):
+def test_rows_are_read_as_written(path):
     write(path)
     with open_run(path) as run:
         assert run.config == CONFIG
@@ -63,7 +63,7 @@ def test_what_was_written_is_read(path):
         assert run.junctions(1, 1) == run.junctions(2, 0) == []
 
 
-def test_the_file_is_marked_as_ours_and_in_wal_mode(path):
+def test_the_file_has_the_application_id_and_wal_mode(path):
     write(path)
     database = sqlite3.connect(path)
     try:
@@ -73,7 +73,7 @@ def test_the_file_is_marked_as_ours_and_in_wal_mode(path):
         database.close()
 
 
-def test_divergence_survives_the_file(path):
+def test_non_finite_values_are_read_as_written(path):
     with start_run(path, CONFIG, {}) as run:
         run.add_cells(CELLS)
         row = epoch_row(1, train_loss=math.nan, test_error_pct=math.inf)
@@ -91,7 +91,7 @@ def test_divergence_survives_the_file(path):
     assert math.isnan(junction.branch_norm_l2)
 
 
-def test_a_cell_goes_on_from_its_last_checkpoint_only(path):
+def test_a_cell_keeps_only_its_last_checkpoint(path):
     write(path)
     with start_run(path, CONFIG, {}) as run:
         assert run.checkpoint(1) == STATE
@@ -100,7 +100,7 @@ def test_a_cell_goes_on_from_its_last_checkpoint_only(path):
         assert run.checkpoint(1) == b"second"
 
 
-def test_a_finished_cell_leaves_no_checkpoint_and_gives_its_space_back(path):
+def test_a_finished_cell_leaves_no_checkpoint_and_frees_its_space(path):
     write(path)
     with_checkpoint = path.stat().st_size
     with start_run(path, CONFIG, {}) as run:
@@ -110,7 +110,7 @@ def test_a_finished_cell_leaves_no_checkpoint_and_gives_its_space_back(path):
     assert path.stat().st_size < with_checkpoint - len(STATE) // 2
 
 
-def test_an_epoch_is_recorded_whole_or_not_at_all(path):
+def test_an_epoch_is_recorded_completely_or_not_at_all(path):
     write(path)
     with start_run(path, CONFIG, {}) as run:
         with pytest.raises(StoreError, match="UNIQUE constraint"):
@@ -121,7 +121,7 @@ def test_an_epoch_is_recorded_whole_or_not_at_all(path):
         assert run.cells()[0].status == "pending"
 
 
-def test_cells_may_be_added_and_keep_their_number(path):
+def test_cells_can_be_added_and_keep_their_id(path):
     write(path)
     with start_run(path, CONFIG, {}) as run:
         run.add_cells([("plain", 20, 1, 269_722), *CELLS])
@@ -129,7 +129,7 @@ def test_cells_may_be_added_and_keep_their_number(path):
         assert len(run.epochs(1)) == 2
 
 
-def test_another_configuration_is_refused_with_the_options_that_differ(path):
+def test_another_configuration_is_rejected_with_the_options_that_differ(path):
     write(path)
     before = path.read_bytes()
     with pytest.raises(StoreError) as raised:
@@ -141,7 +141,7 @@ def test_another_configuration_is_refused_with_the_options_that_differ(path):
     start_run(path, CONFIG, {}).close()
 
 
-def test_the_head_is_that_of_the_first_sweep(path):
+def test_the_metadata_are_those_of_the_first_sweep(path):
     write(path)
     with start_run(path, CONFIG, {"torch_version": "9.9"}) as run:
         assert run.meta["torch_version"] == "2.13.0"
@@ -156,14 +156,14 @@ def test_a_run_is_read_while_it_is_written(path):
             assert len(reader.epochs(1)) == 2
 
 
-def test_a_second_writer_is_refused_and_the_lock_ends_with_the_first(path):
+def test_a_second_writer_is_rejected_until_the_first_closes(path):
     with start_run(path, CONFIG, {}), pytest.raises(StoreError, match="another sweep is writing this file"):
         start_run(path, CONFIG, {})
     start_run(path, CONFIG, {}).close()
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
-def test_the_lock_ends_when_its_holder_is_killed(path):
+def test_the_lock_is_released_when_its_holder_is_killed(path):
     script = (
         "import sys, time; from gradprobe.experiments.sweep.store import start_run;"
         f"run = start_run({str(path)!r}, {CONFIG!r}, {{}}); run.add_cells({CELLS!r});"
@@ -190,14 +190,14 @@ def test_an_empty_file_is_a_new_run(path):
         assert len(run.cells()) == 2
 
 
-def test_missing_folders_are_made(tmp_path):
+def test_missing_folders_are_created(tmp_path):
     write(tmp_path / "a" / "b" / "run.sqlite")
     assert (tmp_path / "a" / "b" / "run.sqlite").stat().st_size
 
 
 @pytest.fixture
 def old_path(path):
-    """A run of the version that recorded no junctions, half done."""
+    """An unfinished run of schema version 1, which has no residual adds."""
     write(path)
     with sqlite3.connect(path) as database:
         database.execute("DROP TABLE junction")
@@ -206,7 +206,7 @@ def old_path(path):
     return path
 
 
-def test_an_older_file_is_read_as_it_is(old_path):
+def test_an_older_file_is_read_unchanged(old_path):
     before = old_path.read_bytes()
     with open_run(old_path) as run:
         assert run.epochs(1) == [epoch_row(0), epoch_row(1)]
@@ -214,7 +214,7 @@ def test_an_older_file_is_read_as_it_is(old_path):
     assert old_path.read_bytes() == before
 
 
-def test_an_older_file_is_gone_on_with(old_path):
+def test_an_older_file_is_resumed(old_path):
     with open_run(old_path) as reader:
         with start_run(old_path, CONFIG, {}) as run:
             assert run.checkpoint(1) == STATE
@@ -224,7 +224,7 @@ def test_an_older_file_is_gone_on_with(old_path):
         assert reader.epochs(1) == [epoch_row(0), epoch_row(1), epoch_row(2)]
 
 
-def test_an_older_file_that_is_refused_stays_old(old_path):
+def test_an_older_file_that_is_rejected_is_unchanged(old_path):
     before = old_path.read_bytes()
     with pytest.raises(StoreError, match="epochs is 3 in the file and 9 now"):
         start_run(old_path, {**CONFIG, "epochs": 9}, {})
@@ -273,8 +273,8 @@ def cut_short(path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (foreign_text, "a file that is no SQLite database"),
-        (foreign_short, "a file that is no SQLite database"),
+        (foreign_text, "found one that is not an SQLite database"),
+        (foreign_short, "found one that is not an SQLite database"),
         (foreign_database, "found another SQLite database"),
         (foreign_empty_database, "found another SQLite database"),
         (newer_schema, "schema version 3; this gradprobe reads versions 1 to 2"),
@@ -283,7 +283,7 @@ def cut_short(path):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_file_that_is_not_a_sound_run_of_ours_is_refused_and_left_as_it_is(path, make, message):
+def test_a_foreign_or_damaged_file_is_rejected_and_left_unchanged(path, make, message):
     make(path)
     before = path.read_bytes()
     with pytest.raises(StoreError, match=message):
@@ -295,14 +295,14 @@ def test_a_file_that_is_not_a_sound_run_of_ours_is_refused_and_left_as_it_is(pat
 
 
 @pytest.mark.parametrize("use", [open_run, lambda path: start_run(path, CONFIG, {})], ids=["open", "start"])
-def test_too_long_a_name_is_refused(tmp_path, use):
+def test_a_name_that_is_too_long_is_rejected(tmp_path, use):
     with pytest.raises(StoreError, match=r"^.*a{300}: cannot be used: File name too long$"):
         use(tmp_path / ("a" * 300))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [":memory:", "file:x?mode=ro", "ä b#%?.sqlite", "-", "x\n"])
-def test_any_name_is_the_name_of_a_file(tmp_path, monkeypatch, name):
+def test_a_name_that_sqlite_treats_specially_is_a_file_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     write(Path(name))
     with start_run(name, CONFIG, {}) as run:
@@ -312,31 +312,31 @@ def test_any_name_is_the_name_of_a_file(tmp_path, monkeypatch, name):
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_a_folder_is_refused(tmp_path):
+def test_a_folder_is_rejected(tmp_path):
     for use in (lambda: start_run(tmp_path, CONFIG, {}), lambda: open_run(tmp_path)):
         with pytest.raises(StoreError, match="needed a file, found a folder"):
             use()
 
 
-def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+def test_a_file_in_place_of_a_folder_is_rejected(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="cannot make its folder"):
+    with pytest.raises(StoreError, match="cannot create its folder"):
         start_run(tmp_path / "file" / "run.sqlite", CONFIG, {})
 
 
-def test_reading_a_run_that_is_not_there_says_how_to_make_it(path):
-    with pytest.raises(StoreError, match="there is no such file; gradprobe sweep --out"):
+def test_reading_a_missing_run_says_how_to_create_it(path):
+    with pytest.raises(StoreError, match="no such file; gradprobe sweep --out"):
         open_run(path)
     assert not path.exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, a folder in which nobody can write")
-def test_a_place_where_nobody_can_write_is_refused():
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, a folder that nobody can write to")
+def test_an_unwritable_folder_is_rejected():
     with pytest.raises(StoreError, match=r"/proc/run\.sqlite: cannot write in its folder"):
         start_run("/proc/run.sqlite", CONFIG, {})
 
 
-def test_a_file_without_permission_is_refused_and_a_report_still_reads_it(path):
+def test_a_read_only_file_is_rejected_for_writing_and_still_read(path):
     write(path)
     path.chmod(0o444)
     path.parent.chmod(0o555)

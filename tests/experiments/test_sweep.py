@@ -1,4 +1,4 @@
-"""The sweep: resumes after any kill to the same numbers, shares its file with no one, and says what is wrong."""
+"""The sweep: it resumes to the same numbers after any kill, and names bad options, files and failed cells."""
 
 import io
 import os
@@ -28,7 +28,7 @@ TABLES = ("meta", "cell", "epoch", "layer", "junction", "checkpoint")
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """A small set in CIFAR-10's layout whose classes differ in brightness, so that something is learnt."""
+    """A small set in CIFAR-10's layout; classes differ in brightness, so that networks can learn them."""
     folder = tmp_path_factory.mktemp("cifar")
     rng = np.random.default_rng(0)
     for name, count in {"data_batch_1.bin": 64, "test_batch.bin": 16}.items():
@@ -40,7 +40,7 @@ def images(tmp_path_factory):
 
 @contextmanager
 def trained_here():
-    """Trains in this process, which is quicker than starting others; yields a list of what is trained."""
+    """Trains in this process, which is faster than starting others; yields the list of epochs trained."""
     trained = []
 
     def run(jobs, workers, checkpoint):
@@ -75,7 +75,7 @@ def options(images, tmp_path):
 
 
 def contents(path):
-    """Everything in the file but how long it took and when it was made."""
+    """Returns everything in the file except times."""
     database = sqlite3.connect(path)
     try:
         tables = {name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3").fetchall() for name in TABLES[1:]}
@@ -107,7 +107,7 @@ def test_every_cell_is_trained_and_recorded(in_process, options):
 
 
 @pytest.mark.parametrize("batch_size", [None, 1000])
-def test_a_batch_of_more_images_than_there_are_is_recorded_as_it_was(in_process, options, batch_size):
+def test_a_batch_larger_than_the_training_set_is_recorded_with_its_real_size(in_process, options, batch_size):
     sweep(**{**options, "batch_size": batch_size, "epochs": 1}, families=["plain"])
     with open_run(options["out"]) as run:
         assert run.config["batch_size"] == run.config["train_images"] == 64
@@ -129,12 +129,12 @@ def test_a_later_sweep_trains_only_what_is_new(in_process, options):
     assert {name for name, _, _ in in_process} == {"plain-14", "resnet-8", "resnet-14"}
 
 
-def test_the_longest_nets_come_first(in_process, options):
+def test_the_longest_jobs_start_first(in_process, options):
     sweep(**{**options, "depths": (8, 20, 14), "epochs": 1}, families=["plain"])
     assert [name for name, _, _ in in_process] == ["plain-20", "plain-14", "plain-8"]
 
 
-def test_a_diverged_cell_is_a_result_and_is_not_trained_again(in_process, options, monkeypatch):
+def test_a_diverged_cell_is_recorded_and_not_trained_again(in_process, options, monkeypatch):
     monkeypatch.setattr("gradprobe.experiments.train.Recipe.learning_rate_at", lambda *_: 1e30)
     sweep(**options, families=["plain"])
     with open_run(options["out"]) as run:
@@ -153,7 +153,7 @@ def test_a_diverged_cell_is_a_result_and_is_not_trained_again(in_process, option
     ],
     ids=["epochs", "batch-size", "data"],
 )
-def test_other_options_on_the_same_file_are_refused(in_process, options, change, message):
+def test_other_options_for_the_same_file_are_rejected(in_process, options, change, message):
     sweep(**options, families=["plain"])
     before = contents(options["out"])
     with pytest.raises(StoreError, match=message):
@@ -161,7 +161,7 @@ def test_other_options_on_the_same_file_are_refused(in_process, options, change,
     assert contents(options["out"]) == before
 
 
-def test_changed_images_in_the_same_place_are_refused(in_process, options, images, tmp_path):
+def test_changed_images_in_the_same_folder_are_rejected(in_process, options, images, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in images.iterdir():
@@ -175,17 +175,17 @@ def test_changed_images_in_the_same_place_are_refused(in_process, options, image
         sweep(**options, families=["plain"])
 
 
-def test_another_torch_is_refused(in_process, options, monkeypatch):
+def test_another_torch_version_is_rejected(in_process, options, monkeypatch):
     sweep(**options, families=["plain"])
     monkeypatch.setattr(torch, "__version__", "1.0")
-    with pytest.raises(StoreError, match=r"made with torch .*this is torch 1\.0"):
+    with pytest.raises(StoreError, match=r"written with torch .*; torch 1\.0 would"):
         sweep(**options, families=["plain"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"families": ["vgg"]}, "families: needed some of plain, resnet, got 'vgg'"),
+        ({"families": ["vgg"]}, "families: needed one or more of plain, resnet, got 'vgg'"),
         ({"families": []}, "families: needed at least one, got none"),
         ({"depths": [21]}, r"depth: needed 6n\+2 .* or one of 18, 34, 50, 101, 152, got 21"),
         ({"seeds": [-1]}, r"seeds: needed a whole number from 0 to 2\^32 - 1, got -1"),
@@ -198,7 +198,7 @@ def test_another_torch_is_refused(in_process, options, monkeypatch):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_wrong_option_is_refused_before_a_file_is_made(options, change, message):
+def test_a_bad_option_is_rejected_before_a_file_is_created(options, change, message):
     with pytest.raises(ArgumentError, match=message):
         sweep(**{**options, **change})
     assert not options["out"].exists()
@@ -229,7 +229,7 @@ def test_progress_is_shown_on_a_terminal_only(in_process, options, terminal):
         assert screen.getvalue() == ""
 
 
-def test_progress_of_a_resumed_sweep_starts_where_it_was(in_process, options, monkeypatch):
+def test_progress_of_a_resumed_sweep_starts_where_it_stopped(in_process, options, monkeypatch):
     run_all = engines.run_local
 
     def run_three(jobs, workers, checkpoint):
@@ -249,7 +249,7 @@ def test_progress_of_a_resumed_sweep_starts_where_it_was(in_process, options, mo
 
 @dataclass
 class Command:
-    """A sweep as its own process group, as a shell would start it."""
+    """A sweep in its own process group, as a shell starts it."""
 
     out: Path
     images: Path
@@ -272,7 +272,7 @@ class Command:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
     def undisturbed(self):
-        """The same sweep in this process, one cell after another: what no number of jobs and no kill may change."""
+        """Runs the same sweep in this process, one cell after another, and returns the expected contents."""
         out = self.out.with_name("undisturbed.sqlite")
         with trained_here():
             sweep(out=out, data=f"cifar10:{self.images}", depths=[8], seeds=[0, 1], epochs=self.epochs, batch_size=32)
@@ -291,7 +291,7 @@ class Command:
 
 
 def workers_of(process):
-    """Process ids of all that a sweep has started."""
+    """Returns the ids of all child processes of a sweep."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(pid) for pid in found]
 
@@ -318,7 +318,7 @@ def wait_until(condition, timeout_s):
 
 
 def kill_at_random(command, moments, whole_group):
-    """Kills a sweep, often in the middle of its work: some time after it recorded some epochs of its own."""
+    """Kills a sweep at a random time after it has recorded a random number of epochs."""
     before = command.recorded_epochs()
     process = command.start()
     epochs, delay_s = moments.randrange(4), moments.uniform(0, 0.4)
@@ -361,16 +361,16 @@ def test_ten_kills_change_nothing(images, tmp_path, seed):
 
 
 @linux_only
-def test_a_killed_worker_is_an_error_that_keeps_what_was_recorded(images, tmp_path):
+def test_a_killed_worker_is_an_error_that_keeps_recorded_epochs(images, tmp_path):
     command = Command(tmp_path / "run.sqlite", images)
     process = command.start()
     assert wait_until(lambda: command.recorded_epochs() >= 2, 100)
-    # The first child may be multiprocessing's resource tracker: kill all that are workers.
+    # The first child may be multiprocessing's resource tracker, so select a worker.
     workers = [pid for pid in workers_of(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert b"its process ended with exit code -9; the same command goes on" in errors
+    assert b"its process ended with exit code -9; run the same command again to resume" in errors
     assert errors.count(b"\n") == 1
     assert command.recorded_epochs() >= 2
 
@@ -386,7 +386,7 @@ def test_a_failing_cell_is_named_in_one_line(options, monkeypatch, images):
 
     monkeypatch.setattr(engines, "run_local", damage_then_run)
     try:
-        with pytest.raises(GradprobeError, match=r"^plain-8 seed 0: ArgumentError: .*damaged or short"):
+        with pytest.raises(GradprobeError, match=r"^plain-8 seed 0: ArgumentError: .*damaged or truncated"):
             sweep(**{**options, "jobs": 1}, families=["plain"])
     finally:
         batch.write_bytes(content)

@@ -1,4 +1,4 @@
-"""One cell: what it records, that a cut changes nothing, and that small gradients stay in sight."""
+"""One cell: the recorded rows, bit-identical resumption, and the recording of small gradients."""
 
 import io
 import math
@@ -31,7 +31,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data():
-    """A hundred digits, of which a net of 8 layers learns something in seconds."""
+    """A hundred digits, enough for a network of 8 layers to learn something in seconds."""
     digits = load("digits")
     return replace(
         digits,
@@ -71,7 +71,7 @@ def test_every_epoch_is_recorded_from_initialisation_on(undisturbed):
 
 @pytest.mark.parametrize("augmented", [False, True], ids=["as-they-are", "augmented"])
 @pytest.mark.parametrize("cut", [1, 2])
-def test_a_cell_that_was_cut_gives_the_same_numbers_bit_for_bit(data, cut, augmented):
+def test_an_interrupted_cell_resumes_to_the_same_numbers_bit_for_bit(data, cut, augmented):
     data = replace(data, augmented=augmented)
     whole = list(train_cell("plain", 8, 3, data, RECIPE, None))
     rest = list(train_cell("plain", 8, 3, data, RECIPE, whole[cut - 1].state))
@@ -79,21 +79,21 @@ def test_a_cell_that_was_cut_gives_the_same_numbers_bit_for_bit(data, cut, augme
     assert rest[-1].state == whole[-1].state
 
 
-def test_the_callers_random_numbers_are_left_alone(data):
+def test_the_callers_random_state_is_unchanged(data):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     next(train_cell("plain", 8, 0, data, RECIPE, None))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_seeds_and_families_differ(data, undisturbed):
+def test_seeds_and_families_give_different_gradients(data, undisturbed):
     other_seed = next(train_cell("resnet", 8, 1, data, RECIPE, None))
     other_family = next(train_cell("plain", 8, 0, data, RECIPE, None))
     assert len({undisturbed[0].layers[0].norm_l2, other_seed.layers[0].norm_l2, other_family.layers[0].norm_l2}) == 3
 
 
 def test_epoch_0_is_the_first_steps_gradient_and_later_ones_the_median(data):
-    """Against float64 norms taken by a hook of the optimizer's own."""
+    """Compares with float64 norms computed in an optimizer hook."""
     seen = []
 
     def note(optimizer, args, kwargs):
@@ -108,8 +108,8 @@ def test_epoch_0_is_the_first_steps_gradient_and_later_ones_the_median(data):
     np.testing.assert_allclose(recorded[1], np.median(seen, axis=0), rtol=1e-6)
 
 
-def test_the_junctions_are_those_of_each_epochs_first_step(data, monkeypatch):
-    """Against the two parts of the gradient, taken apart by autograd."""
+def test_the_residual_adds_are_those_of_each_epochs_first_step(data, monkeypatch):
+    """Compares with the two parts of the gradient as computed by autograd."""
     passed = []
 
     def keep(join, operands, y):
@@ -126,7 +126,7 @@ def test_the_junctions_are_those_of_each_epochs_first_step(data, monkeypatch):
 
     monkeypatch.setattr(train, "build", build)
     results = list(train_cell("resnet", 8, 0, data, RECIPE, None))
-    assert len(passed) == 3 * 3 * 3  # epochs, steps, junctions
+    assert len(passed) == 3 * 3 * 3  # epochs, steps, residual adds
     names = ["stages.0.0.join", "stages.1.0.join", "stages.2.0.join"]
     for done, result in enumerate(results):
         assert [(row.epoch, row.position, row.site) for row in result.junctions] == [
@@ -141,13 +141,13 @@ def test_the_junctions_are_those_of_each_epochs_first_step(data, monkeypatch):
         assert (same_shape.shortcut_norm_l2, same_shape.branch_norm_l2) == pytest.approx(norms, rel=1e-5)
         assert same_shape.cosine == pytest.approx(cosine, abs=1e-5)
         assert same_shape.shortcut_share == pytest.approx(norms[0] / sum(norms), rel=1e-5)
-        for row in others:  # where the shortcut changes the shape there is nothing to compare with
+        for row in others:  # behind a shortcut that changes the shape, the branch part is missing
             assert row.shortcut_norm_l2 > 0
             assert math.isnan(row.shortcut_share)
 
 
 @pytest.mark.parametrize("augmented", [False, True], ids=["as-they-are", "augmented"])
-def test_observing_junctions_changes_no_bit_of_the_training(data, monkeypatch, augmented):
+def test_observing_residual_adds_changes_no_bit_of_the_training(data, monkeypatch, augmented):
     data = replace(data, augmented=augmented)
     observed = list(train_cell("resnet", 14, 0, data, RECIPE, None))
     monkeypatch.setattr(train, "attach", partial(train.attach, junctions=False))
@@ -158,13 +158,13 @@ def test_observing_junctions_changes_no_bit_of_the_training(data, monkeypatch, a
     assert without_time(replace(result, junctions=()) for result in observed) == without_time(alone)
 
 
-def test_junctions_after_a_cut_are_the_same_bit_for_bit(data, undisturbed):
+def test_residual_adds_after_an_interruption_are_the_same_bit_for_bit(data, undisturbed):
     rest = train_cell("resnet", 8, 0, data, RECIPE, undisturbed[0].state)
     for one, other in zip(rest, undisturbed[1:], strict=True):
         np.testing.assert_array_equal(*[[astuple(row)[3:] for row in result.junctions] for result in (one, other)])
 
 
-def test_a_plain_net_has_no_junctions(data):
+def test_a_plain_network_has_no_residual_adds(data):
     assert next(train_cell("plain", 8, 0, data, RECIPE, None)).junctions == ()
 
 
@@ -172,7 +172,7 @@ def test_a_plain_net_has_no_junctions(data):
     ("epochs", "rates"),
     [(4, [0.1, 0.1, 0.01, 0.001]), (8, [0.1] * 4 + [0.01] * 2 + [0.001] * 2), (1, [0.1])],
 )
-def test_the_rate_falls_at_half_and_three_quarters(epochs, rates):
+def test_the_learning_rate_drops_at_half_and_three_quarters(epochs, rates):
     recipe = Recipe(epochs=epochs, batch_size=1)
     assert [recipe.learning_rate_at(step, epochs, warming=False) for step in range(epochs)] == pytest.approx(rates)
 
@@ -187,7 +187,7 @@ def rates_after_each_epoch(results):
     [(9, 80.0, [0.1, 0.01, 0.001]), (8, 101.0, [0.01, 0.01, 0.001]), (8, 0.0, [0.01, 0.001, 0.0001])],
     ids=["shallow", "warm-after-one-epoch", "never-warm"],
 )
-def test_deep_nets_warm_up_until_their_error_is_low_enough(data, warmup_depth, warmup_error_pct, rates):
+def test_deep_networks_warm_up_until_their_error_is_low_enough(data, warmup_depth, warmup_error_pct, rates):
     recipe = replace(RECIPE, warmup_depth=warmup_depth, warmup_error_pct=warmup_error_pct)
     assert rates_after_each_epoch(train_cell("plain", 8, 0, data, recipe, None)) == pytest.approx(rates)
 
@@ -205,7 +205,7 @@ def test_divergence_is_recorded_and_ends_the_cell(data):
 
 
 class Faint(nn.Module):
-    """A linear net whose gradients are as small as asked for."""
+    """A linear network whose gradients have a given scale."""
 
     def __init__(self, scale):
         super().__init__()
@@ -238,11 +238,11 @@ def test_denormals_are_flushed_only_after_a_first_step_without_small_gradients(d
     monkeypatch.setattr(train, "build", lambda *_: net)
     for _ in train_cell("plain", 8, 0, data, replace(RECIPE, epochs=1), None):
         assert not flushes()
-    # One pass before training (over both sets) and then three steps.
+    # Evaluation comes first (over both sets), then three steps.
     assert seen[-3:] == [False, expected, expected]
 
 
-def test_evaluation_leaves_the_net_as_it_was(data):
+def test_evaluation_leaves_the_network_unchanged(data):
     model = networks.resnet(8, in_channels=1)
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -252,7 +252,7 @@ def test_evaluation_leaves_the_net_as_it_was(data):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_error_is_the_share_of_wrong_answers():
+def test_the_error_is_the_share_of_wrong_predictions():
     class Says(nn.Module):
         def forward(self, x):
             return x[:, :, 0, 0]
@@ -268,12 +268,12 @@ def test_fewer_images_than_a_batch_are_one_step(data):
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 0}, {"epochs": -3}], ids=str)
-def test_a_recipe_without_steps_is_refused(options):
+def test_a_recipe_without_steps_is_rejected(options):
     ((name, value),) = options.items()
     with pytest.raises(ArgumentError, match=f"{name}: needed at least 1, got {value}"):
         Recipe(**{"epochs": 1, "batch_size": 1, **options})
 
 
-def test_an_unknown_family_is_refused_with_what_there_is(data):
-    with pytest.raises(ArgumentError, match="families: needed some of plain, resnet, got 'vgg'"):
+def test_an_unknown_family_is_rejected_with_the_known_ones(data):
+    with pytest.raises(ArgumentError, match="families: needed one or more of plain, resnet, got 'vgg'"):
         next(train_cell("vgg", 8, 0, data, RECIPE, None))

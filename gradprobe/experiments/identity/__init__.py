@@ -1,1 +1,1 @@
-"""Shows that a deeper network could be as good: constructed identity layers, and stacks that learn the identity."""
+"""The identity experiment: a deep network built from a shallow one, and stacks that learn y = x."""

@@ -1,4 +1,4 @@
-"""Why the identity is hard: stacks of ReLU layers, plain and residual, learn y = x at several depths."""
+"""Trains plain and residual stacks of ReLU layers to learn y = x at several depths."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """One stack, before and after it learned y = x.
+    """One stack, before and after learning y = x.
 
     Attributes:
-        depth: layers.
+        depth: Number of layers.
         kind: ``"plain"``, y = relu(Wx + b), or ``"residual"``, y = relu(x + Wx + b).
-        init: ``"he"`` or ``"zero"``, of W; b starts at 0.
-        start_loss: mean squared error over the test inputs before the first step.
-        final_loss: the same after the last step.
-        start_distance: of each layer's map from the identity, the mean over the layers: ||W - I||_F / sqrt(width) of a
-            plain layer and ||W||_F / sqrt(width) of a residual one, so 0 is the identity.
-        distance: the same after the last step.
+        init: Initialisation of W, ``"he"`` or ``"zero"``; b starts at 0.
+        start_loss: Mean squared error over the test inputs before the first step.
+        final_loss: The same after the last step.
+        start_distance: Initial distance of a layer from the identity, mean over the layers: ||W - I||_F / sqrt(width)
+            for a plain layer and ||W||_F / sqrt(width) for a residual one.
+        distance: The same after the last step.
     """
 
     depth: int
@@ -50,10 +50,10 @@ class Stacks:
     """All stacks, and the conditions under which they learned.
 
     Attributes:
-        steps: of Adam at a rate of 1e-3, each with a fresh batch of 128 inputs |N(0, 1)|.
-        width: of every layer.
-        constant_loss: the error of the best constant answer, the mean input: no use is made of x.
-        stacks: the plain stack, the residual one, and the residual one that starts at 0, for each depth.
+        steps: Steps of Adam at a learning rate of 1e-3, each on a fresh batch of 128 inputs |N(0, 1)|.
+        width: Width of every layer.
+        constant_loss: Error of the best constant output, the mean input.
+        stacks: For each depth the plain stack, the residual one, and the residual one that starts at 0.
     """
 
     steps: int
@@ -62,35 +62,35 @@ class Stacks:
     stacks: tuple[Stack, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """Gives the result as plain data."""
+        """Converts the result to plain data."""
         return {**asdict(self), "conclusions": list(self.conclusions)}
 
     def of(self, kind: str, init: str) -> tuple[Stack, ...]:
-        """Gives the stacks of one kind by depth."""
+        """Returns the stacks of one kind and initialisation, by depth."""
         return tuple(stack for stack in self.stacks if (stack.kind, stack.init) == (kind, init))
 
     @property
     def conclusions(self) -> tuple[str, ...]:
-        """What the numbers say, in sentences."""
+        """The conclusions from the numbers, in sentences."""
         plain, residual, zero = self.of("plain", "he"), self.of("residual", "he")[-1], self.of("residual", "zero")[-1]
         depth, deepest = plain[-1].depth, plain[-1]
         lost = [stack.depth for stack in plain if not stack.final_loss < self.constant_loss]
         if lost:
             named = ", ".join(map(str, lost))
-            text = f"Plain stacks of {named} layers end no better than a constant answer ({self.constant_loss:.2g})."
+            text = f"Plain stacks of {named} layers end no better than a constant output ({self.constant_loss:.2g})."
         else:
-            text = f"Every plain stack ends better than a constant answer ({self.constant_loss:.2g})."
+            text = f"Every plain stack ends better than a constant output ({self.constant_loss:.2g})."
         text += (
-            f" At {depth} layers the loss is {deepest.final_loss:.2g}, and a layer is {deepest.distance:.2g} from the "
-            f"identity ({deepest.start_distance:.2g} at the start)."
+            f" At {depth} layers the loss is {deepest.final_loss:.2g}, and the distance of a layer from the identity "
+            f"is {deepest.distance:.2g} ({deepest.start_distance:.2g} at the start)."
         )
         better = "less" if residual.final_loss < deepest.final_loss else "no less"
         other = (
             f"The residual stack of {depth} layers, from the same He weights, has a loss of {residual.start_loss:.2g} "
-            f"at the start and {residual.final_loss:.2g} at the end, {better} than the plain one; with W = 0, its "
+            f"at the start and {residual.final_loss:.2g} at the end, {better} than the plain one; from W = 0, its "
             f"natural start, {zero.start_loss:.2g} and {zero.final_loss:.2g}"
         )
-        other += ": there it begins as the identity." if zero.start_loss == 0 else "."
+        other += ", since it starts as the identity." if zero.start_loss == 0 else "."
         return (text, other)
 
 
@@ -101,22 +101,22 @@ def train_stacks(
     steps: int = STACK_STEPS,
     advance: Callable[[int], None] = lambda depth: None,
 ) -> Stacks:
-    """Trains plain and residual stacks of ReLU layers to give back their own non-negative input.
+    """Trains plain and residual stacks of ReLU layers to return their own non-negative input.
 
-    Plain and residual stacks of one depth start from the same He weights and see the same inputs. Residual stacks learn
-    also from W = 0, their natural start; a plain stack that starts at 0 has no gradient.
+    Plain and residual stacks of one depth start from the same He weights and see the same inputs. Residual stacks are
+    also trained from W = 0, their natural start; a plain stack that starts at 0 has no gradient.
 
     Args:
-        seed: of the weights and inputs.
-        depths: layers of the stacks, in rising order.
-        steps: of the optimizer.
-        advance: is told the depth of each stack when it is done.
+        seed: Seed of the weights and inputs, a whole number from 0 to 2^32 - 1.
+        depths: Depths of the stacks, in layers, at least 1 and in rising order.
+        steps: Training steps, at least 1.
+        advance: Called with the depth of each stack when it is trained.
 
     Returns:
-        The losses, and how far the layers are from the identity.
+        The losses, and the distances of the layers from the identity.
 
     Raises:
-        ArgumentError: no depth, a depth or number of steps below 1, or a seed that is none.
+        ArgumentError: An argument is not one of the values above.
 
     Example:
         >>> zero = train_stacks(depths=[2], steps=1).of("residual", "zero")[0]
@@ -124,7 +124,7 @@ def train_stacks(
         (0.0, 0.0)
     """
     check_options(seed, depths, steps)
-    # A stream of its own: the training inputs come from the seed itself.
+    # A separate random stream: the training inputs come from the seed itself.
     test = _inputs(TEST_INPUTS, torch.Generator().manual_seed(seed + 2**32))  # [N, width]
     constant_loss = F.mse_loss(test.mean(dim=0).expand_as(test), test).item()
     stacks = []
@@ -137,15 +137,13 @@ def train_stacks(
 
 
 def check_options(seed: int, depths: Sequence[int], steps: int) -> None:
-    """Refuses what `train_stacks` cannot do, before anything is trained.
+    """Checks the arguments of `train_stacks`, before anything is trained.
 
     Raises:
-        ArgumentError: no depth, a depth or number of steps below 1, or a seed that is none.
+        ArgumentError: An argument is invalid.
     """
     if not depths or min(depths) < 1 or sorted(set(depths)) != list(depths):
-        raise ArgumentError(
-            f"depths of the stacks: needed whole numbers of at least 1 in rising order, got {list(depths)}"
-        )
+        raise ArgumentError(f"stack depths: needed whole numbers of at least 1 in rising order, got {list(depths)}")
     if steps < 1:
         raise ArgumentError(f"steps: needed at least 1, got {steps}")
     check_seeds("seed", [seed])
@@ -160,7 +158,7 @@ def _train(depth: int, kind: str, init: str, seed: int, steps: int, test: Tensor
     weights = [torch.zeros(WIDTH, WIDTH) for _ in range(depth)]
     biases = [torch.zeros(WIDTH, requires_grad=True) for _ in range(depth)]
     for weight in weights:
-        # Drawn for a start at zero too, so that every kind sees the same inputs.
+        # Drawn for a start at zero too, so that every stack sees the same inputs.
         drawn = nn.init.kaiming_normal_(torch.empty_like(weight), nonlinearity="relu", generator=generator)
         weight.copy_(drawn if init == "he" else weight).requires_grad_()
 

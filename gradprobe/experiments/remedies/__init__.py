@@ -1,1 +1,1 @@
-"""Compares remedies: initialisation, normalisation, clipping and shortcuts."""
+"""The comparison of remedies: initialisation, normalisation, clipping and shortcuts."""

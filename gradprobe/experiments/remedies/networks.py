@@ -1,4 +1,4 @@
-"""The nets that `remedies` compares: linear or convolutional layers of one width, with some remedies built in."""
+"""Networks that `remedies` compares: linear or convolutional layers of one width, with remedies built in."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from gradprobe.nn.residual import ResidualAdd
 LAYERS = ("linear", "conv")
 WIDTH = 64
 CHANNELS = 32
-# Of group normalisation. A group has to have many features: of two, normalisation leaves nothing but the signs.
+# Groups of group normalisation. A group needs many features: normalising two leaves only their signs.
 GROUPS = 4
 INITS: tuple[Init, ...] = ("xavier", "he")
 NORMS = ("batchnorm", "layernorm", "groupnorm")
 PARTS = ("none", "clipping", *INITS, *NORMS, "residual")
 
 _ACTIVATIONS = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
-# Variance of a weight times its fan-in. PyTorch's own start is uniform within 1 / sqrt(fan-in), biases too.
+# Variance of a weight times its fan-in. PyTorch's default is uniform within 1 / sqrt(fan-in), also for biases.
 _GAINS = {"he": 2.0, "xavier": 1.0, "default": 1 / 3}
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A remedy, taken apart.
+    """The parts of a remedy.
 
     Attributes:
-        init: ``"he"``, ``"xavier"`` or ``"default"``, PyTorch's own.
+        init: ``"he"``, ``"xavier"`` or ``"default"`` (PyTorch's own).
         norm: ``"batch"``, ``"layer"``, ``"group"`` or ``"none"``.
-        residual: whether hidden layers have shortcuts.
-        clipped: whether the gradient is clipped.
+        residual: Whether hidden layers have shortcuts.
+        clipped: Whether the gradient is clipped.
     """
 
     init: Init
@@ -44,26 +44,26 @@ class Remedy:
 
     @property
     def weight_gain(self) -> float:
-        """Variance of a weight at the start, times its fan-in."""
+        """Initial variance of a weight times its fan-in."""
         return _GAINS[self.init]
 
     @property
     def bias_variance(self) -> float:
-        """Variance of a bias of a hidden layer at the start."""
+        """Initial variance of a bias of a hidden layer."""
         return _GAINS["default"] / WIDTH if self.init == "default" else 0.0
 
 
 def parse_remedy(text: str) -> Remedy:
-    """Reads a remedy.
+    """Parses a remedy.
 
     Args:
-        text: parts of `PARTS` with + between: one init and one normalisation at most, and no part twice.
+        text: Parts of `PARTS` joined by +, each at most once, with at most one init and one normalisation.
 
     Returns:
         The remedy.
 
     Raises:
-        ArgumentError: the text is no such thing; the message lists what there is.
+        ArgumentError: The text is not such a combination; the message lists the parts.
 
     Example:
         >>> parse_remedy("he+residual")
@@ -74,8 +74,8 @@ def parse_remedy(text: str) -> Remedy:
     clash = len(set(parts)) < len(parts) or len(inits) > 1 or len(norms) > 1 or ("none" in parts and len(parts) > 1)
     if clash or any(part not in PARTS for part in parts):
         raise ArgumentError(
-            f"remedies: needed some of {', '.join(PARTS)}, or several with + between, with one of {', '.join(INITS)} "
-            f"and one of {', '.join(NORMS)} at most; got {text!r}"
+            f"remedies: needed one or more of {', '.join(PARTS)}, several joined by +, with at most one of "
+            f"{', '.join(INITS)} and one of {', '.join(NORMS)}; got {text!r}"
         )
     init: Init = inits[0] if inits else "default"
     norm = norms[0].removesuffix("norm") if norms else "none"
@@ -85,30 +85,30 @@ def parse_remedy(text: str) -> Remedy:
 def network(
     remedy: str, activation: str, depth: int, shape: Sequence[int], num_classes: int, layers: str = "linear"
 ) -> nn.Module:
-    """Builds the net of a cell: layers of one width, normalised or not, each hidden one with its activation.
+    """Builds a network of layers of one width, each hidden one with an activation and perhaps a normalisation.
 
-    A plain hidden layer is f(norm(Wx + b)). A residual one, from the second on, is x + W f(norm(x)) + b, with nothing
-    on the shortcut. Convolutions are 3x3 with zero padding, the first with stride 2, the others on its map; a global
-    average pool and a linear layer follow.
+    A plain hidden layer is f(norm(Wx + b)). A residual one, from the second on, is x + W f(norm(x)) + b, with an
+    identity shortcut. Convolutions are 3x3 with zero padding, the first with stride 2; a global average pool and a
+    linear layer follow.
 
     Args:
-        remedy: parts of `PARTS` with + between.
+        remedy: Parts of `PARTS` joined by +.
         activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``.
-        depth: weight layers, at least 2.
-        shape: of one example, without the batch; channels, height and width for convolutions.
-        num_classes: outputs.
+        depth: Number of weight layers, at least 2.
+        shape: Shape of one example, without the batch; (C, H, W) for convolutions.
+        num_classes: Number of outputs.
         layers: ``"linear"`` or ``"conv"``.
 
     Returns:
-        A module that maps [N, *shape] to logits [N, num_classes]. Its weights come from torch's global random stream.
+        A module that maps [N, *shape] to logits [N, num_classes], with weights from torch's global random stream.
 
     Raises:
-        ArgumentError: an option is not one of those above; the message lists what there is.
+        ArgumentError: An argument is not one of the values above; the message lists them.
 
     Source:
-        He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027, for the order in residual nets.
+        He et al. 2016, Identity Mappings in Deep Residual Networks, arXiv 1603.05027, for the order in residual layers.
         Ioffe and Szegedy 2015, arXiv 1502.03167; Ba et al. 2016, arXiv 1607.06450; Wu and He 2018, arXiv 1803.08494,
-        for the normalisations; over a map, the layer is all channels and places of an example, a group some channels.
+        for the normalisations; on feature maps, layer normalisation is over all channels and pixels of an example.
 
     Example:
         >>> import torch
@@ -116,9 +116,9 @@ def network(
         torch.Size([2, 10])
     """
     chosen = parse_remedy(remedy)
-    for name, value, there_is in (("activation", activation, tuple(_ACTIVATIONS)), ("layers", layers, LAYERS)):
-        if value not in there_is:
-            raise ArgumentError(f"{name}: needed one of {', '.join(there_is)}, got {value!r}")
+    for name, value, supported in (("activation", activation, tuple(_ACTIVATIONS)), ("layers", layers, LAYERS)):
+        if value not in supported:
+            raise ArgumentError(f"{name}: needed one of {', '.join(supported)}, got {value!r}")
     if depth < 2:
         raise ArgumentError(f"depth: needed a whole number of at least 2, got {depth}")
     is_conv = layers == "conv"
@@ -126,7 +126,7 @@ def network(
     modules: list[nn.Module] = [] if is_conv else [nn.Flatten()]
     for k in range(depth - 1):
         if is_conv:
-            # Half the map makes the other layers four times as fast.
+            # Halving the map makes the other layers four times as fast.
             weighted: nn.Module = nn.Conv2d(width if k else shape[0], width, 3, stride=1 if k else 2, padding=1)
         else:
             weighted = nn.Linear(width if k else math.prod(shape), width)

@@ -1,4 +1,4 @@
-"""The matrix of remedies: its cells, what follows from them, and how it prints."""
+"""The result of `remedies`: its cells, its conclusions, and its printed table."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from gradprobe.report.records import RemedyCell
 
 BATCH_SIZE = 64
 MAX_NORM = 1.0
-# A loss counts as fallen when it is below this share of the start and of what a constant answer reaches: a net whose
-# gradients arrive at the last layer only learns the constant answer.
+# A loss has fallen if it is below this share of its start and of the loss of a constant output: a network in which only
+# the last layer gets gradients learns the constant output.
 FELL_SHARE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Remedies:
-    """What `remedies` found; prints as one table with what follows from it.
+    """The result of `remedies`; prints as one table with its conclusions.
 
     Attributes:
-        data: what the nets were trained on, in a line.
+        data: The training data, in one line.
         layers: ``"linear"`` or ``"conv"``.
-        seeds: of weights and order of the images.
-        steps: for which each net was trained.
-        learning_rate: of SGD with momentum.
-        momentum: of it.
-        weight_decay: of it.
-        constant_loss: of the best answer that makes no use of the image.
-        cells: for each activation and depth all remedies.
+        seeds: Seeds of the weights and of the order of the images.
+        steps: Training steps of each network.
+        learning_rate: Learning rate of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
+        constant_loss: Loss of the best output that ignores the image.
+        cells: All remedies for each activation and depth.
     """
 
     data: str
@@ -47,18 +47,18 @@ class Remedies:
     cells: tuple[RemedyCell, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """Gives the result as plain data, with the ratios and the conclusions."""
+        """Converts the result to plain data, with the ratios and the conclusions."""
         cells = [{**asdict(cell), "ratio": cell.ratio} for cell in self.cells]
         return {**asdict(self), "cells": cells, "conclusions": list(self.conclusions)}
 
     def of(self, remedy: str, activation: str, depth: int) -> RemedyCell | None:
-        """Finds a cell, None where it was not asked for."""
+        """Finds a cell; None if there is none."""
         wanted = (remedy, activation, depth)
         return next((one for one in self.cells if (one.remedy, one.activation, one.depth) == wanted), None)
 
     @property
     def conclusions(self) -> tuple[str, ...]:
-        """What the numbers say, in sentences."""
+        """The conclusions from the numbers, in sentences."""
         sentences = []
         nets = list(dict.fromkeys((cell.activation, cell.depth) for cell in self.cells))
         whole = [
@@ -67,9 +67,9 @@ class Remedies:
             if all(cell.n_fell == len(self.seeds) for cell in self.cells if cell.remedy == remedy)
         ]
         sentences.append(
-            f"The loss fell on all {len(nets)} nets and with every seed with: {', '.join(whole)}."
+            f"The loss fell for all {len(nets)} networks and every seed with: {', '.join(whole)}."
             if whole
-            else f"No remedy let the loss fall on all {len(nets)} nets with every seed."
+            else f"No remedy made the loss fall for all {len(nets)} networks and every seed."
         )
         pairs = [(cell, self._unclipped(cell)) for cell in self.cells]
         clipped = [(cell, twin) for cell, twin in pairs if twin is not None and math.isfinite(cell.ratio)]
@@ -77,7 +77,7 @@ class Remedies:
             changes = [abs(cell.ratio / twin.ratio - 1) if twin.ratio else 0.0 for cell, twin in clipped]
             cell, twin = max(clipped, key=lambda pair: pair[1].total_norm)
             text = (
-                f"Clipping changes first/last by {max(changes):.1g} of it at most, and the total norm from "
+                f"Clipping changes first/last by a relative {max(changes):.1g} at most, and the total norm from "
                 f"{number(twin.total_norm)} to {number(cell.total_norm)} ({cell.remedy}, {cell.activation}, "
                 f"{cell.depth} layers)"
             )
@@ -87,8 +87,8 @@ class Remedies:
         if told:
             worst = max(told, key=lambda cell: abs(cell.factor - (cell.theory or 0.0)))
             sentences.append(
-                f"The factor per layer is at most {abs(worst.factor - (worst.theory or 0.0)):.2f} from that of theory, "
-                f"which is for wide layers and groups and for large batches ({worst.remedy}, {worst.activation}, "
+                f"The factor per layer differs from theory by at most {abs(worst.factor - (worst.theory or 0.0)):.2f}; "
+                f"theory assumes wide layers and groups and large batches ({worst.remedy}, {worst.activation}, "
                 f"{worst.depth} layers: {worst.factor:.2f}, theory {worst.theory:.2f})."
             )
         return tuple(sentences)
@@ -100,7 +100,7 @@ class Remedies:
         return self.of("+".join(part for part in parts if part != "clipping") or "none", cell.activation, cell.depth)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table("remedy", "at the start", title="Remedies, at initialisation and after a short training")
+        table = Table("remedy", "at the start", title="Remedies at initialisation and after a short training")
         table.title_justify = "left"
         for head in ("first", "first/last", "per layer", "theory", "loss", "after", "fell", "NaN"):
             table.add_column(head, justify="right", no_wrap=True)
@@ -129,15 +129,15 @@ class Remedies:
         yield Text(
             f"{self.data}; {nets}; {len(self.seeds)} seeds, batch {BATCH_SIZE}, {self.steps} steps of SGD "
             f"{self.learning_rate:g} with momentum {self.momentum:g}, weight decay {self.weight_decay:g}; clipping to "
-            f"{MAX_NORM:g}; groupnorm over {GROUPS} groups; without xavier or he, weights start as PyTorch starts "
-            "them. first, first/last: norm of the weight gradient next to the input, and over that next to the loss; "
-            "per layer: its factor towards the input, least squares over the hidden layers, ± standard error; theory: "
-            "the same in a plain fully connected net of wide layers and groups; fell: seeds whose loss ended below "
-            f"{FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, that of a constant answer; NaN: steps done "
-            "before the loss became NaN or infinite."
+            f"{MAX_NORM:g}; groupnorm with {GROUPS} groups; without xavier or he, PyTorch's default initialisation. "
+            "first: norm of the gradient of the weight next to the input; first/last: that over the norm next to the "
+            "loss; per layer: factor of the norm per layer towards the input, least squares over the hidden layers, "
+            "± standard error; theory: its prediction for plain fully connected networks of wide layers and groups; "
+            f"fell: seeds whose loss ended below {FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, the loss "
+            "of a constant output; NaN: steps completed before the loss became NaN or infinite."
         )
         yield Text(
-            f"For scale: a factor of 0.5 per layer leaves 0.5^20 = {0.5**20:.1e} after 20 layers, one of 2 makes "
+            f"For scale: over 20 layers, a factor of 0.5 per layer gives 0.5^20 = {0.5**20:.1e}, a factor of 2 gives "
             f"2^20 = {2**20:,}."
         )
         yield from (Text(sentence) for sentence in self.conclusions)

@@ -1,8 +1,8 @@
-"""Remedies for gradients that vanish or explode, side by side: what each does to nets by depth and activation.
+"""Compares remedies for vanishing and exploding gradients over depths and activations.
 
-Every net is a stack of layers of one width on scikit-learn's digits: linear ones, of which hundreds of nets train in
-minutes, or convolutions, which take several times as long. The gradient is measured by the probe at initialisation, in
-float64, where what float32 would round to zero still has a norm; training is in float32.
+Every network is a stack of layers of one width, trained on scikit-learn's digits: linear layers, of which hundreds of
+networks train in minutes, or convolutions, which take several times as long. The probe measures the gradient at
+initialisation in float64, so that norms that float32 would round to zero are seen; training is in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradprobe.diagnosis.diagnose import gravest, verdict
 from gradprobe.diagnosis.trend import fit_trend
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments import REMEDY_STEPS
-from gradprobe.experiments.common import bar, check_seeds, one_thread
+from gradprobe.experiments.common import check_seeds, one_thread, progress_bar
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.remedies.networks import LAYERS, network, parse_remedy
 from gradprobe.experiments.remedies.result import BATCH_SIZE, FELL_SHARE, MAX_NORM, Remedies
@@ -62,7 +62,7 @@ def _check(
         parse_remedy(remedy)
     for activation in activations:
         if activation not in ACTIVATIONS:
-            raise ArgumentError(f"activations: needed some of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ArgumentError(f"activations: needed one or more of {', '.join(ACTIVATIONS)}, got {activation!r}")
     for depth in depths:
         if depth < 2:
             raise ArgumentError(f"depths: needed whole numbers of at least 2, got {depth}")
@@ -70,7 +70,7 @@ def _check(
     options = (("remedies", remedies), ("activations", activations), ("depths", depths), ("seeds", seeds))
     for name, values in options:
         if not values or len(set(values)) < len(values):
-            raise ArgumentError(f"{name}: needed at least one, and none twice, got {', '.join(map(str, values))}")
+            raise ArgumentError(f"{name}: needed at least one, without duplicates, got {', '.join(map(str, values))}")
 
 
 def remedies(
@@ -83,22 +83,22 @@ def remedies(
     steps: int = REMEDY_STEPS,
     console: Console | None = None,
 ) -> Remedies:
-    """Measures the gradient of every net with every remedy at initialisation, and trains each for some steps.
+    """Measures the gradient of every network with every remedy at initialisation, and trains each for some steps.
 
     Args:
-        layers: what the nets are made of: ``"linear"`` or ``"conv"``, 3x3 convolutions.
-        remedies: parts of `PARTS`, with + between where several are to be taken together.
-        depths: weight layers, at least 2.
-        activations: some of ``"sigmoid"``, ``"tanh"``, ``"relu"``.
-        seeds: whole numbers from 0 to 2^32 - 1.
-        steps: of the optimizer, at least 1.
-        console: where to draw the progress bar; None draws none. A console that is no terminal stays quiet.
+        layers: Kind of layers: ``"linear"`` or ``"conv"`` (3x3 convolutions).
+        remedies: Remedies, each one or more parts of `gradprobe.experiments.remedies.networks.PARTS` joined by +.
+        depths: Numbers of weight layers, each at least 2.
+        activations: One or more of ``"sigmoid"``, ``"tanh"``, ``"relu"``.
+        seeds: Whole numbers from 0 to 2^32 - 1.
+        steps: Training steps, at least 1.
+        console: Console for the progress bar; None, or a console that is not a terminal, draws none.
 
     Returns:
         The measurements, with their conditions.
 
     Raises:
-        ArgumentError: an option is not one of those above; the message lists what there is.
+        ArgumentError: An argument is not one of the values above; the message lists them.
 
     Source:
         He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS); Pascanu et al. 2013 (ICML); He et al. 2016,
@@ -112,7 +112,7 @@ def remedies(
     shares = torch.bincount(data.train_y).double() / len(data.train_y)
     constant_loss = float(-(shares * shares.log()).sum())
     cells = []
-    with one_thread(), bar(console) as progress:
+    with one_thread(), progress_bar(console) as progress:
         task = progress.add_task("", total=len(activations) * sum(depths) * len(remedies) * len(seeds))
         for activation, depth, remedy in product(activations, depths, remedies):
             runs = []
@@ -155,10 +155,10 @@ def _run(layers: str, remedy: str, activation: str, depth: int, seed: int, steps
 
     model.float()
     optimizer = sgd(model, RECIPE)
-    # Here and at the end normalised by each batch: running averages lag behind in so short a training.
+    # Normalised by batch statistics here and at the end: running averages lag behind in such a short training.
     start_loss, _ = evaluate(model, data.train_x, data.train_y, by_batch=True)
     nan_after = None
-    # What is below the smallest normal number of float32 moves no weight, and takes many CPUs a hundred times as long.
+    # Numbers below the smallest normal float32 move no weight, but are a hundred times slower on many CPUs.
     torch.set_flush_denormal(True)
     try:
         order = torch.empty(0, dtype=torch.int64)
@@ -184,9 +184,10 @@ def _run(layers: str, remedy: str, activation: str, depth: int, seed: int, steps
 
 
 def _measure(model: nn.Module, images: Tensor, labels: Tensor, clipped: bool) -> Snapshot:
-    """The gradients of one batch as the optimizer would get them: measured at the step, hence after clipping.
+    """Measures the gradients of one batch as the optimizer gets them: at the step, and so after clipping.
 
-    Junctions and loss are for the verdict: with sound gradients, a residual net's forward pass can explode.
+    The verdict needs residual adds and loss: the forward pass of a residual network can explode although its gradients
+    are healthy.
     """
     with attach(model, when="step") as probe:
         loss = F.cross_entropy(model(images), labels)
@@ -207,11 +208,11 @@ def _cell(
     data: Dataset,
 ) -> RemedyCell:
     logs = [_mean_log(norms) for norms in zip(*(run.norms for run in runs), strict=True)]
-    # The first and the last layer have other shapes and other neighbours.
+    # Without the first and last layer, which have other shapes and neighbours.
     line = fit_trend(logs[1:-1])
     parts = parse_remedy(remedy)
     theory = None
-    # At the zeros around a map, convolutions lose what the theory of linear layers does not know of.
+    # The theory of linear layers does not cover the zero padding of convolutions.
     if layers == "linear" and not parts.residual and depth > 3:
         mean_square = float(data.train_x.square().mean())
         theory = factor_per_layer(
@@ -235,5 +236,5 @@ def _cell(
 
 
 def _mean_log(norms: Sequence[float]) -> float:
-    """Mean of the logarithms; minus infinity where one norm is zero."""
+    """Computes the mean of the logarithms; minus infinity if one norm is zero."""
     return sum(-math.inf if norm == 0 else math.log(norm) for norm in norms) / len(norms)

@@ -1,4 +1,4 @@
-"""What theory says of the gradient in a wide random net of equal layers: its factor per layer, before any training."""
+"""Predicts the factor per layer on the gradient norm of a wide random network of equal layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradprobe.snapshot.records import FloatArray
 
 Pair = tuple[Callable[[FloatArray], FloatArray], Callable[[FloatArray], FloatArray]]
 
-# A standard normal variable and its weights: fine enough for the kink of ReLU, and 10 sigma to each side.
+# Points and weights of a standard normal variable, 10 sigma to each side, fine enough for the kink of ReLU.
 _Z = np.linspace(-10.0, 10.0, 20_001)
 _P = np.exp(-(_Z**2) / 2) / np.exp(-(_Z**2) / 2).sum()
 
@@ -22,8 +22,8 @@ def _sigmoid(z: FloatArray) -> FloatArray:
     return 0.5 * (1 + np.tanh(z / 2))
 
 
-# Each activation and its derivative. Only squares of these are summed: the derivative of ReLU at the grid's point 0 has
-# the square 1/2, half way between those of both sides.
+# Each activation and its derivative. Only squares of the derivative are summed: that of ReLU's derivative at 0 is 1/2,
+# halfway between its values on both sides.
 _FUNCTIONS: dict[str, Pair] = {
     "sigmoid": (_sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))),
     "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
@@ -35,28 +35,29 @@ ACTIVATIONS = tuple(_FUNCTIONS)
 def factor_per_layer(
     activation: str, norm: str, weight_gain: float, bias_variance: float, input_mean_square: float, n_layers: int
 ) -> float:
-    """Predicts the factor of the weight gradient's norm per hidden layer of a plain net, towards the input.
+    """Predicts the factor of the weight gradient's norm per hidden layer of a plain network, towards the input.
 
-    Without normalisation, the variance q of the pre-activations goes forward as q' = g E[f(sqrt(q) z)^2] + b, and the
-    squared gradient comes back with g E[f'(sqrt(q) z)^2], for weights of variance g / fan-in and biases of variance b;
-    the gradient of a weight is the product of both ways. A normalisation keeps the pre-activations standard normal and
-    divides the gradient by the deviation that it took away: that over the batch, g Var[f(z)], or over the layer,
-    g E[f(z)^2] + b. A wide layer's pre-activations of one example are independent draws of one normal variable, so that
-    each of a few wide groups has the mean and the variance of the layer: group normalisation is in the limit the same.
+    Let weights have variance g / fan-in and biases variance b. Without normalisation, the variance q of the
+    pre-activations propagates as q' = g E[f(sqrt(q) z)^2] + b, and the squared gradient is multiplied by
+    g E[f'(sqrt(q) z)^2] on the way back; a weight's gradient is the product of the forward and the backward signal. A
+    normalisation keeps the pre-activations standard normal and divides the gradient by their standard deviation, whose
+    square is g Var[f(z)] over the batch, or g E[f(z)^2] + b over the layer. In a wide layer, the pre-activations of one
+    example are independent draws of one normal variable, so each of a few wide groups has the layer's mean and
+    variance: in the limit, group normalisation is the same as layer normalisation.
 
     Args:
         activation: One of `ACTIVATIONS`.
         norm: ``"batch"``, ``"layer"``, ``"group"`` or ``"none"``.
         weight_gain: g.
         bias_variance: b.
-        input_mean_square: Of the elements of the net's input.
-        n_layers: Hidden layers, the first not counted, over which the line is drawn.
+        input_mean_square: Mean square of the elements of the network's input.
+        n_layers: Number of hidden layers, without the first, that the line is fitted to.
 
     Returns:
         The factor.
 
     Raises:
-        ArgumentError: There is no such activation or normalisation.
+        ArgumentError: The activation or the normalisation is unknown.
 
     Source:
         Schoenholz et al. 2017, Deep Information Propagation, arXiv 1611.01232; He et al. 2015, arXiv 1502.01852 (ReLU
@@ -88,6 +89,6 @@ def factor_per_layer(
         forward.append(square(function, q))
         q = weight_gain * forward[-1] + bias_variance
         backward.append(weight_gain * square(derivative, q))
-    # A layer's gradient has passed the derivative of its own activation, and all of the layers behind it.
+    # A layer's gradient has passed the derivative of its own activation and all layers closer to the loss.
     behind = np.cumsum(np.log(backward[::-1]))[::-1]
     return fit_trend(list(0.5 * (np.log(forward) + behind))).factor

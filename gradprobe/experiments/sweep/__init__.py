@@ -1,1 +1,1 @@
-"""Trains plain and residual networks by depth, and stores what happened."""
+"""The degradation sweep: trains plain and residual networks by depth, and records the run in a file."""

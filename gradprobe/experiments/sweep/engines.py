@@ -1,6 +1,6 @@
-"""Where the cells of a sweep run: processes of this machine, or Ray. An engine yields results; it writes nothing.
+"""Engines that train the cells of a sweep: processes on this machine, or Ray.
 
-Since only the caller writes the file, nothing that outlives it can write on.
+An engine only yields results. The caller alone writes the file, so no process that outlives it can write.
 """
 
 from __future__ import annotations
@@ -25,21 +25,14 @@ ENGINES = ("local", "ray")
 
 @dataclass(frozen=True)
 class Job:
-    """A cell, and what it takes to train it from its last checkpoint to its end."""
+    """A cell to train, with its data and training settings."""
 
     cell: Cell
     data_spec: str
     recipe: Recipe
 
     def run(self, state: bytes | None) -> Iterator[EpochResult]:
-        """Trains the cell on one thread.
-
-        Args:
-            state: its checkpoint, None at its start.
-
-        Yields:
-            One result per epoch.
-        """
+        """Trains the cell on one thread from a checkpoint (None: from the start); yields one result per epoch."""
         import torch
 
         from gradprobe.experiments.data import load
@@ -52,11 +45,14 @@ class Job:
 
 
 Engine = Callable[[Sequence[Job], int, Callable[[int], bytes | None]], Iterator[tuple[Job, EpochResult]]]
+"""An engine takes the jobs in order of their start, the largest number of jobs to run in parallel, and a function that
+returns the checkpoint of a cell by its id. It yields each job with the result of one of its epochs, in order of
+arrival, and raises `GradprobeError` if a job fails."""
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """An exception of a worker, in words that travel between processes."""
+    """An exception of a worker, as text that can be sent between processes."""
 
     message: str
     trace: str
@@ -72,24 +68,12 @@ class _Worker:
 def run_local(
     jobs: Sequence[Job], workers: int, checkpoint: Callable[[int], bytes | None]
 ) -> Iterator[tuple[Job, EpochResult]]:
-    """Runs jobs in fresh processes of this machine, which end when this process does, however it ends.
-
-    Args:
-        jobs: what to run, in this order.
-        workers: how many at a time.
-        checkpoint: gives the state from which a cell (by id) goes on.
-
-    Yields:
-        A job and the result of one of its epochs, as they come.
-
-    Raises:
-        GradprobeError: a worker failed or was killed; the others are stopped.
-    """
+    """Runs jobs in new processes on this machine; an `Engine`. The processes end with this one, however it ends."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(jobs))
     running: dict[Connection, _Worker] = {}
 
-    def give(worker: _Worker, job: Job) -> None:
+    def assign(worker: _Worker, job: Job) -> None:
         worker.job = job
         worker.connection.send((job, checkpoint(job.cell.id)))
 
@@ -97,13 +81,13 @@ def run_local(
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process = context.Process(target=_run_worker, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             started.append(process)
             job = waiting.pop()
             running[ours] = _Worker(process, ours, job)
-            give(running[ours], job)
+            assign(running[ours], job)
         while running:
             for connection in wait(list(running)):
                 worker = running[connection]  # type: ignore[index]
@@ -113,14 +97,14 @@ def run_local(
                     worker.process.join()
                     raise GradprobeError(
                         f"{_title(worker.job)}: its process ended with exit code {worker.process.exitcode}; "
-                        "the same command goes on from the last epoch"
+                        "run the same command again to resume from the last epoch"
                     ) from error
                 if isinstance(message, EpochResult):
                     yield worker.job, message
                 elif isinstance(message, _Failure):
                     raise GradprobeError(f"{_title(worker.job)}: {message.message}") from RuntimeError(message.trace)
                 elif waiting:
-                    give(worker, waiting.pop())
+                    assign(worker, waiting.pop())
                 else:
                     worker.connection.close()
                     del running[worker.connection]
@@ -134,19 +118,11 @@ def run_local(
 def run_ray(
     jobs: Sequence[Job], workers: int, checkpoint: Callable[[int], bytes | None]
 ) -> Iterator[tuple[Job, EpochResult]]:
-    """Runs jobs as Ray tasks of one CPU each, on the cluster that Ray is connected to or else on this machine.
-
-    Args:
-        jobs: what to run, in this order.
-        workers: how many at a time.
-        checkpoint: gives the state from which a cell (by id) goes on.
-
-    Yields:
-        A job and the result of one of its epochs, as they come.
+    """Runs jobs as Ray tasks of one CPU each, on the connected cluster or else on this machine; an `Engine`.
 
     Raises:
         BackendError: Ray is not installed.
-        GradprobeError: a task failed.
+        GradprobeError: A task failed.
     """
     try:
         import ray
@@ -156,7 +132,7 @@ def run_ray(
         ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
     task = ray.remote(num_cpus=1, num_returns="streaming")(Job.run)
     waiting = list(reversed(jobs))
-    running: dict[Any, Job] = {}  # by the generator of its results
+    running: dict[Any, Job] = {}  # by the generator of their results
     while waiting or running:
         while waiting and len(running) < workers:
             job = waiting.pop()
@@ -176,7 +152,7 @@ def run_ray(
 
 
 def cpus() -> int:
-    """Counts the CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -186,9 +162,9 @@ def _title(job: Job) -> str:
     return f"{job.cell.name} seed {job.cell.seed}"
 
 
-def _work(connection: Connection) -> None:
-    """A worker process: runs jobs until the other end of the connection closes."""
-    # Ctrl-C reaches the whole group; the parent decides what it means.
+def _run_worker(connection: Connection) -> None:
+    """Runs jobs in a worker process until the other end of the connection closes."""
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:

@@ -1,4 +1,4 @@
-"""The degradation sweep: trains every network of families x depths x seeds, into one file from which it resumes."""
+"""The degradation sweep: trains every family at every depth with every seed, into one file from which it resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradprobe import networks
 from gradprobe.errors import ArgumentError, StoreError
 from gradprobe.experiments import DEFAULT_EPOCHS
-from gradprobe.experiments.common import bar, check_seeds
+from gradprobe.experiments.common import check_seeds, progress_bar
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.store import RunWriter, start_run
@@ -43,36 +43,35 @@ def sweep(
     engine: str = "local",
     console: Console | None = None,
 ) -> Path:
-    """Trains the cells that the file does not have yet; a sweep that was cut at any moment goes on where it was.
+    """Trains the cells that the file does not contain yet; an interrupted sweep resumes where it stopped.
 
-    Each cell trains on one thread and gives the same numbers whatever the number of jobs, and however often it was cut.
+    Each cell trains on one thread, with the same numbers for any number of jobs and interruptions.
 
     Args:
-        out: the SQLite file.
-        data: see `gradprobe.experiments.data.load`.
-        families: some of ``"plain"`` and ``"resnet"``.
-        depths: depths of `gradprobe.networks`.
-        seeds: whole numbers from 0 to 2^32 - 1.
-        epochs: passes over the training set; He et al. train for about 164.
-        batch_size: images per step; by default 64 for digits, else 128 as in the paper; all of them where there are
-            fewer.
-        jobs: cells that train at the same time; by default one per CPU.
-        engine: ``"local"`` (processes of this machine) or ``"ray"``.
-        console: where to draw the progress bar; None draws none. A console that is no terminal stays quiet.
+        out: The SQLite file.
+        data: Data set, for `gradprobe.experiments.data.load`.
+        families: One or more of ``"plain"`` and ``"resnet"``.
+        depths: Depths that `gradprobe.networks` supports.
+        seeds: Whole numbers from 0 to 2^32 - 1.
+        epochs: Passes over the training set; He et al. train for about 164.
+        batch_size: Images per step, at most the whole training set; by default 64 for digits, else 128 as in the paper.
+        jobs: Number of cells trained in parallel; by default one per CPU.
+        engine: ``"local"`` (processes on this machine) or ``"ray"``.
+        console: Console for the progress bar; None, or a console that is not a terminal, draws none.
 
     Returns:
-        The file, for `gradprobe.experiments.sweep.store.open_run`.
+        The path of the file, for `gradprobe.experiments.sweep.store.open_run`.
 
     Raises:
-        ArgumentError: an option is not one of those above; the message lists what there is.
-        StoreError: the file cannot be used; see `gradprobe.experiments.sweep.store.start_run`.
-        BackendError: the engine is not installed.
-        GradprobeError: a cell failed; what was recorded stays.
+        ArgumentError: An argument is not one of the values above; the message lists them.
+        StoreError: The file cannot be used; see `gradprobe.experiments.sweep.store.start_run`.
+        BackendError: The engine is not installed.
+        GradprobeError: A cell failed; recorded epochs are kept.
 
     Source:
         He et al. 2015, section 4.2.
     """
-    families, depths, seeds = _checked("families", families), _checked("depths", depths), _checked("seeds", seeds)
+    families, depths, seeds = _unique("families", families), _unique("depths", depths), _unique("seeds", seeds)
     check_seeds("seeds", seeds)
     if jobs is not None and jobs < 1:
         raise ArgumentError(f"jobs: needed at least 1, got {jobs}")
@@ -84,16 +83,16 @@ def sweep(
     sizes = {net: _size(*net, dataset) for net in product(families, depths)}
     costs = {net: multiply_adds for net, (_, multiply_adds) in sizes.items()}
     asked = list(product(families, depths, seeds))
-    with start_run(out, _config(dataset, recipe), _facts(dataset)) as run:
+    with start_run(out, _config(dataset, recipe), _metadata(dataset)) as run:
         if run.meta["torch_version"] != torch.__version__:
             raise StoreError(
-                f"{run.path}: made with torch {run.meta['torch_version']}, and this is torch {torch.__version__}, "
-                "which would not give the same numbers. Give another --out."
+                f"{run.path}: written with torch {run.meta['torch_version']}; torch {torch.__version__} would give "
+                "different numbers. Use another --out."
             )
         run.add_cells([(*cell, sizes[cell[:2]][0]) for cell in asked])
         cells = [cell for cell in run.cells() if (cell.family, cell.depth, cell.seed) in set(asked)]
         todo = [engines.Job(cell, dataset.spec, recipe) for cell in cells if cell.status == "pending"]
-        # The longest first, so that no long one is left alone at the end.
+        # The longest first, so that no long job runs alone at the end.
         todo.sort(key=lambda job: -costs[job.cell.family, job.cell.depth])
         run_engine: engines.Engine = engines.run_ray if engine == "ray" else engines.run_local
         with _progress(console, run, cells, costs, epochs) as advance:
@@ -107,14 +106,14 @@ def sweep(
 def _progress(
     console: Console | None, run: RunWriter, cells: Sequence[Cell], costs: dict[tuple[str, int], int], epochs: int
 ) -> Iterator[Callable[[Cell, EpochResult], None]]:
-    """A bar over all epochs of all cells, each weighted by what it costs; yields what to call after an epoch."""
+    """Shows a progress bar over all epochs of all cells, weighted by cost; yields the function that advances it."""
 
     def cost(cell: Cell) -> int:
         return costs[cell.family, cell.depth]
 
-    # A finished cell counts whole, though a diverged one has fewer epochs.
+    # A finished cell counts in full, although a diverged one has fewer epochs.
     done = sum(cost(c) * (epochs if c.status != "pending" else max(len(run.epochs(c.id)) - 1, 0)) for c in cells)
-    with bar(console) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=sum(cost(cell) * epochs for cell in cells), completed=done)
 
         def advance(cell: Cell, result: EpochResult) -> None:
@@ -128,7 +127,7 @@ def _progress(
         yield advance
 
 
-def _checked(name: str, values: Sequence[T]) -> tuple[T, ...]:
+def _unique(name: str, values: Sequence[T]) -> tuple[T, ...]:
     if not values:
         raise ArgumentError(f"{name}: needed at least one, got none")
     return tuple(dict.fromkeys(values))
@@ -149,7 +148,7 @@ def _config(data: Dataset, recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _facts(data: Dataset) -> dict[str, str]:
+def _metadata(data: Dataset) -> dict[str, str]:
     return {
         "gradprobe_version": _version(),
         "torch_version": torch.__version__,
@@ -166,7 +165,7 @@ def _version() -> str:
 
 
 def _size(family: str, depth: int, data: Dataset) -> tuple[int, int]:
-    """The parameters of a net, and the multiply-adds of one image as a measure of what an epoch costs."""
+    """Returns a network's number of parameters, and its multiply-adds per image as a measure of an epoch's cost."""
     multiply_adds = 0
 
     def count(module: nn.Module, _: object, output: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""One SQLite file per sweep: what was asked, what was measured, and what is needed to go on after a kill.
+"""One SQLite file per sweep: its configuration, its measurements, and the checkpoints from which it resumes.
 
-The file is in WAL mode and is written by one process, one transaction per epoch of a cell: the measurements of the
-epoch and the checkpoint from which the next one starts are there together or not at all. Not-a-number is NULL in the
-file and ``nan`` when read (SQLite has no NaN); infinities are kept.
+The file is in WAL mode and is written by one process, one transaction per epoch of a cell, so it contains both the
+measurements of an epoch and the checkpoint for the next one, or neither. SQLite has no NaN: it is stored as NULL.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow
 
 APPLICATION_ID = 0x67725072  # "grPr"
 SCHEMA_VERSION = 2
-_WITHOUT_JUNCTIONS = 1  # the schema version that is this one but for the table of junctions
+_WITHOUT_JUNCTIONS = 1  # the schema version that lacks only the junction table
 
 _TIMEOUT_S = 60.0
 
@@ -56,7 +55,7 @@ CREATE TABLE checkpoint(cell INTEGER PRIMARY KEY REFERENCES cell(id), epoch INTE
 
 @contextmanager
 def _sqlite_errors(path: Path) -> Iterator[None]:
-    """Turns what SQLite raises about ``path`` into one line of ours."""
+    """Turns SQLite's errors into a `StoreError` that names the file."""
     try:
         yield
     except sqlite3.Error as error:
@@ -68,7 +67,7 @@ def _number(value: float | None) -> float:
 
 
 class Run:
-    """A sweep's file, opened for reading, also while a sweep writes it. Close it, or use it in ``with``."""
+    """A sweep's file, opened for reading, also while a sweep writes it. Close it or use it in ``with``."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
@@ -83,7 +82,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; calling it again does nothing."""
+        """Closes the file; a second call does nothing."""
         self._db.close()
 
     def _rows(self, query: str, *arguments: object) -> list[tuple[Any, ...]]:
@@ -92,36 +91,36 @@ class Run:
 
     @property
     def meta(self) -> dict[str, str]:
-        """The file's head: ``schema_version``, ``gradprobe_version``, ``torch_version``, ``config`` and more."""
+        """The file's metadata: ``schema_version``, ``gradprobe_version``, ``torch_version``, ``config`` and more."""
         return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
 
     @property
     def config(self) -> dict[str, Any]:
-        """What all cells share: the data, the epochs and the recipe."""
+        """Settings that all cells share: data, epochs, recipe."""
         config: dict[str, Any] = json.loads(self.meta["config"])
         return config
 
     def cells(self) -> list[Cell]:
-        """All cells, by family, depth and seed in the order in which they were asked for."""
+        """Returns all cells, in the order in which they were added."""
         return [
             Cell(*row) for row in self._rows("SELECT id, family, depth, seed, parameters, status FROM cell ORDER BY id")
         ]
 
     def epochs(self, cell_id: int) -> list[EpochRow]:
-        """The epochs of a cell that are recorded so far, from 0 on."""
+        """Returns the epochs of a cell recorded so far, from 0."""
         query = f"SELECT {', '.join(_EPOCH_COLUMNS)} FROM epoch WHERE cell = ? ORDER BY epoch"
         return [EpochRow(row[0], *map(_number, row[1:])) for row in self._rows(query, cell_id)]
 
     def layers(self, cell_id: int, epoch: int) -> list[LayerRow]:
-        """The gradients of a cell's weights in one epoch, in depth order; empty where that epoch is not recorded."""
+        """Returns the gradients of a cell's weights in one epoch, by depth; empty if the epoch is not recorded."""
         query = f"SELECT {', '.join(_LAYER_COLUMNS)} FROM layer WHERE cell = ? AND epoch = ? ORDER BY position"
         rows = self._rows(query, cell_id, epoch)
         return [LayerRow(*row[:3], *map(_number, row[3:7]), *row[7:]) for row in rows]
 
     def junctions(self, cell_id: int, epoch: int) -> list[JunctionRow]:
-        """The residual junctions of a cell before its step after so many epochs, in depth order.
+        """Returns the residual adds of a cell in its first step after ``epoch`` completed epochs, in depth order.
 
-        Empty for a plain net, where that step is not recorded, and in a file of a version that recorded no junctions.
+        Empty for a plain network, if the step is not recorded, and in a file of schema version 1.
         """
         if self.meta["schema_version"] == str(_WITHOUT_JUNCTIONS):
             return []
@@ -147,11 +146,7 @@ class RunWriter(Run):
         _release(self.path, self._lock)
 
     def add_cells(self, cells: Sequence[tuple[str, int, int, int]]) -> None:
-        """Adds the cells that are not in the file yet.
-
-        Args:
-            cells: (family, depth, seed, parameters) of each.
-        """
+        """Adds those cells, given as (family, depth, seed, parameters), that the file does not contain yet."""
         with _sqlite_errors(self.path), self._db:
             self._db.executemany(
                 "INSERT INTO cell(family, depth, seed, parameters, status) VALUES(?, ?, ?, ?, 'pending') "
@@ -160,7 +155,7 @@ class RunWriter(Run):
             )
 
     def checkpoint(self, cell_id: int) -> bytes | None:
-        """The state after a cell's last recorded epoch; None where no epoch is recorded."""
+        """Returns the checkpoint after a cell's last recorded epoch; None if no epoch is recorded."""
         rows = self._rows("SELECT state FROM checkpoint WHERE cell = ?", cell_id)
         return bytes(rows[0][0]) if rows else None
 
@@ -176,12 +171,12 @@ class RunWriter(Run):
         """Records an epoch of a cell, in one transaction.
 
         Args:
-            cell_id: the cell.
-            epochs: the epoch's row; for the first epoch also that of epoch 0.
-            layers: the gradients of the same epochs.
-            junctions: the residual junctions of the epoch's first step.
-            state: what the next epoch starts from; kept only while the status is ``"pending"``.
-            status: the cell's status from now on.
+            cell_id: Id of the cell.
+            epochs: The epoch's row; for the first epoch also that of epoch 0.
+            layers: The weights' gradients in the same epochs.
+            junctions: The residual adds in the epoch's first step.
+            state: Checkpoint for the next epoch; kept only while the status is ``"pending"``.
+            status: New status of the cell.
         """
         with _sqlite_errors(self.path), self._db:
             for table, columns, rows in (
@@ -201,7 +196,7 @@ class RunWriter(Run):
                 self._db.execute("UPDATE cell SET status = ? WHERE id = ?", (status, cell_id))
         if status != "pending":
             with _sqlite_errors(self.path):
-                # Gives back the pages of the checkpoint, which is many times larger than all measurements.
+                # Frees the pages of the checkpoint, which is many times larger than all measurements.
                 self._db.executescript("PRAGMA incremental_vacuum")
 
 
@@ -209,13 +204,13 @@ def open_run(path: str | Path) -> Run:
     """Opens a sweep's file for reading.
 
     Args:
-        path: the file that ``gradprobe sweep --out`` wrote.
+        path: File that ``gradprobe sweep --out`` wrote.
 
     Returns:
-        The run; close it, or use it in a ``with`` statement.
+        The run; close it or use it in a ``with`` statement.
 
     Raises:
-        StoreError: there is no such file, it is not one of ours, or it cannot be read.
+        StoreError: The file does not exist, is not a sweep's file, or cannot be read.
 
     Example:
         >>> import tempfile
@@ -227,19 +222,19 @@ def open_run(path: str | Path) -> Run:
     """
     path = Path(path)
     if not _exists(path):
-        raise StoreError(f"{path}: there is no such file; gradprobe sweep --out {path} makes it")
-    _check_ours(path)
+        raise StoreError(f"{path}: no such file; gradprobe sweep --out {path} creates it")
+    _check_file(path)
     uri = path.resolve().as_uri()
     with _sqlite_errors(path):
-        # Not mode=ro: such a reader leaves the files of the WAL behind.
+        # Not mode=ro: such a reader leaves the WAL files behind.
         connection = sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=_TIMEOUT_S)
         try:
             try:
                 connection.execute("PRAGMA query_only = 1")
                 _check_version(path, connection)
             except sqlite3.OperationalError:
-                # WAL needs a file of shared memory beside the database; a read-only folder allows none, and so nobody
-                # is writing there either.
+                # WAL needs a shared-memory file beside the database. A read-only folder cannot have one, but then no
+                # process is writing either.
                 if os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists():
                     raise
                 connection.close()
@@ -252,21 +247,21 @@ def open_run(path: str | Path) -> Run:
 
 
 def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, str]) -> RunWriter:
-    """Opens a sweep's file for writing: makes it, or goes on with it when it was made with the same configuration.
+    """Opens a sweep's file for writing: creates it, or resumes it if it has the same configuration.
 
-    A file of an older version gets the table that it lacks.
+    A file of schema version 1 gets the missing table.
 
     Args:
-        path: the file; missing folders are made.
-        config: what all cells share, as JSON values. Cells are no part of it: a later sweep may add some.
-        meta: further facts for the file's head (versions, creation time); kept from the file's first sweep.
+        path: The file; missing folders are created.
+        config: Settings that all cells share, as JSON values. The cells are not part of it: a later sweep may add some.
+        meta: Further metadata (versions, creation time), written only when the file is created.
 
     Returns:
-        The writer; close it, or use it in a ``with`` statement.
+        The writer; close it or use it in a ``with`` statement.
 
     Raises:
-        StoreError: the file is not one of ours, is damaged, cannot be written, is being written by another sweep, or
-            was made with another configuration (the message names the options that differ). The file is left as it is.
+        StoreError: The file is not a sweep's file, is damaged, cannot be written, is being written by another sweep, or
+            has another configuration (the message names the options that differ). The file is left unchanged.
 
     Example:
         >>> import tempfile
@@ -280,14 +275,14 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{path}: cannot make its folder: {error}") from error
-    if _is_there(path):
-        _check_ours(path)
+        raise StoreError(f"{path}: cannot create its folder: {error}") from error
+    if _has_content(path):
+        _check_file(path)
     lock = _take_lock(path)
     connection: sqlite3.Connection | None = None
     try:
         with _sqlite_errors(path):
-            if not _is_there(path):
+            if not _has_content(path):
                 _create(path, {**meta, "schema_version": str(SCHEMA_VERSION), "config": _json(config)})
             connection = _connect(path, _TIMEOUT_S)
             version = _check_version(path, connection)
@@ -296,7 +291,7 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
                 raise StoreError(f"{path}: the file is damaged: {damage}")
             _check_config(path, json.loads(_json(config)), json.loads(_meta(connection, "config")))
             connection.execute("PRAGMA synchronous = NORMAL")
-            # Fails here, not an epoch later, where the file cannot be written.
+            # Fails now, rather than an epoch later, if the file cannot be written.
             connection.execute("BEGIN IMMEDIATE")
             if version == _WITHOUT_JUNCTIONS:
                 connection.execute(_JUNCTION_TABLE)
@@ -315,13 +310,13 @@ def _json(config: Mapping[str, Any]) -> str:
 
 
 def _create(path: Path, meta: Mapping[str, str]) -> None:
-    """Makes the file under another name first: whatever kills us, ``path`` is a whole run or is not there."""
+    """Creates the file under a temporary name first, so that ``path`` is a complete file even after a kill."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.unlink(missing_ok=True)
     connection = _connect(unfinished, _TIMEOUT_S)
     try:
         connection.execute("PRAGMA journal_mode = MEMORY")
-        # Lets the pages of finished checkpoints be given back; works only before the first table.
+        # Allows the pages of deleted checkpoints to be freed; has an effect only before the first table.
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.executescript(_SCHEMA)
         connection.executemany("INSERT INTO meta VALUES(?, ?)", sorted(meta.items()))
@@ -335,30 +330,30 @@ def _create(path: Path, meta: Mapping[str, str]) -> None:
 def _meta(connection: sqlite3.Connection, key: str) -> str:
     row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     if row is None:
-        raise sqlite3.DatabaseError(f"the file's head has no {key!r}")
+        raise sqlite3.DatabaseError(f"the metadata have no {key!r}")
     value: str = row[0]
     return value
 
 
 def _connect(path: Path, timeout_s: float) -> sqlite3.Connection:
-    # By the whole path: SQLite takes ":memory:" for no file, and "file:…" for an address.
+    # An absolute path: SQLite does not treat ":memory:" and "file:…" as file names.
     return sqlite3.connect(path.absolute(), timeout=timeout_s)
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError as error:  # too long a name
+    except OSError as error:  # e.g. a name that is too long
         raise StoreError(f"{path}: cannot be used: {error.strerror}") from error
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is more than an empty file, which may be overwritten."""
+def _has_content(path: Path) -> bool:
+    """Tells whether the path exists and is not an empty file, which may be overwritten."""
     return _exists(path) and not (path.is_file() and path.stat().st_size == 0)
 
 
-def _check_ours(path: Path) -> None:
-    """Reads the mark in the file's first bytes, so that SQLite never opens what is not ours."""
+def _check_file(path: Path) -> None:
+    """Checks the application id in the file's header, so that SQLite never opens another program's file."""
     if not path.is_file():
         raise StoreError(f"{path}: needed a file, found a {'folder' if path.is_dir() else 'device or pipe'}")
     try:
@@ -367,16 +362,16 @@ def _check_ours(path: Path) -> None:
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
     if not head.startswith(b"SQLite format 3\0"):
-        raise StoreError(f"{path}: needed a run written by gradprobe sweep, found a file that is no SQLite database")
+        raise StoreError(f"{path}: needed a file written by gradprobe sweep, found one that is not an SQLite database")
     if head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
-        raise StoreError(f"{path}: needed a run written by gradprobe sweep, found another SQLite database")
+        raise StoreError(f"{path}: needed a file written by gradprobe sweep, found another SQLite database")
 
 
 def _check_version(path: Path, connection: sqlite3.Connection) -> int:
     version = _meta(connection, "schema_version")
     if version not in (str(_WITHOUT_JUNCTIONS), str(SCHEMA_VERSION)):
         raise StoreError(
-            f"{path}: written with schema version {version}; this gradprobe reads versions {_WITHOUT_JUNCTIONS} to "
+            f"{path}: has schema version {version}; this gradprobe reads versions {_WITHOUT_JUNCTIONS} to "
             f"{SCHEMA_VERSION}"
         )
     return int(version)
@@ -389,7 +384,7 @@ def _check_config(path: Path, asked: Mapping[str, Any], stored: Mapping[str, Any
         if asked.get(key) != stored.get(key)
     ]
     if differences:
-        raise StoreError(f"{path}: made by a sweep with other options: {'; '.join(differences)}. Give another --out.")
+        raise StoreError(f"{path}: written by a sweep with other options: {'; '.join(differences)}. Use another --out.")
 
 
 def _lock_path(path: Path) -> Path:
@@ -397,7 +392,7 @@ def _lock_path(path: Path) -> Path:
 
 
 def _take_lock(path: Path) -> sqlite3.Connection:
-    """Holds ``path`` for this process. SQLite's own locks work on every system and end with their process."""
+    """Reserves ``path`` for this process, with a lock of SQLite: portable, and released when the process ends."""
     lock: sqlite3.Connection | None = None
     try:
         lock = _connect(_lock_path(path), 0.0)
@@ -412,6 +407,6 @@ def _take_lock(path: Path) -> sqlite3.Connection:
 
 
 def _release(path: Path, lock: sqlite3.Connection) -> None:
-    # The file goes first: whoever comes next makes a new one.
+    # The lock file goes first, so that the next process creates a new one.
     _lock_path(path).unlink(missing_ok=True)
     lock.close()
