@@ -1,4 +1,4 @@
-"""Writes lesson.md from lesson.template.md: runs its commands and its Python, and puts below each what it printed."""
+"""Writes lesson.md from lesson.template.md: runs each command and program, and inserts its output below it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ DOCS = Path(__file__).parent
 BLOCK = re.compile(r"```(console|python)\n(.*?)```\n", re.DOTALL)
 
 
-def printed(kind: str, source: str) -> str:
+def run_block(kind: str, source: str) -> str:
     """Runs one block.
 
     Args:
         kind: "console" or "python".
-        source: Lines that start with "$ gradprobe", or a program.
+        source: Lines that start with "$ gradprobe", or a Python program.
 
     Returns:
-        What it printed.
+        Its standard output.
 
     Raises:
         SystemExit: A command failed.
@@ -42,8 +42,8 @@ def printed(kind: str, source: str) -> str:
 
 
 def with_output(block: re.Match[str]) -> str:
-    """Gives a block of the template, and below it what it printed."""
-    lines = [line.rstrip() for line in printed(block[1], block[2]).splitlines()]
+    """Returns a block of the template followed by its output."""
+    lines = [line.rstrip() for line in run_block(block[1], block[2]).splitlines()]
     output = "\n".join(lines).strip("\n")
     return f"{block[0]}\n```text\n{output}\n```\n" if output else block[0]
 

@@ -1,4 +1,4 @@
-"""The lesson is what its template's commands printed, and they are commands that there are."""
+"""The lesson has the text of its template, with the output of each command, and the commands exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_lesson() -> ModuleType:
     return module
 
 
-def test_the_lesson_has_the_template_and_an_output_below_each_command(make_lesson: ModuleType) -> None:
+def test_the_lesson_is_the_template_with_an_output_below_each_command(make_lesson: ModuleType) -> None:
     template, lesson = ((DOCS / name).read_text() for name in ("lesson.template.md", "lesson.md"))
     without_output = re.sub(r"\n```text\n.*?\n```\n", "", lesson, flags=re.DOTALL)
     assert without_output == template
@@ -35,14 +35,14 @@ def test_the_lesson_has_the_template_and_an_output_below_each_command(make_lesso
 
 def test_a_command_that_fails_stops_the_lesson_and_a_finding_does_not(make_lesson: ModuleType) -> None:
     with pytest.raises(SystemExit, match="--depths"):
-        make_lesson.printed("console", "$ gradprobe identity --depths 20,21\n")
+        make_lesson.run_block("console", "$ gradprobe identity --depths 20,21\n")
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
-        make_lesson.printed("python", "1 / 0\n")
+        make_lesson.run_block("python", "1 / 0\n")
     check = "$ gradprobe check 'gradprobe.networks:deep_cnn(20)' --input 3,8,8\n"
-    assert "verdict: vanishing" in make_lesson.printed("console", check)
+    assert "verdict: vanishing" in make_lesson.run_block("console", check)
 
 
-def test_its_commands_take_their_arguments(make_lesson: ModuleType) -> None:
+def test_its_commands_accept_their_arguments(make_lesson: ModuleType) -> None:
     from typer.main import get_command
 
     from gradprobe.cli.commands import app
@@ -51,4 +51,4 @@ def test_its_commands_take_their_arguments(make_lesson: ModuleType) -> None:
         for line in source.splitlines() if kind == "console" else ():
             program, command, *arguments = shlex.split(line.removeprefix("$ "))
             assert program == "gradprobe"
-            get_command(app).commands[command].make_context(command, arguments)  # raises on what it does not take
+            get_command(app).commands[command].make_context(command, arguments)  # raises on an unknown argument
