@@ -76,11 +76,12 @@ def test_initial_weights_have_the_variance_of_the_published_scheme(remedy: str, 
 )
 def test_a_normalisation_is_over_the_dimensions_of_its_name(remedy: str, groups: int, per: str, layers: str) -> None:
     torch.manual_seed(0)
-    layer = network(remedy, "relu", 3, (1, 8, 8), 10, layers)[1 if layers == "conv" else 2]
+    layer = network(remedy, "relu", 3, (1, 8, 8), 10, layers).double()[1 if layers == "conv" else 2]
     shape = (32, 32, 4, 4) if layers == "conv" else (32, 64)
     seen = []
     layer.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    layer(torch.randn(shape) + torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2)))  # features of unequal means
+    offsets = torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))  # features of unequal means
+    layer(torch.randn(shape).double() + offsets)
     normal = seen[0].unflatten(1, (groups, -1))  # [N, G, C/G] or [N, G, C/G, H, W]
     over = [0, *range(3, normal.ndim)] if per == "feature" else [*range(2, normal.ndim)]
     assert normal.mean(dim=over).abs().max().item() < 1e-5
