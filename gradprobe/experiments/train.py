@@ -22,7 +22,7 @@ from gradprobe import networks
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments.data import Dataset, augment
 from gradprobe.probe.probe import attach
-from gradprobe.report.records import EpochRow, JunctionRow, LayerRow
+from gradprobe.report.records import EpochRow, JunctionRow, LayerRow, Status
 from gradprobe.snapshot.snapshot import Snapshot
 
 EVALUATION_BATCH = 128
@@ -93,7 +93,7 @@ class EpochResult:
     layers: tuple[LayerRow, ...]
     junctions: tuple[JunctionRow, ...]
     state: bytes
-    status: str
+    status: Status
 
 
 def build(family: str, depth: int, in_channels: int, num_classes: int) -> nn.Module:
@@ -197,7 +197,7 @@ def train_cell(
             torch.set_flush_denormal(False)
             warming = warming and not row.train_error_pct < recipe.warmup_error_pct
             layers = (_layers(0, weights, snapshots[:1]) if epoch == 1 else ()) + _layers(epoch, weights, snapshots)
-            status = "diverged" if not finite else "done" if epoch == recipe.epochs else "pending"
+            status: Status = "diverged" if not finite else "done" if epoch == recipe.epochs else "pending"
             yield EpochResult(
                 epochs=(*start, row),
                 layers=layers,

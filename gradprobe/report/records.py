@@ -5,25 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from gradprobe.diagnosis.diagnose import Verdict
+
+Status = Literal["pending", "done", "diverged"]
+"""Status of a cell: epochs are missing, all are recorded, or training stopped at a non-finite training loss."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One network of the sweep.
-
-    ``status`` is ``"pending"`` (epochs are missing), ``"done"``, or ``"diverged"`` (the training loss became
-    non-finite, and training stopped in that epoch, the last one recorded).
-    """
+    """One network of the sweep: a family at a depth with a seed."""
 
     id: int
     family: str
     depth: int
     seed: int
     parameters: int
-    status: str
+    status: Status
 
     @property
     def name(self) -> str:

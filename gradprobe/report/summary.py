@@ -13,12 +13,6 @@ from gradprobe.report.error_comparison import Comparison, Errors, Learning, Rise
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread, median
 
-DONE = "done"
-"""Status of a cell that has run all its epochs."""
-
-DIVERGED = "diverged"
-"""Status of a cell that stopped because its training loss became non-finite."""
-
 DEGRADED = "degraded optimisation"
 """Verdict: healthy gradients, but a training error clearly above that of a shallower network."""
 
@@ -114,12 +108,12 @@ class CellResult:
     @property
     def done(self) -> bool:
         """Whether the cell has run all its epochs."""
-        return self.cell.status == DONE
+        return self.cell.status == "done"
 
     @property
     def diverged(self) -> bool:
         """Whether the cell stopped at a non-finite training loss."""
-        return self.cell.status == DIVERGED
+        return self.cell.status == "diverged"
 
 
 @dataclass(frozen=True)

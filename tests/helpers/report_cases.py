@@ -9,7 +9,7 @@ from functools import cache
 from html.parser import HTMLParser
 
 from gradprobe.report import html
-from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow
+from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Status
 from gradprobe.report.summary import summarise
 
 PARAMETERS = {20: 269_722, 56: 853_018, 110: 1_727_962}
@@ -53,7 +53,7 @@ class Recorded:
         first: tuple[float, ...] = HEALTHY,
         end: tuple[float, ...] = HEALTHY,
         epochs: int = 4,
-        status: str = "done",
+        status: Status = "done",
         loss: float = 0.1,
         nonfinite: int = 0,
         shares: tuple[tuple[float, ...], tuple[float, ...]] = (FIRST_SHARES, LATER_SHARES),

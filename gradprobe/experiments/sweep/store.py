@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from gradprobe.errors import StoreError
-from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow
+from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Status
 
 APPLICATION_ID = 0x67725072  # "grPr"
 SCHEMA_VERSION = 2
@@ -166,7 +166,7 @@ class RunWriter(Run):
         layers: Sequence[LayerRow],
         junctions: Sequence[JunctionRow],
         state: bytes,
-        status: str = "pending",
+        status: Status = "pending",
     ) -> None:
         """Records an epoch of a cell, in one transaction.
 
