@@ -48,7 +48,7 @@ class Comparison:
         """Whether the deeper network's test error and its gap are higher by more than seeds and test images explain.
 
         Requiring the gap too excludes a network that is equally worse on both sets; this condition is ours. Among pairs
-        of seeds of the same network, for ten networks on the digits, at most one in 200 was told apart.
+        of seeds of the same network, for ten networks on the digits, at most one in 200 was judged to overfit.
 
         Source:
             He et al. 2015, section 4.2: ResNet-1202 beside ResNet-110, "although both have similar training error".

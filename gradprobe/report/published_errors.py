@@ -77,6 +77,6 @@ def published_paragraphs(summary: Summary) -> list[str]:
     paragraphs = []
     for table in matching_tables(summary):
         nets = [net for net in summary.nets if (net.family, net.depth) in table.error_pct]
-        told = ", ".join(f"{net.name} {table.error_pct[net.family, net.depth]} %" for net in nets)
-        paragraphs.append(f"{CITATION} report this {table.what}: {told}. There: {table.conditions}")
+        errors = ", ".join(f"{net.name} {table.error_pct[net.family, net.depth]} %" for net in nets)
+        paragraphs.append(f"{CITATION} report this {table.what}: {errors}. There: {table.conditions}")
     return paragraphs

@@ -90,9 +90,9 @@ def shortcut_sentences(summary: Summary) -> list[str]:
         epochs = {when for when, _ in newest.values()}
         if len(newest) > 1 and len(epochs) == 1:
             larger = all(deeper > shallower for (_, shallower), (_, deeper) in pairwise(newest.values()))
-            told = _listed([f"{100 * share:.0f} % in {name}" for name, (_, share) in newest.items()])
+            by_net = _listed([f"{100 * share:.0f} % in {name}" for name, (_, share) in newest.items()])
             grows = "grows" if larger else "does not always grow"
-            sentences.append(f"{epochs.pop().capitalize()} the share {grows} with depth: {told}.")
+            sentences.append(f"{epochs.pop().capitalize()} the share {grows} with depth: {by_net}.")
     without = [
         net.name for net in summary.nets if net.family in _RESIDUAL_FAMILIES and net.epoch and not net.shortcut_profiles
     ]
@@ -119,7 +119,7 @@ def _shortcut_sentence(net: NetSummary) -> str:
     medians = _median_shares(net)
     if not medians:
         return ""
-    told = _listed([f"{100 * share:.0f} % {when}" for when, share in medians.items()])
+    by_epoch = _listed([f"{100 * share:.0f} % {when}" for when, share in medians.items()])
     more = [when for when, share in medians.items() if share > 0.5]
     compared = "more than the branch's" if more else "no more than the branch's"
     if 0 < len(more) < len(medians):
@@ -128,7 +128,7 @@ def _shortcut_sentence(net: NetSummary) -> str:
     lowest, site, when = min((share, site, when) for when, shares in drawn for site, share in shares.items())
     n_adds = len(drawn[0][1])
     return (
-        f"In {net.name} the shortcut's share of the gradient is {told}, {compared} (median over {n_adds} "
+        f"In {net.name} the shortcut's share of the gradient is {by_epoch}, {compared} (median over {n_adds} "
         f"residual add{'s' if n_adds > 1 else ''}; the lowest is {100 * lowest:.0f} %, at {site} {when})."
     )
 

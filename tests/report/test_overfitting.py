@@ -124,10 +124,10 @@ def test_the_report_names_the_epoch_and_the_numbers() -> None:
         "Depth leads to overfitting for plain: after epoch 4 the test error is 14.0 ± 1.0 % for plain-20 and "
         "6.0 ± 1.0 % for plain-8, and the training error 0.5 ± 0.0 and 0.0 ± 0.0 %."
     ]
-    (told,) = [line for line in lines if line.startswith("plain-20 Gradients")]
-    assert "the training error, 0.5 ± 0.0 %, is not clearly above that of plain-8" in told
+    (text,) = [line for line in lines if line.startswith("plain-20 Gradients")]
+    assert "the training error, 0.5 ± 0.0 %, is not clearly above that of plain-8" in text
     assert (
-        "exceeds the training error by more, 13.5 ± 1.0 points against 6.0 ± 1.0: the deeper network overfits." in told
+        "exceeds the training error by more, 13.5 ± 1.0 points against 6.0 ± 1.0: the deeper network overfits." in text
     )
     net = as_dict(run)["nets"][1]  # type: ignore[index]
     assert (net["verdict"], net["verdict_epoch"]) == ("overfitting", 4)

@@ -241,9 +241,9 @@ def test_json_equals_the_run_and_spells_out_non_finite_numbers() -> None:
 
 def test_published_errors_are_listed_for_networks_of_the_paper() -> None:
     run = Recorded().add("plain", 18).add("resnet", 34).add("resnet", 56)
-    (told,) = as_dict(run)["paper"]  # ImageNet's only: the sweep's data are the digits
-    assert "(Tables 2 and 3): plain-18 27.94 %, resnet-34 24.52 %. There: 1,000 classes" in told
-    assert " ".join(told.split()) in " ".join(terminal(run).split())
+    (paragraph,) = as_dict(run)["paper"]  # ImageNet's only: the sweep's data are the digits
+    assert "(Tables 2 and 3): plain-18 27.94 %, resnet-34 24.52 %. There: 1,000 classes" in paragraph
+    assert " ".join(paragraph.split()) in " ".join(terminal(run).split())
     assert as_dict(degraded())["paper"] == []
 
 

@@ -83,9 +83,9 @@ class Remedies:
             )
             same = max(changes) < 1e-6
             sentences.append(text + (": it changes the size of the step, not the ratio over depth." if same else "."))
-        told = [cell for cell in self.cells if cell.theory is not None and math.isfinite(cell.factor)]
-        if told:
-            worst = max(told, key=lambda cell: abs(cell.factor - (cell.theory or 0.0)))
+        predicted = [cell for cell in self.cells if cell.theory is not None and math.isfinite(cell.factor)]
+        if predicted:
+            worst = max(predicted, key=lambda cell: abs(cell.factor - (cell.theory or 0.0)))
             sentences.append(
                 f"The factor per layer differs from theory by at most {abs(worst.factor - (worst.theory or 0.0)):.2f}; "
                 f"theory assumes wide layers and groups and large batches ({worst.remedy}, {worst.activation}, "
