@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from gradprobe.diagnosis.diagnose import Verdict
-
 Status = Literal["pending", "done", "diverged"]
 """Status of a cell: epochs are missing, all are recorded, or training stopped at a non-finite training loss."""
 
@@ -108,7 +106,7 @@ class RemedyCell:
     factor: float
     std_error: float
     theory: float | None
-    verdict: Verdict
+    verdict: str
     start_loss: float
     final_loss: float
     n_fell: int
