@@ -19,7 +19,8 @@ from torch.autograd.graph import Node
 
 from gradprobe.observers.autograd_edges import edges_into
 from gradprobe.observers.step_buffer import StepBuffer
-from gradprobe.ops.residual import RESIDUAL_BRANCH_STATS, residual_add
+from gradprobe.ops.residual import residual_add
+from gradprobe.ops.schemas import RESIDUAL_BRANCH_STATS
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
 _step_buffers: weakref.WeakValueDictionary[int, StepBuffer] = weakref.WeakValueDictionary()

@@ -25,13 +25,9 @@ from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable
 from gradprobe.observers.step_buffer import StepBuffer
 from gradprobe.observers.tensor_hooks import TensorHooks
-from gradprobe.ops.residual import (
-    RESIDUAL_ADD_BACKWARD_STATS,
-    RESIDUAL_ADD_STATS,
-    RESIDUAL_BRANCH_STATS,
-    residual_add,
-)
-from gradprobe.ops.row_math import raw_rows
+from gradprobe.ops.residual import residual_add
+from gradprobe.ops.schemas import RESIDUAL_ADD_BACKWARD_STATS, RESIDUAL_ADD_STATS, RESIDUAL_BRANCH_STATS
+from gradprobe.ops.statistics import raw_rows
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
 N_SITES = len(JUNCTION_KINDS)

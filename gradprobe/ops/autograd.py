@@ -1,7 +1,7 @@
-"""Derivatives of our operators as autograd asks for them: in a network's blocks, cheaply; under `torch.func`, rightly.
+"""Derivatives of the operators: cheap in plain training, correct under `torch.func`.
 
-`torch.library.register_autograd` costs twice as much for each call (25 µs more there and back), refuses
-`torch.func.grad` and gives zero for every derivative in forward mode (torch 2.13).
+`torch.library.register_autograd` doubles the cost of a call (25 µs more for forward and backward), refuses
+`torch.func.grad` and returns zero for every forward-mode derivative (torch 2.13).
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 
 def autograd_kernel(operator: Any, function: Any, composite: Callable[..., Tensor] | None) -> Callable[..., Any]:
-    """Makes the kernel of an operator for the Autograd key.
+    """Builds an operator's kernel for the Autograd key.
 
     Args:
-        operator: what is to be differentiated.
-        function: its rule in reverse mode, a `torch.autograd.function._SingleLevelFunction` that takes the operator
-            before its arguments and calls it by `below_autograd`.
-        composite: the same result by operators of torch that know forward mode; None where there is no such thing, and
-            forward mode is refused.
+        operator: The operator to differentiate.
+        function: Its reverse-mode rule, a `torch.autograd.function._SingleLevelFunction` that takes the operator as
+            first argument and calls it with `below_autograd`.
+        composite: Computes the same result from torch operators that support forward mode; None to refuse forward mode.
 
     Returns:
-        What to register, with `torch.library.Library.impl`.
+        The kernel, for `torch.library.Library.impl`.
 
     Example:
-        >>> from torch.autograd.function import _SingleLevelFunction
         >>> autograd_kernel(torch.ops.aten.neg.default, _SingleLevelFunction, None)(torch.tensor([1.0]))
         tensor([-1.])
     """
@@ -46,27 +45,26 @@ def autograd_kernel(operator: Any, function: Any, composite: Callable[..., Tenso
             if peek_interpreter_stack() is None:
                 return function.apply(operator, *arguments)
             with enable_single_level_autograd_function():  # one level of torch.func
-                return function.apply(_for_the_next_level(operator), *arguments)
+                return function.apply(_for_next_level(operator), *arguments)
         return below_autograd(operator, *arguments)
 
     return kernel
 
 
 def in_place_autograd_kernel(operator: Any, function: Any, functional: Callable[..., Tensor]) -> Callable[..., None]:
-    """Makes the kernel for the Autograd key of an operator that overwrites its first argument and returns nothing.
+    """Builds the Autograd kernel of an operator that overwrites its first argument and returns nothing.
 
     Args:
-        operator: what is to be differentiated.
-        function: its rule in reverse mode, as for `autograd_kernel`; marks the first argument as dirty and returns it.
-        functional: the same result in a new tensor, differentiable. Where the first argument is a view, or has hooks,
-            or a transform is at work, that is computed and copied into it: by torch's own copy, which knows the rules.
-            Likewise for a negative view, which torch resolves only for operators that return what they overwrite.
+        operator: The operator to differentiate.
+        function: Its reverse-mode rule, as for `autograd_kernel`; marks the first argument as dirty and returns it.
+        functional: Computes the same result into a new tensor, differentiably. If the first argument is a view or has
+            hooks, or a transform is active, this result is copied into it, since `copy_` handles all of these. Also for
+            a negative view, which torch resolves only for operators that return the tensor they overwrite.
 
     Returns:
-        What to register, with `torch.library.Library.impl`.
+        The kernel, for `torch.library.Library.impl`.
 
     Example:
-        >>> from torch.autograd.function import _SingleLevelFunction
         >>> x = torch.tensor([1.0])
         >>> in_place_autograd_kernel(torch.ops.aten.neg_.default, _SingleLevelFunction, torch.neg)(x)
         >>> x
@@ -81,7 +79,7 @@ def in_place_autograd_kernel(operator: Any, function: Any, functional: Callable[
             written.copy_(functional(written, *arguments))
         elif not recorded:
             overwrite(operator, written, *arguments)
-        elif written.requires_grad and written.is_leaf:  # autograd itself would notice when it has been overwritten
+        elif written.requires_grad and written.is_leaf:  # autograd would notice only after the write
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
         else:
             function.apply(operator, written, *arguments)
@@ -89,8 +87,79 @@ def in_place_autograd_kernel(operator: Any, function: Any, functional: Callable[
     return kernel
 
 
+def residual_functions(mask: Any) -> tuple[type, type, type]:
+    """Builds the reverse-mode rules of the residual operators of one namespace.
+
+    Args:
+        mask: The overload `residual_add_backward.default` of that namespace.
+
+    Returns:
+        The rules of `residual_add`, of `residual_add_` and of `residual_add_backward`, for `autograd_kernel`. They also
+        serve the variants that return statistics.
+    """
+
+    class ResidualSum(_SingleLevelFunction):
+        """x, f, relu -> y; a variant's rows follow y."""
+
+        @staticmethod
+        def forward(ctx: Any, operator: Any, x: Tensor, f: Tensor, relu: bool) -> Any:
+            output = below_autograd(operator, x, f, relu)
+            y = _only_first_differentiable(ctx, output)
+            if relu:
+                ctx.save_for_backward(y)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Any:
+            saved = ctx.saved_tensors
+            grad_x = in_backward(mask, grad_y, *saved) if saved and grad_y is not None else grad_y
+            # One tensor serves both operands: autograd copies a gradient that it does not own before adding to it.
+            return None, grad_x, grad_x, None
+
+    class ResidualSumInPlace(ResidualSum):
+        """x, f, relu -> x, overwritten."""
+
+        @staticmethod
+        def forward(ctx: Any, operator: Any, x: Tensor, f: Tensor, relu: bool) -> Tensor:
+            overwrite(operator, x, f, relu)
+            ctx.mark_dirty(x)
+            ctx.set_materialize_grads(False)
+            if relu:
+                ctx.save_for_backward(x)
+            return x
+
+    class ReluMask(_SingleLevelFunction):
+        """grad_y, y -> grad_x; a variant's rows follow grad_x."""
+
+        @staticmethod
+        def forward(ctx: Any, operator: Any, grad_y: Tensor, y: Tensor | None) -> Any:
+            output = below_autograd(operator, grad_y, y)
+            _only_first_differentiable(ctx, output)
+            if y is not None:
+                ctx.save_for_backward(y)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+            # Linear in grad_y with the same mask; the derivative with respect to y is zero.
+            saved = ctx.saved_tensors
+            return None, in_backward(mask, grad, *saved) if saved and grad is not None else grad, None
+
+    return ResidualSum, ResidualSumInPlace, ReluMask
+
+
+def _only_first_differentiable(ctx: Any, output: Any) -> Tensor:
+    """Marks the rows that follow a result as not differentiable, and returns the result."""
+    ctx.set_materialize_grads(False)
+    if isinstance(output, Tensor):
+        return output
+    ctx.mark_non_differentiable(output[1])
+    first: Tensor = output[0]
+    return first
+
+
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a function of autograd may overwrite the tensor with all that follows from it for others."""
+    """Returns whether an autograd function may overwrite the tensor without side effects on views or hooks."""
     return (
         type(tensor) in (Tensor, Parameter)
         and not tensor._is_view()
@@ -100,13 +169,13 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def count_writes(library: torch.library.Library, name: str) -> None:
-    """Makes an operator tell autograd that it has written to its first argument, a tensor or a list of them.
+    """Makes an operator increment the version of its first argument, a tensor or a list of tensors.
 
-    A kernel of the stable ABI cannot.
+    A kernel of the stable ABI cannot do this itself.
 
     Args:
-        library: where the operator is defined.
-        name: the operator's, in that library.
+        library: The library that defines the operator.
+        name: The operator's name in that library.
 
     Example:
         >>> library = torch.library.Library("gradprobe_example_writes", "DEF")
@@ -129,14 +198,14 @@ def count_writes(library: torch.library.Library, name: str) -> None:
 
 
 def overwrite(operator: Any, written: Tensor, *arguments: Any) -> None:
-    """Calls an operator that writes to its first argument, without recording it for autograd.
+    """Calls an operator that writes to its first argument, without recording the call for autograd.
 
-    Past the kernel that `count_writes` makes, which costs as much again.
+    Bypasses the kernel of `count_writes`, which would double the overhead.
 
     Args:
-        operator: an overload of an operator.
-        written: its first argument.
-        arguments: the others.
+        operator: An overload of an operator.
+        written: Its first argument.
+        arguments: The other arguments.
 
     Example:
         >>> x = torch.ones(1, requires_grad=True)
@@ -155,8 +224,8 @@ def _count_write(written: Tensor | Sequence[Tensor]) -> None:
     increment_version(written)
 
 
-def _for_the_next_level(operator: Any) -> Callable[..., Any]:
-    """An operator that is differentiated around a function of autograd too, which turns that off while it runs."""
+def _for_next_level(operator: Any) -> Callable[..., Any]:
+    """Wraps an operator so that outer transforms differentiate it: an autograd function disables gradients inside."""
 
     def call(*arguments: Any) -> Any:
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
@@ -170,11 +239,11 @@ def _has_tangent(argument: object) -> bool:
 
 
 def in_backward(operator: Any, *arguments: Any) -> Any:
-    """Calls an operator in a backward pass, past autograd where nobody wants its derivative.
+    """Calls an operator in a backward pass, skipping autograd unless a further derivative is wanted.
 
     Args:
-        operator: an overload of an operator.
-        arguments: its arguments.
+        operator: An overload of an operator.
+        arguments: Its arguments.
 
     Returns:
         Its result.
@@ -189,11 +258,11 @@ def in_backward(operator: Any, *arguments: Any) -> Any:
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Calls an operator without recording it for autograd.
+    """Calls an operator without recording the call for autograd.
 
     Args:
-        operator: an overload of an operator, or what `autograd_kernel` hands on in its place.
-        arguments: its arguments.
+        operator: An overload of an operator, or the callable that `autograd_kernel` passes in its place.
+        arguments: Its arguments.
 
     Returns:
         Its result.

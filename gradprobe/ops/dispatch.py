@@ -1,4 +1,4 @@
-"""The back ends, which of them can run here, and the choice of one for a device."""
+"""The back ends of `grad_stats` and `scale_`, which of them can run here, and the choice of one for a device."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Backend:
 
     Attributes:
         name: "native", "triton" or "reference".
-        grad_stats_into: writes raw rows of K tensors into a [K, 6] float64 tensor on their device.
-        scale_: multiplies tensors in place by a one-element tensor on their device.
+        grad_stats_into: Writes the raw rows of K tensors into a [K, 6] float64 tensor on their device.
+        scale_: Multiplies tensors in place by a one-element tensor on their device.
     """
 
     name: str
@@ -37,7 +37,7 @@ _TRITON = Backend("triton", triton_launcher.grad_stats_into, triton_launcher.sca
 def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not torch.compiler.is_compiling():
         module, _ = libraries.native_hooks()
-        if module is not None and module.grad_stats_into(tensors, out):  # plain, on the CPU: needs no dispatcher
+        if module is not None and module.grad_stats_into(tensors, out):  # plain CPU tensors bypass the dispatcher
             return
     GRAD_STATS_INTO(tensors, out)
 
@@ -45,30 +45,30 @@ def _native_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
 _NATIVE = Backend("native", _native_grad_stats_into, SCALE)
 
 
-def _native_reason(device_type: str) -> str:
-    """Returns "ready" if the compiled part can serve the device type, else the reason why not."""
+def _native_state(device_type: str) -> str:
+    """Returns "ready" if the compiled library has kernels for the device type, else the reason why not."""
     return libraries.parts().get(device_type, f"has no kernels for {device_type} tensors")
 
 
-def _triton_reason(device_type: str) -> str:
-    """Returns "ready" if the Triton kernels can serve the device type, else the reason why not."""
+def _triton_state(device_type: str) -> str:
+    """Returns "ready" if the Triton kernels can run on the device type, else the reason why not."""
     return triton_launcher.unavailable(device_type) or "ready"
 
 
-# In the order of preference. The reference serves every device.
+# In order of preference. The reference runs on every device.
 _CHOICES: dict[str, tuple[Backend, Callable[[str], str]]] = {
-    "native": (_NATIVE, _native_reason),
-    "triton": (_TRITON, _triton_reason),
+    "native": (_NATIVE, _native_state),
+    "triton": (_TRITON, _triton_state),
     "reference": (_REFERENCE, lambda device_type: "ready"),
 }
 
 
 def backends() -> dict[str, str]:
-    """Lists the backends and whether they can run here.
+    """Lists the back ends and whether they can run here.
 
     Returns:
-        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" where only its CPU
-        part is there.
+        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" if only its CPU
+        kernels are available.
 
     Example:
         >>> backends()["reference"]
@@ -76,28 +76,28 @@ def backends() -> dict[str, str]:
     """
     parts = libraries.parts()
     if parts["cpu"] == parts["cuda"]:
-        of_native = parts["cpu"]
+        native = parts["cpu"]
     elif parts["cpu"] == "ready":
-        of_native = f"ready for cpu; cuda: {parts['cuda']}"
+        native = f"ready for cpu; cuda: {parts['cuda']}"
     else:
-        of_native = f"cpu: {parts['cpu']}; cuda: {parts['cuda']}"
-    return {"native": of_native, "triton": _triton_reason("cuda"), "reference": "ready"}
+        native = f"cpu: {parts['cpu']}; cuda: {parts['cuda']}"
+    return {"native": native, "triton": _triton_state("cuda"), "reference": "ready"}
 
 
 def resolve(backend: str, device: torch.device) -> Backend:
-    """Chooses the backend for tensors on a device.
+    """Chooses the back end for tensors on a device.
 
     Args:
-        backend: "auto" for the best that is ready (native, then Triton, then reference), or a name, which is never
-            replaced by another.
-        device: where the tensors are.
+        backend: "auto" for the first that is ready (native, then Triton, then reference), or a name. A named back end
+            is never replaced by another.
+        device: The device of the tensors.
 
     Returns:
-        The backend.
+        The back end.
 
     Raises:
-        ArgumentError: no backend of that name.
-        BackendError: the named backend cannot run on that device; the message says why.
+        ArgumentError: There is no back end of that name.
+        BackendError: The named back end cannot run on that device; the message says why.
 
     Example:
         >>> resolve("reference", torch.device("cpu")).name
@@ -106,12 +106,12 @@ def resolve(backend: str, device: torch.device) -> Backend:
     if backend != "auto" and backend not in _CHOICES:
         names = ", ".join(("auto", *_CHOICES))
         raise ArgumentError(f"backend: needed one of {names}, got {backend!r}")
-    for name, (choice, reason_of) in _CHOICES.items():
+    for name, (choice, state_of) in _CHOICES.items():
         if backend not in ("auto", name):
             continue
-        reason = reason_of(device.type)
-        if reason == "ready":
+        state = state_of(device.type)
+        if state == "ready":
             return choice
         if backend == name:
-            raise BackendError(f"backend {name!r} cannot run on {device.type}: {reason}")
+            raise BackendError(f"backend {name!r} cannot run on {device.type}: {state}")
     raise BackendError(f"no backend can run on {device.type}")

@@ -1,8 +1,7 @@
-"""Finds and loads the compiled parts, and says which of them can run here.
+"""Finds and loads the two compiled libraries, and reports which of their parts can run here.
 
-`gradprobe._C` is a plain shared library that registers implementations of the operators with torch's dispatcher; it
-has no Python entry point. `gradprobe._hooks` is a Python module. `gradprobe/_build_info.json`, written by the build,
-says for each part "built" or why it was left out.
+`gradprobe._C` is a shared library without a Python entry point that registers kernels with torch's dispatcher.
+`gradprobe._hooks` is a Python module. The build writes `gradprobe/_build_info.json`: for each part "built" or why not.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _BUILD_INFO = "_build_info.json"
 
 
 def build_info() -> dict[str, str]:
-    """Reads what the build wrote about its parts.
+    """Reads the build's report.
 
     Returns:
-        Part to "built" or the reason why not, and "torch", the version built against; empty where no build has run.
+        Part to "built" or the reason why not, and "torch", the version built against; empty if no build has run.
 
     Example:
         >>> build_info().get("torch", torch.__version__).startswith("2.")
@@ -38,17 +37,17 @@ def build_info() -> dict[str, str]:
 
 @cache
 def parts() -> dict[str, str]:
-    """Loads the compiled part once, and reports on its parts.
+    """Loads `gradprobe._C` once and reports on its parts.
 
     Returns:
-        "cpu" and "cuda", each with "ready" or the reason why it cannot run here. "cuda" is ready where its kernels are
-        loaded; whether there is a GPU is for torch to say.
+        "cpu" and "cuda", each with "ready" or the reason why it cannot run here. "cuda" is ready if its kernels are
+        loaded, whether or not torch sees a GPU.
 
     Example:
         >>> sorted(parts())
         ['cpu', 'cuda']
     """
-    # Beside the package itself: another installation's library would belong to other sources.
+    # Only in this package's folder: the library of another installation may be built from other sources.
     library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
     info = build_info()
     if library is None:
@@ -65,7 +64,7 @@ def parts() -> dict[str, str]:
 
 @cache
 def native_hooks() -> tuple[Any | None, str]:
-    """Loads the C++ hooks, `gradprobe._hooks`, which fit one exact torch.
+    """Loads the C++ hooks, `gradprobe._hooks`, which need the exact torch they were built against.
 
     Returns:
         The module and "ready", or None and the reason why not.
@@ -87,7 +86,7 @@ def native_hooks() -> tuple[Any | None, str]:
 
 
 def _registered(key: str, info: dict[str, str]) -> str:
-    """Returns "ready" if the library implements every operator for the dispatch key, else the reason from the build."""
+    """Returns "ready" if the library has kernels for the dispatch key, else the reason from the build's report."""
     for operator in ("gradprobe::grad_stats_into", "gradprobe::scale_"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
             state = info.get(key.lower(), "not built: the build left no reason")
@@ -96,7 +95,7 @@ def _registered(key: str, info: dict[str, str]) -> str:
 
 
 def _driver_too_old(info: dict[str, str]) -> str | None:
-    """Says why the driver cannot run the kernels: their CUDA runtime is linked in, whatever torch was built for."""
+    """Returns why the driver cannot run the kernels, which link the CUDA runtime they were built with, else None."""
     built = re.search(r"release (\d+)\.", info.get("nvcc", ""))
     if built is None or not torch.cuda.is_available() or torch.version.cuda is None:
         return None

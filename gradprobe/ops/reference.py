@@ -1,8 +1,7 @@
-"""The statistics and the scaling in plain torch: the truth that kernels are tested against, the backend of last resort.
+"""Statistics and scaling in plain torch: the reference that kernels are tested against, used where no kernel exists.
 
-Works on every device and in every layout, in float64, without a host synchronisation. Reads the bit patterns where
-arithmetic would not do: `torch.set_flush_denormal(True)` makes torch's own conversions and comparisons take subnormal
-numbers for zero.
+Works on every device and layout, in float64, without a host synchronisation. Reads bit patterns where arithmetic would
+be wrong: under `torch.set_flush_denormal(True)` torch's conversions and comparisons treat subnormal numbers as zero.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from gradprobe.ops.rows import STATS, range_exponent
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# dtype -> the integer of the same width, mask of |x|, bits of infinity, mask of the fraction (for types whose
-# subnormals need care).
+# dtype -> integer dtype of the same width, mask of |x|, bits of infinity, mask of the fraction. float16 and bfloat16
+# are widened to float32 first.
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000, 0x007FFFFF),
     torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
 }
 
-# Elements that are worked on at once: bounds the memory of a call, also for an expanded tensor of any size.
+# Elements processed at once: bounds the memory of a call, even for an expanded tensor.
 _PIECE_NUMEL = 1 << 19
 
-# Tensors up to the first size share tables of up to the second: there the calls of torch take longer than the work.
+# Tensors of up to _SMALL_NUMEL elements share tables of up to _TABLE_NUMEL: call overhead dominates their cost.
 _SMALL_NUMEL = 1 << 12
 _TABLE_NUMEL = 1 << 16
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Splits a tensor into flat pieces of at most `_PIECE_NUMEL` elements; only a piece is ever copied."""
+    """Splits a tensor into flat pieces of at most `_PIECE_NUMEL` elements; copies at most one piece at a time."""
     if tensor.numel() <= _PIECE_NUMEL:
         yield tensor.reshape(-1).resolve_neg()
         return
@@ -46,18 +45,18 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _as_wide(piece: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32: every value is exact, and no subnormal float16 stays subnormal."""
+    """Widens float16 and bfloat16 to float32: exact, and subnormal float16 numbers become normal."""
     return piece if piece.dtype in _BITS else piece.float()
 
 
 def _scaled(piece: Tensor, factor: Tensor) -> Tensor:
-    """`piece * factor` in float64, [N]; subnormal inputs are built from their fraction bits: none is flushed."""
+    """Computes `piece * factor` in float64, [N]. Builds subnormal inputs from fraction bits, so none is flushed."""
     integer, mask, _, fraction = _BITS[piece.dtype]
     bits = piece.view(integer)
     is_subnormal = (bits & mask) <= fraction
     unit = 2.0**-149 if piece.dtype == torch.float32 else 2.0**-500
-    # The unit of float64 subnormals is 2**-1074: split in two, since with FTZ that product is zero unless `factor`
-    # comes between.
+    # The unit of float64 subnormals, 2**-1074, is split in two: while denormals are flushed, the product is zero unless
+    # `factor` is multiplied in between.
     rest = 1.0 if piece.dtype == torch.float32 else 2.0**-574
     magnitude = (bits & fraction).double() * unit * factor * rest
     return torch.where(is_subnormal, torch.where(bits < 0, -magnitude, magnitude), piece.double() * factor)
@@ -66,13 +65,13 @@ def _scaled(piece: Tensor, factor: Tensor) -> Tensor:
 def _rows(
     tables: Callable[[], Iterable[Tensor]], dtype: torch.dtype, device: torch.device, n_padding: Tensor | int = 0
 ) -> Tensor:
-    """The raw rows [K, 6] of K tensors.
+    """Computes the raw rows [K, 6] of K tensors.
 
     Args:
-        tables: gives the elements, the same each time: one or more tables [K, N], a tensor to a line.
-        dtype: of the tables.
-        device: of the tables.
-        n_padding: how many zeros were added to each tensor, [K] or for all.
+        tables: Returns the elements, the same in each call: one or more tables [K, N] with one tensor per line.
+        dtype: Dtype of the tables.
+        device: Device of the tables.
+        n_padding: Number of zeros appended to each tensor, [K] or one number for all.
     """
     wide_dtype = dtype if dtype in _BITS else torch.float32
     integer, mask, infinity, _ = _BITS[wide_dtype]
@@ -88,8 +87,8 @@ def _rows(
     else:
         abs_max = _scaled(abs_max_bits.to(integer).view(wide_dtype), one)
     abs_max = torch.where(torch.isnan(abs_max), torch.nan, abs_max)  # a NaN loses its payload
-    # With a NaN or infinity among them, finite elements are scaled down so that they cannot overflow: the sums are
-    # non-finite anyway.
+    # Beside a NaN or infinity, finite elements are scaled down so that they cannot overflow; the sums are non-finite
+    # anyway.
     exponent = torch.where(torch.isfinite(abs_max), range_exponent(abs_max), 600)
     factor = torch.where(exponent > 0, 2.0**-600, torch.where(exponent < 0, 2.0**600, one)).unsqueeze(1)
     sums = torch.zeros(3, 1, dtype=torch.float64, device=device)
@@ -100,22 +99,22 @@ def _rows(
 
 
 def _rows_of_small(tensors: Sequence[Tensor]) -> Tensor:
-    """The raw rows [K, 6] of K tensors of one dtype, in one table: shorter ones are filled up with zeros."""
+    """Computes the raw rows [K, 6] of K tensors of one dtype in one table, shorter tensors padded with zeros."""
     flat = [tensor.detach().reshape(-1).resolve_neg() for tensor in tensors]
     table = pad_sequence(flat, batch_first=True)
     width = table.shape[1]
-    numbers = torch.arange(width + 1, device=table.device)  # on the device: a copy from the host would wait
+    numbers = torch.arange(width + 1, device=table.device)  # on the device: a copy from the host would synchronise
     n_padding = torch.stack([numbers[width - len(elements)] for elements in flat])
     return _rows(lambda: [table], table.dtype, table.device, n_padding)
 
 
 def _rows_of_large(tensor: Tensor) -> Tensor:
-    """The raw row [1, 6] of one tensor, of which only a piece is ever copied."""
+    """Computes the raw row [1, 6] of one tensor, piece by piece."""
     return _rows(lambda: (piece.unsqueeze(0) for piece in _pieces(tensor.detach())), tensor.dtype, tensor.device)
 
 
 def _tables(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Chooses which tensors to measure together: small ones of one dtype and of like size; none that is empty."""
+    """Yields groups of indices to measure together: small tensors of one dtype and similar size. Skips empty ones."""
     waiting: dict[tuple[torch.dtype, int], list[int]] = {}
     for k, tensor in enumerate(tensors):
         numel = tensor.numel()
@@ -131,7 +130,7 @@ def _tables(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
 
 
 def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Refuses what no backend takes, by the index of the tensor."""
+    """Raises ArgumentError, naming the index, for a tensor that no back end accepts."""
     for k, tensor in enumerate(tensors):
         if tensor.dtype not in FLOAT_DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
@@ -145,7 +144,7 @@ def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
 
 
 def check_rows(out: Tensor, n_tensors: int) -> None:
-    """Refuses an output that cannot take the rows of `n_tensors` tensors."""
+    """Raises ArgumentError unless `out` can hold the rows of `n_tensors` tensors."""
     if out.dtype != torch.float64 or list(out.shape) != [n_tensors, len(STATS)] or not out.is_contiguous():
         raise ArgumentError(
             f"out: needed contiguous float64 of shape [{n_tensors}, 6], got {str(out.dtype).removeprefix('torch.')} "
@@ -158,11 +157,10 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
 
     Args:
         tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
-        out: [K, 6] float64, columns in the order of `gradprobe.STATS`. Sums are of `x * 2**-e` with e =
-            `range_exponent(abs_max)`.
+        out: [K, 6] float64, contiguous; gets raw rows as described in `rows`.
 
     Raises:
-        ArgumentError: a tensor or `out` is not as needed; the message names it and what came.
+        ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what came.
 
     Example:
         >>> out = torch.empty(1, 6, dtype=torch.float64)
@@ -174,7 +172,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     check_tensors(tensors, out.device)
     if not tensors:
         return
-    rows = [torch.zeros(len(STATS), dtype=torch.float64, device=out.device)] * len(tensors)  # empty ones stay so
+    rows = [torch.zeros(len(STATS), dtype=torch.float64, device=out.device)] * len(tensors)  # empty tensors keep these
     for table in _tables(tensors):
         if tensors[table[0]].numel() > _SMALL_NUMEL:
             measured = _rows_of_large(tensors[table[0]])
@@ -186,7 +184,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
 
 
 def check_no_overlap(tensor: Tensor, name: str) -> None:
-    """Refuses a tensor of which two indices may share an element: a stride has to reach over what smaller ones span."""
+    """Raises ArgumentError if elements may overlap: each stride must exceed the span of the smaller ones."""
     span = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= span and tensor.numel() > 0:
@@ -201,12 +199,12 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies each tensor by `coefficient` in place, rounding each product once to the tensor's dtype.
 
     Args:
-        tensors: float16, bfloat16, float32 or float64 tensors, any layout without overlap. The product is computed in
-            float32 for the first three, in float64 for the last.
-        coefficient: one element, float32 or float64, on the tensors' device.
+        tensors: float16, bfloat16, float32 or float64 tensors, any layout without overlapping elements. Products are
+            computed in float64 for float64 tensors, in float32 for the others.
+        coefficient: One element, float32 or float64, on the tensors' device.
 
     Raises:
-        ArgumentError: a tensor is not as needed; the message names it and what came.
+        ArgumentError: A tensor does not fit; the message names it, what was needed and what came.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])

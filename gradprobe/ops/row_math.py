@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from gradprobe.ops.rows import ABS_MAX, N_ZERO, STATS, SUM_SQ, range_exponent
-from gradprobe.ops.schemas import GRAD_STATS_INTO
 
 
 def true_rows(rows: Tensor) -> Tensor:
-    """Turns raw rows into rows of true values.
+    """Converts raw rows to rows of true values.
 
     Args:
         rows: [..., 6] float64, as `grad_stats_into` writes them.
 
     Returns:
-        [..., 6] float64. Sums beyond the range of float64 become infinite, and those below it zero; `norms` does not
-        suffer from that.
+        [..., 6] float64. Sums beyond the range of float64 become infinite or zero; `norms` stays exact.
 
     Example:
         >>> true_rows(torch.tensor([[2.0, 2.0, 2.0, 2.0**601, 0.0, 0.0]], dtype=torch.float64))[0, 0].item() == 2.0**601
@@ -27,13 +23,13 @@ def true_rows(rows: Tensor) -> Tensor:
     """
     factor = torch.exp2(range_exponent(rows[..., ABS_MAX]).double())
     sums = rows[..., :SUM_SQ] * factor.unsqueeze(-1)
-    # The squared factor itself may be out of range: in two steps.
+    # The squared factor itself may be out of range: multiply twice.
     sum_sq = rows[..., SUM_SQ : SUM_SQ + 1] * factor.unsqueeze(-1) * factor.unsqueeze(-1)
     return torch.cat((sums, sum_sq, rows[..., ABS_MAX:]), dim=-1)
 
 
 def norms(rows: Tensor) -> Tensor:
-    """Euclidean norms from raw rows, exact also where the sum of squares leaves the range of float64.
+    """Computes Euclidean norms from raw rows, exact even if the sum of squares leaves the range of float64.
 
     Args:
         rows: [..., 6] float64, as `grad_stats_into` writes them.
@@ -52,7 +48,7 @@ def norms(rows: Tensor) -> Tensor:
 
 
 def merge_rows(rows: Tensor) -> Tensor:
-    """Gives the raw rows that the tensors of a group have together, in a fixed order of summation.
+    """Merges the raw rows of each group of tensors into one raw row, in a fixed order of summation.
 
     Args:
         rows: [S, M, 6] float64, raw rows of S groups of M tensors. A row of zeros adds nothing.
@@ -66,8 +62,8 @@ def merge_rows(rows: Tensor) -> Tensor:
         [[3.0, 9.0, 29.0, 4.0, 1.0, 0.0]]
     """
     abs_max = rows[..., ABS_MAX].amax(dim=1)  # [S]; a NaN stays
-    # A row without an exponent beside one with a large one is scaled down; beside a small one it decides itself. Next
-    # to NaN or infinity the finite sums do not matter.
+    # A row is only ever scaled down, to the exponent of its group's largest magnitude. If that is NaN or infinite, the
+    # finite sums do not matter.
     shift = range_exponent(rows[..., ABS_MAX]) - range_exponent(abs_max).unsqueeze(1)  # [S, M]
     shift = torch.where(rows[..., ABS_MAX] == 0, 0, shift.clamp(max=0))
     factor = torch.exp2(shift.double())
@@ -78,31 +74,13 @@ def merge_rows(rows: Tensor) -> Tensor:
 
 
 def empty_rows(n_tensors: int, like: Tensor) -> Tensor:
-    """Returns rows to be written.
+    """Allocates rows.
 
     Args:
         n_tensors: K.
-        like: A tensor of the device, or a fake one.
+        like: A tensor on the device of the rows, or a fake tensor.
 
     Returns:
         [K, 6] float64, not initialised.
     """
     return torch.empty(n_tensors, len(STATS), dtype=torch.float64, device=like.device)
-
-
-def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Takes the statistics of tensors into new rows, with the kernels of their device.
-
-    Args:
-        tensors: K tensors as `grad_stats_into` takes them, at least one.
-
-    Returns:
-        [K, 6] float64, raw rows.
-
-    Example:
-        >>> raw_rows([torch.tensor([3.0, -4.0])]).tolist()
-        [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
-    """
-    rows = empty_rows(len(tensors), tensors[0])
-    GRAD_STATS_INTO(list(tensors), rows)
-    return rows

@@ -1,8 +1,8 @@
 """The layout of a row of statistics, defined once for device and host. Needs no torch.
 
-A raw row [6] holds, in the order of `STATS`, `sum(x) * 2**-e`, `sum(|x|) * 2**-e`, `sum(x**2) * 2**-2e`, `max(|x|)`,
-the number of zeros and the number of NaN and infinite elements, with `e = range_exponent(max(|x|))`: zero unless a
-float64 tensor's largest magnitude lies outside [2**-480, 2**480], where squares would underflow or overflow.
+A raw row [6] holds, in the order of `STATS`: `sum(x) * 2**-e`, `sum(|x|) * 2**-e`, `sum(x**2) * 2**-2e`, `max(|x|)`,
+the number of zeros, and the number of NaN and infinite elements. The exponent `e = range_exponent(max(|x|))` is 0
+unless the largest magnitude of a float64 tensor lies outside [2**-480, 2**480], where squares underflow or overflow.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 STATS = ("sum", "sum_abs", "sum_sq", "abs_max", "n_zero", "n_nonfinite")
 SUM, SUM_ABS, SUM_SQ, ABS_MAX, N_ZERO, N_NONFINITE = range(len(STATS))
 
-# 2**480, 2**-480 and infinity as the bits of float64. Compared as integers, a subnormal number is small and not zero,
-# also while denormals are flushed.
+# 2**480, 2**-480 and infinity as float64 bits. Compared as integers, subnormal numbers differ from zero even while
+# torch flushes denormals.
 _LARGE, _SMALL, _INFINITY = (1023 + 480) << 52, (1023 - 480) << 52, 0x7FF << 52
 
 Array = TypeVar("Array", "npt.NDArray[np.float64]", "Tensor")
 
 
 def range_exponent(abs_max: Array) -> Array:
-    """Returns the power of two by which the sums of a raw row are scaled.
+    """Returns the exponent e of the power of two by which the sums of a raw row are scaled.
 
     Args:
-        abs_max: Largest magnitudes, float64, any shape, an array or a tensor on any device.
+        abs_max: Largest magnitudes; float64, any shape, an array or a tensor on any device.
 
     Returns:
-        600, -600 or 0 for each, as integers of the same shape. 0 if the magnitude is zero or not finite.
+        600, -600 or 0 per magnitude, as integers of the same shape; 0 if the magnitude is zero or not finite.
 
     Source:
         The three ranges are those of J. L. Blue, "A portable Fortran program to find the Euclidean norm of a vector",

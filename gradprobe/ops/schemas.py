@@ -1,28 +1,37 @@
-"""The operators as torch knows them: schema, fake, autograd and the reference kernel, each defined once for all.
+"""The operators: all schemas, fakes and registrations.
 
-`torch.ops.gradprobe.grad_stats_into` and `torch.ops.gradprobe.scale_` work under `torch.compile` and on every device:
-where no compiled or Triton kernel is registered for a device, dispatch ends at the reference. `count_if` has the CUDA
-kernels that this thread launches ask a flag, int32 on their device, when they run: where it is 0 they take no
-statistics, also in a graph that is replayed.
+The operators work under `torch.compile` and on every device: a device without C++, CUDA or Triton kernels runs the
+reference. `count_if` sets a flag (int32, on the device) that CUDA kernels launched by this thread read when they run:
+if it is 0 they skip the statistics, also when a CUDA graph replays them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradprobe.ops import reference
-from gradprobe.ops.autograd import count_writes
+from gradprobe.errors import ArgumentError
+from gradprobe.ops import libraries, reference, residual_reference
+from gradprobe.ops.autograd import autograd_kernel, count_writes, in_place_autograd_kernel, residual_functions
+from gradprobe.ops.residual_reference import check_dtype, check_operands
+from gradprobe.ops.row_math import empty_rows
 from gradprobe.ops.rows import STATS
+from gradprobe.ops.triton import launcher as triton_launcher
 
 SCHEMAS = (
     "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()",
     "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
     "count_if(Tensor flag, bool on) -> ()",
+    "residual_add(Tensor x, Tensor f, bool relu) -> Tensor",
+    "residual_add_(Tensor(a!) x, Tensor f, bool relu) -> ()",
+    "residual_add_backward(Tensor grad_y, Tensor y) -> Tensor",
+    "residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)",
+    "residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)",
+    "residual_branch_stats(Tensor branch, Tensor shortcut) -> Tensor",
 )
-Kernel = Callable[[Sequence[Tensor], Tensor], None]
 
 
 def _fake_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
@@ -38,42 +47,142 @@ def _fake_scale(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     )
 
 
-def _ask_nothing(flag: Tensor, on: bool) -> None:
-    """What a device without CUDA graphs has to do."""
+def _ignore_flag(flag: Tensor, on: bool) -> None:
+    """Implements `count_if` for devices without CUDA graphs."""
 
 
-def register(library: torch.library.Library, grad_stats_into: Kernel, scale_: Kernel) -> None:
-    """Gives the operators of a library all but their kernels for a device.
+def _fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
+    check_operands(x, f, "x", "f")
+    return x + f
+
+
+def _fake_add_in_place(x: Tensor, f: Tensor, relu: bool) -> None:
+    check_operands(x, f, "x", "f")
+
+
+def _fake_backward(grad_y: Tensor, y: Tensor) -> Tensor:
+    check_operands(grad_y, y, "grad_y", "y")
+    return torch.empty_like(y)
+
+
+def _fake_add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    y = _fake_add(x, f, relu)
+    return y, empty_rows(1, y)
+
+
+def _fake_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    if y is None:
+        check_dtype(grad_y, "grad_y")
+        return torch.empty_like(grad_y), empty_rows(2, grad_y)
+    return _fake_backward(grad_y, y), empty_rows(2, y)
+
+
+def _fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
+    check_operands(branch, shortcut, "branch", "shortcut")
+    return empty_rows(2, branch)
+
+
+def define_operators(library: torch.library.Library) -> None:
+    """Defines every operator in a library, with all its registrations except those of C++, CUDA and Triton kernels.
 
     Args:
-        library: defines `SCHEMAS`.
-        grad_stats_into: what runs where no kernel is registered for the device of the tensors.
-        scale_: likewise.
+        library: Its namespace gets the operators of `SCHEMAS`.
 
     Example:
         >>> library = torch.library.Library("gradprobe_example", "DEF")
-        >>> for schema in SCHEMAS:
-        ...     _ = library.define(schema)
-        >>> register(library, reference.grad_stats_into, reference.scale_)
+        >>> define_operators(library)
+        >>> torch.ops.gradprobe_example.residual_add(torch.ones(2), torch.ones(2), False)
+        tensor([2., 2.])
     """
+    for schema in SCHEMAS:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    # Measurements and updates have no derivative: autograd lets them through.
     for name, fake, kernel in (
-        ("grad_stats_into", _fake_grad_stats_into, grad_stats_into),
-        ("scale_", _fake_scale, scale_),
+        ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
+        ("scale_", _fake_scale, reference.scale_),
+        ("residual_branch_stats", _fake_branch_stats, residual_reference.branch_stats),
     ):
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         library.impl(name, kernel, "CompositeExplicitAutograd")
-        # They are measurements and updates, not functions to differentiate: autograd lets them through.
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"{library.ns}::count_if", _ignore_flag, lib=library)
+    library.impl("count_if", _ignore_flag, "CompositeExplicitAutograd")
     count_writes(library, "scale_")
-    torch.library.register_fake(f"{library.ns}::count_if", _ask_nothing, lib=library)
-    library.impl("count_if", _ask_nothing, "CompositeExplicitAutograd")
+    _define_residual(library)
+
+
+def _define_residual(library: torch.library.Library) -> None:
+    """Registers fakes, derivatives, vmap rules and reference kernels of the differentiable operators."""
+    operators = getattr(torch.ops, library.ns)
+    add = operators.residual_add.default
+    in_place = operators.residual_add_.default
+    mask = operators.residual_add_backward.default
+    add_function, in_place_function, mask_function = residual_functions(mask)
+
+    def batched_add(info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, int]:
+        return add(*_batches_first(info.batch_size, in_dims, x, f), relu), 0
+
+    def batched_add_in_place(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool
+    ) -> tuple[None, None]:
+        if in_dims[0] is None:
+            raise ArgumentError(
+                "x: needed a tensor batched by the same torch.vmap as f, to hold one result per sample, "
+                "got one without that batch dimension"
+            )
+        in_place(*_batches_first(info.batch_size, in_dims, x, f), relu)
+        return None, None
+
+    def batched_mask(info: Any, in_dims: tuple[int | None, ...], grad_y: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        return mask(*_batches_first(info.batch_size, in_dims, grad_y, y)), 0
+
+    def batched_stats(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> None:
+        raise NotImplementedError(
+            "the statistics of a residual add cover whole tensors and do not work under torch.vmap"
+        )
+
+    plain = residual_reference
+    for name, fake, kernel, batched, function, composite in (
+        ("residual_add", _fake_add, plain.add, batched_add, add_function, plain.sum_of),
+        ("residual_add_backward", _fake_backward, plain.backward, batched_mask, mask_function, plain.composite_mask),
+        ("residual_add_stats", _fake_add_stats, plain.add_stats, batched_stats, add_function, None),
+        ("residual_add_backward_stats", _fake_backward_stats, plain.backward_stats, batched_stats, mask_function, None),
+    ):
+        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+        torch.library.register_vmap(f"{library.ns}::{name}", batched, lib=library)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        library.impl(name, autograd_kernel(getattr(operators, name).default, function, composite), "Autograd")
+
+    torch.library.register_fake(f"{library.ns}::residual_add_", _fake_add_in_place, lib=library)
+    torch.library.register_vmap(f"{library.ns}::residual_add_", batched_add_in_place, lib=library)
+    library.impl("residual_add_", plain.add_in_place, "CompositeExplicitAutograd")
+    library.impl("residual_add_", in_place_autograd_kernel(in_place, in_place_function, add), "Autograd")
+    count_writes(library, "residual_add_")
+    torch.library.register_vmap(f"{library.ns}::residual_branch_stats", batched_stats, lib=library)
+
+
+def _batches_first(batch_size: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
+    """Moves the batch dimension of each tensor to the front; a tensor without one is repeated along it."""
+    return [
+        tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for dim, tensor in zip(in_dims, tensors, strict=False)
+    ]
 
 
 _library = torch.library.Library("gradprobe", "DEF")
-for _schema in SCHEMAS:
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-register(_library, reference.grad_stats_into, reference.scale_)
+define_operators(_library)
+# Compiled kernels take the place of the reference; on a GPU that they cannot serve, the Triton kernels do.
+if libraries.parts()["cuda"] != "ready" and triton_launcher.is_installed():
+    triton_launcher.register(_library, "CUDA")
 
-GRAD_STATS_INTO = torch.ops.gradprobe.grad_stats_into.default
-SCALE = torch.ops.gradprobe.scale_.default
-COUNT_IF = torch.ops.gradprobe.count_if.default
+_operators = torch.ops.gradprobe
+GRAD_STATS_INTO = _operators.grad_stats_into.default
+SCALE = _operators.scale_.default
+COUNT_IF = _operators.count_if.default
+RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = _operators.residual_add.default
+RESIDUAL_ADD_: Callable[[Tensor, Tensor, bool], None] = _operators.residual_add_.default
+RESIDUAL_ADD_STATS: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = _operators.residual_add_stats.default
+RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = (
+    _operators.residual_add_backward_stats.default
+)
+RESIDUAL_BRANCH_STATS: Callable[[Tensor, Tensor], Tensor] = _operators.residual_branch_stats.default

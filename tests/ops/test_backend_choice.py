@@ -106,9 +106,7 @@ def test_without_its_native_part_the_package_works_and_says_what_is_missing(
 def twin() -> torch.library.Library:
     """The same operators in a namespace of their own, with nothing but the reference behind them."""
     library = torch.library.Library("gradprobe_twin", "DEF")
-    for schema in schemas.SCHEMAS:
-        library.define(schema)
-    schemas.register(library, reference.grad_stats_into, reference.scale_)
+    schemas.define_operators(library)
     return library
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels: values in Triton's interpreter (or on a GPU), and machine code for GPUs that are not here."""
+"""The Triton kernels: values in Triton's interpreter (or on a GPU), and machine code for GPUs of several kinds."""
 
 import importlib.util
 import os
@@ -54,7 +54,10 @@ def run_checks(environment: dict[str, str], *options: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(("-k", "float32 or scaling_by_one or bad_arguments"), id="float32"),
+        pytest.param(
+            ("-k", "float32 or scaling_by_one or bad_arguments or beyond or reach or strides"),
+            id="float32-and-dispatch",
+        ),
         pytest.param((), id="all", marks=pytest.mark.soak),
     ],
 )
@@ -69,7 +72,7 @@ def test_values_on_the_gpu() -> None:
 
 
 def signature_of(kernel: str, dtype: torch.dtype | None, operation: str) -> tuple[dict[str, str], dict[str, object]]:
-    """The types of a kernel's arguments, and its constants."""
+    """Returns the types of a kernel's arguments, and its constants."""
     if kernel == "merge_partials":
         indices = dict.fromkeys(("first_partial", "n_partials", "row"), "*i64")
         return {"partials": "*fp64", **indices, "out": "*fp64"}, {"TILE": triton_kernels._MERGE_TILE}
@@ -78,8 +81,11 @@ def signature_of(kernel: str, dtype: torch.dtype | None, operation: str) -> tupl
     assert dtype is not None
     name, columns, rows = triton_kernels._TILES[dtype]
     constants = {"TYPE": name, "COLUMNS": columns, "ROWS": rows, "TILES": triton_kernels._TILES_IN_CHUNK}
+    pointer = f"*{name.replace('f', 'fp') if name != 'bf16' else name}"
+    if kernel == "branch_chunks":
+        return {"branch": pointer, "shortcut": pointer, "numel": "i64", "partials": "*fp64"}, constants
     if kernel in ("join_chunks", "join_elements"):
-        operands = dict.fromkeys(("a", "b", "out"), f"*{name.replace('f', 'fp') if name != 'bf16' else name}")
+        operands = dict.fromkeys(("a", "b", "out"), pointer)
         partials = {"partials": "*fp64"} if kernel == "join_chunks" else {}
         return {**operands, "numel": "i64", **partials}, {**constants, "OPERATION": operation}
     last = {"partials": "*fp64"} if kernel == "sum_chunks" else {"coefficient": "*fp32"}
@@ -89,14 +95,14 @@ def signature_of(kernel: str, dtype: torch.dtype | None, operation: str) -> tupl
 def compile_for(
     target: Target, kernel: str, dtype: torch.dtype | None = None, operation: str = "none"
 ) -> dict[str, object]:
-    """The intermediate and machine code of a kernel, by stage."""
+    """Returns the intermediate and machine code of a kernel, by stage."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     arguments, constants = signature_of(kernel, dtype, operation)
     signature = arguments | dict.fromkeys(constants, "constexpr")
-    # What the launcher finds out: torch's allocations are aligned.
+    # The launcher finds that torch's allocations are aligned.
     hints = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(arguments.values()) if kind.startswith("*")}
     source = ASTSource(getattr(triton_device, kernel), signature=signature, constexprs=constants, attrs=hints)
     return triton.compile(source, target=GPUTarget(*target), options={"num_warps": triton_kernels._WARPS}).asm
@@ -116,6 +122,7 @@ class TestCompilesAheadOfTime:
                 ("join_chunks", "mask", {}),
                 ("join_elements", "add_relu", {torch.float32}),
                 ("join_elements", "mask", {}),
+                ("branch_chunks", "none", {torch.float64}),
             )
             for dtype in triton_kernels._TILES
         ],

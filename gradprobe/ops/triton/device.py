@@ -8,7 +8,7 @@ from typing import Any
 try:
     import triton
     from triton import language as tl
-except ImportError:  # `triton_kernels.unavailable` says so, and nothing below is launched
+except ImportError:  # `launcher.unavailable` reports it, and nothing below is launched
     triton = None
 
 
@@ -27,19 +27,19 @@ def _element_pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # typ
     else:
         pointer = address.to(tl.pointer_type(tl.float64))
     if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)  # lets loads be of 16 bytes
+        pointer = tl.multiple_of(pointer, 16)  # allows 16-byte loads
     return pointer
 
 
 @_jit
 def _load(begin, at, n, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    # A mask with an end anywhere would make the compiler load element by element: whole chunks go without.
+    # A mask that may end at any element makes the compiler load element by element, so whole chunks use none.
     return tl.load(begin + at, mask=at < n, other=0.0) if MASKED else tl.load(begin + at)
 
 
 @_jit
 def _find_tensor(first_chunk, n_tensors, chunk):  # type: ignore[no-untyped-def]
-    """The last tensor whose first chunk is not after `chunk`."""
+    """Returns the last tensor whose first chunk is not after `chunk`."""
     low = n_tensors * 0
     high = n_tensors
     while high - low > 1:
@@ -53,7 +53,7 @@ def _find_tensor(first_chunk, n_tensors, chunk):  # type: ignore[no-untyped-def]
 
 @_jit
 def _magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """|x| as an integer: orders like the numbers, infinity above all finite, NaN above infinity."""
+    """Returns |x| as an integer: ordered like the numbers, infinity above all finite ones, NaN above infinity."""
     if TYPE == "f64":
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -63,13 +63,13 @@ def _magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @_jit
 def _factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What elements are multiplied by in float64: a power of two that keeps squares in range; only f64 needs one."""
+    """Returns the power of two, as float64, that elements are multiplied by to keep squares in range; 1 unless f64."""
     one = abs_max_bits.to(tl.float64) * 0.0 + 1.0
     if TYPE == "f64":
         # 2**480, 2**-480 and infinity as bits.
         large = abs_max_bits > 0x5DF0000000000000
         small = (abs_max_bits > 0) & (abs_max_bits < 0x21F0000000000000)
-        # Powers of two by halves: literals are float32.
+        # 2**600 and 2**-600 from factors that fit in float32, the type of literals.
         up = (one * 1.2676506002282294e30) * 1.2676506002282294e30
         up = up * up * up
         down = (one * 7.888609052210118e-31) * 7.888609052210118e-31
@@ -80,7 +80,7 @@ def _factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @_jit
 def _store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One raw row [6], its largest magnitude as float64."""
+    """Stores a partial raw row [6], its largest magnitude as float64."""
     tl.store(to + 0, sum_)
     tl.store(to + 1, sum_abs)
     tl.store(to + 2, sum_sq)
@@ -95,7 +95,7 @@ def _store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: t
 @_jit
 def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     if TYPE == "bf16":
-        # The upper half of a float32; Triton's interpreter would lose subnormals in a conversion.
+        # bfloat16 is the upper half of a float32. A conversion in Triton's interpreter would lose subnormals.
         wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         wide = x if TYPE == "f64" else x.to(tl.float32)
@@ -104,10 +104,10 @@ def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @_jit
 def _tile(a, b, at, n, TYPE: tl.constexpr, MASKED: tl.constexpr, OPERATION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Elements of `a`, or what a junction makes of them and those of `b`."""
+    """Returns elements of `a`, or the result of a residual operation on the elements of `a` and `b`."""
     x = _load(a, at, n, MASKED)
     if OPERATION == "mask":
-        # A NaN in b passes the gradient, as in torch.relu.
+        # If b is NaN the gradient passes, as in torch.relu.
         x = tl.where(_widened(_load(b, at, n, MASKED), TYPE) <= 0, tl.zeros_like(x), x)
     elif OPERATION != "none":
         total = _widened(x, TYPE) + _widened(_load(b, at, n, MASKED), TYPE)
@@ -131,7 +131,7 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr,
     OPERATION: tl.constexpr,
 ):
-    """Writes the statistics of the `n` elements at `a`, or of what the operation makes of them, to `to` [6]."""
+    """Writes the statistics of the `n` elements at `a`, or of the operation's results, to `to` [6]."""
     place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     sums = tl.zeros([COLUMNS], tl.float64)
     sums_abs = tl.zeros([COLUMNS], tl.float64)
@@ -159,7 +159,7 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
             sums_sq += tl.sum(x * x, axis=0).to(tl.float64)
     abs_max_bits = tl.max(bits_max, axis=0).to(tl.int64)
 
-    # 2**-55 and 2**55 as float32 bits: outside, squares in float32 lose digits or overflow.
+    # 2**-55 and 2**55 as float32 bits. Outside that range, float32 squares lose digits or overflow.
     if TYPE == "f64":
         again = abs_max_bits > 0
     else:
@@ -200,7 +200,7 @@ def sum_chunks(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Statistics of each chunk of each tensor."""
+    """Computes the statistics of each chunk of each tensor."""
     chunk = tl.program_id(0).to(tl.int64)
     tensor = _find_tensor(first_chunk, n_tensors, chunk)
     offset = (chunk - tl.load(first_chunk + tensor)) * (ROWS * COLUMNS * TILES)
@@ -226,7 +226,7 @@ def join_chunks(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     OPERATION: tl.constexpr,
 ):
-    """The junction of a residual block, chunk by chunk: "add", "add_relu", or backward "mask"."""
+    """Computes a residual add ("add", "add_relu") or its backward ("mask") with statistics, one chunk per program."""
     chunk = tl.program_id(0).to(tl.int64)
     offset = chunk * (ROWS * COLUMNS * TILES)
     n = numel - offset
@@ -244,6 +244,77 @@ def join_chunks(  # type: ignore[no-untyped-def]
 
 
 @_jit
+def _chunk_products(  # type: ignore[no-untyped-def]
+    a,
+    b,
+    n,
+    to,
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Writes the sum of the products of `n` elements at `a` and `b` to `to` [6], scaled like a sum of squares.
+
+    Its magnitude is the geometric mean of the largest magnitudes of `a` and `b`, rounded to 0, 2**-600, 1 or 2**600.
+    """
+    # Half a tile at a time: the operands are held as float64.
+    place = tl.arange(0, ROWS // 2)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mean_bits = tl.full([], 0x3FF0000000000000, tl.int64)
+    if TYPE == "f64":
+        a_max = tl.zeros([COLUMNS], tl.int64)
+        b_max = tl.zeros([COLUMNS], tl.int64)
+        for tile in range(TILES * 2):
+            at = tile * (ROWS // 2) * COLUMNS + place
+            a_max = tl.maximum(a_max, tl.max(_magnitude_bits(_load(a, at, n, MASKED), "f64"), axis=0))
+            b_max = tl.maximum(b_max, tl.max(_magnitude_bits(_load(b, at, n, MASKED), "f64"), axis=0))
+        a_root = tl.sqrt(tl.max(a_max, axis=0).to(tl.float64, bitcast=True))
+        b_root = tl.sqrt(tl.max(b_max, axis=0).to(tl.float64, bitcast=True))
+        bits = _magnitude_bits(a_root * b_root, "f64")
+        mean_bits = tl.where(
+            bits >= 0x7FF0000000000000, mean_bits, bits
+        )  # products with NaN or infinity are not scaled
+    factor = _factor(mean_bits, "f64")
+    sums = tl.zeros([COLUMNS], tl.float64)
+    for tile in range(TILES * 2):
+        at = tile * (ROWS // 2) * COLUMNS + place
+        x = _widened(_load(a, at, n, MASKED), TYPE).to(tl.float64) * factor
+        y = _widened(_load(b, at, n, MASKED), TYPE).to(tl.float64) * factor
+        sums += tl.sum(x * y, axis=0)
+    zero = factor * 0.0
+    # Zero fits any range: a chunk of zeros must not decide the row's.
+    magnitude = tl.where(mean_bits == 0, zero, 1.0 / factor)
+    _store_partial(to, zero, zero, tl.sum(sums, axis=0), magnitude.to(tl.int64, bitcast=True), zero, zero, "f64")
+
+
+@_jit
+def branch_chunks(  # type: ignore[no-untyped-def]
+    branch,  # [numel]
+    shortcut,  # [numel]
+    numel,
+    partials,  # [2, n_chunks, 6] float64, of branch and of the products
+    TYPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Computes the statistics of branch and the sum of its products with shortcut, one chunk per program."""
+    chunk = tl.program_id(0).to(tl.int64)
+    a = branch + chunk * (ROWS * COLUMNS * TILES)
+    b = shortcut + chunk * (ROWS * COLUMNS * TILES)
+    n = numel - chunk * (ROWS * COLUMNS * TILES)
+    to = partials + chunk * 6
+    to_products = to + tl.num_programs(0).to(tl.int64) * 6
+    if n >= ROWS * COLUMNS * TILES:
+        _chunk_statistics(a, a, a, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
+        _chunk_products(a, b, n, to_products, TYPE, COLUMNS, ROWS, TILES, False)
+    else:
+        _chunk_statistics(a, a, a, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
+        _chunk_products(a, b, n, to_products, TYPE, COLUMNS, ROWS, TILES, True)
+
+
+@_jit
 def join_elements(  # type: ignore[no-untyped-def]
     a,  # [numel]: x, or grad_y
     b,  # [numel]: f, or y
@@ -255,7 +326,7 @@ def join_elements(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     OPERATION: tl.constexpr,
 ):
-    """`join_chunks` without statistics."""
+    """Computes the results of `join_chunks` without statistics."""
     offset = tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS * TILES)
     n = numel - offset
     if n >= ROWS * COLUMNS * TILES:
@@ -270,7 +341,7 @@ def join_elements(  # type: ignore[no-untyped-def]
 
 @_jit
 def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Merges the partials of one row of many, wherever they lie."""
+    """Merges the partials of one of many rows, found through tables."""
     program = tl.program_id(0)
     begin = partials + tl.load(first_partial + program) * 6
     _merge(begin, tl.load(n_partials + program), out + tl.load(row + program) * 6, TILE)
@@ -285,7 +356,7 @@ def merge_rows(partials, n_partials, out, TILE: tl.constexpr):  # type: ignore[n
 
 @_jit
 def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First the partials' largest magnitude, then the sums at the exponent that it asks for."""
+    """Merges `n` partials at `begin` into the row at `to`: first the largest magnitude, then sums at its exponent."""
     lane = tl.arange(0, TILE)
     bits_max = tl.zeros([TILE], tl.int64)
     start = n * 0
@@ -308,9 +379,9 @@ def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         inside = start + lane < n
         at = begin + (start + lane) * 6
         bits = _magnitude_bits(tl.load(at + 3, mask=inside, other=0.0), "f64")
-        # Beside a NaN or infinity, finite elements do not count, and might overflow.
+        # Beside a NaN or infinity, finite partials are left out: they cannot change the sum, but might overflow.
         counts = is_finite | (bits >= 0x7FF0000000000000)
-        # From the partial's exponent to the row's: 1, 2**-600 or 2**-1200, which is zero.
+        # Rescales from the partial's exponent to the row's: 1, 2**-600, or 2**-1200, which is zero.
         shift = tl.where(counts & is_finite & (bits > 0), factor / _factor(bits, "f64"), 1.0)
         sums += tl.where(counts, tl.load(at + 0, mask=inside, other=0.0) * shift, 0.0)
         sums_abs += tl.where(counts, tl.load(at + 1, mask=inside, other=0.0) * shift, 0.0)
@@ -343,7 +414,7 @@ def scale_chunks(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Multiplies each chunk by the coefficient; moves nothing where that is 1."""
+    """Multiplies each chunk by the coefficient. Reads and writes no element if the coefficient is 1."""
     factor = tl.load(coefficient).to(tl.float64 if TYPE == "f64" else tl.float32)
     if factor != 1.0:
         chunk = tl.program_id(0).to(tl.int64)

@@ -9,16 +9,13 @@ from typing import Any
 import torch
 
 from emulation.building import build_operators, session_folder
-from gradprobe.ops import reference, residual, schemas
+from gradprobe.ops import schemas
 
 
 @cache
 def emulated_operators() -> Any:
     """Builds and loads the library once per process; returns its `torch.ops` namespace."""
-    for schema in (*schemas.SCHEMAS, *residual.SCHEMAS):
-        _library.define(schema)
-    schemas.register(_library, reference.grad_stats_into, reference.scale_)
-    residual.register(_library)
+    schemas.define_operators(_library)
     torch.ops.load_library(str(build_operators(session_folder(), Path(torch.__file__).parent)))
     return torch.ops.gradprobe_emulated
 
