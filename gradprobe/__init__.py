@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gradprobe.ops import namespace as _namespace
+
 if TYPE_CHECKING:
     from gradprobe import networks, nn
     from gradprobe.diagnosis.finding import Finding
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from gradprobe.snapshot.signals import Activation, Junction
     from gradprobe.snapshot.snapshot import Snapshot
     from gradprobe.snapshot.stats import SiteStats
+
+_namespace.install()
 
 # Imported on first use: a report or a help text needs no torch.
 _HOMES = {
