@@ -1,5 +1,6 @@
-"""Choosing a backend, and the operators as torch sees them."""
+"""The choice of a back end, and the operators' registrations with torch."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -31,12 +32,12 @@ def test_a_named_backend_is_never_replaced(target: Target) -> None:
     assert ops.resolve(target.backend, torch.device(target.device)).name == target.backend
 
 
-def test_auto_takes_the_native_part_where_it_is_ready() -> None:
+def test_auto_chooses_native_if_it_is_ready() -> None:
     ready = libraries.parts()["cpu"] == "ready"
     assert ops.resolve("auto", CPU).name == ("native" if ready else "reference")
 
 
-def test_an_unknown_backend_lists_the_known() -> None:
+def test_an_unknown_backend_is_refused_with_the_known_names() -> None:
     with pytest.raises(ArgumentError, match="backend: needed one of auto, native, triton, reference, got 'cudnn'"):
         ops.resolve("cudnn", CPU)
     with pytest.raises(ArgumentError, match="got 'cudnn'"):
@@ -50,7 +51,7 @@ def test_a_backend_that_is_not_ready_says_why() -> None:
         ops.resolve("native", torch.device("xpu"))
 
 
-def test_auto_falls_to_the_reference_on_a_device_of_its_own_kind() -> None:
+def test_auto_chooses_the_reference_on_a_device_without_kernels() -> None:
     assert ops.resolve("auto", torch.device("xpu")).name == "reference"
 
 
@@ -58,12 +59,18 @@ SCRIPT = """
 import json, torch
 from gradprobe import ops
 from gradprobe.errors import BackendError
+from gradprobe.ops.schemas import SCHEMAS
 try:
     ops.resolve("native", torch.device("cpu"))
 except BackendError as error:
     refused = str(error)
 rows = ops.grad_stats([torch.tensor([3.0, -4.0])]).tolist()
-print(json.dumps([ops.backends()["native"], refused, ops.resolve("auto", torch.device("cpu")).name, rows]))
+has_cuda_kernel = [
+    torch._C._dispatch_has_kernel_for_dispatch_key("gradprobe::" + schema.partition("(")[0], "CUDA")
+    for schema in SCHEMAS if not schema.startswith("count_if")
+]
+auto = ops.resolve("auto", torch.device("cpu")).name
+print(json.dumps([ops.backends()["native"], refused, auto, rows, has_cuda_kernel]))
 """
 
 
@@ -81,7 +88,7 @@ print(json.dumps([ops.backends()["native"], refused, ops.resolve("auto", torch.d
     ],
     ids=["no-build", "no-compiler", "lost", "broken"],
 )
-def test_without_its_native_part_the_package_works_and_says_what_is_missing(
+def test_without_the_compiled_library_the_package_works_and_says_what_is_missing(
     tmp_path: Path, info: dict[str, str] | None, library: bytes | None, reason: str
 ) -> None:
     shutil.copytree(
@@ -95,16 +102,23 @@ def test_without_its_native_part_the_package_works_and_says_what_is_missing(
         (tmp_path / "gradprobe/_C.so").write_bytes(library)
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    state, refused, auto, rows = json.loads(done.stdout)
+    state, refused, auto, rows, has_cuda_kernel = json.loads(done.stdout)
     assert reason in state
     assert reason in refused
     assert auto == "reference"
     assert rows == [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
+    assert has_cuda_kernel == [importlib.util.find_spec("triton") is not None] * 8  # the Triton kernels
+
+
+def test_triton_kernels_never_replace_compiled_ones_that_can_run() -> None:
+    if libraries.parts()["cuda"] != "ready":
+        pytest.skip(libraries.parts()["cuda"])
+    assert not any(key.endswith("/CUDA") for key in schemas._library._op_impls)
 
 
 @pytest.fixture(scope="module")
 def twin() -> torch.library.Library:
-    """The same operators in a namespace of their own, with nothing but the reference behind them."""
+    """Defines the operators in another namespace, where they always run the reference."""
     library = torch.library.Library("gradprobe_twin", "DEF")
     schemas.define_operators(library)
     return library
@@ -135,7 +149,7 @@ def test_the_operators_go_through_torch_compile() -> None:
     assert step(x).tolist() == [-1.0, 7.0, 25.0, 4.0, 0.0, 0.0, 1.5, -2.0]
 
 
-def test_fakes_refuse_an_unfit_shape() -> None:
+def test_fakes_refuse_a_wrong_shape() -> None:
     with (
         torch._subclasses.FakeTensorMode(),
         pytest.raises(RuntimeError, match=r"out: needed shape \[1, 6\], got \[2, 6\]"),
@@ -153,8 +167,8 @@ class _CountCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_reference_takes_small_tensors_together() -> None:
-    # A call of torch takes microseconds whatever it does: one by one, each tensor would take about 90 of them.
+def test_the_reference_measures_small_tensors_together() -> None:
+    # Each torch call costs microseconds. Measured one by one, each tensor would need about 90 calls.
     tensors = [torch.ones(16 + k % 241) for k in range(1000)]
     out = torch.empty(1000, 6, dtype=torch.float64)
     with _CountCalls() as calls:

@@ -348,4 +348,4 @@ def register(library: torch.library.Library, dispatch_key: str) -> None:
         >>> register(library, "CUDA")
     """
     for kernel in _KERNELS:
-        library.impl(kernel.__name__, kernel, dispatch_key)  # type: ignore[no-untyped-call]
+        library.impl(kernel.__name__, kernel, dispatch_key)
