@@ -1,4 +1,4 @@
-"""What the statistics of a tensor are, computed apart from gradprobe: numpy and exact sums in Python."""
+"""The true statistics of a tensor, computed without gradprobe: numpy and exact sums in Python."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.floa
 
 @dataclass(frozen=True)
 class Target:
-    """A backend on a device."""
+    """A back end on a device."""
 
     backend: str
     device: str
@@ -39,7 +39,7 @@ TARGETS = [
 
 @dataclass(frozen=True)
 class Truth:
-    """The six statistics, with the norm in place of the sum of squares, which may leave the range of float64."""
+    """The six statistics, with the norm instead of the sum of squares, which may leave the range of float64."""
 
     sum: float
     sum_abs: float
@@ -50,7 +50,7 @@ class Truth:
 
 
 def as_float64(tensor: torch.Tensor) -> NDArray[np.float64]:
-    """The elements, flat; bfloat16 by way of its bits, since numpy has no such type."""
+    """Returns the elements, flat; converts bfloat16 through its bits, since numpy lacks the type."""
     flat = tensor.detach().cpu().reshape(-1)
     if flat.dtype == torch.bfloat16:
         return (flat.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32).astype(np.float64)
@@ -65,7 +65,7 @@ def _scaled_up(value: float, exponent: int) -> float:
 
 
 def truth(tensor: torch.Tensor) -> Truth:
-    """Exact sums of the elements over a power of two near their maximum, so that no square over- or underflows."""
+    """Computes exact sums of the elements, divided by a power of two near their maximum so that no square overflows."""
     x = as_float64(tensor)
     n_zero, n_nonfinite = int((x == 0).sum()), int((~np.isfinite(x)).sum())
     if x.size == 0 or not np.any(x):
@@ -89,14 +89,14 @@ def truth(tensor: torch.Tensor) -> Truth:
 
 
 def same(actual: float, expected: float, tolerance: float) -> bool:
-    """Whether two numbers agree within an absolute tolerance; NaN with NaN, infinity with the same infinity."""
+    """Returns whether two numbers agree within an absolute tolerance; NaN equals NaN, infinity the same infinity."""
     if math.isnan(expected) or math.isinf(expected):
         return math.isnan(actual) if math.isnan(expected) else actual == expected
     return abs(actual - expected) <= tolerance
 
 
 def measure(tensors: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [K, 6] and norms [K] from a backend, on the CPU. The rows of `out` start as NaN, so none can be missed."""
+    """Returns rows [K, 6] and norms [K] from a back end, on the CPU. `out` starts as NaN, to detect a missing row."""
     backend = ops.resolve(target.backend, torch.device(target.device))
     out = torch.full((len(tensors), 6), torch.nan, dtype=torch.float64, device=target.device)
     ops.grad_stats_into(tensors, out, backend)
@@ -104,7 +104,7 @@ def measure(tensors: list[torch.Tensor], target: Target) -> tuple[torch.Tensor, 
 
 
 def assert_right(tensors: list[torch.Tensor], target: Target, expected: list[Truth] | None = None) -> None:
-    """Every statistic of every tensor: relative error below 1e-6 (of sum_abs for the sum), maximum and counts exact."""
+    """Checks every statistic: relative error below 1e-6 (of sum_abs for the sum), maximum and counts exact."""
     rows, norms = measure(tensors, target)
     for k, tensor in enumerate(tensors):
         want = truth(tensor) if expected is None else expected[k]

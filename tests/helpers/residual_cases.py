@@ -1,4 +1,4 @@
-"""What the tests of the residual junction share: operands, bit patterns, operators with and without kernels."""
+"""Shared by the tests of residual adds: operands, bit patterns, operators with and without kernels."""
 
 import itertools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def define_twin() -> torch.library.Library:
 
 
 def every_kind(dtype: torch.dtype, n: int, seed: int) -> Tensor:
-    """Random numbers over the whole range of the dtype, with subnormals, zeros of both signs, infinities and NaN."""
+    """Returns numbers from the dtype's whole range, with subnormals, zeros of both signs, infinities and NaN."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     info = torch.iinfo(integer)
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +48,7 @@ def every_kind(dtype: torch.dtype, n: int, seed: int) -> Tensor:
 
 
 def specials(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Every pair of a few numbers that round, overflow, cancel or are none."""
+    """Returns every pair of a few numbers that round, overflow, cancel or are not finite."""
     info = torch.finfo(dtype)
     values = [0.0, -0.0, 1.0, -1.0, info.eps / 2, info.max, -info.max, info.tiny, info.tiny * info.eps, -info.tiny]
     values += [torch.inf, -torch.inf, torch.nan]
@@ -57,7 +57,7 @@ def specials(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bit patterns, all NaN alike."""
+    """Returns the bit patterns, the same for every NaN."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     clean = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor.detach())
     return clean.contiguous().view(integer)
@@ -72,7 +72,7 @@ def in_place_by_torch(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
 
 
 def assert_like_torch_in_place(of: Callable[[Join], tuple[Tensor, ...]]) -> None:
-    """The same values, gradients among them, whichever of the two joins."""
+    """Checks that `residual_add_` and torch give the same values and gradients, bit for bit."""
     for ours, theirs in zip(of(residual_add_), of(in_place_by_torch), strict=True):
         assert torch.equal(bits(ours), bits(theirs))
 
@@ -103,7 +103,7 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor, Tensor], Tensor]], Callable[[T
 
 
 class Block(torch.nn.Module):
-    """Two convolutions with batch normalisation, and a junction."""
+    """Two convolutions with batch normalisation, and a residual add."""
 
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Block(torch.nn.Module):
 def weights_after_training(
     join: Callable[[Tensor, Tensor], Tensor], memory_format: torch.memory_format = torch.contiguous_format
 ) -> list[Tensor]:
-    """The parameters of a small residual network after three steps."""
+    """Returns the parameters of a small residual network after three steps."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), *(Block(join) for _ in range(3)))
     model.to(memory_format=memory_format)

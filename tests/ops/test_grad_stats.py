@@ -1,4 +1,4 @@
-"""The six statistics against exact sums: every magnitude, dtype, layout, size; NaN and infinity; bits and threads."""
+"""The six statistics against exact sums: magnitudes, dtypes, layouts, sizes, NaN and infinity, threads."""
 
 import math
 import resource
@@ -30,7 +30,7 @@ def name(value: object) -> str:
 
 
 def noise(n: int, dtype: torch.dtype, magnitude: float = 1.0, seed: int = 0) -> torch.Tensor:
-    """Signs at random, magnitudes uniform in [0.5, 1.5] times the given one."""
+    """Returns numbers of both signs whose magnitudes are uniform in [0.5, 1.5] * magnitude."""
     x = np.random.default_rng(seed).uniform(0.5, 1.5, n) * np.where(np.arange(n) * 7 % 5 < 2, -1.0, 1.0)
     return torch.from_numpy(x * magnitude).to(dtype)
 
@@ -53,8 +53,8 @@ def test_every_power_of_two(target: Target, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("limit", [2.0**-480, 2.0**480], ids=["low", "high"])
-def test_chunks_on_both_sides_of_a_limit_of_the_range(target: Target, limit: float) -> None:
-    # The sums of such chunks are kept at different scales until they are merged.
+def test_chunks_on_both_sides_of_a_range_limit(target: Target, limit: float) -> None:
+    # Such chunks keep their sums at different scales until they are merged.
     x = noise(100_000, torch.float64, limit / 2)
     x[50_000:] *= 4.0
     y = x.flip(0)
@@ -73,7 +73,7 @@ def test_a_large_element_in_the_last_of_many_small_chunks(target: Target, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("value", [0.1, -1 / 3, 1e-3, 7e4])
-def test_constant_inputs_whose_roundings_all_go_one_way(target: Target, dtype: torch.dtype, value: float) -> None:
+def test_constant_inputs_that_always_round_the_same_way(target: Target, dtype: torch.dtype, value: float) -> None:
     if dtype == torch.float16 and value > 65504:
         value = 6.1e4
     x = torch.full((60_003,), value, dtype=dtype, device=target.device)
@@ -82,21 +82,19 @@ def test_constant_inputs_whose_roundings_all_go_one_way(target: Target, dtype: t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("small", [0.99 * 2.0**-24, 0.99**0.5 * 2.0**-12], ids=["sum-abs", "sum-sq"])
-def test_small_elements_that_each_round_away_beside_a_large_one(
-    target: Target, small: float, dtype: torch.dtype
-) -> None:
-    # In float32, 1 + small (or its square) is 1: accumulators that take more than 16 of them lose 1e-6.
+def test_small_elements_that_vanish_beside_a_large_one(target: Target, small: float, dtype: torch.dtype) -> None:
+    # In float32, 1 + small (or its square) is 1: an accumulator that adds more than 16 of them is off by 1e-6.
     x = torch.full((4096,), small, dtype=dtype)
     x[:64] = 1.0
     assert_right([x.to(target.device)], target)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_sum_of_random_signs_errs_little_for_its_standard_deviation(target: Target, seed: int) -> None:
+def test_the_error_of_a_random_sum_is_small_against_its_standard_deviation(target: Target, seed: int) -> None:
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(seed))
     want = truth(x)
     rows, _ = measure([x.to(target.device)], target)
-    # The sum of n elements of mean zero has the standard deviation sqrt(n) * rms, which is the norm.
+    # The sum of n elements of mean zero has the standard deviation sqrt(n) * rms, the norm.
     assert abs(rows[0, 0].item() - want.sum) <= 3e-7 * want.norm
     assert abs(rows[0, 1].item() - want.sum_abs) <= 1e-7 * want.sum_abs
 
@@ -155,7 +153,7 @@ def test_every_layout(target: Target, layout: str, dtype: torch.dtype) -> None:
 
 @st.composite
 def strided_tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Random shapes and strides over one storage; magnitudes of the dtype's whole range in one tensor, and zeros."""
+    """Draws a shape and strides over one storage, and elements from the dtype's whole range, with zeros."""
     dtype = draw(st.sampled_from(DTYPES))
     shape = draw(st.lists(st.integers(1, 9), max_size=5).filter(lambda sizes: np.prod(sizes, dtype=int) <= 4000))
     strides = [draw(st.integers(0, 40)) for _ in shape]
@@ -170,14 +168,14 @@ def strided_tensors(draw: st.DrawFn) -> torch.Tensor:
 
 @given(tensors=st.lists(strided_tensors(), max_size=4))
 def test_any_shape_stride_dtype_and_magnitude(target: Target, tensors: list[torch.Tensor]) -> None:
-    if target.device != "cpu":  # a copy to a device would lose the strides
+    if target.device != "cpu":  # a copy to another device loses the strides
         tensors = [t.as_strided(t.shape, t.stride()) for t in (t.contiguous().to(target.device) for t in tensors)]
     assert_right(tensors, target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf], ids=str)
-def test_a_special_value_at_any_place(target: Target, special: float, dtype: torch.dtype) -> None:
+def test_a_special_value_at_any_position(target: Target, special: float, dtype: torch.dtype) -> None:
     sizes = (1, 17, 64, 200, 4096, 4099, 33_000)
     tensors = []
     for n in sizes:
@@ -190,7 +188,7 @@ def test_a_special_value_at_any_place(target: Target, special: float, dtype: tor
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_infinity_among_numbers_whose_sum_overflows(target: Target, dtype: torch.dtype) -> None:
-    # As floats, the finite numbers would sum up to -inf, and then to NaN with +inf.
+    # Added naively, the finite numbers overflow to -inf, and +inf turns that into NaN.
     x = torch.full((9000,), -torch.finfo(dtype).max, dtype=dtype)
     x[8000] = torch.inf
     y = x.clone()
@@ -212,7 +210,7 @@ def test_zeros_of_both_signs_are_counted(target: Target, dtype: torch.dtype) -> 
     assert_right([x.to(target.device), torch.zeros(5000, dtype=dtype, device=target.device)], target)
 
 
-def test_three_thousand_tensors_of_mixed_dtype(target: Target) -> None:
+def test_three_thousand_tensors_of_mixed_dtypes(target: Target) -> None:
     rng = np.random.default_rng(3)
     tensors = [
         noise(int(n), DTYPES[k % 4], 10.0 ** rng.uniform(-4, 2), seed=k).to(target.device)
@@ -228,7 +226,7 @@ def test_no_tensors(target: Target) -> None:
     assert ops.grad_stats([], backend=target.backend).shape == (0, 6)
 
 
-def test_rows_go_into_a_view_and_nowhere_else(target: Target) -> None:
+def test_rows_are_written_to_a_view_and_nowhere_else(target: Target) -> None:
     ring = torch.full((5, 3, 6), -7.0, dtype=torch.float64, device=target.device)
     version = ring._version
     tensors = [noise(100, torch.float32, seed=k).to(target.device) for k in range(3)]
@@ -261,9 +259,9 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_same_bits_for_any_number_of_threads_and_again(target: Target, dtype: torch.dtype) -> None:
+def test_same_bits_for_any_number_of_threads(target: Target, dtype: torch.dtype) -> None:
     if target.backend == "reference":
-        pytest.skip("torch's own sums depend on the number of threads")
+        pytest.skip("torch's sums depend on the number of threads")
     sizes = [7, 3_000_001, 100, 32_768, 65_537, *([50] * 500), 400_000, 1]
     tensors = [noise(n, dtype, 10.0 ** (k % 5 - 3), seed=k).to(target.device) for k, n in enumerate(sizes)]
     tensors.append(tensors[1][:3_000_000].view(1000, 3000)[:, ::3])
@@ -286,7 +284,7 @@ def flush_denormal() -> Iterator[None]:
 
 @pytest.mark.parametrize("n", [100, 300_000])
 @pytest.mark.parametrize(("dtype", "magnitude"), [(d, m) for d, m in RANGES if m < 1e-5], ids=name)
-def test_subnormal_numbers_count_where_torch_flushes_them(
+def test_subnormal_numbers_count_while_torch_flushes_them(
     target: Target, dtype: torch.dtype, magnitude: float, n: int, request: pytest.FixtureRequest
 ) -> None:
     x = noise(n, dtype, magnitude)
@@ -317,21 +315,21 @@ def peak_memory_bytes() -> int:
 )
 def test_an_expanded_tensor_is_read_in_bounded_memory(target: Target, n: int) -> None:
     if target.backend == "reference" and n < 2**28:
-        pytest.skip("the reference works in pieces of 32 MiB: seen in the soak test only")
+        pytest.skip("the reference works in pieces of 32 MiB: only the soak test can tell")
     x = torch.full((1,), 0.5, device=target.device).expand(n)
     measure([x[:1000]], target)
     before = peak_memory_bytes()
     rows, norms = measure([x], target)
     if target.device == "cpu":
-        assert peak_memory_bytes() - before < n  # bytes; a copy would take four times that
+        assert peak_memory_bytes() - before < n  # bytes; a copy takes 4 * n
     assert rows[0].tolist() == pytest.approx([0.5 * n, 0.5 * n, 0.25 * n, 0.5, 0, 0], rel=1e-6)
     assert norms[0].item() == pytest.approx(0.5 * n**0.5, rel=1e-6)
 
 
 @pytest.mark.soak
-def test_more_elements_than_32_bits_count(target: Target) -> None:
+def test_more_elements_than_32_bits_can_count(target: Target) -> None:
     if target.backend == "reference":
-        pytest.skip("the reference takes minutes for that")
+        pytest.skip("the reference takes minutes")
     n = 2**31 + 7
     rows, norms = measure([torch.zeros(1, device=target.device).expand(n)], target)
     assert rows[0].tolist() == [0, 0, 0, 0, n, 0]
@@ -345,7 +343,7 @@ def test_more_elements_than_32_bits_count(target: Target) -> None:
 @pytest.mark.timeout(900)
 def test_dense_memory_beyond_32_bits(target: Target) -> None:
     if target.backend == "reference":
-        pytest.skip("the reference takes minutes for that")
+        pytest.skip("the reference takes minutes")
     n = 2**31 + 7
     x = torch.zeros(n, dtype=torch.bfloat16, device=target.device)
     x[-1], x[2**31 - 1] = 3.0, -4.0
@@ -366,7 +364,7 @@ def test_dense_memory_beyond_32_bits(target: Target) -> None:
     ],
     ids=["int64", "bool", "float8", "number", "one-tensor", "device"],
 )
-def test_what_is_no_list_of_float_tensors_is_refused(target: Target, tensors: object, message: str) -> None:
+def test_anything_but_a_list_of_float_tensors_is_refused(target: Target, tensors: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         ops.grad_stats(tensors, backend=target.backend)  # type: ignore[arg-type]
 
@@ -382,7 +380,7 @@ def test_what_is_no_list_of_float_tensors_is_refused(target: Target, tensors: ob
     ],
     ids=["rows", "columns", "dimensions", "dtype", "strides"],
 )
-def test_an_unfit_out_is_refused(target: Target, out: torch.Tensor, message: str) -> None:
+def test_a_wrong_out_is_refused(target: Target, out: torch.Tensor, message: str) -> None:
     backend = ops.resolve(target.backend, torch.device(target.device))
     x = torch.zeros(2, device=target.device)
     moved = out.to(target.device) if out.is_contiguous() else out
@@ -390,7 +388,7 @@ def test_an_unfit_out_is_refused(target: Target, out: torch.Tensor, message: str
         backend.grad_stats_into([x], moved)
 
 
-def test_the_hot_path_names_the_tensor_that_it_refuses(target: Target) -> None:
+def test_the_hot_path_names_the_refused_tensor(target: Target) -> None:
     backend = ops.resolve(target.backend, torch.device(target.device))
     x = torch.zeros(2, device=target.device)
     out = torch.empty(2, 6, dtype=torch.float64, device=target.device)

@@ -1,4 +1,4 @@
-"""The residual junction: the bits of torch's own add and relu, both ways."""
+"""Residual adds: values and gradients bit-equal to torch's add and relu."""
 
 import itertools
 import shutil
@@ -32,10 +32,10 @@ from gradprobe.nn import ResidualAdd
 from gradprobe.ops import libraries, schemas
 from gradprobe.ops.residual import residual_add
 
-with_any_hooks = pytest.mark.usefixtures("any_hooks")  # the public function runs in C++ where it can
+with_any_hooks = pytest.mark.usefixtures("any_hooks")  # the public function takes the C++ path if it can
 
 
-def test_the_compiled_kernels_are_the_ones_that_run() -> None:
+def test_every_operator_has_a_compiled_kernel() -> None:
     if libraries.parts()["cpu"] != "ready":
         pytest.skip(libraries.parts()["cpu"])
     for name_of_operator in {schema.partition("(")[0] for schema in schemas.SCHEMAS} - {"count_if"}:
@@ -46,14 +46,14 @@ def test_the_compiled_kernels_are_the_ones_that_run() -> None:
 def both_ways(
     join: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, f: Tensor, relu: bool, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """The result and the gradients of both operands."""
+    """Returns the result and the gradients of both operands."""
     x, f = x.detach().requires_grad_(), f.detach().requires_grad_()
     y = join(x, f, relu)
     return y.detach(), *torch.autograd.grad(y, (x, f), grad)
 
 
 def assert_like_torch(x: Tensor, f: Tensor, relu: bool, grad: Tensor | None = None) -> None:
-    """Values and gradients bit for bit, and the same strides of the result."""
+    """Checks that values, gradients and the strides of the result equal torch's, bit for bit."""
     grad = torch.randn(x.shape).to(x.dtype) if grad is None else grad
     actual = both_ways(residual_add, x, f, relu, grad)
     expected = both_ways(by_torch, x, f, relu, grad)
@@ -80,7 +80,7 @@ def test_any_pair_of_numbers(x: float, f: float) -> None:
         assert_like_torch(a, b, True, grad=a)
 
 
-def test_every_pair_of_float16_exponents_rounds_as_torch() -> None:
+def test_every_pair_of_float16_exponents_rounds_like_torch() -> None:
     values = torch.arange(0, 65536, 61, dtype=torch.int32).to(torch.int16).view(torch.float16)
     x, f = (t.contiguous() for t in torch.broadcast_tensors(values[:, None], values))
     assert torch.equal(bits(residual_add(x, f, True)), bits(torch.relu(x + f)))
@@ -104,7 +104,7 @@ def test_every_pair_of_layouts(of_x: str, of_f: str) -> None:
 @pytest.mark.parametrize("of_grad", LAYOUTS)
 @pytest.mark.parametrize("of_y", LAYOUTS)
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_gradients_of_every_layout_come_in_the_order_of_y(namespace: str, of_grad: str, of_y: str) -> None:
+def test_gradients_of_every_layout_have_the_strides_of_y(namespace: str, of_grad: str, of_y: str) -> None:
     for shape in SHAPES:
         grad, y = LAYOUTS[of_grad](torch.randn(shape)), LAYOUTS[of_y](torch.randn(shape))
         grad_x = operators(namespace).residual_add_backward(grad, y)
@@ -120,7 +120,7 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 
 @with_any_hooks
 @pytest.mark.parametrize("wanting", ["x", "f"])
-def test_one_operand_may_do_without_a_gradient(wanting: str) -> None:
+def test_one_operand_may_need_no_gradient(wanting: str) -> None:
     x, f = torch.randn(4, 5), torch.randn(4, 5)
     leaf = {"x": x, "f": f}[wanting].requires_grad_()
     residual_add(x, f, relu=True).sum().backward()
@@ -129,14 +129,14 @@ def test_one_operand_may_do_without_a_gradient(wanting: str) -> None:
 
 
 @with_any_hooks
-def test_an_operand_twice_gets_both_gradients() -> None:
+def test_an_operand_used_twice_gets_both_gradients() -> None:
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     residual_add(x, x, relu=True).backward(torch.tensor([3.0, 4.0]))
     assert x.grad.tolist() == [6.0, 0.0]
 
 
 @with_any_hooks
-def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
+def test_no_gradient_is_recorded_if_none_is_needed() -> None:
     x = torch.randn(3, requires_grad=True)
     assert not residual_add(torch.randn(3), torch.randn(3)).requires_grad
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_no_gradient_is_recorded_where_none_is_wanted() -> None:
 
 
 @with_any_hooks
-def test_a_result_changed_in_place_is_noticed() -> None:
+def test_a_result_modified_in_place_is_detected() -> None:
     x = torch.randn(3, requires_grad=True)
     y = residual_add(x, torch.randn(3), relu=True)
     y.mul_(2)
@@ -154,7 +154,7 @@ def test_a_result_changed_in_place_is_noticed() -> None:
 
 @with_any_hooks
 @pytest.mark.parametrize("dtypes", list(itertools.permutations((*DTYPES, torch.int32, torch.complex64), 2)), ids=name)
-def test_dtypes_promote_as_torch_promotes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_dtypes_promote_as_in_torch(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, f = (torch.tensor([3.0, -7.0, 0.1]).to(dtype) for dtype in dtypes)
     relu = not (x.is_complex() or f.is_complex())
     if x.is_floating_point() and f.is_floating_point():
@@ -165,7 +165,7 @@ def test_dtypes_promote_as_torch_promotes(dtypes: tuple[torch.dtype, torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex128], ids=name)
-def test_other_dtypes_go_the_way_of_torch(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_added_by_torch(dtype: torch.dtype) -> None:
     x, f = torch.tensor([1, 0, 200]).to(dtype), torch.tensor([1, 0, 100]).to(dtype)
     assert torch.equal(residual_add(x, f), x + f)
     if dtype in (torch.bool, torch.complex128):
@@ -187,7 +187,7 @@ def test_other_dtypes_go_the_way_of_torch(dtype: torch.dtype) -> None:
     ],
     ids=["rank", "size-one", "device", "sparse", "number"],
 )
-def test_unfit_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
+def test_wrong_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         residual_add(x, f, relu=True)
 
@@ -204,7 +204,7 @@ def test_unfit_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
     ],
     ids=["shape", "dtype", "mask-shape", "integers", "integer-gradient"],
 )
-def test_operators_refuse_what_they_cannot_do(namespace: str, call: Callable[..., object], message: str) -> None:
+def test_operators_refuse_wrong_operands(namespace: str, call: Callable[..., object], message: str) -> None:
     with pytest.raises((ArgumentError, RuntimeError), match=message):
         call(operators(namespace))
 
@@ -218,13 +218,13 @@ def test_the_module_and_its_name() -> None:
 
 @with_any_hooks
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=name)
-def test_a_network_learns_the_same_to_the_bit(memory_format: torch.memory_format) -> None:
+def test_a_network_learns_bit_equal_weights(memory_format: torch.memory_format) -> None:
     joins = (lambda x, f: torch.relu(x + f), lambda x, f: residual_add(x, f, relu=True))
     weights = [weights_after_training(join, memory_format) for join in joins]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-# ---- Autograd and compilers.
+# ---- Autograd and compilers
 
 
 @with_any_hooks
@@ -250,7 +250,7 @@ def first_of_stats(x: Tensor, f: Tensor, relu: bool) -> Tensor:
 
 
 @with_any_hooks
-def test_backward_of_a_backward_reaches_through() -> None:
+def test_backward_through_a_backward() -> None:
     x = torch.tensor([2.0, -3.0], requires_grad=True)
     (grad,) = torch.autograd.grad(residual_add(x, torch.ones(2), relu=True).pow(3).sum(), x, create_graph=True)
     assert grad.tolist() == [27.0, 0.0]
@@ -318,7 +318,7 @@ def test_function_transforms(transform: str) -> None:
     torch.testing.assert_close(TRANSFORMS[transform](loss)(x, f), TRANSFORMS[transform](loss_by_torch)(x, f))
 
 
-def test_statistics_refuse_what_has_no_meaning_for_them() -> None:
+def test_statistics_refuse_vmap_and_forward_mode() -> None:
     x = torch.randn(3, 4)
     with pytest.raises(NotImplementedError, match=r"do not work under torch\.vmap"):
         torch.vmap(lambda a: first_of_stats(a, a, True))(x)

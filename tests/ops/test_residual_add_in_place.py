@@ -1,4 +1,4 @@
-"""The residual junction in place: the bits and the rules of torch's own add_ and relu_."""
+"""Residual adds in place: bit-equal to torch's add_ and relu_, with the same rules."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ from gradprobe.ops.residual import residual_add_
 
 
 def through_leaves(join: Join, x: Tensor, f: Tensor, relu: bool, grad: Tensor) -> tuple[Tensor, ...]:
-    """The result and the gradients of what x and f were made from."""
+    """Returns the result and the gradients of the leaves behind x and f."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, f)]
     overwritten = leaves[0] * 1
     y = join(overwritten, leaves[1], relu)
@@ -73,7 +73,7 @@ def test_every_pair_of_layouts(namespace: str, of_x: str, of_f: str, relu: bool)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_what_lies_between_the_elements_stays(namespace: str) -> None:
+def test_memory_between_the_elements_is_not_written(namespace: str) -> None:
     whole = torch.arange(60.0).view(3, 20)
     operators(namespace).residual_add_(whole[:, 5:15:2], torch.full((3, 5), -100.0), True)
     expected = torch.arange(60.0).view(3, 20)
@@ -87,7 +87,7 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     assert torch.equal(residual_add_(x.clone(), f, True), torch.relu(x + f))
 
 
-# ---- Memory that both share.
+# ---- Shared memory
 
 SHARING: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "itself": lambda whole: (whole, whole),
@@ -105,7 +105,7 @@ SHARING: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_the_addend_is_read_as_it_was(namespace: str, sharing: str) -> None:
+def test_the_addend_is_read_as_it_was_before_the_call(namespace: str, sharing: str) -> None:
     for size in (4, 300):
         whole = torch.randn(size, size)
         x, f = SHARING[sharing](whole)
@@ -119,7 +119,7 @@ def test_the_addend_is_read_as_it_was(namespace: str, sharing: str) -> None:
     [lambda x: x[:1].expand(3, 4), lambda x: x.view(-1).as_strided((3, 4), (2, 1))],
     ids=["expanded", "windows"],
 )
-def test_a_target_folded_onto_itself_is_refused(fold: Callable[[Tensor], Tensor]) -> None:
+def test_a_target_with_overlapping_elements_is_refused(fold: Callable[[Tensor], Tensor]) -> None:
     x = torch.ones(3, 4)
     with pytest.raises(ArgumentError, match="x: needed elements that do not overlap in memory, got shape"):
         residual_add_(fold(x), torch.ones(3, 4))
@@ -129,7 +129,7 @@ def test_a_target_folded_onto_itself_is_refused(fold: Callable[[Tensor], Tensor]
     assert torch.equal(x, torch.ones(3, 4))
 
 
-# ---- Dtypes.
+# ---- Dtypes
 
 OTHERS = (torch.bool, torch.uint8, torch.int64, torch.complex64)
 
@@ -150,13 +150,13 @@ def test_the_dtype_is_that_of_the_target(of_x: torch.dtype, of_f: torch.dtype) -
 
 
 @pytest.mark.parametrize("of_f", [torch.bfloat16, torch.float64], ids=["narrower", "wider"])
-def test_gradients_come_in_the_dtypes_of_the_operands(of_f: torch.dtype) -> None:
+def test_gradients_have_the_dtypes_of_the_operands(of_f: torch.dtype) -> None:
     x, f, grad = torch.randn(5, 7), torch.randn(5, 7).to(of_f), torch.randn(5, 7)
     assert_like_torch_in_place(lambda join: through_leaves(join, x, f, True, grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex128], ids=name)
-def test_no_positive_part_where_there_is_none(dtype: torch.dtype) -> None:
+def test_relu_is_refused_for_dtypes_without_one(dtype: torch.dtype) -> None:
     x = torch.ones(3).to(dtype)
     with pytest.raises(ArgumentError, match=f"relu: needed False for a sum of dtype {name(dtype)}, got True"):
         residual_add_(x, x.clone(), relu=True)
@@ -173,7 +173,7 @@ def test_no_positive_part_where_there_is_none(dtype: torch.dtype) -> None:
     ],
     ids=["rank", "device", "sparse", "number"],
 )
-def test_unfit_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
+def test_wrong_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         residual_add_(x, f, relu=True)
 
@@ -188,12 +188,12 @@ def test_unfit_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
     ],
     ids=["shape", "dtype", "integers"],
 )
-def test_the_operator_refuses_what_it_cannot_do(namespace: str, x: Tensor, f: Tensor, message: str) -> None:
+def test_the_operator_refuses_wrong_operands(namespace: str, x: Tensor, f: Tensor, message: str) -> None:
     with pytest.raises((ArgumentError, RuntimeError), match=message):
         operators(namespace).residual_add_(x, f, True)
 
 
-# ---- In a network.
+# ---- In a network
 
 
 def test_the_module_overwrites_the_branch() -> None:
@@ -207,13 +207,13 @@ def test_the_module_overwrites_the_branch() -> None:
     assert gradprobe.residual_add_ is residual_add_
 
 
-def test_a_network_learns_the_same_to_the_bit() -> None:
+def test_a_network_learns_bit_equal_weights() -> None:
     joins = (lambda x, f: torch.relu(x + f), ResidualAdd(relu=True, inplace=True))
     weights = [weights_after_training(join) for join in joins]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def test_overwriting_the_shortcut_is_noticed_where_the_branch_needs_it() -> None:
+def test_overwriting_a_shortcut_that_the_branch_needs_is_detected() -> None:
     block = Block(lambda x, f: residual_add_(x, f, relu=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         block(torch.randn(2, 4, 8, 8, requires_grad=True) * 1).sum().backward()

@@ -1,4 +1,4 @@
-"""The residual junction in place under autograd, function transforms and compilers: torch's own rules."""
+"""Residual adds in place under autograd, function transforms and compilers: the same rules as in torch."""
 
 import shutil
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from gradprobe.ops.residual import residual_add_
 
 
 def refused(join: Join, x: Tensor) -> str:
-    """What torch says, and that nothing was written."""
+    """Returns the error message, and checks that nothing was written."""
     before = x.detach().clone()
     with pytest.raises(RuntimeError) as error:
         join(x, torch.ones_like(x).requires_grad_(), True)
@@ -51,18 +51,18 @@ def inference_tensor() -> Tensor:
     ],
     ids=["leaf", "parameter", "view-of-leaf", "one-of-several-views", "view-under-no-grad"],
 )
-def test_autograd_refuses_in_its_own_words(make: Callable[[], Tensor]) -> None:
+def test_autograd_refuses_with_its_own_message(make: Callable[[], Tensor]) -> None:
     assert refused(residual_add_, make()) == refused(in_place_by_torch, make())
 
 
-def test_tensors_of_inference_are_refused_outside() -> None:
+def test_inference_tensors_are_refused_outside_inference_mode() -> None:
     for join in (residual_add_, in_place_by_torch):
         with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
             join(inference_tensor(), torch.ones(3), True)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_leaves_may_be_written_where_nothing_is_recorded(mode: Callable[[], torch.no_grad]) -> None:
+def test_leaves_may_be_written_while_nothing_is_recorded(mode: Callable[[], torch.no_grad]) -> None:
     x = torch.tensor([1.0, -2.0], requires_grad=True)
     with mode():
         assert residual_add_(x, torch.ones(2), True) is x
@@ -72,7 +72,7 @@ def test_leaves_may_be_written_where_nothing_is_recorded(mode: Callable[[], torc
     assert x._version > 0
 
 
-def test_a_target_without_gradient_takes_that_of_the_addend() -> None:
+def test_a_target_without_gradient_requires_it_like_the_addend() -> None:
     x, f = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0], requires_grad=True)
     residual_add_(x, f, True).backward(torch.tensor([3.0, 4.0]))
     assert x.requires_grad
@@ -80,7 +80,7 @@ def test_a_target_without_gradient_takes_that_of_the_addend() -> None:
 
 
 @pytest.mark.parametrize("what", ["target", "result"])
-def test_a_saved_tensor_that_is_overwritten_is_noticed(what: str) -> None:
+def test_overwriting_a_saved_tensor_is_detected(what: str) -> None:
     x = torch.randn(3, requires_grad=True) * 1
     square = x.square()
     y = residual_add_(x, torch.randn(3), relu=True)
@@ -109,7 +109,7 @@ HISTORIES: dict[str, Callable[[Join, Tensor, Tensor], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_gradients_through_what_happened_before_and_after(history: str) -> None:
+def test_gradients_through_operations_before_and_after(history: str) -> None:
     def of(join: Join) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
         leaves = [torch.randn(3, 4, requires_grad=True) for _ in "xf"]
@@ -122,7 +122,7 @@ def test_gradients_through_what_happened_before_and_after(history: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["retained", "hooked"])
-def test_gradients_are_seen_where_torch_shows_them(how: str) -> None:
+def test_retained_gradients_and_hooks_see_what_torch_shows(how: str) -> None:
     def of(join: Join) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
         leaf, seen = torch.randn(4, requires_grad=True), []
@@ -179,9 +179,9 @@ def test_function_transforms(transform: str) -> None:
     torch.testing.assert_close(TRANSFORMS[transform](loss)(x, f), TRANSFORMS[transform](loss_by_torch)(x, f))
 
 
-def test_one_target_cannot_hold_a_result_for_each() -> None:
+def test_one_target_cannot_hold_a_result_per_sample() -> None:
     x, f = torch.zeros(4), torch.ones(3, 4)
-    with pytest.raises(ArgumentError, match=r"x: needed a tensor of the same torch\.vmap as f"):
+    with pytest.raises(ArgumentError, match=r"x: needed a tensor batched by the same torch\.vmap as f"):
         torch.vmap(lambda x, f: residual_add_(x, f), in_dims=(None, 0))(x, f)
 
 

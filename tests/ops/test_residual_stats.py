@@ -1,4 +1,4 @@
-"""The statistics beside the residual junction: exact over the full range, and the same for any number of threads."""
+"""Statistics of residual adds: exact over the full range, bit-equal for any number of threads."""
 
 import math
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def test_statistics_over_the_full_range(namespace: str, magnitude: float, dtype:
 
 
 def assert_rows(tensors: list[Tensor], rows: Tensor) -> None:
-    """Raw rows against exact sums: 1e-6 of the sum of magnitudes and of the norm, maximum and counts exact."""
+    """Checks raw rows against exact sums: sums and norm to 1e-6, maximum and counts exactly."""
     true, norms = ops.true_rows(rows), ops.norms(rows)
     for k, tensor in enumerate(tensors):
         want = truth(tensor)
@@ -46,7 +46,7 @@ def assert_rows(tensors: list[Tensor], rows: Tensor) -> None:
 
 
 def sum_of_products(row: Tensor) -> float:
-    """What the second row of `residual_branch_stats` stands for, where a double can hold it."""
+    """Returns the sum that the second row of `residual_branch_stats` stands for, if float64 can hold it."""
     assert row[:2].tolist() == row[4:].tolist() == [0.0, 0.0]
     return ops.true_rows(row)[2].item()
 
@@ -54,7 +54,7 @@ def sum_of_products(row: Tensor) -> float:
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_the_two_parts_of_a_gradient(namespace: str, layout: str, dtype: torch.dtype) -> None:
+def test_branch_statistics_of_every_layout(namespace: str, layout: str, dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     for shape in ((2, 3, 4, 5), (3, 33, 32, 31)):
         shortcut = LAYOUTS[layout](torch.randn(shape).to(dtype))
@@ -67,7 +67,7 @@ def test_the_two_parts_of_a_gradient(namespace: str, layout: str, dtype: torch.d
 def assert_sum_of_products(
     namespace: str, branch: Tensor, shortcut: Tensor, row: Tensor, in_float: float = 1e-7
 ) -> None:
-    """Errs by so much of the sum of magnitudes where it is added in float, else by the roundings of doubles."""
+    """Checks the sum to `in_float` of the sum of magnitudes if it is added in float32, else to float64 rounding."""
     products = branch.double() * shortcut.double()
     is_double = branch.dtype == torch.float64 or namespace != "gradprobe"
     error = (1e-13 if is_double else in_float) * products.abs().sum().item()
@@ -76,7 +76,7 @@ def assert_sum_of_products(
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_products_that_all_round_one_way(namespace: str, dtype: torch.dtype) -> None:
+def test_products_that_always_round_the_same_way(namespace: str, dtype: torch.dtype) -> None:
     branch, shortcut = torch.full((100_003,), 1 / 3, dtype=dtype), torch.full((100_003,), 0.7, dtype=dtype)
     rows = operators(namespace).residual_branch_stats(branch, shortcut)
     assert_rows([branch], rows[:1])
@@ -86,15 +86,15 @@ def test_products_that_all_round_one_way(namespace: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("scale", [1e35, 1e-42, 1e-36], ids=lambda m: f"{m:g}")
-def test_products_beyond_the_range_of_floats(namespace: str, scale: float, dtype: torch.dtype) -> None:
+def test_products_beyond_the_range_of_float32(namespace: str, scale: float, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(11)
     branch, shortcut = (torch.randn(20_001, generator=generator) for _ in range(2))
     branch, shortcut = (branch * (1e10 if scale > 1 else 1.0)).to(dtype), shortcut.double()
-    shortcut[:9000] *= scale  # groups of this magnitude, of both, and of the usual one
+    shortcut[:9000] *= scale  # groups of this magnitude, of the usual one, and of both
     shortcut = shortcut.to(dtype)
     (row,) = operators(namespace).residual_branch_stats(branch, shortcut)[1:]
     assert_sum_of_products(namespace, branch, shortcut, row)
-    for sign in (1, -1):  # all products of one sign: what overflows is an infinity, not NaN
+    for sign in (1, -1):  # all products of one sign: an overflow gives infinity, not NaN
         of_one_sign = branch[:8000].abs(), shortcut[:8000].abs() * sign
         (row,) = operators(namespace).residual_branch_stats(*of_one_sign)[1:]
         products = of_one_sign[0].double() * of_one_sign[1].double()
@@ -102,7 +102,7 @@ def test_products_beyond_the_range_of_floats(namespace: str, scale: float, dtype
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_products_with_what_is_no_number(namespace: str) -> None:
+def test_products_with_nan_and_infinity(namespace: str) -> None:
     shortcut = torch.ones(5000)
     for odd, want in ((torch.inf, math.inf), (-torch.inf, -math.inf), (torch.nan, math.nan)):
         shortcut[4998] = odd
@@ -113,7 +113,7 @@ def test_products_with_what_is_no_number(namespace: str) -> None:
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 31, 33, 2047, 2048, 2049, 65_537])
-def test_the_two_parts_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) -> None:
+def test_branch_statistics_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) -> None:
     branch, shortcut = (torch.randn(n, generator=torch.Generator().manual_seed(k)) * 1e-30 for k in (1, 2))
     branch[::3] = 0.0
     rows = operators(namespace).residual_branch_stats(branch, shortcut)
@@ -124,7 +124,7 @@ def test_the_two_parts_at_odd_sizes_and_tiny_magnitudes(namespace: str, n: int) 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 @pytest.mark.parametrize("exponents", [(-900, -900), (900, 900), (-900, 100), (-900, 900), (-490, -490)], ids=str)
-def test_products_beyond_the_range_of_doubles(namespace: str, exponents: tuple[int, int]) -> None:
+def test_products_beyond_the_range_of_float64(namespace: str, exponents: tuple[int, int]) -> None:
     branch, shortcut = (torch.rand(70_001, dtype=torch.float64) for _ in range(2))
     (unscaled,) = operators(namespace).residual_branch_stats(branch, shortcut)[1:]
     scaled = (torch.ldexp(tensor, torch.tensor(e)) for tensor, e in zip((branch, shortcut), exponents, strict=True))
@@ -134,7 +134,7 @@ def test_products_beyond_the_range_of_doubles(namespace: str, exponents: tuple[i
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_statistics_count_what_is_no_number(namespace: str) -> None:
+def test_statistics_count_nan_and_infinity(namespace: str) -> None:
     x = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf, -2.0])
     y, rows = operators(namespace).residual_add_stats(x, torch.ones(5), True)
     assert rows[0, 4:].tolist() == [2.0, 2.0]
@@ -171,7 +171,7 @@ def flush_denormal() -> Iterator[None]:
 @pytest.mark.usefixtures("any_hooks")
 @pytest.mark.usefixtures("flush_denormal")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_values_are_flushed_where_torch_flushes_and_statistics_see_what_is_there(dtype: torch.dtype) -> None:
+def test_values_are_flushed_like_torch_while_statistics_count_subnormals(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     subnormal = torch.arange(1, 5001, dtype=torch.int64).remainder(int(1 / info.eps)).to(integer).view(dtype)
@@ -182,7 +182,7 @@ def test_values_are_flushed_where_torch_flushes_and_statistics_see_what_is_there
         assert torch.equal(ops.true_rows(rows)[0, 3:], ops.grad_stats([y])[0, 3:])
         grad_x = torch.ops.gradprobe.residual_add_backward(normal, subnormal)
         assert torch.equal(bits(grad_x), bits(torch.ops.aten.threshold_backward(normal, subnormal, 0)))
-    # Not one element of the gradient that comes in is normal, yet each is counted.
+    # Every element of the incoming gradient is subnormal, and each is counted.
     _, rows = torch.ops.gradprobe.residual_add_backward_stats(subnormal, normal)
     torch.set_flush_denormal(False)
     assert_rows([subnormal], rows[:1])

@@ -1,4 +1,4 @@
-"""Scaling in place: the bits of torch's own mul_, in every dtype and layout."""
+"""Scaling in place: bit-equal to torch's mul_ for every dtype and layout."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,7 +19,7 @@ def name(value: object) -> str:
 
 
 def every_kind(dtype: torch.dtype, n: int) -> torch.Tensor:
-    """Random numbers over the whole range of the dtype, with subnormals, zeros of both signs, infinities and NaN."""
+    """Returns numbers from the dtype's whole range, with subnormals, zeros of both signs, infinities and NaN."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     info = torch.iinfo(integer)
     generator = torch.Generator().manual_seed(n)
@@ -33,14 +33,14 @@ def every_kind(dtype: torch.dtype, n: int) -> torch.Tensor:
 
 
 def scaled_by_torch(tensor: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
-    """The elements of tensor.mul_(coefficient), the half-precision ones through float32."""
+    """Returns the elements of tensor.mul_(coefficient), computed in float32 for half precision."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         return (tensor.detach().float() * coefficient.float()).to(tensor.dtype)
     return tensor.detach().clone().mul_(coefficient)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bit patterns, all NaN alike."""
+    """Returns the bit patterns, the same for every NaN."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
     clean = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
     return clean.contiguous().view(integer).cpu()
@@ -76,7 +76,7 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_and_not_one_element_more(target: Target, layout: str, dtype: torch.dtype) -> None:
+def test_every_layout_and_no_element_in_between(target: Target, layout: str, dtype: torch.dtype) -> None:
     base = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype).to(target.device)
     x = LAYOUTS[layout](base)
     storage = torch.empty(0, dtype=dtype, device=target.device).set_(x.untyped_storage())
@@ -88,7 +88,7 @@ def test_every_layout_and_not_one_element_more(target: Target, layout: str, dtyp
     assert torch.equal(bits(storage), bits(expected))
 
 
-def test_the_version_counter_tells_autograd(target: Target) -> None:
+def test_the_version_counter_increases(target: Target) -> None:
     tensors = [torch.ones(3, device=target.device) for _ in range(3)]
     for call in (
         lambda: ops.scale_(tensors, torch.tensor(2.0, device=target.device), backend=target.backend),
@@ -137,7 +137,7 @@ def flush_denormal() -> Iterator[None]:
 
 @pytest.mark.usefixtures("flush_denormal")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_flushes_where_torch_flushes(target: Target, dtype: torch.dtype) -> None:
+def test_flushes_when_torch_flushes(target: Target, dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).tiny
     factor = torch.tensor(0.25, device=target.device)
     x = (torch.arange(1, 65, dtype=torch.float64) * tiny).to(dtype).to(target.device)
@@ -177,7 +177,7 @@ def test_bad_arguments(target: Target, tensors: list[torch.Tensor], coefficient:
     [lambda x: x[:1].expand(5), lambda x: x.as_strided((4, 3), (1, 1)), lambda x: x.as_strided((3, 4), (2, 1))],
     ids=["expanded", "folded", "windows"],
 )
-def test_elements_that_overlap_are_refused(target: Target, overlapping: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_overlapping_elements_are_refused(target: Target, overlapping: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = torch.ones(12, device=target.device)
     with pytest.raises((ArgumentError, RuntimeError), match=r"overlap|single memory location"):
         ops.scale_([torch.ones(2, device=target.device), overlapping(x)], x[:1], backend=target.backend)

@@ -152,7 +152,7 @@ class TestCompilesAheadOfTime:
         assert compile_for(target, kernel)["cubin" if target[0] == "cuda" else "hsaco"]
 
 
-def test_the_reason_is_given_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_is_given_if_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(BackendError, match=r"'triton' cannot run on cpu: (the Triton kernels run|triton is not)"):
         ops.resolve("triton", torch.device("cpu"))
@@ -160,6 +160,6 @@ def test_the_reason_is_given_where_triton_cannot_run(monkeypatch: pytest.MonkeyP
         assert ops.backends()["triton"] == "torch sees no GPU"
 
 
-def test_the_reason_is_given_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_is_given_if_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert triton_kernels.unavailable("cuda") == "triton is not installed (GPU builds of torch bring it)"
