@@ -32,6 +32,8 @@ def _install_into(torch_ops: Any) -> None:
     """Puts the namespace into `torch.ops` unless it is there already, and removes the finder."""
 
     class GradprobeNamespace(torch_ops._OpNamespace):  # type: ignore[misc]
+        __module__ = torch_ops.__name__  # generated code names operators by it
+
         def __getattr__(self, name: str) -> Any:  # called once per operator: torch caches it as an attribute
             if not name.startswith("__"):
                 importlib.import_module("gradprobe.ops.schemas")
@@ -39,7 +41,7 @@ def _install_into(torch_ops: Any) -> None:
 
     with suppress(ValueError):  # removed already
         sys.meta_path.remove(_finder)
-    if type(vars(torch_ops.ops).get("gradprobe")).__module__ != __name__:
+    if type(vars(torch_ops.ops).get("gradprobe")).__name__ != GradprobeNamespace.__name__:
         torch_ops.ops.gradprobe = GradprobeNamespace("gradprobe")
 
 

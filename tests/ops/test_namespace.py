@@ -47,6 +47,7 @@ namespace = torch.ops.gradprobe
 importlib.reload(gradprobe)
 assert torch.ops.gradprobe is namespace
 assert torch.ops.gradprobe.grad_stats_into is namespace.grad_stats_into
+assert namespace.grad_stats_into.__module__ == torch.ops.aten.add.__module__.replace("aten", "gradprobe")
 assert not hasattr(namespace, "no_such_operator")
 print(json.dumps([rows, torch._C._dispatch_has_kernel_for_dispatch_key("gradprobe::grad_stats_into", "CPU")]))
 """
