@@ -171,11 +171,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def count_writes(library: torch.library.Library, name: str) -> None:
     """Makes an operator increment the version of its first argument, a tensor or a list of tensors.
 
-    A kernel of the stable ABI cannot do this itself.
-
-    Args:
-        library: The library that defines the operator.
-        name: The operator's name in that library.
+    A kernel of the stable ABI cannot do this itself. `library` must define the operator.
 
     Example:
         >>> library = torch.library.Library("gradprobe_example_writes", "DEF")
@@ -201,11 +197,6 @@ def overwrite(operator: Any, written: Tensor, *arguments: Any) -> None:
     """Calls an operator that writes to its first argument, without recording the call for autograd.
 
     Bypasses the kernel of `count_writes`, which would double the overhead.
-
-    Args:
-        operator: An overload of an operator.
-        written: Its first argument.
-        arguments: The other arguments.
 
     Example:
         >>> x = torch.ones(1, requires_grad=True)
@@ -241,13 +232,6 @@ def _has_tangent(argument: object) -> bool:
 def in_backward(operator: Any, *arguments: Any) -> Any:
     """Calls an operator in a backward pass, skipping autograd unless a further derivative is wanted.
 
-    Args:
-        operator: An overload of an operator.
-        arguments: Its arguments.
-
-    Returns:
-        Its result.
-
     Example:
         >>> in_backward(torch.ops.aten.neg.default, torch.tensor([1.0]))
         tensor([-1.])
@@ -258,14 +242,7 @@ def in_backward(operator: Any, *arguments: Any) -> Any:
 
 
 def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Calls an operator without recording the call for autograd.
-
-    Args:
-        operator: An overload of an operator, or the callable that `autograd_kernel` passes in its place.
-        arguments: Its arguments.
-
-    Returns:
-        Its result.
+    """Calls an operator, or the callable that `autograd_kernel` passes instead, without recording it for autograd.
 
     Example:
         >>> below_autograd(torch.ops.aten.neg.default, torch.ones(1, requires_grad=True)).requires_grad

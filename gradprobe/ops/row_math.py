@@ -74,13 +74,5 @@ def merge_rows(rows: Tensor) -> Tensor:
 
 
 def empty_rows(n_tensors: int, like: Tensor) -> Tensor:
-    """Allocates rows.
-
-    Args:
-        n_tensors: K.
-        like: A tensor on the device of the rows, or a fake tensor.
-
-    Returns:
-        [K, 6] float64, not initialised.
-    """
+    """Allocates rows [n_tensors, 6], float64, not initialised, on the device of `like`."""
     return torch.empty(n_tensors, len(STATS), dtype=torch.float64, device=like.device)

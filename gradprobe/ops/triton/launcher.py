@@ -136,11 +136,7 @@ def _refuse_capture(device: torch.device) -> None:
 
 
 def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
-    """Writes the raw statistics of each tensor into a row of `out`, as `reference.grad_stats_into` does.
-
-    Args:
-        tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
-        out: [K, 6] float64, contiguous, columns in the order of `gradprobe.STATS`.
+    """Writes the raw rows of tensors into `out`, as `reference.grad_stats_into` does.
 
     Raises:
         ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what came.
@@ -173,12 +169,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
 
 
 def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
-    """Multiplies each tensor by `coefficient` in place, rounding each product once to the tensor's dtype.
-
-    Args:
-        tensors: float16, bfloat16, float32 or float64 tensors, any layout without overlapping elements. Products are
-            computed in float64 for float64 tensors, in float32 for the others.
-        coefficient: One element, float32 or float64, on the tensors' device.
+    """Multiplies tensors by `coefficient` in place, as `reference.scale_` does.
 
     Raises:
         ArgumentError: A tensor does not fit; the message names it, what was needed and what came.
