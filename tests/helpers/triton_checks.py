@@ -7,7 +7,7 @@ variable when it is imported, hence the process.
 import os
 from collections import Counter
 from collections.abc import Sequence
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from csrc.emulation.reference import check_products, check_row
 from gradprobe import ops
 from gradprobe.errors import ArgumentError, BackendError
 from gradprobe.ops import reference, schemas
+from gradprobe.ops.triton import device, residual_device
 from gradprobe.ops.triton import launcher as triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -228,9 +229,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             counts[self.name] += 1
             return self.kernel[grid]
 
-    kernels = {name: kernel for name, kernel in vars(triton_kernels._device_code()).items() if hasattr(kernel, "run")}
-    counted = SimpleNamespace(**{name: Counted(name, kernel) for name, kernel in kernels.items()})
-    monkeypatch.setattr(triton_kernels, "_device_code", lambda: counted)
+    def count(module: ModuleType) -> SimpleNamespace:
+        kernels = {name: kernel for name, kernel in vars(module).items() if hasattr(kernel, "run")}
+        return SimpleNamespace(**{name: Counted(name, kernel) for name, kernel in kernels.items()})
+
+    counted = {"device": count(device), "residual_device": count(residual_device)}
+    monkeypatch.setattr(triton_kernels, "_device_code", lambda name="device": counted[name])
 
     def fail(*_: object) -> None:
         raise AssertionError("the reference took the statistics")

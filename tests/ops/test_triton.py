@@ -14,6 +14,7 @@ from gradprobe import ops
 from gradprobe.errors import BackendError
 from gradprobe.ops.triton import device as triton_device
 from gradprobe.ops.triton import launcher as triton_kernels
+from gradprobe.ops.triton import residual_device
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
@@ -104,7 +105,8 @@ def compile_for(
     signature = arguments | dict.fromkeys(constants, "constexpr")
     # The launcher finds that torch's allocations are aligned.
     hints = {(k,): [["tt.divisibility", 16]] for k, kind in enumerate(arguments.values()) if kind.startswith("*")}
-    source = ASTSource(getattr(triton_device, kernel), signature=signature, constexprs=constants, attrs=hints)
+    module = residual_device if hasattr(residual_device, kernel) else triton_device
+    source = ASTSource(getattr(module, kernel), signature=signature, constexprs=constants, attrs=hints)
     return triton.compile(source, target=GPUTarget(*target), options={"num_warps": triton_kernels._WARPS}).asm
 
 

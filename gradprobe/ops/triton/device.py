@@ -1,4 +1,4 @@
-"""The device code of the Triton kernels. Names in capitals are compile-time constants."""
+"""Device code of the Triton kernels for statistics and scaling. Names in capitals are compile-time constants."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ except ImportError:  # `launcher.unavailable` reports it, and nothing below is l
     triton = None
 
 
-def _jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any]) -> Any:
+    """Applies `triton.jit`, or nothing if triton is missing."""
     return function if triton is None else triton.jit(function)
 
 
-@_jit
+@jit
 def _element_pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     if TYPE == "f32":
         pointer = address.to(tl.pointer_type(tl.float32))
@@ -31,13 +32,13 @@ def _element_pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # typ
     return pointer
 
 
-@_jit
-def _load(begin, at, n, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    # A mask that may end at any element makes the compiler load element by element, so whole chunks use none.
+@jit
+def load_elements(begin, at, n, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Loads elements of a chunk. A mask makes the compiler load one by one, so whole chunks go without."""
     return tl.load(begin + at, mask=at < n, other=0.0) if MASKED else tl.load(begin + at)
 
 
-@_jit
+@jit
 def _find_tensor(first_chunk, n_tensors, chunk):  # type: ignore[no-untyped-def]
     """Returns the last tensor whose first chunk is not after `chunk`."""
     low = n_tensors * 0
@@ -51,8 +52,8 @@ def _find_tensor(first_chunk, n_tensors, chunk):  # type: ignore[no-untyped-def]
     return low
 
 
-@_jit
-def _magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+@jit
+def magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns |x| as an integer: ordered like the numbers, infinity above all finite ones, NaN above infinity."""
     if TYPE == "f64":
         bits = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
@@ -61,8 +62,8 @@ def _magnitude_bits(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     return bits
 
 
-@_jit
-def _factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+@jit
+def range_factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns the power of two, as float64, that elements are multiplied by to keep squares in range; 1 unless f64."""
     one = abs_max_bits.to(tl.float64) * 0.0 + 1.0
     if TYPE == "f64":
@@ -78,8 +79,8 @@ def _factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     return one
 
 
-@_jit
-def _store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+@jit
+def store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Stores a partial raw row [6], its largest magnitude as float64."""
     tl.store(to + 0, sum_)
     tl.store(to + 1, sum_abs)
@@ -92,8 +93,9 @@ def _store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: t
     tl.store(to + 5, n_nonfinite.to(tl.float64))
 
 
-@_jit
-def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+@jit
+def widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns `x` as float64 if that is its type, else as float32."""
     if TYPE == "bf16":
         # bfloat16 is the upper half of a float32. A conversion in Triton's interpreter would lose subnormals.
         wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -102,23 +104,23 @@ def _widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     return wide
 
 
-@_jit
-def _tile(a, b, at, n, TYPE: tl.constexpr, MASKED: tl.constexpr, OPERATION: tl.constexpr):  # type: ignore[no-untyped-def]
+@jit
+def result_tile(a, b, at, n, TYPE: tl.constexpr, MASKED: tl.constexpr, OPERATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns elements of `a`, or the result of a residual operation on the elements of `a` and `b`."""
-    x = _load(a, at, n, MASKED)
+    x = load_elements(a, at, n, MASKED)
     if OPERATION == "mask":
         # If b is NaN the gradient passes, as in torch.relu.
-        x = tl.where(_widened(_load(b, at, n, MASKED), TYPE) <= 0, tl.zeros_like(x), x)
+        x = tl.where(widened(load_elements(b, at, n, MASKED), TYPE) <= 0, tl.zeros_like(x), x)
     elif OPERATION != "none":
-        total = _widened(x, TYPE) + _widened(_load(b, at, n, MASKED), TYPE)
+        total = widened(x, TYPE) + widened(load_elements(b, at, n, MASKED), TYPE)
         if OPERATION == "add_relu":
             total = tl.where(total <= 0, tl.zeros_like(total), total)
         x = total.to(x.dtype)
     return x
 
 
-@_jit
-def _chunk_statistics(  # type: ignore[no-untyped-def]
+@jit
+def chunk_statistics(  # type: ignore[no-untyped-def]
     a,
     b,
     out,
@@ -142,14 +144,14 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
     infinity: tl.constexpr = 0x7FF0000000000000 if TYPE == "f64" else 0x7F800000
     for tile in range(TILES):
         at = tile * ROWS * COLUMNS + place
-        narrow = _tile(a, b, at, n, TYPE, MASKED, OPERATION)
+        narrow = result_tile(a, b, at, n, TYPE, MASKED, OPERATION)
         if OPERATION != "none":
             if MASKED:
                 tl.store(out + at, narrow, mask=at < n)
             else:
                 tl.store(out + at, narrow)
-        x = _widened(narrow, TYPE)
-        bits = _magnitude_bits(x, TYPE)
+        x = widened(narrow, TYPE)
+        bits = magnitude_bits(x, TYPE)
         bits_max = tl.maximum(bits_max, tl.max(bits, axis=0))
         zeros += tl.sum(((bits == 0) & (at < n)).to(tl.int32), axis=0)
         nonfinite += tl.sum((bits >= infinity).to(tl.int32), axis=0)
@@ -168,14 +170,14 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
         sums = tl.zeros([COLUMNS], tl.float64)
         sums_abs = tl.zeros([COLUMNS], tl.float64)
         sums_sq = tl.zeros([COLUMNS], tl.float64)
-        factor = _factor(abs_max_bits, TYPE)
+        factor = range_factor(abs_max_bits, TYPE)
         for tile in range(TILES):
             at = tile * ROWS * COLUMNS + place
-            x = _widened(_tile(a, b, at, n, TYPE, MASKED, OPERATION), TYPE).to(tl.float64) * factor
+            x = widened(result_tile(a, b, at, n, TYPE, MASKED, OPERATION), TYPE).to(tl.float64) * factor
             sums += tl.sum(x, axis=0)
             sums_abs += tl.sum(tl.abs(x), axis=0)
             sums_sq += tl.sum(x * x, axis=0)
-    _store_partial(
+    store_partial(
         to,
         tl.sum(sums, axis=0),
         tl.sum(sums_abs, axis=0),
@@ -187,7 +189,7 @@ def _chunk_statistics(  # type: ignore[no-untyped-def]
     )
 
 
-@_jit
+@jit
 def sum_chunks(  # type: ignore[no-untyped-def]
     addresses,  # [n_tensors] int64
     numel,  # [n_tensors] int64
@@ -208,138 +210,12 @@ def sum_chunks(  # type: ignore[no-untyped-def]
     n = tl.load(numel + tensor) - offset
     to = partials + chunk * 6
     if n >= ROWS * COLUMNS * TILES:
-        _chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
+        chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
     else:
-        _chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
+        chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
 
 
-@_jit
-def join_chunks(  # type: ignore[no-untyped-def]
-    a,  # [numel]: x, or grad_y
-    b,  # [numel]: f, or y
-    out,  # [numel]: y, or grad_x
-    numel,
-    partials,  # [1, n_chunks, 6] float64; for "mask" [2, n_chunks, 6], of a and of out
-    TYPE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    OPERATION: tl.constexpr,
-):
-    """Computes a residual add ("add", "add_relu") or its backward ("mask") with statistics, one chunk per program."""
-    chunk = tl.program_id(0).to(tl.int64)
-    offset = chunk * (ROWS * COLUMNS * TILES)
-    n = numel - offset
-    to = partials + chunk * 6
-    if n >= ROWS * COLUMNS * TILES:
-        if OPERATION == "mask":
-            _chunk_statistics(a + offset, a, out, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
-            to += tl.num_programs(0).to(tl.int64) * 6
-        _chunk_statistics(a + offset, b + offset, out + offset, n, to, TYPE, COLUMNS, ROWS, TILES, False, OPERATION)
-    else:
-        if OPERATION == "mask":
-            _chunk_statistics(a + offset, a, out, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
-            to += tl.num_programs(0).to(tl.int64) * 6
-        _chunk_statistics(a + offset, b + offset, out + offset, n, to, TYPE, COLUMNS, ROWS, TILES, True, OPERATION)
-
-
-@_jit
-def _chunk_products(  # type: ignore[no-untyped-def]
-    a,
-    b,
-    n,
-    to,
-    TYPE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Writes the sum of the products of `n` elements at `a` and `b` to `to` [6], scaled like a sum of squares.
-
-    Its magnitude is the geometric mean of the largest magnitudes of `a` and `b`, rounded to 0, 2**-600, 1 or 2**600.
-    """
-    # Half a tile at a time: the operands are held as float64.
-    place = tl.arange(0, ROWS // 2)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mean_bits = tl.full([], 0x3FF0000000000000, tl.int64)
-    if TYPE == "f64":
-        a_max = tl.zeros([COLUMNS], tl.int64)
-        b_max = tl.zeros([COLUMNS], tl.int64)
-        for tile in range(TILES * 2):
-            at = tile * (ROWS // 2) * COLUMNS + place
-            a_max = tl.maximum(a_max, tl.max(_magnitude_bits(_load(a, at, n, MASKED), "f64"), axis=0))
-            b_max = tl.maximum(b_max, tl.max(_magnitude_bits(_load(b, at, n, MASKED), "f64"), axis=0))
-        a_root = tl.sqrt(tl.max(a_max, axis=0).to(tl.float64, bitcast=True))
-        b_root = tl.sqrt(tl.max(b_max, axis=0).to(tl.float64, bitcast=True))
-        bits = _magnitude_bits(a_root * b_root, "f64")
-        mean_bits = tl.where(
-            bits >= 0x7FF0000000000000, mean_bits, bits
-        )  # products with NaN or infinity are not scaled
-    factor = _factor(mean_bits, "f64")
-    sums = tl.zeros([COLUMNS], tl.float64)
-    for tile in range(TILES * 2):
-        at = tile * (ROWS // 2) * COLUMNS + place
-        x = _widened(_load(a, at, n, MASKED), TYPE).to(tl.float64) * factor
-        y = _widened(_load(b, at, n, MASKED), TYPE).to(tl.float64) * factor
-        sums += tl.sum(x * y, axis=0)
-    zero = factor * 0.0
-    # Zero fits any range: a chunk of zeros must not decide the row's.
-    magnitude = tl.where(mean_bits == 0, zero, 1.0 / factor)
-    _store_partial(to, zero, zero, tl.sum(sums, axis=0), magnitude.to(tl.int64, bitcast=True), zero, zero, "f64")
-
-
-@_jit
-def branch_chunks(  # type: ignore[no-untyped-def]
-    branch,  # [numel]
-    shortcut,  # [numel]
-    numel,
-    partials,  # [2, n_chunks, 6] float64, of branch and of the products
-    TYPE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Computes the statistics of branch and the sum of its products with shortcut, one chunk per program."""
-    chunk = tl.program_id(0).to(tl.int64)
-    a = branch + chunk * (ROWS * COLUMNS * TILES)
-    b = shortcut + chunk * (ROWS * COLUMNS * TILES)
-    n = numel - chunk * (ROWS * COLUMNS * TILES)
-    to = partials + chunk * 6
-    to_products = to + tl.num_programs(0).to(tl.int64) * 6
-    if n >= ROWS * COLUMNS * TILES:
-        _chunk_statistics(a, a, a, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
-        _chunk_products(a, b, n, to_products, TYPE, COLUMNS, ROWS, TILES, False)
-    else:
-        _chunk_statistics(a, a, a, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
-        _chunk_products(a, b, n, to_products, TYPE, COLUMNS, ROWS, TILES, True)
-
-
-@_jit
-def join_elements(  # type: ignore[no-untyped-def]
-    a,  # [numel]: x, or grad_y
-    b,  # [numel]: f, or y
-    out,  # [numel]: y, or grad_x; may be a or b
-    numel,
-    TYPE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    OPERATION: tl.constexpr,
-):
-    """Computes the results of `join_chunks` without statistics."""
-    offset = tl.program_id(0).to(tl.int64) * (ROWS * COLUMNS * TILES)
-    n = numel - offset
-    if n >= ROWS * COLUMNS * TILES:
-        for tile in range(TILES * ROWS // 2):
-            at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-            tl.store(out + offset + at, _tile(a + offset, b + offset, at, n, TYPE, False, OPERATION))
-    else:
-        for tile in range(TILES * ROWS // 2):
-            at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-            tl.store(out + offset + at, _tile(a + offset, b + offset, at, n, TYPE, True, OPERATION), mask=at < n)
-
-
-@_jit
+@jit
 def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merges the partials of one of many rows, found through tables."""
     program = tl.program_id(0)
@@ -347,14 +223,14 @@ def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.const
     _merge(begin, tl.load(n_partials + program), out + tl.load(row + program) * 6, TILE)
 
 
-@_jit
+@jit
 def merge_rows(partials, n_partials, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merges [n_rows, n_partials, 6] into [n_rows, 6]."""
     row = tl.program_id(0).to(tl.int64)
     _merge(partials + row * n_partials * 6, n_partials, out + row * 6, TILE)
 
 
-@_jit
+@jit
 def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merges `n` partials at `begin` into the row at `to`: first the largest magnitude, then sums at its exponent."""
     lane = tl.arange(0, TILE)
@@ -363,10 +239,10 @@ def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     while start < n:
         inside = start + lane < n
         abs_max = tl.load(begin + (start + lane) * 6 + 3, mask=inside, other=0.0)
-        bits_max = tl.maximum(bits_max, _magnitude_bits(abs_max, "f64"))
+        bits_max = tl.maximum(bits_max, magnitude_bits(abs_max, "f64"))
         start += TILE
     abs_max_bits = tl.max(bits_max, axis=0)
-    factor = _factor(abs_max_bits, "f64")
+    factor = range_factor(abs_max_bits, "f64")
     is_finite = abs_max_bits < 0x7FF0000000000000
 
     sums = tl.zeros([TILE], tl.float64)
@@ -378,18 +254,18 @@ def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     while start < n:
         inside = start + lane < n
         at = begin + (start + lane) * 6
-        bits = _magnitude_bits(tl.load(at + 3, mask=inside, other=0.0), "f64")
+        bits = magnitude_bits(tl.load(at + 3, mask=inside, other=0.0), "f64")
         # Beside a NaN or infinity, finite partials are left out: they cannot change the sum, but might overflow.
         counts = is_finite | (bits >= 0x7FF0000000000000)
         # Rescales from the partial's exponent to the row's: 1, 2**-600, or 2**-1200, which is zero.
-        shift = tl.where(counts & is_finite & (bits > 0), factor / _factor(bits, "f64"), 1.0)
+        shift = tl.where(counts & is_finite & (bits > 0), factor / range_factor(bits, "f64"), 1.0)
         sums += tl.where(counts, tl.load(at + 0, mask=inside, other=0.0) * shift, 0.0)
         sums_abs += tl.where(counts, tl.load(at + 1, mask=inside, other=0.0) * shift, 0.0)
         sums_sq += tl.where(counts, tl.load(at + 2, mask=inside, other=0.0) * shift * shift, 0.0)
         zeros += tl.load(at + 4, mask=inside, other=0.0)
         nonfinite += tl.load(at + 5, mask=inside, other=0.0)
         start += TILE
-    _store_partial(
+    store_partial(
         to,
         tl.sum(sums, axis=0),
         tl.sum(sums_abs, axis=0),
@@ -401,7 +277,7 @@ def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     )
 
 
-@_jit
+@jit
 def scale_chunks(  # type: ignore[no-untyped-def]
     addresses,  # [n_tensors] int64
     numel,  # [n_tensors] int64
@@ -426,9 +302,9 @@ def scale_chunks(  # type: ignore[no-untyped-def]
             for tile in range(TILES * ROWS // 2):
                 at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
                 x = tl.load(begin + at)
-                tl.store(begin + at, (_widened(x, TYPE) * factor).to(x.dtype))
+                tl.store(begin + at, (widened(x, TYPE) * factor).to(x.dtype))
         else:
             for tile in range(TILES * ROWS // 2):
                 at = tile * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
                 x = tl.load(begin + at, mask=at < n, other=0.0)
-                tl.store(begin + at, (_widened(x, TYPE) * factor).to(x.dtype), mask=at < n)
+                tl.store(begin + at, (widened(x, TYPE) * factor).to(x.dtype), mask=at < n)

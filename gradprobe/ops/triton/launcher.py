@@ -66,9 +66,9 @@ def unavailable(device_type: str) -> str | None:
     return None
 
 
-def _device_code() -> ModuleType:
+def _device_code(name: str = "device") -> ModuleType:
     # Imported at the first launch: importing triton is slow, and few installations need it.
-    return importlib.import_module("gradprobe.ops.triton.device")
+    return importlib.import_module(f"gradprobe.ops.triton.{name}")
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -278,7 +278,6 @@ def _empty_sum(x: Tensor, f: Tensor) -> Tensor | None:
 
 def _launch_chunks(kernel: str, operands: Sequence[Tensor], n_rows: int, *constants: str) -> Tensor:
     """Runs a kernel that writes `n_rows` partial rows per chunk of flat operands; returns them merged, [n_rows, 6]."""
-    kernels = _device_code()
     numel, device = operands[0].numel(), operands[0].device
     name, columns, rows_in_tile = _TILES[operands[0].dtype]
     n_chunks = -(-numel // (columns * rows_in_tile * _TILES_IN_CHUNK))
@@ -287,10 +286,10 @@ def _launch_chunks(kernel: str, operands: Sequence[Tensor], n_rows: int, *consta
         return rows
     partials = torch.empty(n_rows, n_chunks, len(STATS), dtype=torch.float64, device=device)
     with _on(device):
-        getattr(kernels, kernel)[(n_chunks,)](
+        getattr(_device_code("residual_device"), kernel)[(n_chunks,)](
             *(*operands, numel, partials), *(name, columns, rows_in_tile, _TILES_IN_CHUNK, *constants), num_warps=_WARPS
         )
-        kernels.merge_rows[(n_rows,)](partials, n_chunks, rows, _MERGE_TILE, num_warps=_WARPS)
+        _device_code().merge_rows[(n_rows,)](partials, n_chunks, rows, _MERGE_TILE, num_warps=_WARPS)
     return rows
 
 
@@ -301,7 +300,7 @@ def _join_into(a: Tensor, b: Tensor, out: Tensor, operation: str) -> None:
     if n_chunks == 0:
         return
     with _on(a.device):
-        _device_code().join_elements[(n_chunks,)](
+        _device_code("residual_device").join_elements[(n_chunks,)](
             *(a, b, out, a.numel()), *(name, columns, rows, _TILES_IN_CHUNK, operation), num_warps=_WARPS
         )
 
