@@ -7,6 +7,7 @@ if it is 0 they skip the statistics, also when a CUDA graph replays them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -173,7 +174,9 @@ _library = torch.library.Library("gradprobe", "DEF")
 define_operators(_library)
 # Compiled kernels take the place of the reference; on a GPU that they cannot serve, the Triton kernels do.
 if libraries.parts()["cuda"] != "ready" and triton_launcher.is_installed():
-    triton_launcher.register(_library, "CUDA")
+    with warnings.catch_warnings():  # torch warns if this overrides compiled kernels, e.g. too new for the driver
+        warnings.simplefilter("ignore")
+        triton_launcher.register(_library, "CUDA")
 
 _operators = torch.ops.gradprobe
 GRAD_STATS_INTO = _operators.grad_stats_into.default

@@ -116,6 +116,27 @@ def test_triton_kernels_never_replace_compiled_ones_that_can_run() -> None:
     assert not any(key.endswith("/CUDA") for key in schemas._library._op_impls)
 
 
+OLD_DRIVER = """
+import torch
+from gradprobe.ops import libraries
+libraries._driver_too_old = lambda info: "update the driver"
+import gradprobe.ops.schemas
+dump = torch._C._dispatch_dump("gradprobe::residual_add_stats")
+active = next(line for line in dump.splitlines() if line.startswith("CUDA:"))
+assert "schemas.py" in active, active
+assert libraries.parts()["cuda"] == "update the driver"
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_triton_kernels_replace_compiled_ones_that_cannot_run() -> None:
+    if libraries.parts()["cuda"] != "ready":
+        pytest.skip(libraries.parts()["cuda"])
+    done = subprocess.run([sys.executable, "-c", OLD_DRIVER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Overriding" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def twin() -> torch.library.Library:
     """Defines the operators in another namespace, where they always run the reference."""

@@ -60,7 +60,7 @@ def unavailable(device_type: str) -> str | None:
         return "triton is not installed (GPU builds of torch bring it)"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device_type == "cpu" and not interpreted:
-        return "the Triton kernels run on GPUs"
+        return "the Triton kernels run only on GPUs"
     if device_type == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
     return None
