@@ -1,4 +1,4 @@
-"""Imports go one way: a folder of the package imports only the folders that its row names."""
+"""Imports go one way: a folder of the package imports only those that its row lists."""
 
 import ast
 import shutil
@@ -60,7 +60,7 @@ def folder_of(imported: str, package: Path) -> str | None:
     return name if name and inside else "__init__"
 
 
-def faults(package: Path) -> list[str]:
+def violations(package: Path) -> list[str]:
     """Lists every import that the table does not allow, one line each."""
     found = []
     for path, folder, imports in modules(package):
@@ -83,14 +83,14 @@ def test_the_table_has_no_cycle_and_names_folders_that_exist() -> None:
         assert set(MAY_IMPORT[folder].split()) <= {*WITHOUT_TORCH, "ops.rows"}, folder
 
 
-def test_rooms_without_torch_load_without_it() -> None:
-    rooms = ", ".join(f"gradprobe.{name}" for name in sorted(WITHOUT_TORCH))
-    script = f"import sys, {rooms}, gradprobe.ops.rows, gradprobe.diagnosis.diagnose; sys.exit('torch' in sys.modules)"
+def test_folders_without_torch_load_without_it() -> None:
+    names = ", ".join(f"gradprobe.{name}" for name in sorted(WITHOUT_TORCH))
+    script = f"import sys, {names}, gradprobe.ops.rows, gradprobe.diagnosis.diagnose; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_folders_import_only_what_the_table_allows() -> None:
-    assert faults(PACKAGE) == []
+    assert violations(PACKAGE) == []
 
 
 def test_no_module_is_in_an_import_cycle() -> None:
@@ -133,4 +133,4 @@ def test_a_planted_import_is_found(tmp_path: Path, path: str, line: str, fault: 
     with (package / path).open("a") as module:
         module.write(f"\n{line}\n")
 
-    assert sorted(set(faults(package)) - set(faults(PACKAGE))) == [f"{path}: {fault}"]
+    assert sorted(set(violations(package)) - set(violations(PACKAGE))) == [f"{path}: {fault}"]
