@@ -33,8 +33,9 @@ demo: $(BUILD_STAMP)  ## degradation sweep on real data (plain and residual nets
 lesson: $(BUILD_STAMP)  ## every experiment of docs/lesson.md again, and its pictures
 	$(BIN)/python docs/make_lesson.py
 
+# One process per core. Threads that wait must not spin on a core that another process needs.
 test: lint  ## lint, tests, doctests; with CI=true the long tests too
-	$(BIN)/python -m pytest $(MARKS) $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(MARKS) $(PYTEST)
 
 lint: $(DEV_STAMP)  ## ruff, mypy --strict, clang-format: checks only
 	$(BIN)/ruff check .
