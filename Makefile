@@ -1,4 +1,4 @@
-# `make demo` and `make test` take a fresh clone to the end; `make help` lists the rest.
+# `make demo` and `make test` work in a fresh clone; `make help` lists the other targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -13,7 +13,7 @@ PYTEST ?=
 
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# What the compilers warn of stops a build here.
+# Compiler warnings are errors in our own builds.
 export GRADPROBE_WERROR := 1
 
 ENV_STAMP := .venv/.environment
@@ -25,43 +25,43 @@ MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
 
 .PHONY: demo lesson test lint format build test-gpu bench clean help
 
-demo: $(BUILD_STAMP)  ## degradation sweep on real data (plain and residual nets, 20 and 56 layers) and its report
+demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and residual, 20 and 56 layers) and write its report
 	mkdir -p demo
 	$(BIN)/gradprobe sweep --data digits --families plain,resnet --depths 20,56 --seeds 0 --jobs 2 --out demo/run.sqlite
 	$(BIN)/gradprobe report demo/run.sqlite --html demo/report.html
 
-lesson: $(BUILD_STAMP)  ## every experiment of docs/lesson.md again, and its pictures
+lesson: $(BUILD_STAMP)  ## run every experiment of docs/lesson.md again, and redraw its charts
 	$(BIN)/python docs/make_lesson.py
 
 # One process per core. Threads that wait must not spin on a core that another process needs.
-test: lint  ## lint, tests, doctests; with CI=true the long tests too
+test: lint  ## run linters, tests and doctests; with CI=true the long tests too
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(MARKS) $(PYTEST)
 
-lint: $(DEV_STAMP)  ## ruff, mypy --strict, clang-format: checks only
+lint: $(DEV_STAMP)  ## check with ruff, mypy --strict and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
-format: $(DEV_STAMP)  ## ruff and clang-format rewrite the files
+format: $(DEV_STAMP)  ## rewrite the files with ruff and clang-format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-build: $(BUILD_STAMP)  ## environment in .venv and the native build
+build: $(BUILD_STAMP)  ## set up .venv and build the native libraries
 
-test-gpu: $(DEV_STAMP)  ## the tests that need a CUDA device; without one they are counted as skipped
+test-gpu: $(DEV_STAMP)  ## run the tests that need a CUDA device; skipped without one
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST)
 
-bench: $(DEV_STAMP)  ## every benchmark, one after another
+bench: $(DEV_STAMP)  ## run every benchmark, one after another
 	for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-clean:  ## remove environment, build and results of the demo
+clean:  ## remove the environment, the build and the demo's results
 	rm -rf .venv build dist demo *.egg-info gradprobe/*.so gradprobe/_build_info.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-help:  ## this list
+help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
 
 $(ENV_STAMP): build_backend/toolchain.py
