@@ -311,25 +311,6 @@ Tensor residual_add(Tensor x, Tensor f, bool relu) {
   return *y;
 }
 
-// residual_add_(Tensor(a!) x, Tensor f, bool relu) -> ()
-void residual_add_(Tensor x, Tensor f, bool relu) {
-  const Element element = check_operands(x, f, "x", "f");
-  if (x.numel() == 0) return;
-  check_writable(x, "x");
-  const int32_t device_index = x.device().index();
-  const cuda::DeviceScope scope(device_index);
-  const Tensor added = unchanged_by(x, f);
-  if (!is_dense(x)) {
-    torch::stable::copy_(x, sum_by_torch(x, added, relu));
-    return;
-  }
-  const Tensor in_order = in_order_of(x, added);
-  void* of_x = x.mutable_data_ptr();
-  check_launch(cuda::residual_add(of_x, in_order.const_data_ptr(), of_x, x.numel(), element, relu, nullptr, nullptr,
-                                  nullptr, cuda::current_stream(device_index)),
-               "residual_add_", device_index);
-}
-
 // residual_add_backward(Tensor grad_y, Tensor y) -> Tensor
 Tensor residual_add_backward(Tensor grad_y, Tensor y) {
   const Element element = check_operands(grad_y, y, "grad_y", "y");
@@ -354,7 +335,6 @@ STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("scale_", &gradprobe::scale_);
   m.impl("count_if", TORCH_BOX(&gradprobe::count_if));
   m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
-  m.impl("residual_add_", TORCH_BOX(&gradprobe::residual_add_));
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
   m.impl("residual_add_stats", TORCH_BOX(&gradprobe::residual_add_stats));
   m.impl("residual_add_backward_stats", TORCH_BOX(&gradprobe::residual_add_backward_stats));

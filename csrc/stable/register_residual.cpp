@@ -77,22 +77,6 @@ Tensor mask(const Tensor& grad_y, const std::optional<Tensor>& y, cpu::Partials*
 // residual_add(Tensor x, Tensor f, bool relu) -> Tensor
 Tensor residual_add(Tensor x, Tensor f, bool relu) { return join(x, f, relu, nullptr); }
 
-// residual_add_(Tensor(a!) x, Tensor f, bool relu) -> ()
-void residual_add_(Tensor x, Tensor f, bool relu) {
-  const Dtype dtype = check_operands(x, f, "x", "f");
-  if (x.numel() == 0) return;
-  check_writable(x, "x");
-  const Tensor added = unchanged_by(x, f);
-  if (!is_dense(x)) {
-    torch::stable::copy_(x, sum_by_torch(x, added, relu));
-    return;
-  }
-  const Tensor in_order = in_order_of(x, added);
-  const void* of_f = in_order.const_data_ptr();
-  void* of_x = x.mutable_data_ptr();
-  cpu::join(dtype, of_x, of_f, of_x, x.numel(), relu, nullptr);
-}
-
 // residual_add_backward(Tensor grad_y, Tensor y) -> Tensor
 Tensor residual_add_backward(Tensor grad_y, Tensor y) { return mask(grad_y, y, nullptr); }
 
@@ -128,7 +112,6 @@ Tensor residual_branch_stats(Tensor branch, Tensor shortcut) {
 
 STABLE_TORCH_LIBRARY_IMPL(gradprobe, CPU, m) {
   m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
-  m.impl("residual_add_", TORCH_BOX(&gradprobe::residual_add_));
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));
   m.impl("residual_add_stats", TORCH_BOX(&gradprobe::residual_add_stats));
   m.impl("residual_add_backward_stats", TORCH_BOX(&gradprobe::residual_add_backward_stats));

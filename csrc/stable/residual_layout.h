@@ -89,32 +89,7 @@ inline torch::stable::Tensor in_order_of(const torch::stable::Tensor& like, cons
   return copy;
 }
 
-// ---- In place
-
-// Rejects a tensor to be written if two of its indices may share an element.
-inline void check_writable(const torch::stable::Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.is_contiguous() || !dims_of(x).may_overlap(), name,
-                  ": needed elements that do not overlap in memory, got a tensor expanded or folded onto itself");
-}
-
-// Returns f, or a copy if writing to x might change elements of f before they are read: if they may share memory other
-// than element by element.
-inline torch::stable::Tensor unchanged_by(const torch::stable::Tensor& x, const torch::stable::Tensor& f) {
-  const auto range = [](const torch::stable::Tensor& tensor) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-    const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-    return std::array<uintptr_t, 2>{begin, begin + static_cast<uintptr_t>(last + 1) * tensor.element_size()};
-  };
-  const auto of_x = range(x), of_f = range(f);
-  const bool apart = of_x[1] <= of_f[0] || of_f[1] <= of_x[0];
-  if (apart || (of_x[0] == of_f[0] && equal(x.strides(), f.strides()))) return f;
-  torch::stable::Tensor copy = torch::stable::empty_like(f);
-  torch::stable::copy_(copy, f);
-  return copy;
-}
-
-// Whether the elements of x fill a flat range of memory, which a fused kernel may overwrite.
+// Whether the elements of x fill a flat range of memory, in any order.
 inline bool is_dense(const torch::stable::Tensor& x) { return x.is_contiguous() || dims_of(x).dense(); }
 
 }  // namespace gradprobe

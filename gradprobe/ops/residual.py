@@ -1,10 +1,9 @@
 """Residual adds in one pass each way: y = x + f or max(x + f, 0), and one gradient for both operands.
 
 The operators take operands of one shape, one device and one dtype of float16, bfloat16, float32 or float64. The public
-functions `residual_add` and `residual_add_` promote dtypes.
+function `residual_add` promotes dtypes. `residual_add_` runs torch's own in-place operators.
 
     residual_add(x, f, relu) -> y
-    residual_add_(x, f, relu) -> ()                              writes y to x
     residual_add_backward(grad_y, y) -> grad_x                   grad_y where y > 0 or y is NaN, else 0
     residual_add_stats(x, f, relu) -> y, rows [1, 6]             raw row of y
     residual_add_backward_stats(grad_y, y) -> grad_x, rows [2, 6]     raw rows of grad_y and grad_x
@@ -17,9 +16,6 @@ operator may not return its argument. If only the statistics are needed, `grad_s
 `sum_sq`, and in `abs_max` a magnitude whose range exponent scales that sum as it scales a sum of squares. The CPU
 kernel adds products of float32 and narrower dtypes in float32 if the sum fits: its error is at most 1.8e-6 of the sum
 of their magnitudes.
-
-`residual_add_` reads `f` as it was before the call, and copies it first if it shares memory with `x` other than element
-for element. There is no in-place backward: an autograd node may not write to the incoming gradient.
 
 Results of `residual_add` have the strides of torch's own add, gradients those of `torch.empty_like(y)`. Values follow
 the caller's `torch.set_flush_denormal`, as torch's do; statistics count subnormal numbers in either mode.
@@ -34,15 +30,15 @@ from gradprobe.errors import ArgumentError
 from gradprobe.ops import libraries
 from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap
 from gradprobe.ops.residual_reference import check_pair, name_of, sum_of
-from gradprobe.ops.schemas import RESIDUAL_ADD, RESIDUAL_ADD_
+from gradprobe.ops.schemas import RESIDUAL_ADD
 
 
 def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
     """Computes the residual add `x + f`, or `torch.relu(x + f)`, in one pass.
 
     The values equal those expressions bit for bit. The result is written once, and so is the gradient, one tensor for
-    both operands. Works under `torch.compile` without a graph break and under `torch.func`, for derivatives of any
-    order; forward-mode derivatives come from torch's own operators.
+    both operands. Works under `torch.compile` without a graph break. Under function transforms such as `torch.vmap` and
+    in forward mode, torch's own operators compute it, with derivatives of any order.
 
     Args:
         x: The shortcut; any shape and strided layout.
@@ -82,16 +78,16 @@ def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
 
 
 def residual_add_(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
-    """Computes the residual add in place, in one pass: `x.add_(f)`, or `x.add_(f).relu_()`.
+    """Computes the residual add in place with torch's operators: `x.add_(f)`, or `x.add_(f).relu_()`.
 
-    The values equal those expressions bit for bit, and autograd raises the same errors: `x` may not be a leaf that
-    requires grad, nor a tensor saved for backward. In a residual block the branch's first convolution usually saves the
-    shortcut, while the result of the branch is free: write `residual_add_(branch, shortcut)`.
+    Autograd's rules apply: `x` may not be a leaf that requires grad, nor a tensor saved for backward. In a residual
+    block the branch's first convolution usually saves the shortcut, while the result of the branch is free: write
+    `residual_add_(branch, shortcut)`.
 
     Args:
         x: The tensor to overwrite; any shape and strided layout without overlapping elements.
-        f: The tensor to add, of the same shape and device, with a dtype that `x.add_(f)` accepts. It may be `x` or
-            share memory with it; it is read as it was before the call.
+        f: The tensor to add, of the same shape and device, with a dtype that `x.add_(f)` accepts. It may be `x`, but
+            may not overlap `x` in part.
         relu: Whether to apply a ReLU. NaN stays NaN.
 
     Returns:
@@ -101,7 +97,7 @@ def residual_add_(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
         ArgumentError: The operands are not strided tensors of one shape (they are not broadcast) and one device, `x`
             has overlapping elements or cannot hold the dtype of `f`, or they are complex or boolean with `relu`. The
             message names the argument, what was needed and what came.
-        RuntimeError: Raised by torch if autograd forbids writing to `x`.
+        RuntimeError: Raised by torch if autograd or overlapping memory forbids writing to `x`.
 
     Source:
         He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), eq. 1.
@@ -120,11 +116,7 @@ def residual_add_(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
         raise ArgumentError(f"f: needed a dtype that can be added to {of_x} in place, got {of_f}")
     if not x.is_contiguous():
         check_no_overlap(x, "x")
-    if x.dtype in FLOAT_DTYPES and dtype == x.dtype:
-        RESIDUAL_ADD_(x, f.to(dtype), relu)
-        return x
     _check_relu(relu, x.dtype)
-    # The kernels take one dtype; torch adds a wider f and rounds once, to x's dtype.
     x.add_(f)
     return x.relu_() if relu else x
 

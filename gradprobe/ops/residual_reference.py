@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradprobe.errors import ArgumentError
-from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap, grad_stats_into
+from gradprobe.ops.reference import FLOAT_DTYPES, grad_stats_into
 from gradprobe.ops.row_math import empty_rows
 from gradprobe.ops.rows import ABS_MAX, range_exponent
 
@@ -59,33 +59,10 @@ def composite_mask(grad_y: Tensor, y: Tensor) -> Tensor:
     return grad_x
 
 
-def unchanged_by(x: Tensor, f: Tensor) -> Tensor:
-    """Returns f, or a copy if writing to x might change elements of f that are still to be read."""
-    (x_begin, x_end), (f_begin, f_end) = _address_range(x), _address_range(f)
-    apart = x_end <= f_begin or f_end <= x_begin
-    return f if apart or (x_begin == f_begin and x.stride() == f.stride()) else f.clone()
-
-
-def _address_range(tensor: Tensor) -> tuple[int, int]:
-    """Returns the addresses [begin, end) of the bytes from the first element to the last."""
-    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    begin = tensor.data_ptr()
-    return begin, begin + (last + 1) * tensor.element_size() if tensor.numel() else begin
-
-
 def add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     """Computes y."""
     check_operands(x, f, "x", "f")
     return sum_of(x, f, relu)
-
-
-def add_in_place(x: Tensor, f: Tensor, relu: bool) -> None:
-    """Computes y into x."""
-    check_operands(x, f, "x", "f")
-    check_no_overlap(x, "x")
-    x.add_(unchanged_by(x, f))
-    if relu:
-        x.relu_()
 
 
 def backward(grad_y: Tensor, y: Tensor) -> Tensor:

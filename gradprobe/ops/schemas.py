@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from gradprobe.errors import ArgumentError
 from gradprobe.ops import libraries, reference, residual_reference
-from gradprobe.ops.autograd import autograd_kernel, count_writes, in_place_autograd_kernel, residual_functions
+from gradprobe.ops.autograd import autograd_kernel, count_writes, residual_functions
 from gradprobe.ops.residual_reference import check_dtype, check_operands
 from gradprobe.ops.row_math import empty_rows
 from gradprobe.ops.rows import STATS
@@ -27,7 +26,6 @@ SCHEMAS = (
     "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
     "count_if(Tensor flag, bool on) -> ()",
     "residual_add(Tensor x, Tensor f, bool relu) -> Tensor",
-    "residual_add_(Tensor(a!) x, Tensor f, bool relu) -> ()",
     "residual_add_backward(Tensor grad_y, Tensor y) -> Tensor",
     "residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)",
     "residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)",
@@ -55,10 +53,6 @@ def _ignore_flag(flag: Tensor, on: bool) -> None:
 def _fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     check_operands(x, f, "x", "f")
     return x + f
-
-
-def _fake_add_in_place(x: Tensor, f: Tensor, relu: bool) -> None:
-    check_operands(x, f, "x", "f")
 
 
 def _fake_backward(grad_y: Tensor, y: Tensor) -> Tensor:
@@ -113,61 +107,30 @@ def define_operators(library: torch.library.Library) -> None:
 
 
 def _define_residual(library: torch.library.Library) -> None:
-    """Registers fakes, derivatives, vmap rules and reference kernels of the differentiable operators."""
+    """Registers fakes, derivatives and reference kernels of the differentiable operators."""
     operators = getattr(torch.ops, library.ns)
-    add = operators.residual_add.default
-    in_place = operators.residual_add_.default
-    mask = operators.residual_add_backward.default
-    add_function, in_place_function, mask_function = residual_functions(mask)
-
-    def batched_add(info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, int]:
-        return add(*_batches_first(info.batch_size, in_dims, x, f), relu), 0
-
-    def batched_add_in_place(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, f: Tensor, relu: bool
-    ) -> tuple[None, None]:
-        if in_dims[0] is None:
-            raise ArgumentError(
-                "x: needed a tensor batched by the same torch.vmap as f, to hold one result per sample, "
-                "got one without that batch dimension"
-            )
-        in_place(*_batches_first(info.batch_size, in_dims, x, f), relu)
-        return None, None
-
-    def batched_mask(info: Any, in_dims: tuple[int | None, ...], grad_y: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        return mask(*_batches_first(info.batch_size, in_dims, grad_y, y)), 0
-
-    def batched_stats(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> None:
-        raise NotImplementedError(
-            "the statistics of a residual add cover whole tensors and do not work under torch.vmap"
-        )
-
+    add_function, mask_function = residual_functions(operators.residual_add_backward.default)
     plain = residual_reference
-    for name, fake, kernel, batched, function, composite in (
-        ("residual_add", _fake_add, plain.add, batched_add, add_function, plain.sum_of),
-        ("residual_add_backward", _fake_backward, plain.backward, batched_mask, mask_function, plain.composite_mask),
-        ("residual_add_stats", _fake_add_stats, plain.add_stats, batched_stats, add_function, None),
-        ("residual_add_backward_stats", _fake_backward_stats, plain.backward_stats, batched_stats, mask_function, None),
+    for name, fake, kernel, function, composite in (
+        ("residual_add", _fake_add, plain.add, add_function, plain.sum_of),
+        ("residual_add_backward", _fake_backward, plain.backward, mask_function, plain.composite_mask),
+        ("residual_add_stats", _fake_add_stats, plain.add_stats, add_function, _refuse_transform),
+        ("residual_add_backward_stats", _fake_backward_stats, plain.backward_stats, mask_function, _refuse_transform),
     ):
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        torch.library.register_vmap(f"{library.ns}::{name}", batched, lib=library)
         library.impl(name, kernel, "CompositeExplicitAutograd")
         library.impl(name, autograd_kernel(getattr(operators, name).default, function, composite), "Autograd")
-
-    torch.library.register_fake(f"{library.ns}::residual_add_", _fake_add_in_place, lib=library)
-    torch.library.register_vmap(f"{library.ns}::residual_add_", batched_add_in_place, lib=library)
-    library.impl("residual_add_", plain.add_in_place, "CompositeExplicitAutograd")
-    library.impl("residual_add_", in_place_autograd_kernel(in_place, in_place_function, add), "Autograd")
-    count_writes(library, "residual_add_")
-    torch.library.register_vmap(f"{library.ns}::residual_branch_stats", batched_stats, lib=library)
+    # The first key of a call inside a torch.func transform: the transform sees torch's operators instead of ours.
+    library.impl("residual_add", plain.sum_of, "FuncTorchDynamicLayerFrontMode")
+    library.impl("residual_add_backward", plain.composite_mask, "FuncTorchDynamicLayerFrontMode")
+    for name in ("residual_add_stats", "residual_add_backward_stats", "residual_branch_stats"):
+        library.impl(name, _refuse_transform, "FuncTorchBatched")
 
 
-def _batches_first(batch_size: int, in_dims: tuple[int | None, ...], *tensors: Tensor) -> list[Tensor]:
-    """Moves the batch dimension of each tensor to the front; a tensor without one is repeated along it."""
-    return [
-        tensor.expand(batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for dim, tensor in zip(in_dims, tensors, strict=False)
-    ]
+def _refuse_transform(*_: object) -> NoReturn:
+    raise NotImplementedError(
+        "the statistics of a residual add cover whole tensors and do not work under torch.vmap or in forward mode"
+    )
 
 
 _library = torch.library.Library("gradprobe", "DEF")
@@ -183,7 +146,6 @@ GRAD_STATS_INTO = _operators.grad_stats_into.default
 SCALE = _operators.scale_.default
 COUNT_IF = _operators.count_if.default
 RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = _operators.residual_add.default
-RESIDUAL_ADD_: Callable[[Tensor, Tensor, bool], None] = _operators.residual_add_.default
 RESIDUAL_ADD_STATS: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = _operators.residual_add_stats.default
 RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = (
     _operators.residual_add_backward_stats.default

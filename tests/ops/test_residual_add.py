@@ -318,11 +318,51 @@ def test_function_transforms(transform: str) -> None:
     torch.testing.assert_close(TRANSFORMS[transform](loss)(x, f), TRANSFORMS[transform](loss_by_torch)(x, f))
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "vmap-of-grad"])
+def test_function_transforms_under_compile(transform: str) -> None:
+    torch._dynamo.reset()
+    x, f = torch.randn(3, 4), torch.randn(3, 4)
+    compiled = torch.compile(TRANSFORMS[transform](loss), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, f), TRANSFORMS[transform](loss_by_torch)(x, f))
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_the_operator_run_torch_instead(transform: str, namespace: str) -> None:
+    def of(x: Tensor, f: Tensor) -> Tensor:
+        return operators(namespace).residual_add(x * 2, f, True).square().sum()
+
+    x, f = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(TRANSFORMS[transform](of)(x, f), TRANSFORMS[transform](loss_by_torch)(x, f))
+
+
+@with_any_hooks
+@pytest.mark.parametrize("join", ["residual_add", "first_of_stats"])
+def test_a_recorded_sum_has_batched_gradients(join: str) -> None:
+    x, f, grads = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(2, 3, 4)
+    y = {"residual_add": residual_add, "first_of_stats": first_of_stats}[join](x, f, True)
+    expected = torch.where(x + f > 0, grads, 0.0)
+    batched = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    mapped = torch.vmap(lambda grad: torch.autograd.grad(y, x, grad, retain_graph=True)[0])(grads)
+    assert torch.equal(batched, expected)
+    assert torch.equal(mapped, expected)
+
+
+@with_any_hooks
+@RELU
+def test_forward_mode_without_a_transform(relu: bool) -> None:
+    x, f, tangent = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(3, 4)
+    with torch.autograd.forward_ad.dual_level():
+        y = residual_add(torch.autograd.forward_ad.make_dual(x, tangent), f, relu)
+        actual = torch.autograd.forward_ad.unpack_dual(y).tangent
+    assert torch.equal(actual, torch.where((x + f > 0) | (not relu), tangent, 0.0))
+
+
 def test_statistics_refuse_vmap_and_forward_mode() -> None:
     x = torch.randn(3, 4)
-    with pytest.raises(NotImplementedError, match=r"do not work under torch\.vmap"):
+    with pytest.raises(NotImplementedError, match=r"do not work under torch\.vmap or in forward mode"):
         torch.vmap(lambda a: first_of_stats(a, a, True))(x)
-    with pytest.raises(NotImplementedError, match="has no derivative in forward mode"):
+    with pytest.raises(NotImplementedError, match=r"do not work under torch\.vmap or in forward mode"):
         torch.func.jvp(lambda a: first_of_stats(a, a, True), (x,), (x,))
 
 

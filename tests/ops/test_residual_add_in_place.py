@@ -1,5 +1,6 @@
-"""Residual adds in place: bit-equal to torch's add_ and relu_, with the same rules."""
+"""`residual_add_`: torch's add_ and relu_, after checks that name a wrong argument."""
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from helpers.ops_truth import DTYPES
 from helpers.residual_cases import (
     LAYOUTS,
-    NAMESPACES,
     RELU,
     SHAPES,
+    TRANSFORMS,
     Block,
     Join,
     assert_like_torch_in_place,
@@ -18,7 +19,6 @@ from helpers.residual_cases import (
     every_kind,
     in_place_by_torch,
     name,
-    operators,
     specials,
     weights_after_training,
 )
@@ -61,21 +61,19 @@ def test_any_pair_of_numbers(x: float, f: float) -> None:
 @RELU
 @pytest.mark.parametrize("of_f", LAYOUTS)
 @pytest.mark.parametrize("of_x", [layout for layout in LAYOUTS if layout != "expanded"])
-@pytest.mark.parametrize("namespace", NAMESPACES)
-def test_every_pair_of_layouts(namespace: str, of_x: str, of_f: str, relu: bool) -> None:
+def test_every_pair_of_layouts(of_x: str, of_f: str, relu: bool) -> None:
     for shape in SHAPES:
         x, f = (LAYOUTS[key](torch.randn(shape)) for key in (of_x, of_f))
-        before, strides, version = by_torch(x, f, relu), x.stride(), x._version
-        operators(namespace).residual_add_(x, f, relu)
-        assert torch.equal(x, before)
+        expected, strides, version = by_torch(x, f, relu), x.stride(), x._version
+        residual_add_(x, f, relu)
+        assert torch.equal(x, expected)
         assert x.stride() == strides
         assert x._version > version
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
-def test_memory_between_the_elements_is_not_written(namespace: str) -> None:
+def test_memory_between_the_elements_is_not_written() -> None:
     whole = torch.arange(60.0).view(3, 20)
-    operators(namespace).residual_add_(whole[:, 5:15:2], torch.full((3, 5), -100.0), True)
+    residual_add_(whole[:, 5:15:2], torch.full((3, 5), -100.0), True)
     expected = torch.arange(60.0).view(3, 20)
     expected[:, 5:15:2] = 0.0
     assert torch.equal(whole, expected)
@@ -92,26 +90,33 @@ def test_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
 SHARING: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "itself": lambda whole: (whole, whole),
     "a view of all": lambda whole: (whole, whole[:]),
+    "halves of rows": lambda whole: whole.chunk(2, dim=1),
+    "halves of columns": lambda whole: whole.chunk(2, dim=0),
+    "every second": lambda whole: (whole.view(-1)[::2], whole.view(-1)[1::2]),
+}
+OVERLAPS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "one element on": lambda whole: (whole.view(-1)[1:], whole.view(-1)[:-1]),
     "one element back": lambda whole: (whole.view(-1)[:-1], whole.view(-1)[1:]),
     "transposed": lambda whole: (whole, whole.t()),
-    "halves of rows": lambda whole: whole.chunk(2, dim=1),
-    "halves of columns": lambda whole: whole.chunk(2, dim=0),
-    "a row for all": lambda whole: (whole, whole[3:4].expand_as(whole)),
-    "every second": lambda whole: (whole.view(-1)[::2], whole.view(-1)[1::2]),
-    "every second and the first": lambda whole: (whole.view(-1)[::2], whole.view(-1)[: whole.numel() // 2]),
 }
 
 
 @pytest.mark.parametrize("sharing", SHARING)
-@pytest.mark.parametrize("namespace", NAMESPACES)
-def test_the_addend_is_read_as_it_was_before_the_call(namespace: str, sharing: str) -> None:
+def test_operands_may_share_memory_element_for_element(sharing: str) -> None:
     for size in (4, 300):
-        whole = torch.randn(size, size)
-        x, f = SHARING[sharing](whole)
+        x, f = SHARING[sharing](torch.randn(size, size))
         expected = torch.relu(x + f)
-        operators(namespace).residual_add_(x, f, True)
+        residual_add_(x, f, True)
         assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_operands_that_overlap_in_part_are_refused_by_torch(overlap: str) -> None:
+    whole = torch.randn(4, 4)
+    before = whole.clone()
+    with pytest.raises(RuntimeError, match="written-to tensor refer to a single memory location"):
+        residual_add_(*OVERLAPS[overlap](whole), True)
+    assert torch.equal(whole, before)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +128,6 @@ def test_a_target_with_overlapping_elements_is_refused(fold: Callable[[Tensor], 
     x = torch.ones(3, 4)
     with pytest.raises(ArgumentError, match="x: needed elements that do not overlap in memory, got shape"):
         residual_add_(fold(x), torch.ones(3, 4))
-    for namespace in NAMESPACES:
-        with pytest.raises((ArgumentError, RuntimeError), match="x: needed elements that do not overlap in memory"):
-            operators(namespace).residual_add_(fold(x), torch.ones(3, 4), False)
     assert torch.equal(x, torch.ones(3, 4))
 
 
@@ -178,19 +180,172 @@ def test_wrong_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
         residual_add_(x, f, relu=True)
 
 
-@pytest.mark.parametrize("namespace", NAMESPACES)
+# ---- Autograd
+
+
+def refused(join: Join, x: Tensor) -> str:
+    """Returns the error message, and checks that nothing was written."""
+    before = x.detach().clone()
+    with pytest.raises(RuntimeError) as error:
+        join(x, torch.ones_like(x).requires_grad_(), True)
+    assert torch.equal(x, before)
+    return str(error.value).partition(" For example")[0].partition("http")[0]
+
+
+def view_under_no_grad() -> Tensor:
+    made = torch.randn(3, requires_grad=True) * 1
+    with torch.no_grad():
+        return made[1:]
+
+
 @pytest.mark.parametrize(
-    ("x", "f", "message"),
+    "make",
     [
-        (torch.ones(2), torch.ones(3), r"f: needed the shape of x, \[2\], got \[3\]"),
-        (torch.ones(2), torch.ones(2).half(), r"f: needed the dtype of x, "),
-        (torch.ones(2).int(), torch.ones(2).int(), r"x: needed a dtype of "),
+        lambda: torch.randn(3, requires_grad=True),
+        lambda: torch.nn.Parameter(torch.randn(3)),
+        lambda: torch.randn(3, requires_grad=True)[1:],
+        lambda: (torch.randn(2, 3, requires_grad=True) * 1).unbind(0)[0],
+        view_under_no_grad,
     ],
-    ids=["shape", "dtype", "integers"],
+    ids=["leaf", "parameter", "view-of-leaf", "one-of-several-views", "view-under-no-grad"],
 )
-def test_the_operator_refuses_wrong_operands(namespace: str, x: Tensor, f: Tensor, message: str) -> None:
-    with pytest.raises((ArgumentError, RuntimeError), match=message):
-        operators(namespace).residual_add_(x, f, True)
+def test_autograd_refuses_with_its_own_message(make: Callable[[], Tensor]) -> None:
+    assert refused(residual_add_, make()) == refused(in_place_by_torch, make())
+
+
+def test_inference_tensors_are_refused_outside_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.randn(3)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        residual_add_(x, torch.ones(3), True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_leaves_may_be_written_while_nothing_is_recorded(mode: Callable[[], torch.no_grad]) -> None:
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    with mode():
+        assert residual_add_(x, torch.ones(2), True) is x
+    assert x.tolist() == [2.0, 0.0]
+    assert x.requires_grad
+    assert x.is_leaf
+    assert x._version > 0
+
+
+def test_a_target_without_gradient_requires_it_like_the_addend() -> None:
+    x, f = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0], requires_grad=True)
+    residual_add_(x, f, True).backward(torch.tensor([3.0, 4.0]))
+    assert x.requires_grad
+    assert f.grad.tolist() == [3.0, 0.0]
+
+
+@pytest.mark.parametrize("what", ["target", "result"])
+def test_overwriting_a_saved_tensor_is_detected(what: str) -> None:
+    x = torch.randn(3, requires_grad=True) * 1
+    square = x.square()
+    y = residual_add_(x, torch.randn(3), relu=True)
+    if what == "result":
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (square if what == "target" else y).sum().backward()
+
+
+def test_without_relu_nothing_is_saved() -> None:
+    leaf = torch.randn(3, requires_grad=True)
+    residual_add_(leaf * 1, torch.randn(3)).mul_(2).sum().backward()
+    assert leaf.grad.tolist() == [2.0, 2.0, 2.0]
+
+
+HISTORIES: dict[str, Callable[[Join, Tensor, Tensor], list[Tensor]]] = {
+    "a view of the target": lambda join, x, f: [join(x[1:], f[1:], True), x],
+    "a target with a view": lambda join, x, f: (lambda view: [join(x, f, True), view])(x.view(-1)),
+    "the target twice": lambda join, x, f: [join(x, x, True)],
+    "two in a row": lambda join, x, f: [join(join(x, f, False), f, True)],
+    "the other way round": lambda join, x, f: [join(f * 2, join(x, f, True), True)],
+    "checkpointed": lambda join, x, f: [
+        torch.utils.checkpoint.checkpoint(lambda x: join(x * 2, f, True).square(), x, use_reentrant=False)
+    ],
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+def test_gradients_through_operations_before_and_after(history: str) -> None:
+    def of(join: Join) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        leaves = [torch.randn(3, 4, requires_grad=True) for _ in "xf"]
+        outputs = HISTORIES[history](join, leaves[0] * 1, leaves[1])
+        loss = torch.stack([output.square().sum() for output in outputs]).sum()
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return *(output.detach() for output in outputs), *(g for g in gradients if g is not None)
+
+    assert_like_torch_in_place(of)
+
+
+@RELU
+def test_derivatives_of_first_and_second_order(relu: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, f = (torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in "xf")
+
+    def join(x: Tensor, f: Tensor) -> Tensor:
+        return residual_add_(x * 1, f, relu)
+
+    assert torch.autograd.gradcheck(join, (x, f), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(join, (x, f))
+
+
+# ---- Function transforms and compilers
+
+
+def loss(x: Tensor, f: Tensor) -> Tensor:
+    return residual_add_(x * 2, f, relu=True).square().sum()
+
+
+def loss_by_torch(x: Tensor, f: Tensor) -> Tensor:
+    return torch.relu(x * 2 + f).square().sum()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(transform: str) -> None:
+    x, f = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(TRANSFORMS[transform](loss)(x, f), TRANSFORMS[transform](loss_by_torch)(x, f))
+
+
+def test_one_target_cannot_hold_a_result_per_sample() -> None:
+    x, f = torch.zeros(4), torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match=r"output with shape \[4\]|vmap: inplace arithmetic"):
+        torch.vmap(lambda x, f: residual_add_(x, f), in_dims=(None, 0))(x, f)
+    assert x.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_into_one_graph(backend: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    x, f = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    compiled = torch.compile(loss, backend=backend, fullgraph=True, dynamic=dynamic)
+    actual = torch.autograd.grad(compiled(x, f), (x, f))
+    torch.testing.assert_close(actual, torch.autograd.grad(loss_by_torch(x, f), (x, f)))
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "recorded"])
+def test_a_compiled_function_overwrites_its_argument(recorded: bool) -> None:
+    torch._dynamo.reset()
+    leaf, f = torch.randn(3, 4, requires_grad=recorded), torch.randn(3, 4).half()
+    x = leaf * 1
+    y = torch.compile(lambda x, f: residual_add_(x, f, relu=True), backend="aot_eager", fullgraph=True)(x, f)
+    expected = torch.relu(leaf + f)
+    assert y is x
+    assert torch.equal(x, expected)
+    if recorded:
+        torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), leaf)[0] for z in (x, expected)))
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler, which inductor needs")
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    x, f = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    actual = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, f), x)
+    torch.testing.assert_close(actual, torch.autograd.grad(loss_by_torch(x, f), x))
 
 
 # ---- In a network

@@ -212,16 +212,6 @@ def residual_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     return y
 
 
-def residual_add_(x: Tensor, f: Tensor, relu: bool) -> None:
-    """Computes y into x, as `residual_reference.add_in_place` does."""
-    check_operands(x, f, "x", "f")
-    f = plain.unchanged_by(x, f)
-    if _share_order(x, f):
-        _join_into(x, f, x, "add_relu" if relu else "add")
-    else:
-        plain.add_in_place(x, f, relu)
-
-
 def residual_add_backward(grad_y: Tensor, y: Tensor) -> Tensor:
     """Computes grad_x, as `residual_reference.backward` does."""
     check_operands(grad_y, y, "grad_y", "y")
@@ -316,7 +306,6 @@ _KERNELS = (
     grad_stats_into,
     scale_,
     residual_add,
-    residual_add_,
     residual_add_backward,
     residual_add_stats,
     residual_add_backward_stats,
