@@ -1,4 +1,4 @@
-"""Derivatives of the operators in reverse mode, and the writes that autograd must know of.
+"""Reverse-mode derivatives of the residual operators.
 
 `torch.library.register_autograd` doubles the cost of a call (25 µs more for forward and backward) and returns zero for
 every forward-mode derivative (torch 2.13).
@@ -6,94 +6,84 @@ every forward-mode derivative (torch 2.13).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.autograd.graph import increment_version
 
 
-def autograd_kernel(operator: Any, function: Any, composite: Callable[..., Any]) -> Callable[..., Any]:
-    """Builds an operator's kernel for the Autograd key.
+def autograd_kernel(operator: Any, function: Any, mask: Any, composite: Callable[..., Any]) -> Callable[..., Any]:
+    """Builds a residual operator's kernel for the Autograd key.
 
     Args:
         operator: The operator to differentiate.
-        function: Its reverse-mode rule, a `torch.autograd.function._SingleLevelFunction` that takes the operator as
-            first argument and calls it with `below_autograd`.
+        function: Its reverse-mode rule: `ResidualSum` or `ReluMask`.
+        mask: `residual_add_backward.default` of the operator's namespace.
         composite: Computes the same result in forward mode, from torch operators that support it, or refuses.
 
     Returns:
         The kernel, for `torch.library.Library.impl`.
 
     Example:
-        >>> autograd_kernel(torch.ops.aten.neg.default, _SingleLevelFunction, torch.neg)(torch.tensor([1.0]))
-        tensor([-1.])
+        >>> add, mask = torch.ops.gradprobe.residual_add.default, torch.ops.gradprobe.residual_add_backward.default
+        >>> autograd_kernel(add, ResidualSum, mask, torch.add)(torch.tensor([1.0]), torch.tensor([2.0]), False)
+        tensor([3.])
     """
 
     def kernel(*arguments: Any) -> Any:
-        if forward_ad._current_level >= 0 and any(_has_tangent(argument) for argument in arguments):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
             return composite(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return function.apply(operator, *arguments)
-        return below_autograd(operator, *arguments)
+            return function.apply(operator, mask, *arguments)
+        return _below_autograd(operator, *arguments)
 
     return kernel
 
 
-def residual_functions(mask: Any) -> tuple[type, type]:
-    """Builds the reverse-mode rules of the residual operators of one namespace.
+class ResidualSum(_SingleLevelFunction):
+    """Differentiates x, f, relu -> y, or y and its row."""
 
-    Args:
-        mask: The overload `residual_add_backward.default` of that namespace.
+    @staticmethod
+    def forward(ctx: Any, operator: Any, mask: Any, x: Tensor, f: Tensor, relu: bool) -> Any:
+        """Computes y, and its row if the operator does."""
+        output = _below_autograd(operator, x, f, relu)
+        y = _first_differentiable(ctx, mask, output)
+        if relu:
+            ctx.save_for_backward(y)
+        return output
 
-    Returns:
-        The rules of `residual_add` and of `residual_add_backward`, for `autograd_kernel`. They also serve the variants
-        that return statistics.
-    """
-
-    class ResidualSum(_SingleLevelFunction):
-        """x, f, relu -> y; a variant's rows follow y."""
-
-        @staticmethod
-        def forward(ctx: Any, operator: Any, x: Tensor, f: Tensor, relu: bool) -> Any:
-            output = below_autograd(operator, x, f, relu)
-            y = _only_first_differentiable(ctx, output)
-            if relu:
-                ctx.save_for_backward(y)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Any:
-            saved = ctx.saved_tensors
-            grad_x = in_backward(mask, grad_y, *saved) if saved and grad_y is not None else grad_y
-            # One tensor serves both operands: autograd copies a gradient that it does not own before adding to it.
-            return None, grad_x, grad_x, None
-
-    class ReluMask(_SingleLevelFunction):
-        """grad_y, y -> grad_x; a variant's rows follow grad_x."""
-
-        @staticmethod
-        def forward(ctx: Any, operator: Any, grad_y: Tensor, y: Tensor | None) -> Any:
-            output = below_autograd(operator, grad_y, y)
-            _only_first_differentiable(ctx, output)
-            if y is not None:
-                ctx.save_for_backward(y)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-            # Linear in grad_y with the same mask; the derivative with respect to y is zero.
-            saved = ctx.saved_tensors
-            return None, in_backward(mask, grad, *saved) if saved and grad is not None else grad, None
-
-    return ResidualSum, ReluMask
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Any:
+        """Returns one gradient for x and f."""
+        grad_x = _masked(ctx, grad_y)
+        # One tensor serves both operands: autograd copies a gradient that it does not own before adding to it.
+        return None, None, grad_x, grad_x, None
 
 
-def _only_first_differentiable(ctx: Any, output: Any) -> Tensor:
-    """Marks the rows that follow a result as not differentiable, and returns the result."""
+class ReluMask(_SingleLevelFunction):
+    """Differentiates grad_y, y -> grad_x, or grad_x and both rows: linear in grad_y, and zero with respect to y."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, mask: Any, grad_y: Tensor, y: Tensor | None) -> Any:
+        """Computes grad_x, and both rows if the operator does."""
+        output = _below_autograd(operator, grad_y, y)
+        _first_differentiable(ctx, mask, output)
+        if y is not None:
+            ctx.save_for_backward(y)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        """Masks the gradient again."""
+        return None, None, _masked(ctx, grad), None
+
+
+def _first_differentiable(ctx: Any, mask: Any, output: Any) -> Tensor:
+    """Returns the first tensor of an output; marks the rows that follow it, if any, as not differentiable."""
+    ctx.mask = mask
     ctx.set_materialize_grads(False)
     if isinstance(output, Tensor):
         return output
@@ -102,53 +92,21 @@ def _only_first_differentiable(ctx: Any, output: Any) -> Tensor:
     return first
 
 
-def count_writes(library: torch.library.Library, name: str) -> None:
-    """Makes an operator increment the version of its first argument, a tensor or a list of tensors.
-
-    A kernel of the stable ABI cannot do this itself. `library` must define the operator.
-
-    Example:
-        >>> library = torch.library.Library("gradprobe_example_writes", "DEF")
-        >>> _ = library.define("clear_(Tensor(a!) x) -> ()")
-        >>> library.impl("clear_", lambda x: None, "CompositeExplicitAutograd")
-        >>> count_writes(library, "clear_")
-        >>> x = torch.ones(1)
-        >>> torch.ops.gradprobe_example_writes.clear_(x)
-        >>> x._version
-        1
-    """
-    operator = getattr(getattr(torch.ops, library.ns), name).default
-
-    def kernel(keyset: torch._C.DispatchKeySet, written: Tensor | Sequence[Tensor], *arguments: Any) -> None:
-        increment_version(written)
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, written, *arguments)
-
-    library.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+def _masked(ctx: Any, grad: Tensor | None) -> Tensor | None:
+    """Masks a gradient by the ReLU of the saved y, if there is one."""
+    saved = ctx.saved_tensors
+    if not saved or grad is None:
+        return grad
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        return ctx.mask(grad, *saved)  # type: ignore[no-any-return]
+    return _below_autograd(ctx.mask, grad, *saved)  # type: ignore[no-any-return]
 
 
 def _has_tangent(argument: object) -> bool:
     return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
-def in_backward(operator: Any, *arguments: Any) -> Any:
-    """Calls an operator in a backward pass, skipping autograd unless a further derivative is wanted.
-
-    Example:
-        >>> in_backward(torch.ops.aten.neg.default, torch.tensor([1.0]))
-        tensor([-1.])
-    """
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return operator(*arguments)
-    return below_autograd(operator, *arguments)
-
-
-def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """Calls an operator without recording it for autograd.
-
-    Example:
-        >>> below_autograd(torch.ops.aten.neg.default, torch.ones(1, requires_grad=True)).requires_grad
-        False
-    """
+def _below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Calls an operator without recording it for autograd."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)

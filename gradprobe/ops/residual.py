@@ -1,7 +1,6 @@
 """Residual adds in one pass each way: y = x + f or max(x + f, 0), and one gradient for both operands.
 
-The operators take operands of one shape, one device and one dtype of float16, bfloat16, float32 or float64. The public
-function `residual_add` promotes dtypes. `residual_add_` runs torch's own in-place operators.
+The operators take operands of one shape, one device and one dtype of float16, bfloat16, float32 or float64:
 
     residual_add(x, f, relu) -> y
     residual_add_backward(grad_y, y) -> grad_x                   grad_y where y > 0 or y is NaN, else 0
@@ -9,8 +8,8 @@ function `residual_add` promotes dtypes. `residual_add_` runs torch's own in-pla
     residual_add_backward_stats(grad_y, y) -> grad_x, rows [2, 6]     raw rows of grad_y and grad_x
     residual_branch_stats(branch, shortcut) -> rows [2, 6]       raw row of branch; sum of branch * shortcut
 
-Without a ReLU there is no mask: `residual_add_backward_stats(grad_y, None)` returns a copy of `grad_y`, since an
-operator may not return its argument. If only the statistics are needed, `grad_stats` of `grad_y` avoids the copy.
+If there is no ReLU, `residual_add_backward_stats(grad_y, None)` returns a copy of `grad_y`, since an operator may not
+return its argument. The backward never writes to the incoming gradient: autograd forbids it.
 
 `residual_branch_stats` takes the two parts of the gradient at x. Its second row holds the sum of products in the column
 `sum_sq`, and in `abs_max` a magnitude whose range exponent scales that sum as it scales a sum of squares. The CPU
@@ -98,9 +97,6 @@ def residual_add_(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
             has overlapping elements or cannot hold the dtype of `f`, or they are complex or boolean with `relu`. The
             message names the argument, what was needed and what came.
         RuntimeError: Raised by torch if autograd or overlapping memory forbids writing to `x`.
-
-    Source:
-        He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), eq. 1.
 
     Example:
         >>> x = torch.tensor([1.0, -3.0])

@@ -5,14 +5,12 @@ Arguments and results are described in `residual`. Rows come from `reference.gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.reference import FLOAT_DTYPES, grad_stats_into
-from gradprobe.ops.row_math import empty_rows
+from gradprobe.ops.row_math import rows_by
 from gradprobe.ops.rows import ABS_MAX, range_exponent
 
 
@@ -75,7 +73,7 @@ def backward(grad_y: Tensor, y: Tensor) -> Tensor:
 def add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
     """Computes y and its raw row [1, 6]."""
     y = add(x, f, relu)
-    return y, _rows([y])
+    return y, rows_by(grad_stats_into, [y])
 
 
 def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,24 +83,17 @@ def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         grad_x = torch.empty_like(grad_y).copy_(grad_y)
     else:
         grad_x = backward(grad_y, y)
-    return grad_x, _rows([grad_y, grad_x])
+    return grad_x, rows_by(grad_stats_into, [grad_y, grad_x])
 
 
 def branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
     """Computes the raw row of branch and the row of the sum of products, [2, 6]."""
     check_operands(branch, shortcut, "branch", "shortcut")
-    rows = _rows([branch.detach(), shortcut.detach()])
+    rows = rows_by(grad_stats_into, [branch.detach(), shortcut.detach()])
     # Products of float64 may leave the range of float64.
     exponent = range_exponent(rows[:, ABS_MAX].sqrt().prod()).double()
     factor = torch.exp2(-exponent)
     products = (branch.detach().double() * factor) * (shortcut.detach().double() * factor)
     zero = torch.zeros_like(factor)
     rows[1] = torch.stack((zero, zero, products.sum(), torch.exp2(exponent), zero, zero))
-    return rows
-
-
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Computes the raw rows [K, 6] of K tensors."""
-    rows = empty_rows(len(tensors), tensors[0])
-    grad_stats_into(tensors, rows)
     return rows

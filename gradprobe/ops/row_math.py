@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -76,3 +78,10 @@ def merge_rows(rows: Tensor) -> Tensor:
 def empty_rows(n_tensors: int, like: Tensor) -> Tensor:
     """Allocates rows [n_tensors, 6], float64, not initialised, on the device of `like`."""
     return torch.empty(n_tensors, len(STATS), dtype=torch.float64, device=like.device)
+
+
+def rows_by(kernel: Callable[[Sequence[Tensor], Tensor], None], tensors: Sequence[Tensor]) -> Tensor:
+    """Computes the raw rows [K, 6] of K tensors, at least one, with a `grad_stats_into`."""
+    rows = empty_rows(len(tensors), tensors[0])
+    kernel(tensors, rows)
+    return rows

@@ -1,21 +1,21 @@
-"""The operators: all schemas, fakes and registrations.
+"""Defines the operators: all schemas, fakes and registrations.
 
 The operators work under `torch.compile` and on every device: a device without C++, CUDA or Triton kernels runs the
 reference. `count_if` sets a flag (int32, on the device) that CUDA kernels launched by this thread read when they run:
-if it is 0 they skip the statistics, also when a CUDA graph replays them.
+if it is 0 they skip the statistics, even if a CUDA graph replays them.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gradprobe.ops import libraries, reference, residual_reference
-from gradprobe.ops.autograd import autograd_kernel, count_writes, residual_functions
+from gradprobe.ops.autograd import ReluMask, ResidualSum, autograd_kernel
 from gradprobe.ops.residual_reference import check_dtype, check_operands
 from gradprobe.ops.row_math import empty_rows
 from gradprobe.ops.rows import STATS
@@ -50,18 +50,8 @@ def _ignore_flag(flag: Tensor, on: bool) -> None:
     """Implements `count_if` for devices without CUDA graphs."""
 
 
-def _fake_add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
-    check_operands(x, f, "x", "f")
-    return x + f
-
-
-def _fake_backward(grad_y: Tensor, y: Tensor) -> Tensor:
-    check_operands(grad_y, y, "grad_y", "y")
-    return torch.empty_like(y)
-
-
 def _fake_add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    y = _fake_add(x, f, relu)
+    y = residual_reference.add(x, f, relu)
     return y, empty_rows(1, y)
 
 
@@ -69,7 +59,7 @@ def _fake_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tens
     if y is None:
         check_dtype(grad_y, "grad_y")
         return torch.empty_like(grad_y), empty_rows(2, grad_y)
-    return _fake_backward(grad_y, y), empty_rows(2, y)
+    return residual_reference.backward(grad_y, y), empty_rows(2, y)
 
 
 def _fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
@@ -91,40 +81,52 @@ def define_operators(library: torch.library.Library) -> None:
     """
     for schema in SCHEMAS:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    # Measurements and updates have no derivative: autograd lets them through.
+    plain = residual_reference
     for name, fake, kernel in (
         ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
         ("scale_", _fake_scale, reference.scale_),
-        ("residual_branch_stats", _fake_branch_stats, residual_reference.branch_stats),
+        ("count_if", _ignore_flag, _ignore_flag),
+        ("residual_add", plain.add, plain.add),
+        ("residual_add_backward", plain.backward, plain.backward),
+        ("residual_add_stats", _fake_add_stats, plain.add_stats),
+        ("residual_add_backward_stats", _fake_backward_stats, plain.backward_stats),
+        ("residual_branch_stats", _fake_branch_stats, plain.branch_stats),
     ):
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         library.impl(name, kernel, "CompositeExplicitAutograd")
+    _define_derivatives(library)
+
+
+def _define_derivatives(library: torch.library.Library) -> None:
+    """Registers the operators with autograd and with the transforms of `torch.func`."""
+    for name in ("grad_stats_into", "scale_", "residual_branch_stats"):  # measurements and updates have no derivative
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"{library.ns}::count_if", _ignore_flag, lib=library)
-    library.impl("count_if", _ignore_flag, "CompositeExplicitAutograd")
-    count_writes(library, "scale_")
-    _define_residual(library)
-
-
-def _define_residual(library: torch.library.Library) -> None:
-    """Registers fakes, derivatives and reference kernels of the differentiable operators."""
-    operators = getattr(torch.ops, library.ns)
-    add_function, mask_function = residual_functions(operators.residual_add_backward.default)
-    plain = residual_reference
-    for name, fake, kernel, function, composite in (
-        ("residual_add", _fake_add, plain.add, add_function, plain.sum_of),
-        ("residual_add_backward", _fake_backward, plain.backward, mask_function, plain.composite_mask),
-        ("residual_add_stats", _fake_add_stats, plain.add_stats, add_function, _refuse_transform),
-        ("residual_add_backward_stats", _fake_backward_stats, plain.backward_stats, mask_function, _refuse_transform),
+    operators, plain = getattr(torch.ops, library.ns), residual_reference
+    library.impl("scale_", _count_writes(operators.scale_.default), "ADInplaceOrView", with_keyset=True)
+    mask = operators.residual_add_backward.default
+    for name, function, composite in (
+        ("residual_add", ResidualSum, plain.sum_of),
+        ("residual_add_backward", ReluMask, plain.composite_mask),
+        ("residual_add_stats", ResidualSum, _refuse_transform),
+        ("residual_add_backward_stats", ReluMask, _refuse_transform),
     ):
-        torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-        library.impl(name, kernel, "CompositeExplicitAutograd")
-        library.impl(name, autograd_kernel(getattr(operators, name).default, function, composite), "Autograd")
+        library.impl(name, autograd_kernel(getattr(operators, name).default, function, mask, composite), "Autograd")
     # The first key of a call inside a torch.func transform: the transform sees torch's operators instead of ours.
     library.impl("residual_add", plain.sum_of, "FuncTorchDynamicLayerFrontMode")
     library.impl("residual_add_backward", plain.composite_mask, "FuncTorchDynamicLayerFrontMode")
     for name in ("residual_add_stats", "residual_add_backward_stats", "residual_branch_stats"):
         library.impl(name, _refuse_transform, "FuncTorchBatched")
+
+
+def _count_writes(operator: Any) -> Callable[..., None]:
+    """Builds the kernel that increments the versions of the tensors written: kernels of the stable ABI cannot."""
+
+    def kernel(keyset: torch._C.DispatchKeySet, written: Sequence[Tensor], *arguments: Any) -> None:
+        torch.autograd.graph.increment_version(written)
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, written, *arguments)
+
+    return kernel
 
 
 def _refuse_transform(*_: object) -> NoReturn:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.dispatch import Backend, resolve
 from gradprobe.ops.reference import FLOAT_DTYPES
-from gradprobe.ops.row_math import empty_rows, true_rows
+from gradprobe.ops.row_math import empty_rows, rows_by, true_rows
 from gradprobe.ops.rows import STATS
 from gradprobe.ops.schemas import COUNT_IF, GRAD_STATS_INTO
 
@@ -141,9 +141,7 @@ def raw_rows(tensors: Sequence[Tensor]) -> Tensor:
         >>> raw_rows([torch.tensor([3.0, -4.0])]).tolist()
         [[-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]]
     """
-    rows = empty_rows(len(tensors), tensors[0])
-    GRAD_STATS_INTO(list(tensors), rows)
-    return rows
+    return rows_by(GRAD_STATS_INTO, list(tensors))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from gradprobe.errors import BackendError
 from gradprobe.ops import residual_reference as plain
 from gradprobe.ops.reference import check_no_overlap, check_rows, check_tensors
 from gradprobe.ops.residual_reference import check_dtype, check_operands
-from gradprobe.ops.row_math import empty_rows
+from gradprobe.ops.row_math import rows_by
 from gradprobe.ops.rows import STATS
 
 # dtype -> its name in the kernels, columns of a tile (16 bytes for each of 128 threads), rows of a tile.
@@ -141,10 +141,6 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     Raises:
         ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what came.
         BackendError: A CUDA graph is being captured.
-
-    Example:
-        >>> out = torch.empty(1, 6, dtype=torch.float64, device="cuda")  # doctest: +SKIP
-        >>> grad_stats_into([torch.ones(3, device="cuda")], out)  # doctest: +SKIP
     """
     check_rows(out, len(tensors))
     check_tensors(tensors, out.device)
@@ -174,10 +170,6 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     Raises:
         ArgumentError: A tensor does not fit; the message names it, what was needed and what came.
         BackendError: A CUDA graph is being captured.
-
-    Example:
-        >>> x = torch.ones(3, device="cuda")  # doctest: +SKIP
-        >>> scale_([x], torch.tensor(0.5, device="cuda"))  # doctest: +SKIP
     """
     check_tensors(tensors, coefficient.device)
     for k, tensor in enumerate(tensors):
@@ -228,7 +220,7 @@ def residual_add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor
     y = _empty_sum(x, f)
     if y is None:
         y = plain.sum_of(x, f, relu)
-        return y, _rows([y])
+        return y, rows_by(grad_stats_into, [y])
     return y, _launch_chunks("join_chunks", (x, f, y), 1, "add_relu" if relu else "add")
 
 
@@ -237,11 +229,11 @@ def residual_add_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tenso
     if y is None:
         check_dtype(grad_y, "grad_y")
         grad_x = torch.empty_like(grad_y).copy_(grad_y)
-        return grad_x, _rows([grad_y, grad_x])
+        return grad_x, rows_by(grad_stats_into, [grad_y, grad_x])
     check_operands(grad_y, y, "grad_y", "y")
     if not _share_order(grad_y, y):
         grad_x = plain.backward(grad_y, y)
-        return grad_x, _rows([grad_y, grad_x])
+        return grad_x, rows_by(grad_stats_into, [grad_y, grad_x])
     grad_x = torch.empty_like(y)
     return grad_x, _launch_chunks("join_chunks", (grad_y, y, grad_x), 2, "mask")
 
@@ -293,13 +285,6 @@ def _join_into(a: Tensor, b: Tensor, out: Tensor, operation: str) -> None:
         _device_code("residual_device").join_elements[(n_chunks,)](
             *(a, b, out, a.numel()), *(name, columns, rows, _TILES_IN_CHUNK, operation), num_warps=_WARPS
         )
-
-
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Computes the raw rows [K, 6] of K tensors."""
-    rows = empty_rows(len(tensors), tensors[0])
-    grad_stats_into(tensors, rows)
-    return rows
 
 
 _KERNELS = (
