@@ -24,9 +24,6 @@ def autograd_kernel(operator: Any, function: Any, mask: Any, composite: Callable
         mask: `residual_add_backward.default` of the operator's namespace.
         composite: Computes the same result in forward mode, from torch operators that support it, or refuses.
 
-    Returns:
-        The kernel, for `torch.library.Library.impl`.
-
     Example:
         >>> add, mask = torch.ops.gradprobe.residual_add.default, torch.ops.gradprobe.residual_add_backward.default
         >>> autograd_kernel(add, ResidualSum, mask, torch.add)(torch.tensor([1.0]), torch.tensor([2.0]), False)
@@ -49,10 +46,9 @@ class ResidualSum(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, operator: Any, mask: Any, x: Tensor, f: Tensor, relu: bool) -> Any:
         """Computes y, and its row if the operator does."""
-        output = _below_autograd(operator, x, f, relu)
-        y = _first_differentiable(ctx, mask, output)
+        output = _call(ctx, operator, mask, x, f, relu)
         if relu:
-            ctx.save_for_backward(y)
+            ctx.save_for_backward(output if isinstance(output, Tensor) else output[0])
         return output
 
     @staticmethod
@@ -69,8 +65,7 @@ class ReluMask(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, operator: Any, mask: Any, grad_y: Tensor, y: Tensor | None) -> Any:
         """Computes grad_x, and both rows if the operator does."""
-        output = _below_autograd(operator, grad_y, y)
-        _first_differentiable(ctx, mask, output)
+        output = _call(ctx, operator, mask, grad_y, y)
         if y is not None:
             ctx.save_for_backward(y)
         return output
@@ -81,25 +76,24 @@ class ReluMask(_SingleLevelFunction):
         return None, None, _masked(ctx, grad), None
 
 
-def _first_differentiable(ctx: Any, mask: Any, output: Any) -> Tensor:
-    """Returns the first tensor of an output; marks the rows that follow it, if any, as not differentiable."""
+def _call(ctx: Any, operator: Any, mask: Any, *arguments: Any) -> Any:
+    """Calls the operator; marks the rows in its output, if any, as not differentiable."""
     ctx.mask = mask
     ctx.set_materialize_grads(False)
-    if isinstance(output, Tensor):
-        return output
-    ctx.mark_non_differentiable(output[1])
-    first: Tensor = output[0]
-    return first
+    output = _below_autograd(operator, *arguments)
+    if not isinstance(output, Tensor):
+        ctx.mark_non_differentiable(output[1])
+    return output
 
 
-def _masked(ctx: Any, grad: Tensor | None) -> Tensor | None:
+def _masked(ctx: Any, grad: Tensor | None) -> Any:
     """Masks a gradient by the ReLU of the saved y, if there is one."""
     saved = ctx.saved_tensors
     if not saved or grad is None:
         return grad
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return ctx.mask(grad, *saved)  # type: ignore[no-any-return]
-    return _below_autograd(ctx.mask, grad, *saved)  # type: ignore[no-any-return]
+        return ctx.mask(grad, *saved)
+    return _below_autograd(ctx.mask, grad, *saved)
 
 
 def _has_tangent(argument: object) -> bool:

@@ -63,8 +63,11 @@ def add(x: Tensor, f: Tensor, relu: bool) -> Tensor:
     return sum_of(x, f, relu)
 
 
-def backward(grad_y: Tensor, y: Tensor) -> Tensor:
-    """Computes grad_x."""
+def backward(grad_y: Tensor, y: Tensor | None) -> Tensor:
+    """Computes grad_x; a copy of grad_y if y is None."""
+    if y is None:
+        check_dtype(grad_y, "grad_y")
+        return torch.empty_like(grad_y).copy_(grad_y)
     check_operands(grad_y, y, "grad_y", "y")
     grad_x: Tensor = torch.ops.aten.threshold_backward.grad_input(grad_y, y, 0, grad_input=torch.empty_like(y))
     return grad_x
@@ -78,11 +81,7 @@ def add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
 
 def backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes grad_x and the raw rows [2, 6] of grad_y and grad_x."""
-    if y is None:
-        check_dtype(grad_y, "grad_y")
-        grad_x = torch.empty_like(grad_y).copy_(grad_y)
-    else:
-        grad_x = backward(grad_y, y)
+    grad_x = backward(grad_y, y)
     return grad_x, rows_by(grad_stats_into, [grad_y, grad_x])
 
 

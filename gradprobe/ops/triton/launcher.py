@@ -20,7 +20,7 @@ from torch import Tensor
 from gradprobe.errors import BackendError
 from gradprobe.ops import residual_reference as plain
 from gradprobe.ops.reference import check_no_overlap, check_rows, check_tensors
-from gradprobe.ops.residual_reference import check_dtype, check_operands
+from gradprobe.ops.residual_reference import check_operands
 from gradprobe.ops.row_math import rows_by
 from gradprobe.ops.rows import STATS
 
@@ -226,14 +226,10 @@ def residual_add_stats(x: Tensor, f: Tensor, relu: bool) -> tuple[Tensor, Tensor
 
 def residual_add_backward_stats(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     """Computes grad_x and the raw rows [2, 6] of grad_y and grad_x, as `residual_reference.backward_stats` does."""
-    if y is None:
-        check_dtype(grad_y, "grad_y")
-        grad_x = torch.empty_like(grad_y).copy_(grad_y)
-        return grad_x, rows_by(grad_stats_into, [grad_y, grad_x])
-    check_operands(grad_y, y, "grad_y", "y")
-    if not _share_order(grad_y, y):
+    if y is None or not _share_order(grad_y, y):
         grad_x = plain.backward(grad_y, y)
         return grad_x, rows_by(grad_stats_into, [grad_y, grad_x])
+    check_operands(grad_y, y, "grad_y", "y")
     grad_x = torch.empty_like(y)
     return grad_x, _launch_chunks("join_chunks", (grad_y, y, grad_x), 2, "mask")
 
