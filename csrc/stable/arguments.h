@@ -87,7 +87,7 @@ inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
 }
 
 // Tells autograd that a tensor is being written. The stable ABI has no call for that, but an in-place operation on an
-// empty view raises the version that all views of the memory share, and launches nothing.
+// empty view increments the version that all views of the memory share, and launches nothing.
 inline void count_write(const torch::stable::Tensor& written) {
   AtenTensorHandle none = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_narrow(written.get(), 0, 0, 0, &none));
