@@ -18,11 +18,11 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from gradprobe.errors import ArgumentError
-from gradprobe.observers.compiled_ops import observe_output, register_step_buffer
+from gradprobe.observers.compiled_ops import observe_output, register_signal_buffer
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.module_hooks import ModuleHooks
 from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable, tensors_in
-from gradprobe.observers.step_buffer import Gate, StepBuffer
+from gradprobe.observers.signal_buffer import Gate, SignalBuffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -92,12 +92,12 @@ class ActivationHooks:
 
     Args:
         modules: The M modules.
-        buffer: Step buffer to write to.
+        buffer: Signal buffer to write to.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], buffer: StepBuffer) -> None:
+    def __init__(self, modules: Sequence[nn.Module], buffer: SignalBuffer) -> None:
         self.buffer = buffer
-        self._buffer_key = register_step_buffer(buffer)
+        self._buffer_key = register_signal_buffer(buffer)
         self._passes = ForwardPasses()
         self._tensor_hooks = TensorHooks()
         self.unmeasured: set[int] = set()  # modules with an output that no kernel accepts

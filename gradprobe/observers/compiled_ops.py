@@ -18,17 +18,17 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd.graph import Node
 
 from gradprobe.observers.autograd_edges import edges_into
-from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.ops.residual import residual_add
 from gradprobe.ops.schemas import RESIDUAL_BRANCH_STATS
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
-_step_buffers: weakref.WeakValueDictionary[int, StepBuffer] = weakref.WeakValueDictionary()
+_signal_buffers: weakref.WeakValueDictionary[int, SignalBuffer] = weakref.WeakValueDictionary()
 _keys = itertools.count()
 
 
-def register_step_buffer(buffer: StepBuffer) -> int:
-    """Registers a step buffer for use in graphs.
+def register_signal_buffer(buffer: SignalBuffer) -> int:
+    """Registers a signal buffer for use in graphs.
 
     Args:
         buffer: Receives statistics while it is alive and enabled.
@@ -37,7 +37,7 @@ def register_step_buffer(buffer: StepBuffer) -> int:
         Its key, a constant in the graphs.
     """
     key = next(_keys)
-    _step_buffers[key] = buffer
+    _signal_buffers[key] = buffer
     return key
 
 
@@ -48,7 +48,7 @@ def observe_output(output: Any, inputs: tuple[Any, ...], buffer: int, site: int)
         output: A tensor, or tuples, lists and dictionaries of tensors; anything else is not observed.
         inputs: The module's inputs. If an output is an input, a leaf such as a parameter, or a view of one, its
             gradient is not observed: that would need a new tensor, which no longer shares their memory.
-        buffer: Key of the step buffer.
+        buffer: Key of the signal buffer.
         site: Site of the output; that of the gradient is the next.
 
     Returns:
@@ -79,7 +79,7 @@ def observe_junction(x: Tensor, f: Tensor, relu: bool, buffer: int, first: int) 
         x: The shortcut.
         f: Output of the branch; shape and device of x.
         relu: Whether to take the positive part.
-        buffer: Key of the step buffer.
+        buffer: Key of the signal buffer.
         first: Site of x; those of the other `JUNCTION_KINDS` follow.
 
     Returns:
@@ -103,7 +103,7 @@ def _shares_memory(output: Tensor, inputs: Any) -> bool:
 
 
 def _observe(x: Tensor, buffer: int, site: int) -> None:
-    known = _step_buffers.get(buffer)
+    known = _signal_buffers.get(buffer)
     if known is not None and known.enabled:
         known.write_anew(site, x)
 
@@ -174,7 +174,7 @@ class _ObservedJunction(torch.autograd.Function):
 
 
 def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -> None:
-    known = _step_buffers.get(buffer)
+    known = _signal_buffers.get(buffer)
     if known is not None and known.enabled:
         with known.graphs.counting():
             rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
@@ -186,7 +186,7 @@ _library = torch.library.Library("gradprobe", "FRAGMENT")
 
 
 def _define(schema: str, kernel: Callable[..., None]) -> Any:
-    """Defines an operator that only writes to a step buffer, and keeps its order among a graph's other operators."""
+    """Defines an operator that only writes to a signal buffer, and keeps its order among a graph's other operators."""
     name = schema.split("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")

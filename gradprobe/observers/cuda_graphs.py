@@ -34,12 +34,12 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def n_rows(n_sites: int, device: torch.device) -> int:
-    """Returns the number of rows that a step buffer writes: S, plus those of the element counts if there are graphs."""
+    """Returns the number of rows that a signal buffer writes: S, plus those for element counts if there are graphs."""
     return n_sites + (math.ceil(n_sites / _PACKED) if can_capture(device) else 0)
 
 
 def unpack_numels(rows: FloatArray, n_sites: int) -> IntArray:
-    """Reads the number of elements observed at each site, [S], from all rows that a step buffer wrote, [n_rows, 6]."""
+    """Reads the number of elements observed at each site, [S], from the rows of a signal buffer, [n_rows, 6]."""
     return rows[n_sites:, :_PACKED].reshape(-1)[:n_sites].astype(np.int64)
 
 
@@ -128,7 +128,7 @@ class GraphRows(PythonEventRows):
 
         Args:
             eager: The step's N events outside graphs.
-            out: The rows that the step buffer writes; not on this device if the model has moved. [n_rows, 6]
+            out: The rows that the signal buffer writes; not on this device if the model has moved. [n_rows, 6]
 
         Returns:
             `eager` and the G events in graphs, these without numbers of elements. The row of an event that has not

@@ -128,7 +128,7 @@ class PythonEventRows:
 
 
 def make_rows(device: torch.device, backend: str) -> EventRows:
-    """Makes the rows of a step buffer: in C++ if that is built and the native CPU kernels are used.
+    """Makes the rows of a signal buffer: in C++ if that is built and the native CPU kernels are used.
 
     Args:
         device: Where the rows lie.

@@ -20,10 +20,10 @@ from torch.compiler import is_compiling
 
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.autograd_edges import edges_into
-from gradprobe.observers.compiled_ops import observe_junction, register_step_buffer
+from gradprobe.observers.compiled_ops import observe_junction, register_signal_buffer
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable
-from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.residual import residual_add
 from gradprobe.ops.schemas import RESIDUAL_ADD_BACKWARD_STATS, RESIDUAL_ADD_STATS, RESIDUAL_BRANCH_STATS
@@ -54,14 +54,14 @@ class JunctionHooks:
 
     Args:
         modules: The J residual adds.
-        buffer: Step buffer to write to.
+        buffer: Signal buffer to write to.
         first_site: First site of residual add 0.
     """
 
-    def __init__(self, modules: Sequence[ResidualAdd], buffer: StepBuffer, first_site: int) -> None:
+    def __init__(self, modules: Sequence[ResidualAdd], buffer: SignalBuffer, first_site: int) -> None:
         self.buffer = buffer
         self.first_site = first_site
-        self._buffer_key = register_step_buffer(buffer)
+        self._buffer_key = register_signal_buffer(buffer)
         self._modules = tuple(modules)
         self.passes = ForwardPasses()
         self.tensor_hooks = TensorHooks()

@@ -1,4 +1,4 @@
-"""Wires the observers of activations and residual adds to one step buffer. Signals are the two together."""
+"""Wires the observers of signals, i.e. activations and residual adds, to one signal buffer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.activations import ActivationHooks
 from gradprobe.observers.junctions import JunctionHooks
-from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.snapshot.records import Events
 from gradprobe.snapshot.signals import SignalTable
 
@@ -37,7 +37,7 @@ class SignalObserver:
     ) -> None:
         self.table = table
         self._observed = np.zeros(table.n_sites, dtype=np.bool_)  # [S]
-        self._buffer = StepBuffer(table.n_sites, device, backend)
+        self._buffer = SignalBuffer(table.n_sites, device, backend)
         self._activations = ActivationHooks(tuple(activations.values()), self._buffer)
         self._junctions = JunctionHooks(tuple(junctions.values()), self._buffer, table.first_junction_site)
 

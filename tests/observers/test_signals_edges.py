@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import gradprobe
 from gradprobe.nn import ResidualAdd
 from gradprobe.observers import event_rows
-from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.observers.signal_buffer import SignalBuffer
 
 pytestmark = pytest.mark.usefixtures("any_hooks")
 
@@ -187,7 +187,7 @@ def test_a_discarded_step_leaves_no_events() -> None:
     run(3)
     probe.step()
     expected = probe.latest().activations["Linear"].output.norm
-    run(100)  # more events than the step buffer has rows at first
+    run(100)  # more events than the signal buffer has rows at first
     with probe.paused():
         probe.step()
     run(3)
@@ -196,7 +196,7 @@ def test_a_discarded_step_leaves_no_events() -> None:
 
 
 def test_no_row_is_lost_while_another_thread_adds_rows() -> None:
-    buffer = StepBuffer(1, torch.device("cpu"), "auto")
+    buffer = SignalBuffer(1, torch.device("cpu"), "auto")
     ones = torch.ones(1)
     threads = [threading.Thread(target=lambda: [buffer.write_anew(0, ones) for _ in range(400)]) for _ in range(4)]
     for thread in threads:

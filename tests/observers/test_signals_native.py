@@ -8,7 +8,7 @@ from helpers.signal_cases import Block, Unchanged
 from torch import nn
 
 import gradprobe
-from gradprobe.observers.step_buffer import StepBuffer
+from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.ops.libraries import native_hooks
 from gradprobe.snapshot.signals import Activation, Junction
 
@@ -40,7 +40,7 @@ def test_plain_training_writes_no_row_from_python(monkeypatch: pytest.MonkeyPatc
     model = two_blocks()
     with gradprobe.attach(model, activations=True) as probe:
         for name in ("write", "write_anew", "put", "put_apart"):
-            monkeypatch.setattr(StepBuffer, name, lambda *arguments: pytest.fail("a row was written from Python"))
+            monkeypatch.setattr(SignalBuffer, name, lambda *arguments: pytest.fail("a row was written from Python"))
         backward(model)
         activations, junctions = numbers(probe)
     assert len(activations) == 3

@@ -1,4 +1,4 @@
-"""The open step's rows: statistics of activations and residual adds, from events to one row per site."""
+"""The open step's rows of activations and residual adds. Gradients of parameters go straight to the ring buffer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Gate:
         self.is_open = is_open
 
 
-class StepBuffer:
+class SignalBuffer:
     """Collects one row per event, and merges the rows of each site when the step is closed.
 
     Rows are written on the device, without waiting for it and, once there are enough rows, without an allocation.
