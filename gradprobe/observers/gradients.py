@@ -30,7 +30,7 @@ class Group:
     first_row: int
 
 
-class GradientReducer:
+class GradientMeter:
     """Groups K parameters by device and dtype and measures their gradients.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gradprobe.observers.gradients import GradientReducer
+from gradprobe.observers.gradients import GradientMeter
 from gradprobe.observers.parameters import is_regular
 from gradprobe.observers.ring_buffer import RingBuffer, Slot
 from gradprobe.ops.rows import SUM
@@ -47,9 +47,9 @@ class UpdateObserver:
             for parameter, (device, dtype) in zip(self._parameters, self._placement, strict=True)
         ]
         self._templates = tuple(templates)
-        self._reducer = GradientReducer(templates, self._backend)
-        self._measured = self._reducer.all_present
-        self._ring = RingBuffer(self._capacity, {device: 2 * n for device, n in self._reducer.rows_on.items()})
+        self._meter = GradientMeter(templates, self._backend)
+        self._measured = self._meter.all_present
+        self._ring = RingBuffer(self._capacity, {device: 2 * n for device, n in self._meter.rows_on.items()})
         self._position_of: dict[int, int] = {}
         self._steps: deque[int] = deque()  # the keys of `_position_of`, oldest first
         self._before: list[torch.Tensor | None] = []
@@ -105,10 +105,10 @@ class UpdateObserver:
         finished = None if position is None else self._ring.read(position, wait)
         if finished is None:
             return None
-        n_rows = self._reducer.rows_on
+        n_rows = self._meter.rows_on
         weights = {device: rows[: n_rows[device]] for device, rows in finished.rows.items()}
         updates = {device: rows[n_rows[device] :] for device, rows in finished.rows.items()}
-        in_order = self._reducer.in_site_order
+        in_order = self._meter.in_site_order
         return Updates(self._names, in_order(weights), in_order(updates), finished.slot.measured)
 
     def release(self) -> None:
@@ -133,4 +133,4 @@ class UpdateObserver:
             copy is not None and is_regular(copy, template)
             for copy, template in zip(self._before, self._templates, strict=True)
         )
-        return self._reducer.measure(self._before, regular, rows)
+        return self._meter.measure(self._before, regular, rows)

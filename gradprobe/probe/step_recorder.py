@@ -14,7 +14,7 @@ from torch.autograd import Variable
 from gradprobe.errors import ArgumentError
 from gradprobe.observers import cuda_graphs, gradient_hooks
 from gradprobe.observers.activations import select_modules
-from gradprobe.observers.gradients import GradientReducer
+from gradprobe.observers.gradients import GradientMeter
 from gradprobe.observers.junctions import junction_modules
 from gradprobe.observers.parameters import ObservedParameters, find_parameters, unstepped_parameters
 from gradprobe.observers.ring_buffer import Slot
@@ -81,7 +81,7 @@ class StepRecorder:
         n_parameters = len(self.parameters.sites)
         if optimizer is not None and len(unstepped_parameters(optimizer, self.parameters)) == n_parameters:
             raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
-        self._reducer = GradientReducer(self.parameters.parameters, options.backend)
+        self._meter = GradientMeter(self.parameters.parameters, options.backend)
         is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         self._is_averaged = is_ddp and self._measured_at == "step"
         table = _site_table(self.parameters)
@@ -91,11 +91,11 @@ class StepRecorder:
         if options.updates:
             self._updates = UpdateObserver(self.parameters.parameters, table.names, options.backend, options.capacity)
         self.history = History(
-            options.capacity, self._reducer.rows_on, table, self._reducer.in_site_order, signals, self._updates
+            options.capacity, self._meter.rows_on, table, self._meter.in_site_order, signals, self._updates
         )
         self._signal_observer: SignalObserver | None = None
         if signals is not None:
-            device = next(iter(self._reducer.rows_on))
+            device = next(iter(self._meter.rows_on))
             self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend)
         self.coverage = CoverageLog(self.parameters, self._signal_observer, unobserved, optimizer)
         self._open = OpenStep(0)
@@ -133,18 +133,18 @@ class StepRecorder:
         rows = self.history.ring.rows()
         if self._is_capturing():  # each replay would write to the rows of a step that is over
             rows = {device: torch.empty_like(part) for device, part in rows.items()}
-            self._reducer.measure(*self._hooks.gradients(), rows)
+            self._meter.measure(*self._hooks.gradients(), rows)
             self._is_clipped_in_graph = True
         elif self._open.measured is None or self._measured_at == "hook" or self._hooks.modified():
             self._measure()
-        total = self._reducer.total_norm(rows)
+        total = self._meter.total_norm(rows)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(f"clip_grad_norm_: need a finite total norm; got {total.item()}")
         gradients, regular = self._hooks.gradients()
-        self._reducer.scale_(gradients, regular, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        self._meter.scale_(gradients, regular, (max_norm / (total + 1e-6)).clamp(max=1.0))
         self._open.is_clipped = True
         self._hooks.reset()  # a later backward shows as fired again
-        return total.to(self._reducer.norm_dtype)
+        return total.to(self._meter.norm_dtype)
 
     def release(self) -> None:
         """Removes every hook and lets go of the parameters; the history stays readable."""
@@ -156,7 +156,7 @@ class StepRecorder:
         self.history.archive()
         if self._updates is not None:
             self._updates.release()
-        self._reducer.release()
+        self._meter.release()
         self.coverage.note_unstepped(self.parameters)
         self.parameters = replace(self.parameters, parameters=())
         self._hooks = gradient_hooks.PythonGradientHooks((), None)
@@ -182,7 +182,7 @@ class StepRecorder:
         )
 
     def _is_capturing(self) -> bool:
-        return any(cuda_graphs.is_capturing(device) for device in self._reducer.rows_on)
+        return any(cuda_graphs.is_capturing(device) for device in self._meter.rows_on)
 
     def _is_due(self) -> bool:
         return self._pause_depth == 0 and self._open.number % self._every == 0
@@ -216,20 +216,20 @@ class StepRecorder:
                 np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64)
             )
             self._describe("pre-clip")
-        self._open.measured.numels[k] = self._reducer.measure_one(k, gradient, self.history.ring.rows())
+        self._open.measured.numels[k] = self._meter.measure_one(k, gradient, self.history.ring.rows())
         self._open.measured.present[k] = True
 
     def _measure(self) -> None:
         if self._hooks.converted():
             self._regroup_if_moved()
-        done, modified, n_fired = self._hooks.measure(self._reducer.native_rows(self.history.ring.rows()))
+        done, modified, n_fired = self._hooks.measure(self._meter.native_rows(self.history.ring.rows()))
         is_clipped = modified or (n_fired == 0 and self._is_clipped_in_graph)
         self._describe("post-clip" if is_clipped else "pre-clip")
         if done:
-            self._open.measured = self._reducer.all_present
+            self._open.measured = self._meter.all_present
         else:
             self._regroup_if_moved()
-            self._open.measured = self._reducer.measure(*self._hooks.gradients(), self.history.ring.rows())
+            self._open.measured = self._meter.measure(*self._hooks.gradients(), self.history.ring.rows())
         if self._is_due() and n_fired < len(self.parameters.sites):
             unhooked = self._open.measured.present & ~np.array(self._hooks.fired(), dtype=np.bool_)
             self.coverage.note_unhooked(self._open.number, unhooked)
@@ -263,7 +263,7 @@ class StepRecorder:
     ) -> None:
         step, measured = self._open.number, self._open.measured
         assert measured is not None
-        is_complete = measured is self._reducer.all_present
+        is_complete = measured is self._meter.all_present
         if not is_complete and not measured.present.any():
             self._open.measured = None
             self.coverage.note_no_gradient(step)
@@ -278,10 +278,10 @@ class StepRecorder:
         self.coverage.note(step, measured, is_complete)
 
     def _regroup_if_moved(self) -> None:
-        if self._reducer.moved():
+        if self._meter.moved():
             self.history.archive()
-            self._reducer.regroup()
-            self.history.restart(self._reducer.rows_on)
+            self._meter.regroup()
+            self.history.restart(self._meter.rows_on)
             if self._updates is not None:
                 self._updates.restart()
 
