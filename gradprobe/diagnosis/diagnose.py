@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.history import History
 from gradprobe.diagnosis.rules import RULES
 from gradprobe.diagnosis.rules.activations import EXPLODING_FORWARD, POOR_INITIALISATION
 from gradprobe.diagnosis.rules.loss import LOSS_BLOW_UP
+from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
 from gradprobe.snapshot.snapshot import Snapshot
 
@@ -36,7 +36,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     Source:
         `Rule.source` of each rule in `gradprobe.diagnosis.rules`.
     """
-    history = History(snapshots, thresholds)
+    history = RunHistory(snapshots, thresholds)
     findings = []
     for rule in RULES:
         if history.is_converging and not rule.judges_converging:
@@ -48,7 +48,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     return _without_explained(findings, history)
 
 
-def _without_explained(findings: list[Finding], history: History) -> list[Finding]:
+def _without_explained(findings: list[Finding], history: RunHistory) -> list[Finding]:
     """Drops what growth over the forward pass explains: poor initialisation, and a loss that is huge from the start."""
     if EXPLODING_FORWARD.title not in {found.title for found in findings}:
         return findings

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.history import ForwardPasses, History
 from gradprobe.diagnosis.rules.gradients import DEAD_UNITS, REVIVE_UNITS
 from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule
+from gradprobe.diagnosis.run_history import ForwardPasses, RunHistory
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.diagnosis.trend import fit_trend
 
@@ -19,7 +19,7 @@ _LARGEST_SLOPE = {"Tanh": 1.0, "Sigmoid": 0.25}
 _RELUS = ("ReLU", "ReLU6")
 
 
-def _exploding(history: History) -> Finding | None:
+def _exploding(history: RunHistory) -> Finding | None:
     passes, limits = history.forward, history.limits
     for chain in passes.chains:
         sites = np.array(chain, dtype=np.intp)
@@ -69,7 +69,7 @@ EXPLODING_FORWARD = Rule(
 )
 
 
-def _poor_initialisation(history: History) -> Finding | None:
+def _poor_initialisation(history: RunHistory) -> Finding | None:
     passes, limits = history.forward, history.limits
     early = np.flatnonzero(np.array(passes.steps) < limits.window)
     if len(history.losses) < 2 * limits.window or not len(early):  # too early, or attached too late, to tell
@@ -109,7 +109,7 @@ POOR_INITIALISATION = Rule(
 )
 
 
-def _saturation(history: History) -> Finding | None:
+def _saturation(history: RunHistory) -> Finding | None:
     # The mean derivative follows from the statistics of the output y: it is the mean of 1 - y^2, or of y (1 - y).
     passes = history.forward
     chosen = _modules(passes, tuple(_LARGEST_SLOPE), with_last=False)
@@ -147,7 +147,7 @@ SATURATION = Rule(
 )
 
 
-def _dead_relu(history: History) -> Finding | None:
+def _dead_relu(history: RunHistory) -> Finding | None:
     # The share of zeros is measured per layer, not per unit: a layer with half of its units dead and the others active
     # looks like one whose units are active half of the time, and is not found.
     passes, limits = history.forward, history.limits

@@ -10,12 +10,12 @@ import numpy as np
 
 from gradprobe.diagnosis.depth import ends_verdict, inner_trend, layer_status, weight_names, weight_norms
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.history import History
 from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, SAGEMAKER, Rule
+from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.snapshot.records import FloatArray
 
 
-def _nonfinite(history: History) -> Finding | None:
+def _nonfinite(history: RunHistory) -> Finding | None:
     hits = history.flows["non-finite"]
     if not hits:
         return None
@@ -48,7 +48,7 @@ NON_FINITE = Rule(
 )
 
 
-def _exploding(history: History) -> Finding | None:
+def _exploding(history: RunHistory) -> Finding | None:
     if _is_frequent("exploding", history):
         return _over_depth("exploding", history)
     if not _turns(history):
@@ -62,22 +62,22 @@ def _exploding(history: History) -> Finding | None:
     )
 
 
-def _vanishing(history: History) -> Finding | None:
+def _vanishing(history: RunHistory) -> Finding | None:
     is_fault = _is_frequent("vanishing", history) and not _turns(history)
     return _over_depth("vanishing", history) if is_fault else None
 
 
-def _is_frequent(flow: Literal["exploding", "vanishing"], history: History) -> bool:
+def _is_frequent(flow: Literal["exploding", "vanishing"], history: RunHistory) -> bool:
     return 2 * len(history.flows[flow]) > len(history.judged)
 
 
-def _turns(history: History) -> bool:
+def _turns(history: RunHistory) -> bool:
     """Whether the gradient explodes at the first step and vanishes in most of the others: exploding is the fault."""
     exploding = history.flows["exploding"]
     return bool(exploding) and exploding[0] is history.judged[0] and _is_frequent("vanishing", history)
 
 
-def _over_depth(flow: Literal["exploding", "vanishing"], history: History) -> Finding:
+def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) -> Finding:
     hits, limits = history.flows[flow], history.limits
     newest = hits[-1]
     names, norms = weight_names(newest), weight_norms(newest)
@@ -149,7 +149,7 @@ REVIVE_UNITS = (
 )
 
 
-def _dying(history: History) -> Finding | None:
+def _dying(history: RunHistory) -> Finding | None:
     # The gradient of an embedding is zero for each row that was not looked up: at least two weights must be dying.
     n_steps, limits = len(history.snapshots), history.limits
     if n_steps < limits.window:
@@ -182,7 +182,7 @@ DYING = Rule(
 )
 
 
-def _silent(history: History) -> Finding | None:
+def _silent(history: RunHistory) -> Finding | None:
     if len(history.snapshots) < history.limits.window:
         return None
     always = history.present.all(axis=0)  # [K]
@@ -208,7 +208,7 @@ SILENT = Rule(
 )
 
 
-def _drift(history: History) -> Finding | None:
+def _drift(history: RunHistory) -> Finding | None:
     limits = history.limits
     if len(history.snapshots) < limits.spike_warm_up + limits.window:
         return None

@@ -8,13 +8,13 @@ from itertools import pairwise
 import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.history import History
 from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, INITIALISE, SAGEMAKER, Rule
+from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.snapshot.records import FloatArray
 
 
-def _blow_up(history: History) -> Finding | None:
+def _blow_up(history: RunHistory) -> Finding | None:
     limits = history.limits
     start_step, start = history.losses[0]
 
@@ -51,7 +51,7 @@ LOSS_BLOW_UP = Rule(
 )
 
 
-def _unstable(history: History) -> Finding | None:
+def _unstable(history: RunHistory) -> Finding | None:
     losses, limits = history.losses, history.limits
     n = limits.window
     values = np.array([loss for _, loss in losses], dtype=np.float64)
@@ -122,7 +122,7 @@ UNSTABLE_LOSS = Rule(
 )
 
 
-def _not_learning(history: History) -> Finding | None:
+def _not_learning(history: RunHistory) -> Finding | None:
     losses, limits = history.losses, history.limits
     values = np.array([loss for _, loss in losses], dtype=np.float64)
     n = limits.window
@@ -161,7 +161,7 @@ NOT_LEARNING = Rule(
 )
 
 
-def _spike(history: History) -> Finding | None:
+def _spike(history: RunHistory) -> Finding | None:
     limits = history.limits
     norms = [(snapshot.step, snapshot.total_norm) for snapshot in history.snapshots]
     found: list[tuple[int, str, float, float, float]] = []

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.history import History
 from gradprobe.diagnosis.rules.rule import Rule
+from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals
 
 _KINDS = ("activation_grad", "junction_grad")  # the other gradients at a residual add are these or sums of them
 
 
-def _precision_loss(history: History) -> Finding | None:
+def _precision_loss(history: RunHistory) -> Finding | None:
     # The gradient counts before loss scaling is undone, since that is what the dtype had to hold. Gradients of weights
     # say nothing: autocast computes them in float16 and returns them in float32.
     observed, limits = history.observed, history.limits

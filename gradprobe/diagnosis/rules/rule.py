@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradprobe.diagnosis.finding import Finding, Where, title
-from gradprobe.diagnosis.history import History, Need
+from gradprobe.diagnosis.run_history import Need, RunHistory
 
 AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
 SAGEMAKER = "SageMaker Debugger"
@@ -36,7 +36,7 @@ class Rule:
     source: str
     cause: str
     remedies: tuple[str, ...]
-    check: Callable[[History], Finding | None]
+    check: Callable[[RunHistory], Finding | None]
     where: Where = ""
     needs: tuple[Need, ...] = ()
     judges_converging: bool = False

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.history import History
 from gradprobe.diagnosis.rules.rule import CLIP, INITIALISE, SAGEMAKER, Rule
+from gradprobe.diagnosis.run_history import RunHistory
 
 
-def _too_large(history: History) -> Finding | None:
+def _too_large(history: RunHistory) -> Finding | None:
     updates, limits = history.updates, history.limits
     # The ratio of a weight that starts at zero is infinite.
     is_hit = np.isfinite(updates.ratios) & (updates.ratios > limits.update_ratio_high)  # [T, W]
@@ -43,7 +43,7 @@ UPDATES_TOO_LARGE = Rule(
 )
 
 
-def _too_small(history: History) -> Finding | None:
+def _too_small(history: RunHistory) -> Finding | None:
     updates, limits = history.updates, history.limits
     if len(updates.steps) < limits.window:
         return None

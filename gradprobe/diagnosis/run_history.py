@@ -23,7 +23,7 @@ _MIN_LAYERS = 3  # that a comparison over depth needs
 
 
 @dataclass(frozen=True, eq=False)
-class History:
+class RunHistory:
     """The snapshots of a run in order, and the quantities that rules share.
 
     A site is one place where statistics are taken: a parameter, an activation or an operand of a residual add.
