@@ -105,7 +105,7 @@ def _shares_memory(output: Tensor, inputs: Any) -> bool:
 def _observe(x: Tensor, buffer: int, site: int) -> None:
     known = _signal_buffers.get(buffer)
     if known is not None and known.enabled:
-        known.write_anew(site, x)
+        known.write_uncached(site, x)
 
 
 class _Observed(torch.autograd.Function):
@@ -178,8 +178,8 @@ def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -
     if known is not None and known.enabled:
         with known.graphs.counting():
             rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
-        known.put_apart(first + JUNCTION_KINDS.index("branch_grad"), rows[:1], branch.numel())
-        known.put_apart(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())
+        known.put_untracked(first + JUNCTION_KINDS.index("branch_grad"), rows[:1], branch.numel())
+        known.put_untracked(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())
 
 
 _library = torch.library.Library("gradprobe", "FRAGMENT")

@@ -191,9 +191,9 @@ class GradientMeter:
             if values.device == device:
                 self._backends[device].grad_stats_into([values], out)
             else:  # an offloaded gradient is measured on its own device; only six numbers are copied
-                away = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
-                ops.resolve(self._backend_name, values.device).grad_stats_into([values], away)
-                out.copy_(away, non_blocking=True)
+                remote_row = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
+                ops.resolve(self._backend_name, values.device).grad_stats_into([values], remote_row)
+                out.copy_(remote_row, non_blocking=True)
         return values.numel()
 
     def _measure_irregular(

@@ -233,8 +233,8 @@ class _JunctionCall:
             branch = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
             if branch.shape == shortcut.shape and branch.layout is shortcut.layout is torch.strided:
                 rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
-                hooks.buffer.put_apart(self.first + BRANCH, rows[:1], branch.numel())
-                hooks.buffer.put_apart(self.first + DOT, rows[1:], branch.numel())
+                hooks.buffer.put_untracked(self.first + BRANCH, rows[:1], branch.numel())
+                hooks.buffer.put_untracked(self.first + DOT, rows[1:], branch.numel())
 
 
 class _ObservedAdd(torch.autograd.Function):

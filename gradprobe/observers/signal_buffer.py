@@ -70,7 +70,7 @@ class SignalBuffer:
         self.graphs.switch(enabled)
         self.gate.is_open = enabled or self.graphs.may_capture
 
-    def retire(self) -> None:
+    def release(self) -> None:
         """Stops recording for good."""
         self.graphs.may_capture = False
         self.enabled = False
@@ -107,9 +107,9 @@ class SignalBuffer:
         if known is not None:
             rows.next(site, tensor.numel(), _smallest_normal(tensor.dtype)).copy_(known)
         else:
-            rows.remember(tensor, self.write_anew(site, tensor))
+            rows.remember(tensor, self.write_uncached(site, tensor))
 
-    def write_anew(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
+    def write_uncached(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
         """Records a tensor without looking for an earlier row: compiled code does not count versions.
 
         Args:
@@ -127,9 +127,9 @@ class SignalBuffer:
                 return row
             if values.device not in self._backends:
                 self._backends[values.device] = ops.resolve(self._backend_name, values.device)
-            away = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
-            self._backends[values.device].grad_stats_into([values], away)
-            return row.copy_(away, non_blocking=True)
+            remote_row = torch.empty(1, len(ops.STATS), dtype=torch.float64, device=values.device)  # [1, 6]
+            self._backends[values.device].grad_stats_into([values], remote_row)
+            return row.copy_(remote_row, non_blocking=True)
 
     def put(self, site: int, row: torch.Tensor, tensor: torch.Tensor) -> None:
         """Records a tensor whose statistics an operator has computed.
@@ -143,7 +143,7 @@ class SignalBuffer:
         kept.copy_(row, non_blocking=True)
         self.graphs.open_rows(self.rows).remember(tensor, kept)
 
-    def put_apart(self, site: int, row: torch.Tensor, numel: int) -> None:
+    def put_untracked(self, site: int, row: torch.Tensor, numel: int) -> None:
         """Records a row whose tensor exists only inside gradprobe.
 
         Args:

@@ -76,6 +76,6 @@ class SignalObserver:
 
     def remove(self) -> None:
         """Removes every hook, for good. The operators in compiled graphs stay, and do nothing from now on."""
-        self._buffer.retire()
+        self._buffer.release()
         self._activations.remove()
         self._junctions.remove()

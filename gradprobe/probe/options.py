@@ -12,7 +12,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.observers.activations import Selection
 
 When = Literal["auto", "step", "backward", "hook"]
-MOMENTS: tuple[When, ...] = ("auto", "step", "backward", "hook")
+WHEN_CHOICES: tuple[When, ...] = ("auto", "step", "backward", "hook")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: need an integer of at least 1; got {value!r}")
-        if self.when not in MOMENTS:
-            raise ArgumentError(f"when: need one of {', '.join(MOMENTS)}; got {self.when!r}")
+        if self.when not in WHEN_CHOICES:
+            raise ArgumentError(f"when: need one of {', '.join(WHEN_CHOICES)}; got {self.when!r}")
         if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
             raise ArgumentError(
                 f"grad_scaler: need a torch.amp.GradScaler or None; got {type(self.grad_scaler).__name__}"

@@ -34,7 +34,7 @@ class SiteTable:
     index: Mapping[str, int]
 
 
-_WORDS = {
+_KIND_PHRASES = {
     "parameter": "gradient of",
     "activation": "output of",
     "activation_grad": "gradient at the output of",
@@ -73,7 +73,7 @@ class NonFinite:
     def __str__(self) -> str:
         origin = f", sent back by {self.module}" if self.kind == "activation_grad" and self.module else ""
         count = f"{self.nonfinite} of {self.numel} values are not finite"
-        return f"step {self.step}, {self.phase}: {count} in the {_WORDS[self.kind]} {self.site}{origin}"
+        return f"step {self.step}, {self.phase}: {count} in the {_KIND_PHRASES[self.kind]} {self.site}{origin}"
 
 
 @dataclass(frozen=True, eq=False)

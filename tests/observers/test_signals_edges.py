@@ -198,7 +198,7 @@ def test_a_discarded_step_leaves_no_events() -> None:
 def test_no_row_is_lost_while_another_thread_adds_rows() -> None:
     buffer = SignalBuffer(1, torch.device("cpu"), "auto")
     ones = torch.ones(1)
-    threads = [threading.Thread(target=lambda: [buffer.write_anew(0, ones) for _ in range(400)]) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: [buffer.write_uncached(0, ones) for _ in range(400)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -39,7 +39,7 @@ def numbers(probe: gradprobe.Probe) -> tuple[list[Activation], list[Junction]]:
 def test_plain_training_writes_no_row_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two_blocks()
     with gradprobe.attach(model, activations=True) as probe:
-        for name in ("write", "write_anew", "put", "put_apart"):
+        for name in ("write", "write_uncached", "put", "put_untracked"):
             monkeypatch.setattr(SignalBuffer, name, lambda *arguments: pytest.fail("a row was written from Python"))
         backward(model)
         activations, junctions = numbers(probe)

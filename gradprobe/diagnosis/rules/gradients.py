@@ -51,7 +51,7 @@ NON_FINITE = Rule(
 def _exploding(history: RunHistory) -> Finding | None:
     if _is_frequent("exploding", history):
         return _over_depth("exploding", history)
-    if not _turns(history):
+    if not _explodes_then_vanishes(history):
         return None
     found, n_vanishing = _over_depth("exploding", history), len(history.flows["vanishing"])
     return replace(
@@ -63,7 +63,7 @@ def _exploding(history: RunHistory) -> Finding | None:
 
 
 def _vanishing(history: RunHistory) -> Finding | None:
-    is_fault = _is_frequent("vanishing", history) and not _turns(history)
+    is_fault = _is_frequent("vanishing", history) and not _explodes_then_vanishes(history)
     return _over_depth("vanishing", history) if is_fault else None
 
 
@@ -71,7 +71,7 @@ def _is_frequent(flow: Literal["exploding", "vanishing"], history: RunHistory) -
     return 2 * len(history.flows[flow]) > len(history.judged)
 
 
-def _turns(history: RunHistory) -> bool:
+def _explodes_then_vanishes(history: RunHistory) -> bool:
     """Whether the gradient explodes at the first step and vanishes in most of the others: exploding is the fault."""
     exploding = history.flows["exploding"]
     return bool(exploding) and exploding[0] is history.judged[0] and _is_frequent("vanishing", history)
