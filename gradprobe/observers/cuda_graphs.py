@@ -14,11 +14,11 @@ import torch
 
 from gradprobe import ops
 from gradprobe.observers.event_rows import EventRows, EventTable, PythonEventRows
-from gradprobe.ops.rows import ABS_MAX
+from gradprobe.ops.rows import ABS_MAX, N_NONFINITE
 from gradprobe.snapshot.records import FloatArray, IntArray
 
 _NOT_WRITTEN = -1.0  # impossible as a largest magnitude
-_PACKED = 5  # element counts per row; the sixth column would be read as a number of non-finite values
+_PACKED = N_NONFINITE  # element counts per row; a value in this column would be read as non-finite elements
 
 _captured: list[GraphRows] = []  # a graph uses these rows and their flag for as long as it lives
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from gradprobe.ops import rows
+
 try:
     import triton
     from triton import language as tl
 except ImportError:  # `launcher.unavailable` reports it, and nothing below is launched
     triton = None
+
+_constant: Any = int if triton is None else tl.constexpr  # a kernel reads a global only if it is a constexpr
+N_STATS = _constant(len(rows.STATS))
+SUM, SUM_ABS, SUM_SQ = _constant(rows.SUM), _constant(rows.SUM_ABS), _constant(rows.SUM_SQ)
+ABS_MAX, N_ZERO, N_NONFINITE = _constant(rows.ABS_MAX), _constant(rows.N_ZERO), _constant(rows.N_NONFINITE)
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -82,15 +89,15 @@ def range_factor(abs_max_bits, TYPE: tl.constexpr):  # type: ignore[no-untyped-d
 @jit
 def store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Stores a partial raw row [6], its largest magnitude as float64."""
-    tl.store(to + 0, sum_)
-    tl.store(to + 1, sum_abs)
-    tl.store(to + 2, sum_sq)
+    tl.store(to + SUM, sum_)
+    tl.store(to + SUM_ABS, sum_abs)
+    tl.store(to + SUM_SQ, sum_sq)
     if TYPE == "f64":
-        tl.store(to + 3, bits.to(tl.float64, bitcast=True))
+        tl.store(to + ABS_MAX, bits.to(tl.float64, bitcast=True))
     else:
-        tl.store(to + 3, bits.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64))
-    tl.store(to + 4, n_zero.to(tl.float64))
-    tl.store(to + 5, n_nonfinite.to(tl.float64))
+        tl.store(to + ABS_MAX, bits.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64))
+    tl.store(to + N_ZERO, n_zero.to(tl.float64))
+    tl.store(to + N_NONFINITE, n_nonfinite.to(tl.float64))
 
 
 @jit
@@ -208,7 +215,7 @@ def sum_chunks(  # type: ignore[no-untyped-def]
     offset = (chunk - tl.load(first_chunk + tensor)) * (ROWS * COLUMNS * TILES)
     begin = _element_pointer(tl.load(addresses + tensor), TYPE, ALIGNED) + offset
     n = tl.load(numel + tensor) - offset
-    to = partials + chunk * 6
+    to = partials + chunk * N_STATS
     if n >= ROWS * COLUMNS * TILES:
         chunk_statistics(begin, begin, begin, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
     else:
@@ -219,15 +226,15 @@ def sum_chunks(  # type: ignore[no-untyped-def]
 def merge_partials(partials, first_partial, n_partials, row, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merges the partials of one of many rows, found through tables."""
     program = tl.program_id(0)
-    begin = partials + tl.load(first_partial + program) * 6
-    _merge(begin, tl.load(n_partials + program), out + tl.load(row + program) * 6, TILE)
+    begin = partials + tl.load(first_partial + program) * N_STATS
+    _merge(begin, tl.load(n_partials + program), out + tl.load(row + program) * N_STATS, TILE)
 
 
 @jit
 def merge_rows(partials, n_partials, out, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Merges [n_rows, n_partials, 6] into [n_rows, 6]."""
     row = tl.program_id(0).to(tl.int64)
-    _merge(partials + row * n_partials * 6, n_partials, out + row * 6, TILE)
+    _merge(partials + row * n_partials * N_STATS, n_partials, out + row * N_STATS, TILE)
 
 
 @jit
@@ -238,7 +245,7 @@ def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     start = n * 0
     while start < n:
         inside = start + lane < n
-        abs_max = tl.load(begin + (start + lane) * 6 + 3, mask=inside, other=0.0)
+        abs_max = tl.load(begin + (start + lane) * N_STATS + ABS_MAX, mask=inside, other=0.0)
         bits_max = tl.maximum(bits_max, magnitude_bits(abs_max, "f64"))
         start += TILE
     abs_max_bits = tl.max(bits_max, axis=0)
@@ -253,17 +260,17 @@ def _merge(begin, n, to, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     start = n * 0
     while start < n:
         inside = start + lane < n
-        at = begin + (start + lane) * 6
-        bits = magnitude_bits(tl.load(at + 3, mask=inside, other=0.0), "f64")
+        at = begin + (start + lane) * N_STATS
+        bits = magnitude_bits(tl.load(at + ABS_MAX, mask=inside, other=0.0), "f64")
         # Beside a NaN or infinity, finite partials are left out: they cannot change the sum, but might overflow.
         counts = is_finite | (bits >= 0x7FF0000000000000)
         # Rescales from the partial's exponent to the row's: 1, 2**-600, or 2**-1200, which is zero.
         shift = tl.where(counts & is_finite & (bits > 0), factor / range_factor(bits, "f64"), 1.0)
-        sums += tl.where(counts, tl.load(at + 0, mask=inside, other=0.0) * shift, 0.0)
-        sums_abs += tl.where(counts, tl.load(at + 1, mask=inside, other=0.0) * shift, 0.0)
-        sums_sq += tl.where(counts, tl.load(at + 2, mask=inside, other=0.0) * shift * shift, 0.0)
-        zeros += tl.load(at + 4, mask=inside, other=0.0)
-        nonfinite += tl.load(at + 5, mask=inside, other=0.0)
+        sums += tl.where(counts, tl.load(at + SUM, mask=inside, other=0.0) * shift, 0.0)
+        sums_abs += tl.where(counts, tl.load(at + SUM_ABS, mask=inside, other=0.0) * shift, 0.0)
+        sums_sq += tl.where(counts, tl.load(at + SUM_SQ, mask=inside, other=0.0) * shift * shift, 0.0)
+        zeros += tl.load(at + N_ZERO, mask=inside, other=0.0)
+        nonfinite += tl.load(at + N_NONFINITE, mask=inside, other=0.0)
         start += TILE
     store_partial(
         to,

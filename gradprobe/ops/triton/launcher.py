@@ -154,7 +154,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         name, columns, rows = _TILES[dtype]
         table, counts, n_chunks = _table(dense, columns * rows * _TILES_IN_CHUNK)
         on_device = _upload([*table, counts, numbers], out.device)
-        partials = torch.empty(n_chunks, 6, dtype=torch.float64, device=out.device)
+        partials = torch.empty(n_chunks, len(STATS), dtype=torch.float64, device=out.device)
         with _on(out.device):
             kernels.sum_chunks[(n_chunks,)](
                 *(*on_device[:3], len(dense), partials),

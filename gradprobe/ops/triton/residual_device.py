@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from gradprobe.ops.triton.device import (
+    N_STATS,
     chunk_statistics,
     jit,
     load_elements,
@@ -36,16 +37,16 @@ def join_chunks(  # type: ignore[no-untyped-def]
     chunk = tl.program_id(0).to(tl.int64)
     offset = chunk * (ROWS * COLUMNS * TILES)
     n = numel - offset
-    to = partials + chunk * 6
+    to = partials + chunk * N_STATS
     if n >= ROWS * COLUMNS * TILES:
         if OPERATION == "mask":
             chunk_statistics(a + offset, a, out, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
-            to += tl.num_programs(0).to(tl.int64) * 6
+            to += tl.num_programs(0).to(tl.int64) * N_STATS
         chunk_statistics(a + offset, b + offset, out + offset, n, to, TYPE, COLUMNS, ROWS, TILES, False, OPERATION)
     else:
         if OPERATION == "mask":
             chunk_statistics(a + offset, a, out, n, to, TYPE, COLUMNS, ROWS, TILES, True, "none")
-            to += tl.num_programs(0).to(tl.int64) * 6
+            to += tl.num_programs(0).to(tl.int64) * N_STATS
         chunk_statistics(a + offset, b + offset, out + offset, n, to, TYPE, COLUMNS, ROWS, TILES, True, OPERATION)
 
 
@@ -110,8 +111,8 @@ def branch_chunks(  # type: ignore[no-untyped-def]
     a = branch + chunk * (ROWS * COLUMNS * TILES)
     b = shortcut + chunk * (ROWS * COLUMNS * TILES)
     n = numel - chunk * (ROWS * COLUMNS * TILES)
-    to = partials + chunk * 6
-    to_products = to + tl.num_programs(0).to(tl.int64) * 6
+    to = partials + chunk * N_STATS
+    to_products = to + tl.num_programs(0).to(tl.int64) * N_STATS
     if n >= ROWS * COLUMNS * TILES:
         chunk_statistics(a, a, a, n, to, TYPE, COLUMNS, ROWS, TILES, False, "none")
         _chunk_products(a, b, n, to_products, TYPE, COLUMNS, ROWS, TILES, False)
