@@ -126,7 +126,7 @@ def identity(
     steps: Annotated[int, typer.Option(help="Training steps in which a stack of layers learns y = x.")] = STACK_STEPS,
     as_json: Json = False,
 ) -> None:
-    """Construct a deep network equal to a shallow one, and test whether training finds one as good.
+    """Build a deep network equivalent to a shallow one, and test whether training can match it.
 
     Example: gradprobe identity --depths 20,56 --epochs 20
     """

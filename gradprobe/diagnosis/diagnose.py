@@ -1,4 +1,4 @@
-"""Applies the rules to the history of a run, and names the gravest fault."""
+"""Applies the rules to the history of a run, and names the most severe fault."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
         thresholds: Limits of the rules.
 
     Returns:
-        At most one finding per rule, the gravest first; empty for a healthy run.
+        At most one finding per rule, the most severe first; empty for a healthy run.
 
     Raises:
         ArgumentError: The snapshots are of different probes.
@@ -61,12 +61,12 @@ def _without_explained(findings: list[Finding], history: RunHistory) -> list[Fin
 
 
 def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
-    """Returns the rule of the gravest finding in steps in order, or "healthy"."""
+    """Returns the rule of the most severe finding in steps in order, or "healthy"."""
     return gravest({found.rule for found in diagnose(snapshots)})
 
 
 def gravest(verdicts: Collection[Verdict]) -> Verdict:
-    """Returns the gravest of several verdicts.
+    """Returns the most severe of several verdicts.
 
     Args:
         verdicts: Verdicts in any order; none at all is "healthy".

@@ -13,7 +13,7 @@ class Thresholds:
 
     Attributes:
         vanishing_ratio: beta1: ratio of first to last norm below which a gradient may be vanishing.
-        vanishing_norm: beta2: norm of the first layer below which it then is vanishing.
+        vanishing_norm: beta2: norm of the first layer below which it is then judged vanishing.
         exploding_ratio: beta3: ratio of first to last norm above which a gradient is exploding; also the ratio of last
             to first RMS above which the forward pass is exploding.
         slope_sites: Number of weights between the first and the last needed to fit a line to their norms.
@@ -25,7 +25,7 @@ class Thresholds:
         drift_rise: Multiple of that mean above which the norm has risen.
         variance_ratio: Ratio of the largest to the smallest variance of the layers' outputs above which an
             initialisation is poor.
-        dead_activity: Share of the time below which a ReLU must be active to be dead.
+        dead_activity: A ReLU active less than this share of the time is dead.
         dead_share: Share of a layer's ReLUs that must be dead.
         saturated_slope: Mean derivative of a tanh or sigmoid, relative to its largest, below which it is saturated.
         subnormal_share: Share of a gradient's nonzero values below the smallest normal number of their dtype, above
@@ -41,8 +41,8 @@ class Thresholds:
         spike_warm_up: Number of preceding steps needed.
         window: Number of losses averaged at the start and at the end; also the number of steps in which a fault must
             persist.
-        converging: Ratio of final to initial loss below which training converges, so that ratios over depth are no
-            fault; also the ratio of a low block of losses to a high one in an unstable loss.
+        converging: Ratio of final to initial loss below which training converges, so that ratios over depth are
+            not a fault; also the ratio of a low block of losses to a high one in an unstable loss.
         swing_errors: Standard errors by which the loss must fall or rise to be unstable; noise stayed below in 200 of
             200 histories of 1,000 steps.
         drop_errors: Standard errors by which the loss must have dropped to count as learning; noise alone does that in

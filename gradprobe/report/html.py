@@ -210,7 +210,7 @@ def _published(summary: Summary, table: PublishedTable) -> str:
         rows.append(f'<tr><th scope="row">{family}-{depth}</th><td>{ours}</td><td>{printed}</td></tr>')
     return (
         f"<h2>Compared with the paper</h2>\n<p>{CITATION} report the {escape(table.what)}. "
-        f"There: {escape(table.conditions)} Here: {escape(_conditions(summary))}.</p>\n"
+        f"Their conditions: {escape(table.conditions)} Here: {escape(_conditions(summary))}.</p>\n"
         '<table style="min-width:0"><thead><tr><th class="text">network</th><th>here, test error&nbsp;%</th>'
         "<th>He et al., error&nbsp;%</th></tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
     )
@@ -229,8 +229,8 @@ def _conditions(summary: Summary) -> str:
 
 
 _METHOD = (
-    "gradprobe recorded the gradients while the networks trained: one pass over each weight's gradient, exact over the "
-    "whole range of the data type. The norm is that of the gradient which the optimizer used.",
+    "gradprobe recorded the gradients while the networks trained: one pass over each weight's gradient, accurate to "
+    "about 1e-6 relative over the whole range of the data type. The norm is of the gradient that the optimizer used.",
     "“At the first step” is the gradient of the first training step, at initialisation. At a later epoch it is, layer "
     "by layer, the median over that epoch's steps. Only weights of more than one dimension are shown, in depth order.",
     "At a residual add, y = x + F(x), the gradient at x is the sum of the part that takes the shortcut and the "
@@ -253,7 +253,7 @@ _METHOD = (
     "from there on (after Prechelt 1998). For test errors, “clearly” counts standard errors of the difference of two "
     "proportions of the test images instead of points: with few images they are large.",
     "“Not learning” means: the gradient is healthy and no shallower network of the family trains better, but the "
-    "training error is not clearly below that before the first step.",
+    "training error is not clearly below its value before the first step.",
 )
 
 

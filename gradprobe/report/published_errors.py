@@ -78,5 +78,5 @@ def published_paragraphs(summary: Summary) -> list[str]:
     for table in matching_tables(summary):
         nets = [net for net in summary.nets if (net.family, net.depth) in table.error_pct]
         errors = ", ".join(f"{net.name} {table.error_pct[net.family, net.depth]} %" for net in nets)
-        paragraphs.append(f"{CITATION} report this {table.what}: {errors}. There: {table.conditions}")
+        paragraphs.append(f"{CITATION} report this {table.what}: {errors}. Their conditions: {table.conditions}")
     return paragraphs

@@ -91,7 +91,7 @@ class RemedyCell:
             fits.
         std_error: Standard error of the factor.
         theory: Predicted factor for wide layers and groups; None if there is no prediction.
-        verdict: Verdict on the gradient, the residual adds and the loss at initialisation; the gravest of the seeds.
+        verdict: Verdict on the gradient, residual adds and loss at initialisation; the most severe of the seeds.
         start_loss: Loss over the training set, mean over the seeds, normalised by batch statistics.
         final_loss: The same after training.
         n_fell: Number of seeds whose loss fell.

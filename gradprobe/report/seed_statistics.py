@@ -71,7 +71,7 @@ def sampling_error_pct(one: Spread, other: Spread, n_images: int) -> float:
 
 
 def clearly_above(higher: Sequence[float], lower: Sequence[float], unit_pct: float = 1.0) -> bool:
-    """Tells whether errors are higher by more than the spread over seeds explains, and by enough to matter.
+    """Returns whether errors are higher by more than the spread over seeds explains, and by enough to matter.
 
     With two or more seeds on both sides: Welch's one-sided t-test at 95 %, and at least `MARGIN` units between the
     means. With one seed on a side: at least `SINGLE_SEED_MARGIN` units. The margins are ours.

@@ -29,7 +29,7 @@ def explain_verdict(net: NetSummary) -> str:
     if net.exploded_then_vanished:
         parts.append(
             "The explosion is the cause: steps along such gradients can leave a network whose gradients vanish. A run "
-            "with a lower initial learning rate would tell."
+            "with a lower initial learning rate would show whether this is so."
         )
     if net.n_diverged:
         seeds = f"{net.n_diverged} of {len(net.results)} seeds" if len(net.results) > 1 else "its only seed"
@@ -39,8 +39,8 @@ def explain_verdict(net: NetSummary) -> str:
     if net.verdict == NOT_LEARNING and net.learning is not None:
         before, now = percent(net.learning.before), percent(net.learning.now)
         parts.append(
-            f"After epoch {net.learning.epoch} the training error, {now} %, is not clearly below that before the first "
-            f"step, {before} %: the network has not learned."
+            f"After epoch {net.learning.epoch} the training error, {now} %, is not clearly below its value before the "
+            f"first step, {before} %: the network has not learned."
         )
     if net.verdict == OVERFITTING:
         parts += _overfitting_sentences(net.test_comparison, net.rise)

@@ -110,7 +110,7 @@ def test_page_shows_published_cifar10_errors_only_for_cifar10() -> None:
     assert page.row_below("resnet-20", "He et al., error %") == ["resnet-20", "9.2", "8.75"]
     assert page.row_below("resnet-110", "He et al., error %") == ["resnet-110", "–", "6.43"]
     words = " ".join(page.text.split())
-    assert "CIFAR-10 (Table 6). There: 64,000 iterations of batch 128 on augmented images" in words
+    assert "CIFAR-10 (Table 6). Their conditions: 64,000 iterations of batch 128 on augmented images" in words
     assert (
         "Here: test error on cifar10, 50,000 training images, epochs 4, batch size 128, a single view at test." in words
     )
@@ -126,7 +126,7 @@ def test_page_shows_published_imagenet_errors_with_their_conditions(data: str) -
     assert page.row_below("resnet-34", "He et al., error %") == ["resnet-34", "20.0", "24.52"]
     assert page.row_below("resnet-152", "He et al., error %") == ["resnet-152", "–", "21.43"]
     words = " ".join(page.text.split())
-    assert "top-1 error on the validation images of ImageNet (Tables 2 and 3). There: 1,000 classes" in words
+    assert "top-1 error on the validation images of ImageNet (Tables 2 and 3). Their conditions: 1,000 classes" in words
     assert "the mean over 10 crops" in words
     assert "not the numbers" in words
     assert f"Here: test error on {data}, 1,347 training images, not augmented, epochs 4" in words

@@ -119,7 +119,8 @@ def test_a_single_network_that_has_not_learned_is_not_healthy() -> None:
     alone = Recorded().add("plain", 56, (87.8, 87.1), first=EXPLODING)
     assert verdict(alone, "plain-56") == "not learning"
     text = terminal(alone, width=1000)
-    assert "After epoch 4 the training error, 87.8 %, is not clearly below that before the first step, 90.0 %" in text
+    sentence = "After epoch 4 the training error, 87.8 %, is not clearly below its value before the first step, 90.0 %"
+    assert sentence in text
     assert verdict(Recorded().add("plain", 56, (80.0, 81.0)), "plain-56") == "healthy"
     assert verdict(Recorded().add("plain", 56, (87.8, 87.1), end=EXPLODING), "plain-56") == "exploding"
     beside_a_shallower = Recorded().add("plain", 20).add("plain", 56, (87.8, 87.1))
@@ -242,7 +243,7 @@ def test_json_equals_the_run_and_spells_out_non_finite_numbers() -> None:
 def test_published_errors_are_listed_for_networks_of_the_paper() -> None:
     run = Recorded().add("plain", 18).add("resnet", 34).add("resnet", 56)
     (paragraph,) = as_dict(run)["paper"]  # ImageNet's only: the sweep's data are the digits
-    assert "(Tables 2 and 3): plain-18 27.94 %, resnet-34 24.52 %. There: 1,000 classes" in paragraph
+    assert "(Tables 2 and 3): plain-18 27.94 %, resnet-34 24.52 %. Their conditions: 1,000 classes" in paragraph
     assert " ".join(paragraph.split()) in " ".join(terminal(run).split())
     assert as_dict(degraded())["paper"] == []
 

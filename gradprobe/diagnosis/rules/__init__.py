@@ -25,4 +25,4 @@ RULES: tuple[Rule, ...] = (
     UNSTABLE_LOSS,
     NOT_LEARNING,
     SPIKE,
-)  # the gravest first
+)  # most severe first

@@ -140,7 +140,7 @@ VANISHING = Rule(
 )
 
 # Dead ReLUs and dying layers have the same cause.
-DEAD_UNITS = "units that no input activates: large negative biases, after a step that was too long"
+DEAD_UNITS = "units that no input activates: large negative biases, after too large an update"
 REVIVE_UNITS = (
     "a lower learning rate",
     "He initialisation with zero biases",
