@@ -96,8 +96,8 @@ class Plan:
 
     Attributes:
         modules: The libraries to build; empty without a compiler.
-        info: The content of ``_build_info.json``: for each of ``PARTS`` "built" or the reason why not, and the versions
-            of torch and of the compilers.
+        info: The content of ``_build_info.json``: for each of ``PARTS`` "built" or the reason it was not, and the
+            versions of torch and of the compilers.
     """
 
     modules: list[Module]

@@ -1,4 +1,4 @@
-"""Finds what the native build needs (torch, a C++ compiler, Python's headers, nvcc), or gives the reason why not."""
+"""Finds what the native build needs (torch, a C++ compiler, Python's headers, nvcc), or gives the reason."""
 
 from __future__ import annotations
 

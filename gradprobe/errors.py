@@ -15,7 +15,7 @@ class ArgumentError(GradprobeError, ValueError):
 
 
 class BackendError(GradprobeError, RuntimeError):
-    """The requested backend cannot run here; the message says why."""
+    """The requested back end cannot run here; the message says why."""
 
 
 class StoreError(GradprobeError, OSError):

@@ -46,12 +46,12 @@ _NATIVE = Backend("native", _native_grad_stats_into, SCALE)
 
 
 def _native_state(device_type: str) -> str:
-    """Returns "ready" if the compiled library has kernels for the device type, else the reason why not."""
+    """Returns "ready" if the compiled library has kernels for the device type, otherwise the reason."""
     return libraries.parts().get(device_type, f"has no kernels for {device_type} tensors")
 
 
 def _triton_state(device_type: str) -> str:
-    """Returns "ready" if the Triton kernels can run on the device type, else the reason why not."""
+    """Returns "ready" if the Triton kernels can run on the device type, otherwise the reason."""
     return triton_launcher.unavailable(device_type) or "ready"
 
 
@@ -67,7 +67,7 @@ def backends() -> dict[str, str]:
     """Lists the back ends and whether they can run here.
 
     Returns:
-        Name to "ready", or to the reason why not. "native" reads "ready for cpu; cuda: <reason>" if only its CPU
+        Name to "ready", or to the reason it is not. "native" reads "ready for cpu; cuda: <reason>" if only its CPU
         kernels are available.
 
     Example:
@@ -114,4 +114,4 @@ def resolve(backend: str, device: torch.device) -> Backend:
             return choice
         if backend == name:
             raise BackendError(f"backend {name!r} cannot run on {device.type}: {state}")
-    raise BackendError(f"no backend can run on {device.type}")
+    raise BackendError(f"no back end can run on {device.type}")

@@ -1,7 +1,8 @@
 """Finds and loads the two compiled libraries, and reports which of their parts can run here.
 
 `gradprobe._C` is a shared library without a Python entry point that registers kernels with torch's dispatcher.
-`gradprobe._hooks` is a Python module. The build writes `gradprobe/_build_info.json`: for each part "built" or why not.
+`gradprobe._hooks` is a Python module. The build writes `gradprobe/_build_info.json`: for each part "built",
+or the reason it was not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def build_info() -> dict[str, str]:
     """Reads the build's report.
 
     Returns:
-        Part to "built" or the reason why not, and "torch", the version built against; empty if no build has run.
+        Part to "built" or the reason it was not, and "torch", the version built against; empty if no build has run.
 
     Example:
         >>> build_info().get("torch", torch.__version__).startswith("2.")
@@ -67,7 +68,7 @@ def native_hooks() -> tuple[Any | None, str]:
     """Loads the C++ hooks, `gradprobe._hooks`, which need the exact torch they were built against.
 
     Returns:
-        The module and "ready", or None and the reason why not.
+        The module and "ready", or None and the reason.
 
     Example:
         >>> module, state = native_hooks()

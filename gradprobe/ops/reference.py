@@ -160,7 +160,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         out: [K, 6] float64, contiguous; gets raw rows as described in `rows`.
 
     Raises:
-        ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what came.
+        ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what was given.
 
     Example:
         >>> out = torch.empty(1, 6, dtype=torch.float64)
@@ -204,7 +204,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         coefficient: One element, float32 or float64, on the tensors' device.
 
     Raises:
-        ArgumentError: A tensor does not fit; the message names it, what was needed and what came.
+        ArgumentError: A tensor does not fit; the message names it, what was needed and what was given.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])

@@ -49,7 +49,7 @@ def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
 
     Raises:
         ArgumentError: The operands are not strided tensors of one shape (they are not broadcast) and one device, or are
-            complex or boolean with `relu`. The message names the argument, what was needed and what came.
+            complex or boolean with `relu`. The message names the argument, what was needed and what was given.
 
     Source:
         He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), eq. 1.
@@ -95,7 +95,7 @@ def residual_add_(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
     Raises:
         ArgumentError: The operands are not strided tensors of one shape (they are not broadcast) and one device, `x`
             has overlapping elements or cannot hold the dtype of `f`, or they are complex or boolean with `relu`. The
-            message names the argument, what was needed and what came.
+            message names the argument, what was needed and what was given.
         RuntimeError: Raised by torch if autograd or overlapping memory forbids writing to `x`.
 
     Example:

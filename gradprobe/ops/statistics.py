@@ -171,7 +171,7 @@ def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "au
         backend: "auto", "native", "triton" or "reference"; see `backends`.
 
     Raises:
-        ArgumentError: An argument does not fit; the message names it, what was needed and what came.
+        ArgumentError: An argument does not fit; the message names it, what was needed and what was given.
         BackendError: The named back end cannot run on that device.
 
     Example:

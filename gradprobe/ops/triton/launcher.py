@@ -131,7 +131,7 @@ def _refuse_capture(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise BackendError(
             "the Triton kernels cannot be captured into a CUDA graph: a replay would copy their table of tensors from "
-            "host memory that may have changed; use the native backend"
+            "host memory that may have changed; use the native back end"
         )
 
 
@@ -139,7 +139,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     """Writes the raw rows of tensors into `out`, as `reference.grad_stats_into` does.
 
     Raises:
-        ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what came.
+        ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what was given.
         BackendError: A CUDA graph is being captured.
     """
     check_rows(out, len(tensors))
@@ -168,7 +168,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     """Multiplies tensors by `coefficient` in place, as `reference.scale_` does.
 
     Raises:
-        ArgumentError: A tensor does not fit; the message names it, what was needed and what came.
+        ArgumentError: A tensor does not fit; the message names it, what was needed and what was given.
         BackendError: A CUDA graph is being captured.
     """
     check_tensors(tensors, coefficient.device)
