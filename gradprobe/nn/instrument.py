@@ -182,13 +182,13 @@ def _check(model: object) -> None:
 
 
 def _is_translated(module: nn.Module) -> bool:
-    """Tells whether a module is compiled or scripted, so that its Python methods do not run."""
+    """Returns whether a module is compiled or scripted, so that its Python methods do not run."""
     translated = (torch.jit.ScriptModule, torch._dynamo.OptimizedModule)
     return isinstance(module, translated) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _is_replaced(module: nn.Module, name: str) -> bool:
-    """Tells whether an instance attribute overrides a method of the module's class."""
+    """Returns whether an instance attribute overrides a method of the module's class."""
     of_class, own = getattr(type(module), name, None), vars(module)[name]
     return callable(of_class) and not (isinstance(own, MethodType) and own.__func__ is of_class)
 

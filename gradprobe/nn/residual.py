@@ -39,9 +39,8 @@ class ResidualAdd(nn.Module):
     Args:
         relu: Whether to apply a ReLU to the sum.
         inplace: Whether to write the result into the branch's output `f`. That is safe if the branch ends in a
-            convolution or batch normalisation, whose backward does not need its output. (The shortcut `x` is usually
-            still needed by the backward of the branch's first layer.) A probe does not observe an in-place residual
-            add.
+            convolution or batch normalisation, which does not need its output in the backward pass. (The branch's first
+            layer usually still needs the shortcut `x` there.) A probe does not observe an in-place residual add.
 
     Example:
         >>> join = ResidualAdd(relu=True)
@@ -135,7 +134,7 @@ class InlineAdd(ResidualAdd):
 
 
 def _is_plain(tensor: object) -> bool:
-    """Tells whether a tensor is an ordinary strided floating-point tensor with at least one dimension."""
+    """Returns whether a tensor is an ordinary strided floating-point tensor with at least one dimension."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and isinstance(tensor, Tensor)

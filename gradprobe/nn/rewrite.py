@@ -267,7 +267,7 @@ def _find(statements: Sequence[ast.stmt], code: CodeType) -> tuple[ast.FunctionD
 
 
 def _imports(statement: ast.stmt) -> bool:
-    """Tells whether a statement imports names at module level: method calls on imported names compile differently."""
+    """Returns whether a statement imports names at module level: method calls on imported names compile differently."""
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return False
     return any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(statement))
@@ -290,7 +290,7 @@ def _codes_in(code: CodeType) -> Iterator[CodeType]:
 
 
 def _are_same(a: CodeType, b: CodeType) -> bool:
-    """Tells whether two code objects do the same, at whatever position in the file."""
+    """Returns whether two code objects do the same, at whatever position in the file."""
     attributes = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_flags")
     return all(getattr(a, name) == getattr(b, name) for name in attributes) and all(
         _are_same(x, y) if isinstance(x, CodeType) and isinstance(y, CodeType) else type(x) is type(y) and x == y

@@ -133,7 +133,7 @@ def _reach(pair: tuple[Path, Path]) -> int:
 
 
 def _is_bare(a: Path, b: Path) -> bool:
-    """Tells whether one of two paths has no layer and fewer operations than the other."""
+    """Returns whether one of two paths has no layer and fewer operations than the other."""
     near, far = sorted([a, b])
     return near.layers == 0 and (near.layers, near.opaque) < (far.layers, far.opaque)
 

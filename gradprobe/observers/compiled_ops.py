@@ -93,7 +93,7 @@ def observe_junction(x: Tensor, f: Tensor, relu: bool, buffer: int, first: int) 
 
 
 def _shares_memory(output: Tensor, inputs: Any) -> bool:
-    """Tells whether an output is an input of the module or a leaf, such as a parameter, or a view of one."""
+    """Returns whether an output is an input of the module or a leaf, such as a parameter, or a view of one."""
     base = output._base
     if output.is_leaf or (base is not None and base.is_leaf):
         return True
@@ -137,7 +137,7 @@ class _GraphJunctionCall:
             node.register_hook(partial(self._on_arrival, output))
 
     def on_shortcut(self, gradient: Tensor) -> None:
-        """Keeps the shortcut's part, which comes first in each backward."""
+        """Keeps the shortcut's part, which comes first in each backward pass."""
         self._shortcut = gradient if self._n_arrivals > 0 else None
         self._arrived = []
 

@@ -24,12 +24,12 @@ _captured: list[GraphRows] = []  # a graph uses these rows and their flag for as
 
 
 def can_capture(device: torch.device) -> bool:
-    """Tells whether a device can capture graphs."""
+    """Returns whether a device can capture graphs."""
     return device.type == "cuda"
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Tells whether a graph is being captured, so that kernels on the device are recorded instead of run."""
+    """Returns whether a graph is being captured, so that kernels on the device are recorded instead of run."""
     return can_capture(device) and torch.cuda.is_current_stream_capturing()
 
 

@@ -65,7 +65,7 @@ class PythonEventRows:
     def __init__(self, device: torch.device, n_rows: int = _FIRST_EVENTS) -> None:
         self.enabled = True
         self._device = device
-        self._lock = threading.Lock()  # a backward runs one thread per device
+        self._lock = threading.Lock()  # a backward pass runs one thread per device
         self._sites: list[int] = []
         self._numels: list[int] = []
         self._smallest_normals: list[float] = []
@@ -132,7 +132,7 @@ def make_rows(device: torch.device, backend: str) -> EventRows:
 
     Args:
         device: Where the rows lie.
-        backend: Name of the backend, or "auto".
+        backend: Name of the back end, or "auto".
 
     Returns:
         Rows without an event.

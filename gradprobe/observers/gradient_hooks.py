@@ -1,4 +1,4 @@
-"""Hooks on a model's parameters: which gradients are ready, and when a backward has ended."""
+"""Hooks on a model's parameters: which gradients are ready, and when a backward pass has ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GradientHooks(Protocol):
     """Hooks on K parameters, implemented in C++ (`_hooks`) and by `PythonGradientHooks`."""
 
     def converted(self) -> int:
-        """Counts the parameters that a backward found moved to another dtype or device since the last call."""
+        """Counts the parameters that a backward pass found on another dtype or device since the last call."""
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -33,7 +33,7 @@ class GradientHooks(Protocol):
         """Begins a step: forgets every hook that fired."""
 
     def has_fired(self) -> bool:
-        """Tells whether a gradient became ready in this step, even while the hooks were off."""
+        """Returns whether a gradient became ready in this step, even while the hooks were off."""
 
     def n_fired(self) -> int:
         """Counts the gradients that became ready since the last reset."""
@@ -42,10 +42,10 @@ class GradientHooks(Protocol):
         """Marks the current gradients as unmodified, e.g. after `GradScaler.unscale_`."""
 
     def fired(self) -> list[bool]:
-        """Tells for each parameter whether its gradient became ready since the last reset. Length K."""
+        """Returns for each parameter whether its gradient became ready since the last reset. Length K."""
 
     def modified(self) -> bool:
-        """Tells whether a gradient was changed or replaced since its hook saw it."""
+        """Returns whether a gradient was changed or replaced since its hook saw it."""
 
     def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
         """Computes the statistics of all gradients in one call, if all are regular, and reports on the hooks.
@@ -70,7 +70,7 @@ def install(
 
     Args:
         parameters: K leaf tensors that require a gradient.
-        on_backward_end: Called once at the end of each backward in which a hook fired.
+        on_backward_end: Called once at the end of each backward pass in which a hook fired.
         on_gradient: Called with k as soon as gradient k is ready, before another hook of the parameter can free it.
 
     Returns:
@@ -88,7 +88,7 @@ class PythonGradientHooks:
 
     Args:
         parameters: K leaf tensors that require a gradient.
-        on_backward_end: Called once at the end of each backward in which a hook fired.
+        on_backward_end: Called once at the end of each backward pass in which a hook fired.
         on_gradient: Called with k as soon as gradient k is ready.
     """
 
@@ -136,7 +136,7 @@ class PythonGradientHooks:
         self._has_fired = False
 
     def has_fired(self) -> bool:
-        """Tells whether a gradient became ready in this step, even while the hooks were off."""
+        """Returns whether a gradient became ready in this step, even while the hooks were off."""
         return self._has_fired
 
     def n_fired(self) -> int:
@@ -150,11 +150,11 @@ class PythonGradientHooks:
                 self._seen[k] = (id(parameter.grad), parameter.grad._version)
 
     def fired(self) -> list[bool]:
-        """Tells for each parameter whether its gradient became ready since the last reset."""
+        """Returns for each parameter whether its gradient became ready since the last reset."""
         return [seen is not None for seen in self._seen]
 
     def modified(self) -> bool:
-        """Tells whether a gradient was changed or replaced since its hook saw it."""
+        """Returns whether a gradient was changed or replaced since its hook saw it."""
         return any(
             seen is not None and (parameter.grad is None or seen != (id(parameter.grad), parameter.grad._version))
             for parameter, seen in zip(self._parameters, self._seen, strict=True)

@@ -35,11 +35,11 @@ class GradientMeter:
 
     Args:
         parameters: The K observed parameters, in model order.
-        backend: Name of the backend, or "auto".
+        backend: Name of the back end, or "auto".
 
     Raises:
-        ArgumentError: The backend is unknown.
-        BackendError: The backend cannot run on one of the devices.
+        ArgumentError: The back end is unknown.
+        BackendError: The back end cannot run on one of the devices.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], backend: str) -> None:
@@ -67,7 +67,7 @@ class GradientMeter:
         self.all_present = Measured(np.ones(len(parameter_numels), dtype=np.bool_), np.asarray(parameter_numels))
 
     def moved(self) -> bool:
-        """Tells whether a parameter has changed device or dtype since the last grouping."""
+        """Returns whether a parameter has changed device or dtype since the last grouping."""
         return self._current_placement() != self._placement
 
     def native_rows(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor | None:
@@ -77,7 +77,7 @@ class GradientMeter:
             rows: As for `measure`.
 
         Returns:
-            The rows in model order [K, 6], or None if there are several groups or the backend is another.
+            The rows in model order [K, 6], or None if there are several groups or the back end is not native.
         """
         if len(self.groups) != 1:
             return None

@@ -84,7 +84,7 @@ class JunctionHooks:
         return y
 
     def observes(self, x: torch.Tensor, f: torch.Tensor) -> bool:
-        """Tells whether a residual add with these operands is observed now, from Python."""
+        """Returns whether a residual add with these operands is observed now, from Python."""
         return (
             self.buffer.enabled
             and torch.is_grad_enabled()
@@ -173,9 +173,9 @@ class _JunctionCall:
     def __init__(self, hooks: JunctionHooks, first: int) -> None:
         self._hooks = weakref.ref(hooks)
         self.first = first
-        self._n_arrivals = 0  # gradients that the branch sends to x in one backward
-        # The running backward, the shortcut's part and the branch's gradients so far. Replaced as a whole: another
-        # thread may run another backward.
+        self._n_arrivals = 0  # gradients that the branch sends to x in one backward pass
+        # The running backward pass, the shortcut's part and the branch's gradients so far. Replaced as a whole: another
+        # thread may run another backward pass.
         self._open: tuple[int, torch.Tensor, list[torch.Tensor | None]] | None = None
         self.y_row: torch.Tensor | None = None  # [1, 6]
 

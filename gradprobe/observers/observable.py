@@ -27,9 +27,9 @@ _DEEPEST = 16  # nested containers; one may contain itself
 class ForwardPasses:
     """Tells a checkpoint's recomputation from a first forward pass.
 
-    A call inside a backward is a repetition if the same key was called with gradients enabled before the backward. The
-    first pass of a reentrant checkpoint has gradients disabled and is not observed, so its recomputation counts as the
-    first call.
+    A call inside a backward pass is a repetition if the same key was called with gradients enabled before that pass.
+    The first pass of a reentrant checkpoint has gradients disabled and is not observed, so its recomputation counts as
+    the first call.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class ForwardPasses:
         self._n_in_backward: Counter[int] = Counter()
 
     def is_repeat(self, key: int) -> bool:
-        """Notes a call with gradients enabled, and tells whether it repeats an earlier one."""
+        """Notes a call with gradients enabled, and returns whether it repeats an earlier one."""
         if torch._C._current_graph_task_id() == -1:
             self._n_first[key] += 1
             return False
@@ -51,7 +51,7 @@ class ForwardPasses:
 
 
 def in_transform() -> bool:
-    """Tells whether a compiler, a tracer or a `torch.func` transform runs the model, so that hooks must do nothing."""
+    """Returns whether a compiler, a tracer or a `torch.func` transform runs the model: hooks then do nothing."""
     return (
         is_compiling()
         or torch._C._is_tracing()
@@ -61,7 +61,7 @@ def in_transform() -> bool:
 
 
 def is_measurable(tensor: torch.Tensor) -> bool:
-    """Tells whether the kernels accept a tensor: floating-point or complex, on a real device, not a subclass."""
+    """Returns whether the kernels accept a tensor: floating-point or complex, on a real device, not a subclass."""
     return (
         (tensor.is_floating_point() or tensor.is_complex())
         and tensor.itemsize > 1

@@ -116,7 +116,7 @@ def newly_trainable(model: nn.Module, known: ObservedParameters) -> tuple[str, .
 
 
 def is_regular(gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
-    """Tells whether a gradient is a plain dense tensor of its parameter's dtype and device."""
+    """Returns whether a gradient is a plain dense tensor of its parameter's dtype and device."""
     return (
         gradient.layout is torch.strided
         and gradient.dtype is parameter.dtype

@@ -152,7 +152,7 @@ class RingBuffer:
         return (self._next - 1) % self.capacity
 
     def is_finite(self, position: int, wait: bool) -> bool | None:
-        """Tells whether all values of a finished step were finite.
+        """Returns whether all values of a finished step were finite.
 
         Args:
             position: One of `positions()`.

@@ -17,7 +17,7 @@ from gradprobe.snapshot.records import Events, FloatArray, IntArray, Measured
 
 
 class Gate:
-    """One flag that every hook reads first: on skipped steps the hook's code is cold in cache.
+    """One flag that every hook reads first, so that a skipped step costs little more than the check.
 
     Attributes:
         is_open: Whether anything may be observed now.
@@ -42,10 +42,10 @@ class SignalBuffer:
     Args:
         n_sites: Number of sites, S.
         device: Where the rows lie; rows of tensors on other devices are copied there.
-        backend: Name of the backend, or "auto".
+        backend: Name of the back end, or "auto".
 
     Raises:
-        BackendError: The backend cannot run on the device.
+        BackendError: The back end cannot run on the device.
     """
 
     def __init__(self, n_sites: int, device: torch.device, backend: str) -> None:
@@ -61,7 +61,7 @@ class SignalBuffer:
 
     @property
     def enabled(self) -> bool:
-        """Whether events are recorded now. A graph that is being captured records them always, and decides later."""
+        """Whether events are recorded now. A graph being captured always records them and decides on replay."""
         return self.rows.enabled or self.graphs.is_wanted
 
     @enabled.setter
@@ -81,7 +81,7 @@ class SignalBuffer:
         return self.rows.n_events + self.graphs.n_events
 
     def is_full(self) -> bool:
-        """Tells whether the open step has reached the maximum number of events; warns the first time."""
+        """Returns whether the open step has reached the maximum number of events; warns the first time."""
         if not self.rows.is_full:
             return False
         if not self._has_warned:

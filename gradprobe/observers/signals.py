@@ -24,7 +24,7 @@ class SignalObserver:
         activations: Modules to observe, by name.
         junctions: Residual adds to observe, by name.
         device: Where the rows lie.
-        backend: Name of the backend, or "auto".
+        backend: Name of the back end, or "auto".
     """
 
     def __init__(

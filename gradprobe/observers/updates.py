@@ -26,7 +26,7 @@ class UpdateObserver:
     Args:
         parameters: The K parameters, in model order.
         names: Their names. Length K.
-        backend: Name of the backend, or "auto".
+        backend: Name of the back end, or "auto".
         capacity: Number of steps kept.
     """
 

@@ -132,8 +132,8 @@ class FlowReport:
         model: Class name of the model.
         layers: Parameters in order of execution.
         findings: What is wrong.
-        verdict: The gravest rule that fired, such as "vanishing" or "exploding", or "healthy". Of an untrained model it
-            is the verdict at initialisation.
+        verdict: The most severe rule that fired, such as "vanishing" or "exploding", or "healthy". For an untrained
+            model, the verdict at initialisation.
         snapshot: The measurement.
     """
 

@@ -64,7 +64,7 @@ class ScalerWatch:
         return self._inverse()
 
     def take_inverse_of_backward(self) -> torch.Tensor | None:
-        """Returns the factor that unscales what the backward of this step computed. Call it once per step.
+        """Returns the factor that unscales what the backward pass of this step computed. Call it once per step.
 
         Returns:
             A 0-d tensor on the device, or None if the loss was not scaled.

@@ -1,4 +1,4 @@
-"""The options of `attach`, and checks of user input: each error names the argument, what was needed and what came."""
+"""The options of `attach`, and checks of user input. Errors name the argument, what was needed and what was given."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class StepBoundaries:
     Args:
         optimizer: Closes a step each time it steps, or None. Its hooks keep the owner of `close` alive.
         grad_scaler: The gradient scaler in use, or None.
-        hooks: The hooks on the parameters, which know whether a backward has run.
+        hooks: The hooks on the parameters, which know whether a backward pass has run.
         close: Called at the end of each step with the loss, if the user gave one, and with a number that is non-zero if
             the scaler skipped the optimizer's step. Returns whether the step was closed.
         around: Called just before and just after each step of the optimizer, with the optimizer, whether this is the
@@ -59,7 +59,7 @@ class StepBoundaries:
             )
 
     def closed_by_optimizer(self) -> bool:
-        """Tells, once, whether the optimizer has just closed the step that the user is closing."""
+        """Returns True once if the optimizer has already closed the step that the user is now closing."""
         if self._closed_by != "optimizer" or self._hooks.has_fired():
             return False
         self._closed_by = "nobody"
@@ -88,7 +88,7 @@ class StepBoundaries:
         return inverse
 
     def take_inverse_of_backward(self) -> torch.Tensor | None:
-        """Returns the factor that unscales what the backward of this step computed. Call it once per step.
+        """Returns the factor that unscales what the backward pass of this step computed. Call it once per step.
 
         Returns:
             A 0-d tensor on the device, or None if the loss was not scaled.
@@ -127,7 +127,7 @@ class StepBoundaries:
         if after:
             self._step_depth = max(0, self._step_depth - 1)
             return self._step_depth == 0
-        if self._hooks.has_fired():  # a backward since: an earlier step raised and never reached its post hook
+        if self._hooks.has_fired():  # a backward pass since: an earlier step raised and never reached its post hook
             self._step_depth = 0
         self._step_depth += 1
         return self._step_depth == 1

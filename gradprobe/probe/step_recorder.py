@@ -245,7 +245,7 @@ class StepRecorder:
             return False
         inverse = None if self._signal_observer is None else self.boundaries.take_inverse_of_backward()
         if is_due := self._is_due():
-            # A hook that fired after clip_grad_norm_ means that another backward has added to the gradients.
+            # A hook that fired after clip_grad_norm_ means that another backward pass has added to the gradients.
             is_stale = self._measured_at == "step" and self._open.is_clipped and self._hooks.n_fired() > 0
             if self._open.measured is None or is_stale:
                 self._measure()

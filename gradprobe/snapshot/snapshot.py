@@ -80,7 +80,7 @@ class NonFinite:
 class Snapshot:
     """Statistics of the gradients of one training step.
 
-    A mapping from the names of the parameters that had a gradient in this step to its statistics.
+    Maps each parameter that had a gradient in this step to its statistics.
 
     Attributes:
         step: Number of the step, counted from 0 at attach.
@@ -154,7 +154,7 @@ class Snapshot:
                     phase: Literal["forward", "backward"] = "backward" if stats.kind.endswith("_grad") else "forward"
                     module = self.signals.sender(stats.name) if stats.kind == "activation_grad" else stats.name
                     return NonFinite(self.step, stats.name, stats.kind, phase, module, stats.nonfinite, stats.numel)
-        for stats in reversed(self.sites.values()):  # a backward reaches the last parameters first
+        for stats in reversed(self.sites.values()):  # a backward pass reaches the last parameters first
             if stats.nonfinite:
                 module = stats.name.rpartition(".")[0]
                 return NonFinite(self.step, stats.name, stats.kind, "backward", module, stats.nonfinite, stats.numel)

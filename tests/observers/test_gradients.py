@@ -115,7 +115,7 @@ def test_wrong_rows_are_rejected(rows: torch.Tensor) -> None:
 
 
 class TestCallWithoutDispatcher:
-    """The native backend's direct call for plain CPU tensors."""
+    """The native back end's direct call for plain CPU tensors."""
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -345,7 +345,7 @@ def _exists(path: Path) -> bool:
 
 
 def _has_content(path: Path) -> bool:
-    """Tells whether the path exists and is not an empty file, which may be overwritten."""
+    """Returns whether the path exists and is not an empty file, which may be overwritten."""
     return _exists(path) and not (path.is_file() and path.stat().st_size == 0)
 
 

@@ -430,7 +430,7 @@ def _name_of(node: ast.expr, held: object) -> str:
 
 
 def _is_followed(held: object) -> TypeGuard[FunctionType]:
-    """Tells whether an object is a function of the model's code, not of a library known by its functions' names."""
+    """Returns whether an object is a function of the model's code, not of a library known by its functions' names."""
     return isinstance(held, FunctionType) and (held.__module__ or "").partition(".")[0] not in LIBRARIES
 
 

@@ -47,7 +47,7 @@ _NO_STREAM = re.compile("(mask|bias|shape|size|dimension|dim|height|width|length
 
 @functools.cache
 def is_no_stream(name: str) -> bool:
-    """Tells whether a variable is not part of the residual stream, judging by its name.
+    """Returns whether a variable is not part of the residual stream, judging by its name.
 
     Args:
         name: Name of a variable.

@@ -152,7 +152,7 @@ def path_through(modules: Iterable[nn.Module]) -> Path:
 
 @functools.cache
 def _bends(kind: Any) -> bool:
-    """Tells whether a module class is an activation or calls one in its forward."""
+    """Returns whether a module class is an activation or calls one in its forward."""
     if kind.__module__.rpartition(".")[2] in ("activation", "activations", "rnn"):
         return True
     code = getattr(kind.forward, "__code__", None)
@@ -160,7 +160,7 @@ def _bends(kind: Any) -> bool:
 
 
 def is_chain(module: nn.Module) -> bool:
-    """Tells whether a module only runs its children one after another, by the forward of `Sequential`.
+    """Returns whether a module only runs its children one after another, by the forward of `Sequential`.
 
     Example:
         >>> is_chain(nn.Sequential())
@@ -170,7 +170,7 @@ def is_chain(module: nn.Module) -> bool:
 
 
 def is_torchs_layer(module: nn.Module) -> bool:
-    """Tells whether a module is a torch module without children: a layer, an activation and the like.
+    """Returns whether a module is a torch module without children: a layer, an activation and the like.
 
     Example:
         >>> is_torchs_layer(nn.Linear(2, 2)), is_torchs_layer(nn.TransformerEncoderLayer(2, 1))
@@ -180,7 +180,7 @@ def is_torchs_layer(module: nn.Module) -> bool:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Tells whether a module is a sequence, list or dictionary of modules, whose children callers iterate over.
+    """Returns whether a module is a sequence, list or dictionary of modules, whose children callers iterate over.
 
     Example:
         >>> is_container(nn.Sequential())
@@ -190,7 +190,7 @@ def is_container(module: nn.Module) -> bool:
 
 
 def is_lookup(module: nn.Module) -> bool:
-    """Tells whether a module is an embedding, through which no gradient reaches its argument.
+    """Returns whether a module is an embedding, through which no gradient reaches its argument.
 
     Example:
         >>> is_lookup(nn.Embedding(2, 2))
