@@ -1,15 +1,39 @@
 // The Python module gradprobe._hooks.
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstddef>
+#include <memory>
 #include <vector>
 
+#include "hooks/event_rows.h"
 #include "hooks/gradient_hooks.h"
 #include "hooks/gradients.h"
-#include "hooks/signals.h"
+#include "hooks/junction_hooks.h"
+#include "hooks/output_hooks.h"
 
 PYBIND11_MODULE(_hooks, module) {
+  using gradprobe::EventRows;
   using gradprobe::GradientHooks;
-  gradprobe::define_signals(module);
+  py::class_<EventRows, std::shared_ptr<EventRows>>(module, "EventRows")
+      .def(py::init<size_t>(), py::arg("most"))
+      .def_property(
+          "enabled", [](const EventRows& rows) { return rows.enabled.load(); },
+          [](EventRows& rows, bool enabled) { rows.enabled = enabled; })
+      .def_property_readonly("is_full", &EventRows::is_full)
+      .def_property_readonly("n_events", &EventRows::n_events)
+      .def("next", &EventRows::next_row, py::arg("site"), py::arg("numel"), py::arg("smallest_normal"))
+      .def("known", &EventRows::known_row, py::arg("tensor"))
+      .def(
+          "remember",
+          [](EventRows& rows, const at::Tensor& tensor, const at::Tensor& row) {
+            rows.remember(tensor, row.const_data_ptr<double>());
+          },
+          py::arg("tensor"), py::arg("row"))
+      .def("events", &EventRows::events)
+      .def("clear", &EventRows::clear);
+  gradprobe::define_output_hooks(module);
+  gradprobe::define_junction_hooks(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
   py::class_<GradientHooks>(module, "GradientHooks")
       .def(py::init<std::vector<at::Tensor>, py::object>(), py::arg("parameters"), py::arg("on_backward_end"))
