@@ -1,6 +1,6 @@
 // The loops over the two parts of the gradient at x for one instruction set: the statistics of the branch's part, and
 // the sum of its products with the shortcut's part.
-#include "cpu/grad_stats_lanes.h"
+#include "cpu/grad_stats_loops.h"
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 

@@ -8,7 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 
-#define GRADPROBE_PER_ISA "cpu/grad_stats_lanes.h"
+#define GRADPROBE_PER_ISA "cpu/grad_stats_loops.h"
 #include "cpu/each_isa.h"
 
 namespace gradprobe::cpu {
