@@ -21,8 +21,9 @@
 
 namespace gradprobe {
 
-// Columns of a row, in the order of gradprobe.STATS.
-inline constexpr int kStats = 6;
+// Columns of a row, in the order of gradprobe.STATS, and their number.
+enum Column : int { kSum, kSumAbs, kSumSq, kAbsMax, kNZero, kNNonfinite };
+inline constexpr int kStats = kNNonfinite + 1;
 
 // ---- Bit patterns. As integers, the bits of |x| sort like the numbers, infinity above all finite ones and NaN above
 // infinity: their integer maximum is the largest magnitude and never loses a NaN.
@@ -193,12 +194,12 @@ GRADPROBE_HD Stats merge(Stats a, Stats b) {
 
 // Writes the statistics to a raw row [kStats]. Counts are exact up to 2**53.
 GRADPROBE_HD void finish(const Stats& stats, double* row) {
-  row[0] = stats.sum;
-  row[1] = stats.sum_abs;
-  row[2] = stats.sum_sq;
-  row[3] = stats.abs_max;
-  row[4] = static_cast<double>(stats.n_zero);
-  row[5] = static_cast<double>(stats.n_nonfinite);
+  row[kSum] = stats.sum;
+  row[kSumAbs] = stats.sum_abs;
+  row[kSumSq] = stats.sum_sq;
+  row[kAbsMax] = stats.abs_max;
+  row[kNZero] = static_cast<double>(stats.n_zero);
+  row[kNNonfinite] = static_cast<double>(stats.n_nonfinite);
 }
 
 }  // namespace gradprobe

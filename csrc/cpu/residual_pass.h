@@ -81,7 +81,7 @@ inline void branch(Dtype dtype, const void* branch, const void* shortcut, int64_
   if (is_wide) {
     double shortcut_row[kStats];
     partials.finish_row(1, shortcut_row);
-    exponent = range_exponent(std::sqrt(row[3]) * std::sqrt(shortcut_row[3]));
+    exponent = range_exponent(std::sqrt(row[kAbsMax]) * std::sqrt(shortcut_row[kAbsMax]));
   }
   if (exponent != 0) {
     const double factor = std::ldexp(1.0, -exponent);

@@ -90,8 +90,8 @@ MUTANTS = (
     Mutant(
         "swapped_statistics",
         "core/stats.h",
-        "row[0] = stats.sum;",
-        "row[0] = stats.sum_abs;",
+        "row[kSum] = stats.sum;",
+        "row[kSum] = stats.sum_abs;",
         "grad_stats/boundaries/f32",
     ),
     Mutant("nan_lost_in_max", "core/stats.h", "(a > b || a != a) ? a : b", "a > b ? a : b", "grad_stats/extremes/f32"),
