@@ -24,7 +24,7 @@ struct HookState {
   std::vector<SeenGradient> seen;  // [K]; no locks: the engine never runs an accumulator twice at the same time
   std::atomic<bool> enabled{true};
   std::atomic<bool> has_fired{false};  // enabled or not
-  std::atomic<int> queued_task{-1};    // graph task whose end has a callback; a failed backward leaves a stale id
+  std::atomic<int> queued_task{-1};    // graph task whose end has a callback; a failed backward pass leaves a stale id
   py::object on_backward_end;          // null once removed, so that the last owner needs no GIL
 };
 

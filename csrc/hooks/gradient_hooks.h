@@ -1,4 +1,4 @@
-// Hooks that note which gradients a backward has made ready. See gradients.h for what is then measured.
+// Hooks that note which gradients a backward pass has made ready. See gradients.h for what is then measured.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,7 +36,7 @@ struct HookState;
 // The parameters' gradient accumulators with our hooks on them.
 class ArmedAccumulators;
 
-// Hooks on the gradients of K parameters, and a callback at the end of each backward that reaches one of them.
+// Hooks on the gradients of K parameters, and a callback at the end of each backward pass that reaches one of them.
 class GradientHooks {
  public:
   // on_backward_end: a Python callable, or None for no callback.
@@ -48,7 +48,7 @@ class GradientHooks {
   // Returns how many accumulators were hooked again since the last call, because a conversion had replaced them.
   int64_t converted();
 
-  // Removes the hooks; called from inside a backward, at its end.
+  // Removes the hooks; called from inside a backward pass, at its end.
   void remove();
 
   void set_enabled(bool enabled);

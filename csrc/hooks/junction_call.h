@@ -1,5 +1,4 @@
-// One call of an observed residual add: takes the statistics of its forward, and of the two parts of the gradient at x,
-// that of the shortcut and that of the branch.
+// One call of an observed residual add: measures its tensors, and both parts of the gradient at x.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -53,13 +52,13 @@ class JunctionCall final : public Observer {
     backward_ = autograd::get_current_graph_task_id();
   }
 
-  // Takes one gradient of the branch; undefined if the backward gives none.
+  // Takes one gradient of the branch; undefined if the backward pass computes none.
   void on_arrival(at::Tensor part) {
     at::Tensor shortcut;
     std::vector<at::Tensor> parts;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      // Another thread may run another backward through the same graph.
+      // Another thread may run another backward pass through the same graph.
       if (!shortcut_.defined() || backward_ != autograd::get_current_graph_task_id()) return;
       arrived_.push_back(std::move(part));
       if (static_cast<int64_t>(arrived_.size()) < n_arrivals) return;
@@ -111,7 +110,7 @@ class JunctionCall final : public Observer {
   std::shared_ptr<EventRows> rows_;
   int64_t first_;
   std::mutex mutex_;
-  at::Tensor shortcut_;              // the shortcut's part in this backward, until the branch's is complete
+  at::Tensor shortcut_;              // the shortcut's part in this backward pass, until the branch's is complete
   std::vector<at::Tensor> arrived_;  // gradients of the branch so far
   int backward_ = -1;                // the graph task that the shortcut's part came from
 };

@@ -25,7 +25,7 @@ namespace gradprobe {
 namespace {
 
 // A hook on the gradient of one output of a node. Compiled autograd rejects a graph with a hook that lacks
-// compiled_args; ours take no part in it and observe nothing in such a backward.
+// compiled_args; ours take no part in it and observe nothing in such a backward pass.
 class GradientHook : public autograd::FunctionPreHook {
  public:
   explicit GradientHook(const at::Tensor& tensor) : output_nr(tensor.output_nr()) {}

@@ -1,5 +1,5 @@
-// A residual add as a node of C++ autograd: one pass forward and one backward, without torch's dispatcher, which takes
-// longer than the kernels of a small residual add. Anything but plain tensors and plain autograd goes to the operators.
+// A residual add as a node of C++ autograd: one pass per direction, without torch's dispatcher, which takes longer than
+// the kernels of a small residual add. Anything but plain tensors and plain autograd goes to the operators.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -29,7 +29,7 @@ namespace gradprobe {
 
 namespace autograd = torch::autograd;
 
-// Receives the gradients of a residual add in the backward.
+// Receives the gradients of a residual add in the backward pass.
 class Observer {
  public:
   virtual ~Observer() = default;

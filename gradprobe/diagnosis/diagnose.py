@@ -62,10 +62,10 @@ def _without_explained(findings: list[Finding], history: RunHistory) -> list[Fin
 
 def verdict(snapshots: Sequence[Snapshot]) -> Verdict:
     """Returns the rule of the most severe finding in steps in order, or "healthy"."""
-    return gravest({found.rule for found in diagnose(snapshots)})
+    return most_severe({found.rule for found in diagnose(snapshots)})
 
 
-def gravest(verdicts: Collection[Verdict]) -> Verdict:
+def most_severe(verdicts: Collection[Verdict]) -> Verdict:
     """Returns the most severe of several verdicts.
 
     Args:
@@ -75,7 +75,7 @@ def gravest(verdicts: Collection[Verdict]) -> Verdict:
         The one that comes first in `gradprobe.diagnosis.rules.RULES`.
 
     Example:
-        >>> gravest(["healthy", "spike", "exploding"])
+        >>> most_severe(["healthy", "spike", "exploding"])
         'exploding'
     """
     return next((rule.name for rule in RULES if rule.name in verdicts), "healthy")

@@ -190,7 +190,7 @@ def test_a_residual_network_whose_forward_pass_explodes_is_not_healthy_despite_i
 
 
 @pytest.mark.parametrize("verdicts", [("healthy", "spike", "exploding"), ("exploding", "healthy", "healthy")])
-def test_the_verdict_is_the_gravest_of_the_seeds(verdicts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_severe_verdict_of_seeds_counts(verdicts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = iter(verdicts)
     monkeypatch.setattr("gradprobe.experiments.remedies.run.verdict", lambda snapshots: next(verdict))
     assert measured("he", "relu", 3, seeds=(0, 1, 2)).verdict == "exploding"

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprobe.diagnosis.diagnose import gravest, verdict
+from gradprobe.diagnosis.diagnose import most_severe, verdict
 from gradprobe.diagnosis.trend import fit_trend
 from gradprobe.errors import ArgumentError
 from gradprobe.experiments import REMEDY_STEPS
@@ -227,7 +227,7 @@ def _cell(
         factor=line.factor,
         std_error=line.std_error,
         theory=theory,
-        verdict=gravest([verdict([run.snapshot]) for run in runs]),
+        verdict=most_severe([verdict([run.snapshot]) for run in runs]),
         start_loss=sum(run.start_loss for run in runs) / len(runs),
         final_loss=sum(run.final_loss for run in runs) / len(runs),
         n_fell=sum(run.final_loss < FELL_SHARE * min(run.start_loss, constant_loss) for run in runs),
