@@ -125,7 +125,7 @@ def _check_arguments(x: Tensor, f: Tensor) -> None:
 
 
 def _kind(dtype: torch.dtype) -> int:
-    """Ranks boolean, integer, real and complex: no dtype can hold one of a higher rank (`torch.can_cast`)."""
+    """Ranks boolean, integer, real and complex, like `torch.can_cast`, which Dynamo cannot trace."""
     return 3 if dtype.is_complex else 2 if dtype.is_floating_point else int(dtype != torch.bool)
 
 

@@ -21,10 +21,9 @@ def name_of(value: object) -> str:
 
 def check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
     """Raises ArgumentError unless both tensors are strided and of one shape and device; mismatches blame `b`."""
-    if a.layout != torch.strided:
-        raise ArgumentError(f"{name_a}: needed a strided layout, got {name_of(a.layout)}")
-    if b.layout != torch.strided:
-        raise ArgumentError(f"{name_b}: needed a strided layout, got {name_of(b.layout)}")
+    for tensor, name in ((a, name_a), (b, name_b)):
+        if tensor.layout != torch.strided:
+            raise ArgumentError(f"{name}: needed a strided layout, got {name_of(tensor.layout)}")
     if a.shape != b.shape:
         raise ArgumentError(f"{name_b}: needed the shape of {name_a}, {list(a.shape)}, got {list(b.shape)}")
     if a.device != b.device:
