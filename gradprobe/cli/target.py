@@ -47,7 +47,7 @@ def load_model(target: str) -> nn.Module:
     found: Any = _import(target, place)
     for name in names:
         if not hasattr(found, name):
-            raise ArgumentError(f"target: {place} has no {'.'.join(names)}; got {target!r}")
+            raise ArgumentError(f"target: {place} has no {'.'.join(names)}, got {target!r}")
         found = getattr(found, name)
     if not isinstance(found, nn.Module):
         if not callable(found):

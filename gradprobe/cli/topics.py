@@ -324,7 +324,7 @@ def explain(name: str) -> tuple[Topic, ...]:
         names = ", ".join(repr(topic.name) for topic in found)
         warnings.warn(f"explain: topic {name!r} is now {names}", DeprecationWarning, stacklevel=2)
     if not found:
-        raise ArgumentError(f"topic: need one of {', '.join(TOPICS)}; got {name!r}")
+        raise ArgumentError(f"topic: needed one of {', '.join(TOPICS)}, got {name!r}")
     return tuple(found)
 
 

@@ -167,17 +167,17 @@ def _instrument(model: nn.Module, report: Instrumented) -> None:
 
 def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
+        raise ArgumentError(f"model: needed a torch.nn.Module, got {type(model).__name__}")
     if _is_translated(model):
         raise ArgumentError(
-            "model: need one that runs as Python (compile it after instrumenting); got a compiled or scripted one"
+            "model: needed one that runs as Python (compile it after instrumenting), got a compiled or scripted one"
         )
     for name, module in model.named_modules():
         has_junctions = any(isinstance(child, InlineAdd) for child in module.children())
         if has_junctions and any(_is_replaced(module, method) for method in vars(module)):
             where = f" ({name})" if name else ""
             raise ArgumentError(
-                f"model: need one that is not instrumented yet; got an instrumented one{where}: undo it"
+                f"model: needed one that is not instrumented yet, got an instrumented one{where}: undo it"
             )
 
 

@@ -67,12 +67,12 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
     if callable(selection):
         chosen = {name: module for name, module in named.items() if selection(name, module)}
         if not chosen:
-            raise ArgumentError(f"activations: need at least one module; the function selected none of {len(named)}")
+            raise ArgumentError(f"activations: needed at least one module; the function selected none of {len(named)}")
         return chosen
     is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
     if not is_list or not selection or not all(isinstance(pattern, str) for pattern in selection):
         raise ArgumentError(
-            f"activations: need True, False, a list of patterns or a function of name and module; got {selection!r}"
+            f"activations: needed True, False, a list of patterns or a function of name and module, got {selection!r}"
         )
     for pattern in selection:
         if not any(fnmatchcase(name, pattern) for name in named):

@@ -67,12 +67,12 @@ def find_parameters(model: nn.Module) -> ObservedParameters:
         names_of.setdefault(id(parameter), []).append(name)
         tensor_of[id(parameter)] = parameter
     if not tensor_of:
-        raise ArgumentError(f"model: need at least one parameter; {type(model).__name__} has none")
+        raise ArgumentError(f"model: needed at least one parameter; {type(model).__name__} has none")
     trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad]
     frozen = tuple(name for key, names in names_of.items() if not tensor_of[key].requires_grad for name in names)
     if not trainable:
         raise ArgumentError(
-            f"model: need at least one parameter with requires_grad=True; "
+            f"model: needed at least one parameter with requires_grad=True; "
             f"all {len(tensor_of)} of {type(model).__name__} are frozen"
         )
     sites = tuple(

@@ -84,16 +84,16 @@ def parse_input(text: str) -> InputSpec:
     """
     match = _SPEC.match(text.replace(" ", ""))
     if match is None or not text.strip():
-        raise ArgumentError(f"input: need SHAPE, DTYPE:SHAPE or DTYPE[LOW:HIGH]:SHAPE, e.g. 3,32,32; got {text!r}")
+        raise ArgumentError(f"input: needed SHAPE, DTYPE:SHAPE or DTYPE[LOW:HIGH]:SHAPE, e.g. 3,32,32, got {text!r}")
     dtype = DTYPES.get(match["dtype"] or "float32")
     if dtype is None:
-        raise ArgumentError(f"input: need one of the dtypes {', '.join(DTYPES)}; got {match['dtype']!r} in {text!r}")
+        raise ArgumentError(f"input: needed one of the dtypes {', '.join(DTYPES)}, got {match['dtype']!r} in {text!r}")
     shape = tuple(int(size) for size in match["shape"].split(",")) if match["shape"] else ()
     if match["low"] is None:
         return InputSpec(shape, dtype)
     low, high = int(match["low"]), int(match["high"])
     if dtype.is_floating_point or dtype.is_complex or low >= high:
-        raise ArgumentError(f"input: [LOW:HIGH] needs an integer dtype and LOW < HIGH; got {text!r}")
+        raise ArgumentError(f"input: [LOW:HIGH] needs an integer dtype and LOW < HIGH, got {text!r}")
     return InputSpec(shape, dtype, low, high)
 
 
@@ -215,9 +215,9 @@ def check_gradient_flow(
         'vanishing'
     """
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model: need a torch.nn.Module; got {type(model).__name__}")
+        raise ArgumentError(f"model: needed a torch.nn.Module, got {type(model).__name__}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size: need an integer of at least 1; got {batch_size!r}")
+        raise ArgumentError(f"batch_size: needed an integer of at least 1, got {batch_size!r}")
     specs = _specs(input_shape)
     tensor = next(iter((*model.parameters(), *model.buffers())), torch.empty(0))
     generator = torch.Generator().manual_seed(SEED)
@@ -266,7 +266,7 @@ def _specs(input_shape: Any) -> list[InputSpec]:
         if not any(isinstance(size, (int, float)) for size in input_shape):
             return [spec for part in input_shape for spec in _specs(part)]
     raise ArgumentError(
-        f"input_shape: need sizes such as (3, 32, 32), text, an InputSpec, or a sequence of these; got {input_shape!r}"
+        f"input_shape: needed sizes such as (3, 32, 32), text, an InputSpec or a sequence of these, got {input_shape!r}"
     )
 
 
@@ -292,7 +292,7 @@ def _projection(output: Any, generator: torch.Generator) -> torch.Tensor:
             values = tensor.real if tensor.is_complex() else tensor
             terms.append((values.float() * direction).sum() / math.sqrt(max(tensor.numel(), 1)))
     if not terms:
-        raise ArgumentError("model: need an output that depends on a trainable parameter; none of its outputs does")
+        raise ArgumentError("model: needed an output that depends on a trainable parameter; none of its outputs does")
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 

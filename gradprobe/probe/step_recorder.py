@@ -80,7 +80,7 @@ class StepRecorder:
         optimizer = options.optimizer
         n_parameters = len(self.parameters.sites)
         if optimizer is not None and len(unstepped_parameters(optimizer, self.parameters)) == n_parameters:
-            raise ArgumentError("optimizer: need one that steps parameters of the model; it steps none of them")
+            raise ArgumentError("optimizer: needed one that steps parameters of the model; it steps none of them")
         self._meter = GradientMeter(self.parameters.parameters, options.backend)
         is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
         self._is_averaged = is_ddp and self._measured_at == "step"
@@ -139,7 +139,7 @@ class StepRecorder:
             self._measure()
         total = self._meter.total_norm(rows)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
-            raise RuntimeError(f"clip_grad_norm_: need a finite total norm; got {total.item()}")
+            raise RuntimeError(f"clip_grad_norm_: needed a finite total norm, got {total.item()}")
         gradients, regular = self._hooks.gradients()
         self._meter.scale_(gradients, regular, (max_norm / (total + 1e-6)).clamp(max=1.0))
         self._open.is_clipped = True

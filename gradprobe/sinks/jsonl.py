@@ -32,7 +32,7 @@ def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> Non
                 for line in _lines(snapshot):
                     file.write(json.dumps(strict(line), allow_nan=False) + "\n")
     except FileExistsError as error:
-        raise StoreError(f"path: need a file that does not exist yet; {path} exists") from error
+        raise StoreError(f"path: needed a file that does not exist yet; {path} exists") from error
     except OSError as error:
         raise StoreError(f"path: cannot write {path}: {error.strerror}") from error
 

@@ -128,7 +128,7 @@ def test_check_accepts_models_classes_and_functions(gradprobe, module, target, i
         (":ready", "target: needed MODULE:CALLABLE or FILE.py:CALLABLE, got ':ready'"),
         ("nowhere:net", "target: nowhere:net raised ModuleNotFoundError: No module named 'nowhere'"),
         ("nowhere.py:net", "target: there is no file nowhere.py"),
-        ("mymodels:nothing", "target: mymodels has no nothing; got 'mymodels:nothing'"),
+        ("mymodels:nothing", "target: mymodels has no nothing, got 'mymodels:nothing'"),
         ("mymodels:broken", "target: mymodels:broken raised ValueError: first line second line"),
         ("mymodels:number", "target: needed a torch.nn.Module; mymodels:number returned an object of type int"),
         (

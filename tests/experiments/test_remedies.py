@@ -311,7 +311,7 @@ def test_theory_agrees_with_a_wide_network(activation: str, norm: str, monkeypat
     [
         ({"layers": "pool"}, "layers: needed one of linear, conv, got 'pool'"),
         ({"remedies": ["magic"]}, "remedies: needed one or more of none, clipping, xavier, he, .* got 'magic'"),
-        ({"remedies": ["he+xavier"]}, "remedies: .* with at most one of .*; got 'he.xavier'"),
+        ({"remedies": ["he+xavier"]}, "remedies: .* with at most one of .*, got 'he.xavier'"),
         ({"remedies": ["none+he"]}, "remedies: .* got 'none.he'"),
         ({"remedies": ["he+he"]}, "remedies: .* got 'he.he'"),
         ({"remedies": []}, "remedies: needed at least one"),

@@ -377,14 +377,14 @@ def instrumented() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: [nn.Linear(2, 2)], "model: need a torch.nn.Module; got list"),
+        (lambda: [nn.Linear(2, 2)], "model: needed a torch.nn.Module, got list"),
         (
             lambda: torch.jit.script(nn.Linear(2, 2)),
-            "model: need one that runs as Python .* got a compiled or scripted",
+            "model: needed one that runs as Python .* got a compiled or scripted",
         ),
-        (lambda: torch.compile(nn.Linear(2, 2)), "model: need one that runs as Python .* got a compiled or scripted"),
-        (compiled_in_place, "model: need one that runs as Python .* got a compiled or scripted"),
-        (instrumented, "model: need one that is not instrumented yet; got an instrumented one: undo it"),
+        (lambda: torch.compile(nn.Linear(2, 2)), "model: needed one that runs as Python .* got a compiled or scripted"),
+        (compiled_in_place, "model: needed one that runs as Python .* got a compiled or scripted"),
+        (instrumented, "model: needed one that is not instrumented yet, got an instrumented one: undo it"),
     ],
     ids=["list", "scripted", "compiled", "compiled-in-place", "instrumented"],
 )

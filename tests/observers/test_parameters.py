@@ -49,7 +49,7 @@ def test_parameters_outside_the_optimizer_and_later_ones() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.ReLU(), "model: need at least one parameter; ReLU has none"),
+        (nn.ReLU(), "model: needed at least one parameter; ReLU has none"),
         (nn.Linear(2, 2).requires_grad_(False), "requires_grad=True; all 2 of Linear are frozen"),
         (nn.LazyLinear(2), "model: parameter 'weight' has no shape yet"),
     ],

@@ -210,9 +210,9 @@ def test_selection(activations: object, names: list[str]) -> None:
     ("activations", "message"),
     [
         (["conv", "nothing.*"], "activations: no module name matches 'nothing.*'; the model has conv, norm"),
-        (lambda *_: False, "activations: need at least one module; the function selected none of 5"),
-        ("conv", "activations: need True, False, a list of patterns or a function"),
-        ([3], "activations: need True, False, a list of patterns or a function"),
+        (lambda *_: False, "activations: needed at least one module; the function selected none of 5"),
+        ("conv", "activations: needed True, False, a list of patterns or a function"),
+        ([3], "activations: needed True, False, a list of patterns or a function"),
     ],
 )
 def test_bad_selections(activations: object, message: str) -> None:

@@ -232,11 +232,11 @@ def test_tables_and_files_contain_updates(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_rejected() -> None:
-    with pytest.raises(ArgumentError, match="updates: need optimizer=, the optimizer that makes them; got None"):
+    with pytest.raises(ArgumentError, match="updates: needed optimizer=, the optimizer that makes them, got None"):
         gradprobe.attach(net(), updates=True)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ArgumentError, match="updates_every: need an integer of at least 1; got 0"):
+    with pytest.raises(ArgumentError, match="updates_every: needed an integer of at least 1, got 0"):
         gradprobe.attach(model, optimizer=optimizer, updates=True, updates_every=0)
-    with pytest.raises(ArgumentError, match="updates: need True or False; got 'all'"):
+    with pytest.raises(ArgumentError, match="updates: needed True or False, got 'all'"):
         gradprobe.attach(model, optimizer=optimizer, updates="all")  # type: ignore[arg-type]

@@ -152,14 +152,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"optimizer": "sgd"}, "optimizer: need a torch.optim.Optimizer or None; got str"),
-            ({"every": 0}, "every: need an integer of at least 1; got 0"),
-            ({"every": True}, "every: need an integer of at least 1; got True"),
-            ({"capacity": 2.5}, "capacity: need an integer of at least 1; got 2.5"),
+            ({"optimizer": "sgd"}, "optimizer: needed a torch.optim.Optimizer or None, got str"),
+            ({"every": 0}, "every: needed an integer of at least 1, got 0"),
+            ({"every": True}, "every: needed an integer of at least 1, got True"),
+            ({"capacity": 2.5}, "capacity: needed an integer of at least 1, got 2.5"),
             ({"backend": "fpga"}, "backend: needed one of auto, native, triton, reference, got 'fpga'"),
-            ({"when": "later"}, "when: need one of auto, step, backward, hook; got 'later'"),
-            ({"grad_scaler": 2}, "grad_scaler: need a torch.amp.GradScaler or None; got int"),
-            ({"params": False}, "params: need True"),
+            ({"when": "later"}, "when: needed one of auto, step, backward, hook, got 'later'"),
+            ({"grad_scaler": 2}, "grad_scaler: needed a torch.amp.GradScaler or None, got int"),
+            ({"params": False}, "params: needed True"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -183,7 +183,7 @@ class TestBadInput:
             gradprobe.attach(mlp(), process_group=object())
 
     def test_models(self) -> None:
-        with pytest.raises(gradprobe.ArgumentError, match=r"need a torch\.nn\.Module; got int"):
+        with pytest.raises(gradprobe.ArgumentError, match=r"needed a torch\.nn\.Module, got int"):
             gradprobe.attach(3)  # type: ignore[arg-type]
         with pytest.raises(gradprobe.ArgumentError, match="at least one parameter; ReLU has none"):
             gradprobe.attach(nn.ReLU())

@@ -151,9 +151,9 @@ def test_bad_input_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((3, (3,)), "model: need a torch.nn.Module; got int"),
-        ((nn.Linear(3, 1), (3.5,)), "input_shape: need sizes"),
-        ((nn.Linear(3, 1), None), "input_shape: need sizes"),
+        ((3, (3,)), "model: needed a torch.nn.Module, got int"),
+        ((nn.Linear(3, 1), (3.5,)), "input_shape: needed sizes"),
+        ((nn.Linear(3, 1), None), "input_shape: needed sizes"),
         ((nn.Linear(3, 1), (4,)), r"input_shape: Linear cannot take inputs of shape \(1, 4\) float32: mat1 and mat2"),
         ((nn.Linear(3, 1).requires_grad_(False), (3,)), "all 2 of Linear are frozen"),
     ],
@@ -168,7 +168,7 @@ def test_a_batch_of_one_through_batch_norm_says_what_to_do() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     with pytest.raises(gradprobe.ArgumentError, match="batch_size of at least 2"):
         gradprobe.check_gradient_flow(model, (3,))
-    with pytest.raises(gradprobe.ArgumentError, match="batch_size: need an integer of at least 1; got 0"):
+    with pytest.raises(gradprobe.ArgumentError, match="batch_size: needed an integer of at least 1, got 0"):
         gradprobe.check_gradient_flow(model, (3,), batch_size=0)
 
 
@@ -177,5 +177,5 @@ def test_an_output_without_a_gradient() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).argmax(dim=1)
 
-    with pytest.raises(gradprobe.ArgumentError, match="need an output that depends on a trainable parameter"):
+    with pytest.raises(gradprobe.ArgumentError, match="needed an output that depends on a trainable parameter"):
         gradprobe.check_gradient_flow(Blind(3, 2), (3,))

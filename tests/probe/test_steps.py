@@ -272,7 +272,7 @@ class TestClipping:
         with gradprobe.attach(model) as probe:
             loss_of(model).backward()
             model[0].bias.grad[0] = math.inf
-            with pytest.raises(RuntimeError, match="finite total norm; got inf"):
+            with pytest.raises(RuntimeError, match="finite total norm, got inf"):
                 probe.clip_grad_norm_(1.0, error_if_nonfinite=True)
 
 

@@ -75,7 +75,7 @@ def parse_remedy(text: str) -> Remedy:
     if clash or any(part not in PARTS for part in parts):
         raise ArgumentError(
             f"remedies: needed one or more of {', '.join(PARTS)}, several joined by +, with at most one of "
-            f"{', '.join(INITS)} and one of {', '.join(NORMS)}; got {text!r}"
+            f"{', '.join(INITS)} and one of {', '.join(NORMS)}, got {text!r}"
         )
     init: Init = inits[0] if inits else "default"
     norm = norms[0].removesuffix("norm") if norms else "none"
