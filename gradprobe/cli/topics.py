@@ -1,4 +1,7 @@
-"""The topics of `gradprobe explain`: one per rule of the diagnosis, and a few without a rule. Needs no torch."""
+"""The topics of `gradprobe explain`: one per rule of the diagnosis, and a few without a rule. Needs no torch.
+
+Cause, remedies and formula come from the rule; problem, code and further sources are written here.
+"""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ class GradientMeter:
                 if members:
                     self._backends[group.device].scale_(members, factor)
 
-    def in_site_order(self, rows: dict[torch.device, FloatArray]) -> FloatArray:
+    def in_model_order(self, rows: dict[torch.device, FloatArray]) -> FloatArray:
         """Puts the rows of all devices into model order.
 
         Args:
@@ -167,7 +167,7 @@ class GradientMeter:
         return np.stack([rows[device][row] for (device, _), row in zip(self._placement, self._row_of, strict=True)])
 
     def release(self) -> None:
-        """Drops the references to the parameters; only `in_site_order` works afterwards."""
+        """Drops the references to the parameters; only `in_model_order` works afterwards."""
         self._parameters = ()
 
     def measure_one(self, k: int, gradient: torch.Tensor, rows: dict[torch.device, torch.Tensor]) -> int:

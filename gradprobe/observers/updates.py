@@ -108,7 +108,7 @@ class UpdateObserver:
         n_rows = self._meter.rows_on
         weights = {device: rows[: n_rows[device]] for device, rows in finished.rows.items()}
         updates = {device: rows[n_rows[device] :] for device, rows in finished.rows.items()}
-        in_order = self._meter.in_site_order
+        in_order = self._meter.in_model_order
         return Updates(self._names, in_order(weights), in_order(updates), finished.slot.measured)
 
     def release(self) -> None:

@@ -14,7 +14,7 @@ from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
 from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
 
-InSiteOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
+InModelOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
 _SEARCHED_AT_ONCE = 16  # steps; one search costs as much as closing a step
 
@@ -26,7 +26,7 @@ class History:
         capacity: Number of steps to keep.
         rows_on: Number of parameter rows on each device.
         table: Names of the parameters.
-        in_site_order: Puts the rows of all devices into the order of the table.
+        in_model_order: Puts the rows of all devices into the order of the table.
         signals: The sites of activations and residual adds, None if there are none.
         updates: The updates of each step, None if they are not observed.
     """
@@ -36,13 +36,13 @@ class History:
         capacity: int,
         rows_on: Mapping[torch.device, int],
         table: SiteTable,
-        in_site_order: InSiteOrder,
+        in_model_order: InModelOrder,
         signals: SignalTable | None,
         updates: UpdateObserver | None,
     ) -> None:
         self._capacity = capacity
         self._table = table
-        self._in_site_order = in_site_order
+        self._in_model_order = in_model_order
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
         self._signals = signals
         self._updates = updates
@@ -122,7 +122,7 @@ class History:
             provenance=slot.provenance,
             skipped=finished.skipped,
             table=self._table,
-            rows=self._in_site_order(finished.rows),
+            rows=self._in_model_order(finished.rows),
             measured=slot.measured,
             scale=finished.scale,
             signals=signals,

@@ -91,7 +91,7 @@ class StepRecorder:
         if options.updates:
             self._updates = UpdateObserver(self.parameters.parameters, table.names, options.backend, options.capacity)
         self.history = History(
-            options.capacity, self._meter.rows_on, table, self._meter.in_site_order, signals, self._updates
+            options.capacity, self._meter.rows_on, table, self._meter.in_model_order, signals, self._updates
         )
         self._signal_observer: SignalObserver | None = None
         if signals is not None:

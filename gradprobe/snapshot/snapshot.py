@@ -85,7 +85,7 @@ class Snapshot:
     Attributes:
         step: Number of the step, counted from 0 at attach.
         loss: The loss given to `Probe.step(loss=...)`, or None.
-        provenance: Unscaled or scaled, local or averaged, before or after clipping.
+        provenance: Unscaled, local or averaged, before or after clipping.
         skipped: The gradient scaler skipped the optimizer's step because a gradient was not finite.
         table: The parameters.
         rows: Raw statistics in the order of `gradprobe.STATS`. [K, 6]
