@@ -1,5 +1,6 @@
-"""Residual additions as modules, and their detection in models that write them inline."""
+"""Residual additions as modules, and finding them in other people's models."""
 
 from gradprobe.nn.residual import ResidualAdd
+from gradprobe.ops.residual import residual_add, residual_add_
 
-__all__ = ["ResidualAdd"]
+__all__ = ["ResidualAdd", "residual_add", "residual_add_"]

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gradprobe.ops.dispatch import Backend, backends, resolve
+    from gradprobe.ops.reference import FLOAT_DTYPES
     from gradprobe.ops.row_math import merge_rows, norms, true_rows
     from gradprobe.ops.rows import STATS
     from gradprobe.ops.statistics import counting_if, dense_values, grad_stats, grad_stats_into, scale_
 
 _HOMES = {
+    "reference": ("FLOAT_DTYPES",),
     "dispatch": ("Backend", "backends", "resolve"),
     "row_math": ("merge_rows", "norms", "true_rows"),
     "rows": ("STATS",),
@@ -23,6 +25,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "FLOAT_DTYPES",
     "STATS",
     "Backend",
     "backends",
