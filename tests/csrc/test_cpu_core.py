@@ -27,7 +27,15 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cpu_core") / "check"
     sources = [ROOT / "tests/csrc/cpu_core/check.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *SANITIZERS, f"-I{ROOT / 'csrc'}"]
-    command = [COMPILER, *flags, *map(str, sources), "-o", str(path)]
+    objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
+    compilers = [
+        subprocess.Popen([COMPILER, *flags, "-c", str(source), "-o", target], stderr=subprocess.PIPE, text=True)
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    for compiler in compilers:
+        _, errors = compiler.communicate()
+        assert compiler.returncode == 0, errors
+    command = [COMPILER, *SANITIZERS, *objects, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 and "asan" in done.stderr and "cannot find" in done.stderr:
         pytest.skip(f"{COMPILER} has no sanitizers: {done.stderr.splitlines()[-1]}")
