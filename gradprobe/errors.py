@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 
@@ -29,6 +30,9 @@ class GradprobeWarning(UserWarning):
 def warn_user(message: str) -> None:
     """Issues a `GradprobeWarning` that points to the line of user code that led to it.
 
+    If the user's filter turns it into an error, it is logged instead: it may be issued inside a hook or an optimizer's
+    step, where an error would stop the training.
+
     Args:
         message: The warning, which says what the probe does not see or do.
     """
@@ -37,4 +41,7 @@ def warn_user(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradprobe", "torch"):
         frame = frame.f_back
         level += 1
-    warnings.warn(f"gradprobe: {message}", GradprobeWarning, stacklevel=level)
+    try:
+        warnings.warn(f"gradprobe: {message}", GradprobeWarning, stacklevel=level)
+    except GradprobeWarning:
+        logging.getLogger("gradprobe").warning(message)
