@@ -64,6 +64,6 @@ class Fence:
         """
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             self.caught(part, error)
             switch_off()
