@@ -1,205 +1,332 @@
 // Autograd hooks in C++. They are built against one exact torch: the hook classes are not part of the stable ABI.
 #include "hooks/gradient_hooks.h"
 
+#include <c10/util/intrusive_ptr.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/function_hook.h>
-#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <atomic>
+#include <chrono>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <mutex>
 #include <utility>
 
 namespace gradprobe {
 
 namespace autograd = torch::autograd;
 
-// Outlives its GradientHooks if a graph still holds an accumulator. It holds no parameter, so that no cycle keeps a
-// model alive.
+// Outlives its GradientHooks while a hook is still on a parameter. It holds no parameter, so that no cycle keeps a model
+// alive.
 struct HookState {
-  explicit HookState(size_t n_parameters) : seen(n_parameters) {}
+  HookState(size_t n_observed, size_t n_frozen) : slots(n_observed), frozen(n_frozen, nullptr) {}
 
-  std::vector<SeenGradient> seen;  // [K]; no locks: the engine never runs an accumulator twice at the same time
+  // The parameter of slot k; the frozen ones come after the observed ones.
+  c10::TensorImpl*& parameter(size_t k) { return k < slots.size() ? slots[k].parameter : frozen[k - slots.size()]; }
+
+  void fail(const char* cause) noexcept {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (error.empty()) error = cause;
+  }
+
+  std::vector<GradientSlot> slots;  // [K]
+  std::atomic<bool> is_removed{false};
   std::atomic<bool> enabled{true};
-  std::atomic<bool> has_fired{false};  // enabled or not
-  std::atomic<int> queued_task{-1};    // graph task whose end has a callback; a failed backward pass leaves a stale id
-  py::object on_backward_end;          // null once removed, so that the last owner needs no GIL
+  std::atomic<bool> has_fired{false};    // enabled or not
+  std::atomic<bool> accumulates{false};  // a gradient is the one that mark() saw, with one more write
+  std::atomic<bool> is_outdated{false};
+  std::atomic<int> last_awaited{-1};  // graph tasks never get the same number twice
+  py::object on_backward_end;         // null once removed, so that the last owner needs no GIL
+  py::object on_gradient;
+
+  std::mutex mutex;                      // guards what follows, and the slots' parameters
+  std::vector<c10::TensorImpl*> frozen;  // parameters that needed no gradient
+  std::vector<int> awaited;              // graph tasks whose end is queued; nested ones (checkpoints) end first
+  std::string error;
 };
 
 namespace {
 
-using Accumulator = decltype(autograd::impl::grad_accumulator(std::declval<const at::Tensor&>()));
-
-void notify(const std::shared_ptr<HookState>& state) {
-  state->queued_task.store(-1);
-  if (!state->enabled.load()) return;
-  py::gil_scoped_acquire gil;
-  if (state->on_backward_end) state->on_backward_end();
-}
-
-class ReadyHook final : public autograd::FunctionPostHook {
+// Lives in the callbacks queued for one graph task, and goes with them also if the backward pass throws.
+class Awaiting {
  public:
-  ReadyHook(std::shared_ptr<HookState> state, size_t index, autograd::Node* accumulator, bool notifies)
-      : state_(std::move(state)), index_(index), accumulator_(accumulator), notifies_(notifies) {}
+  Awaiting(std::shared_ptr<HookState> state, int task) : state_(std::move(state)), task_(task) {}
+  Awaiting(const Awaiting&) = delete;
+  Awaiting& operator=(const Awaiting&) = delete;
+  ~Awaiting() { end(); }
 
-  autograd::variable_list operator()(const autograd::variable_list& outputs,
-                                     const autograd::variable_list& /*inputs*/) override {
-    state_->has_fired.store(true, std::memory_order_relaxed);
-    if (!state_->enabled.load(std::memory_order_relaxed)) return outputs;
-    state_->seen[index_] = SeenGradient::of(static_cast<autograd::AccumulateGrad*>(accumulator_)->variable.grad());
-    if (notifies_) {
-      const int task = autograd::get_current_graph_task_id();
-      if (state_->queued_task.exchange(task) != task) {
-        autograd::Engine::get_default_engine().queue_callback([state = state_] { notify(state); });
-      }
-    }
-    return outputs;
+  // Returns whether no other task is still running.
+  bool end() {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    std::erase(state_->awaited, task_);
+    return state_->awaited.empty();
   }
 
-  // Compiled autograd rejects a graph with a hook that lacks this method. Our hooks take no part in it.
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
+  HookState& state() { return *state_; }
+
+ private:
+  std::shared_ptr<HookState> state_;
+  int task_;
+};
+
+void queue(std::function<void()> callback) {
+  autograd::Engine::get_default_engine().queue_callback(std::move(callback));
+}
+
+void notify(Awaiting& awaiting) {
+  HookState& state = awaiting.state();
+  if (!awaiting.end() || state.is_removed.load()) return;
+  py::gil_scoped_acquire gil;
+  const py::object on_backward_end = state.on_backward_end;
+  if (on_backward_end) on_backward_end();
+}
+
+// Calls back at the end of the running backward pass: after the callbacks that others queue in it, e.g. those in which
+// DistributedDataParallel waits for its reductions. Hence the second round.
+void await_end(const std::shared_ptr<HookState>& state) {
+  const int task = autograd::get_current_graph_task_id();
+  if (task == -1 || state->last_awaited.load(std::memory_order_relaxed) == task) return;
+  {
+    const std::lock_guard<std::mutex> lock(state->mutex);
+    state->last_awaited.store(task, std::memory_order_relaxed);
+    if (std::find(state->awaited.begin(), state->awaited.end(), task) != state->awaited.end()) return;
+    state->awaited.push_back(task);
+  }
+  const auto awaiting = std::make_shared<Awaiting>(state, task);
+  queue([awaiting] { queue([awaiting] { notify(*awaiting); }); });
+}
+
+void note(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& parameter) {
+  if (k >= state->slots.size()) {
+    state->is_outdated.store(true, std::memory_order_relaxed);
+    return;
+  }
+  state->has_fired.store(true, std::memory_order_relaxed);
+  if (state->enabled.load(std::memory_order_relaxed)) {
+    const at::Tensor& gradient = parameter.grad();
+    GradientSlot& slot = state->slots[k];
+    const GradientId now = GradientId::of(gradient), seen = slot.seen();
+    if (now.gradient != nullptr && now.gradient == seen.gradient && now.version == seen.version + 1) {
+      state->accumulates.store(true, std::memory_order_relaxed);
+    }
+    slot.see(now);
+    slot.has_fired.store(true, std::memory_order_relaxed);
+    if (state->on_gradient) {
+      py::gil_scoped_acquire gil;
+      const py::object on_gradient = state->on_gradient;
+      if (on_gradient && gradient.defined()) on_gradient(k, gradient);
+    }
+  }
+  await_end(state);
+}
+
+// Hooks that were taken off. A backward pass in another thread may be about to call one, so they are freed much later.
+class Retired {
+ public:
+  void add(std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> hooks) {
+    const auto now = Clock::now();
+    std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> old;  // freed after the lock is released
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!all_.empty() && now - all_.front().since > std::chrono::minutes(1)) {
+      old.push_back(std::move(all_.front().hook));
+      all_.pop_front();
+    }
+    for (auto& hook : hooks) all_.push_back({now, std::move(hook)});
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Entry {
+    Clock::time_point since;
+    std::unique_ptr<autograd::PostAccumulateGradHook> hook;
+  };
+  std::mutex mutex_;
+  std::deque<Entry> all_;
+};
+
+Retired& retired() {
+  static auto* all = new Retired();  // never destroyed: a daemon thread may be in a backward pass at exit
+  return *all;
+}
+
+// A post-accumulate hook around whatever hook the parameter has. It lives in the parameter's own autograd metadata.
+class Around final : public autograd::PostAccumulateGradHook {
+ public:
+  Around(std::shared_ptr<HookState> state, size_t k, c10::TensorImpl* parameter,
+         std::unique_ptr<autograd::PostAccumulateGradHook> inner)
+      : state_(std::move(state)), index_(k), parameter_(parameter), inner_(std::move(inner)) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->parameter(k) = parameter;
+  }
+  Around(const Around&) = delete;
+  Around& operator=(const Around&) = delete;
+
+  // Either the parameter dies, or somebody put a hook in our place: the first register_post_accumulate_grad_hook makes
+  // torch's own hook and assigns it. The assignment stores the newcomer before it deletes us: go around it.
+  ~Around() override {
+    const bool is_replaced = c10::raw::intrusive_ptr::use_count(parameter_) > 0;
+    {
+      const std::lock_guard<std::mutex> lock(state_->mutex);
+      if (state_->parameter(index_) != parameter_) return;  // taken off, or on another parameter since
+      if (!is_replaced || state_->is_removed.load()) {
+        state_->parameter(index_) = nullptr;
+        state_->is_outdated.store(true);
+        return;
+      }
+    }
+    auto& place = static_cast<autograd::AutogradMeta*>(parameter_->autograd_meta())->post_acc_grad_hooks_;
+    std::unique_ptr<autograd::PostAccumulateGradHook> newcomer(place.release());
+    place = std::make_unique<Around>(state_, index_, parameter_, std::move(newcomer));
+  }
+
+  void operator()(const at::Tensor& parameter) override {
+    const std::shared_ptr<HookState> state = state_;  // the hooks inside may take us off: no member after them
+    autograd::PostAccumulateGradHook* inner = inner_.get();
+    if (!state->is_removed.load(std::memory_order_relaxed)) {
+      try {
+        note(state, index_, parameter);
+      } catch (py::error_already_set&) {
+        throw;  // the Python side lets nothing through unless it is told to
+      } catch (const std::exception& error) {
+        state->fail(error.what());
+      }
+    }
+    if (inner != nullptr) (*inner)(parameter);
+  }
+
+  // Compiled autograd calls hooks in Python only: ours takes no part in it.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    if (inner_) inner_->compiled_args(args);
+  }
+  void apply_with_saved(at::Tensor& tensor, torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    if (inner_) inner_->apply_with_saved(tensor, saved);
+  }
+
+  bool belongs_to(const std::shared_ptr<HookState>& state) const { return state_ == state; }
+  std::unique_ptr<autograd::PostAccumulateGradHook>& inner() { return inner_; }
 
  private:
   std::shared_ptr<HookState> state_;
   size_t index_;
-  autograd::Node* accumulator_;  // owns this hook
-  bool notifies_;
+  c10::TensorImpl* parameter_;
+  std::unique_ptr<autograd::PostAccumulateGradHook> inner_;
 };
+
+void put_around(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& parameter) {
+  auto& place = autograd::impl::post_acc_grad_hooks(parameter);
+  std::unique_ptr<autograd::PostAccumulateGradHook> inner(place.release());
+  place = std::make_unique<Around>(state, k, parameter.unsafeGetTensorImpl(), std::move(inner));
+}
+
+// The parameters that still have a hook of ours, owned for the moment. The lock keeps their memory: the destructor of
+// the hook takes it, too. weak.lock() refuses a parameter that is already dying.
+std::vector<at::Tensor> living(HookState& state, size_t begin, size_t end) {
+  std::vector<at::Tensor> result(end - begin);
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  for (size_t k = begin; k < end; ++k) {
+    c10::TensorImpl* parameter = state.parameter(k);
+    if (parameter == nullptr) continue;
+    c10::raw::weak_intrusive_ptr::incref(parameter);
+    const auto weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim(parameter);
+    if (auto strong = weak.lock()) result[k - begin] = at::Tensor(std::move(strong));
+  }
+  return result;
+}
 
 }  // namespace
 
-// Holds the accumulators because they keep their hooks alive.
-class ArmedAccumulators : public std::enable_shared_from_this<ArmedAccumulators> {
- public:
-  ArmedAccumulators(std::vector<at::Tensor> parameters, std::shared_ptr<HookState> state, bool notifies)
-      : parameters_(std::move(parameters)),
-        accumulators_(parameters_.size()),
-        keys_(parameters_.size(), 0),
-        state_(std::move(state)),
-        notifies_(notifies) {}
-
-  const std::vector<at::Tensor>& parameters() const { return parameters_; }
-
-  // Hooks every accumulator. A conversion such as model.cuda() gives a parameter a new accumulator without our hook,
-  // but a hook on the tensor itself stays and runs just before the accumulator: it hooks the new one.
-  void watch() {
-    for (size_t k = 0; k < parameters_.size(); ++k) {
-      arm(k);
-      // not add_hook: it accepts only a tensor without hooks
-      autograd::impl::hooks(parameters_[k]).push_back(std::make_unique<Watcher>(this, weak_from_this(), k));
-    }
-    converted_.store(0);
-  }
-
-  void arm(size_t k) {
-    if (!parameters_[k].requires_grad()) return;
-    Accumulator current = autograd::impl::grad_accumulator(parameters_[k]);
-    if (current == accumulators_[k]) return;
-    unhook(k);
-    keys_[k] = current->add_post_hook(std::make_unique<ReadyHook>(state_, k, current.get(), notifies_));
-    accumulators_[k] = std::move(current);
-    converted_.fetch_add(1);
-  }
-
-  int64_t take_converted() { return converted_.exchange(0); }
-
-  void release() {
-    for (const at::Tensor& parameter : parameters_) {
-      std::erase_if(autograd::impl::hooks(parameter), [this](const auto& hook) {
-        const auto* watcher = dynamic_cast<const Watcher*>(hook.get());
-        return watcher != nullptr && watcher->owner == this;
-      });
-    }
-    for (size_t k = 0; k < parameters_.size(); ++k) unhook(k);
-  }
-
- private:
-  struct Watcher final : autograd::FunctionPreHook {
-    Watcher(const ArmedAccumulators* owner, std::weak_ptr<ArmedAccumulators> accumulators, size_t index)
-        : owner(owner), accumulators(std::move(accumulators)), index(index) {}
-
-    autograd::variable_list operator()(const autograd::variable_list& gradients) override {
-      if (const std::shared_ptr<ArmedAccumulators> alive = accumulators.lock()) alive->arm(index);
-      return gradients;
-    }
-
-    void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& /*args*/) const override {}
-
-    const ArmedAccumulators* owner;
-    std::weak_ptr<ArmedAccumulators> accumulators;
-    size_t index;
-  };
-
-  void unhook(size_t k) {
-    if (!accumulators_[k]) return;
-    accumulators_[k]->del_post_hook(keys_[k]);
-    accumulators_[k] = Accumulator();
-  }
-
-  std::vector<at::Tensor> parameters_;
-  std::vector<Accumulator> accumulators_;
-  std::vector<uintptr_t> keys_;
-  std::shared_ptr<HookState> state_;
-  bool notifies_;
-  std::atomic<int64_t> converted_{0};
-};
-
-GradientHooks::GradientHooks(std::vector<at::Tensor> parameters, py::object on_backward_end)
-    : state_(std::make_shared<HookState>(parameters.size())),
-      accumulators_(
-          std::make_shared<ArmedAccumulators>(std::move(parameters), state_, /*notifies=*/!on_backward_end.is_none())) {
+GradientHooks::GradientHooks(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& frozen,
+                             py::object on_backward_end, py::object on_gradient)
+    : state_(std::make_shared<HookState>(parameters.size(), frozen.size())) {
   if (!on_backward_end.is_none()) state_->on_backward_end = std::move(on_backward_end);
-  accumulators_->watch();
+  if (!on_gradient.is_none()) state_->on_gradient = std::move(on_gradient);
+  for (size_t k = 0; k < parameters.size(); ++k) {
+    GradientSlot& slot = state_->slots[k];
+    slot.dtype = parameters[k].scalar_type();
+    slot.device = parameters[k].device();
+    slot.numel = parameters[k].numel();
+  }
+  for (size_t k = 0; k < parameters.size(); ++k) put_around(state_, k, parameters[k]);
+  for (size_t k = 0; k < frozen.size(); ++k) put_around(state_, parameters.size() + k, frozen[k]);
 }
 
-int64_t GradientHooks::converted() { return accumulators_->take_converted(); }
-
 void GradientHooks::remove() {
-  state_->enabled.store(false);
+  if (state_->is_removed.exchange(true)) return;
   state_->on_backward_end = py::object();
-  if (autograd::get_current_graph_task_id() == -1) return accumulators_->release();
-  // Called from a user's hook: the engine is iterating over the lists that release() changes.
-  autograd::Engine::get_default_engine().queue_callback([accumulators = accumulators_] { accumulators->release(); });
+  state_->on_gradient = py::object();
+  std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> taken;
+  for (const at::Tensor& parameter : living(*state_, 0, state_->slots.size() + state_->frozen.size())) {
+    if (!parameter.defined()) continue;
+    auto* place = &autograd::impl::post_acc_grad_hooks(parameter);
+    auto* hook = dynamic_cast<Around*>(place->get());
+    while (hook != nullptr && !hook->belongs_to(state_)) {  // another probe's hook is around ours
+      place = &hook->inner();
+      hook = dynamic_cast<Around*>(place->get());
+    }
+    if (hook == nullptr) continue;
+    taken.emplace_back(place->release());
+    *place = std::move(hook->inner());
+  }
+  {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    for (size_t k = 0; k < state_->slots.size() + state_->frozen.size(); ++k) state_->parameter(k) = nullptr;
+  }
+  retired().add(std::move(taken));
 }
 
 void GradientHooks::set_enabled(bool enabled) { state_->enabled.store(enabled); }
 
-void GradientHooks::reset() { std::fill(state_->seen.begin(), state_->seen.end(), SeenGradient{}); }
-
 void GradientHooks::start_step() {
-  reset();
+  for (GradientSlot& slot : state_->slots) slot.has_fired.store(false, std::memory_order_relaxed);
   state_->has_fired.store(false);
+  state_->accumulates.store(false);
 }
 
 bool GradientHooks::has_fired() const { return state_->has_fired.load(); }
 
 int64_t GradientHooks::n_fired() const {
-  return std::count_if(seen().begin(), seen().end(), [](const SeenGradient& each) { return each.has_fired(); });
+  return std::count_if(slots().begin(), slots().end(), [](const GradientSlot& each) { return each.has_fired.load(); });
 }
 
 std::vector<bool> GradientHooks::fired() const {
-  std::vector<bool> result(seen().size());
-  for (size_t k = 0; k < result.size(); ++k) result[k] = seen()[k].has_fired();
+  std::vector<bool> result(slots().size());
+  for (size_t k = 0; k < result.size(); ++k) result[k] = slots()[k].has_fired.load();
   return result;
 }
 
-void GradientHooks::mark_unmodified() {
-  for (size_t k = 0; k < parameters().size(); ++k) {
-    if (seen()[k].has_fired()) state_->seen[k] = SeenGradient::of(parameters()[k].grad());
+void GradientHooks::mark() {
+  const std::vector<at::Tensor> current = parameters();
+  for (size_t k = 0; k < current.size(); ++k) {
+    state_->slots[k].see(GradientId::of(current[k].defined() ? current[k].grad() : at::Tensor()));
   }
 }
 
-bool GradientHooks::modified() const {
-  for (size_t k = 0; k < parameters().size(); ++k) {
-    if (seen()[k].differs_from(parameters()[k].grad())) return true;
+int64_t GradientHooks::n_writes() const {
+  const std::vector<at::Tensor> current = parameters();
+  int64_t most = 0;
+  for (size_t k = 0; k < current.size(); ++k) {
+    if (current[k].defined()) most = std::max(most, slots()[k].n_writes(current[k].grad()));
   }
-  return false;
+  return most;
 }
 
-const std::vector<at::Tensor>& GradientHooks::parameters() const { return accumulators_->parameters(); }
+bool GradientHooks::accumulates() const { return state_->accumulates.load(); }
 
-const std::vector<SeenGradient>& GradientHooks::seen() const { return state_->seen; }
+bool GradientHooks::is_outdated() const { return state_->is_outdated.load(); }
+
+std::string GradientHooks::take_error() {
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  return std::exchange(state_->error, {});
+}
+
+std::vector<at::Tensor> GradientHooks::parameters() const { return living(*state_, 0, state_->slots.size()); }
+
+const std::vector<GradientSlot>& GradientHooks::slots() const { return state_->slots; }
+
+std::vector<GradientSlot>& GradientHooks::slots() { return state_->slots; }
 
 }  // namespace gradprobe

@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "core/stats.h"
 #include "cpu/parallel.h"
 #include "hooks/plain_tensor.h"
@@ -11,10 +13,10 @@
 namespace gradprobe {
 namespace {
 
-// Whether the gradient exists, is dense and has its parameter's dtype and device.
-bool is_regular(const at::Tensor& gradient, const at::Tensor& parameter) {
+// Whether the gradient exists, is dense and is like its parameter when the hooks were made.
+bool is_regular(const at::Tensor& gradient, const GradientSlot& slot) {
   return gradient.defined() && gradient.layout() == at::kStrided && !gradient.is_complex() &&
-         gradient.scalar_type() == parameter.scalar_type() && gradient.device() == parameter.device() &&
+         gradient.scalar_type() == slot.dtype && gradient.device() == slot.device && gradient.numel() == slot.numel &&
          !gradient.unsafeGetTensorImpl()->is_python_dispatch();
 }
 
@@ -39,21 +41,23 @@ bool grad_stats_into(const std::vector<at::Tensor>& tensors, const at::Tensor& o
   return true;
 }
 
-std::tuple<bool, bool, int64_t> measure(const GradientHooks& hooks, const std::optional<at::Tensor>& rows) {
-  const std::vector<at::Tensor>& parameters = hooks.parameters();
-  const std::vector<SeenGradient>& seen = hooks.seen();
+std::tuple<bool, int64_t, int64_t> measure(GradientHooks& hooks, const std::optional<at::Tensor>& rows) {
+  const std::vector<at::Tensor> parameters = hooks.parameters();
   bool is_measured = rows.has_value();
-  bool is_modified = false;
+  int64_t n_writes = 0;
   int64_t n_fired = 0;
   const bool on_cpu = is_measured && rows->device().is_cpu();
   cpu::Work work(on_cpu ? static_cast<int64_t>(parameters.size()) : 0);
   std::vector<at::Tensor> gradients;
   if (is_measured && !on_cpu) gradients.reserve(parameters.size());
+  static const at::Tensor nothing;
   for (size_t k = 0; k < parameters.size(); ++k) {
-    const at::Tensor& gradient = parameters[k].grad();
-    n_fired += seen[k].has_fired() ? 1 : 0;
-    is_modified = is_modified || seen[k].differs_from(gradient);
-    is_measured = is_measured && is_regular(gradient, parameters[k]) && gradient.device() == rows->device();
+    GradientSlot& slot = hooks.slots()[k];
+    const at::Tensor& gradient = parameters[k].defined() ? parameters[k].grad() : nothing;
+    n_fired += slot.has_fired.load(std::memory_order_relaxed) ? 1 : 0;
+    n_writes = std::max(n_writes, slot.n_writes(gradient));
+    slot.see(GradientId::of(gradient));
+    is_measured = is_measured && is_regular(gradient, slot) && gradient.device() == rows->device();
     if (!is_measured) continue;
     if (on_cpu) {
       is_measured = add_to(work, gradient);
@@ -73,19 +77,27 @@ std::tuple<bool, bool, int64_t> measure(const GradientHooks& hooks, const std::o
     at::Tensor out = *rows;
     grad_stats_into.call(gradients, out);
   }
-  return {is_measured, is_modified, n_fired};
+  return {is_measured, n_writes, n_fired};
 }
 
 std::pair<py::list, bool> list_gradients(const GradientHooks& hooks) {
-  const std::vector<at::Tensor>& parameters = hooks.parameters();
+  const std::vector<at::Tensor> parameters = hooks.parameters();
   py::list result(parameters.size());
   bool regular = true;
   for (size_t k = 0; k < parameters.size(); ++k) {
-    const at::Tensor& gradient = parameters[k].grad();
-    regular = regular && is_regular(gradient, parameters[k]);
+    const at::Tensor gradient = parameters[k].defined() ? parameters[k].grad() : at::Tensor();
+    regular = regular && is_regular(gradient, hooks.slots()[k]);
     result[k] = gradient.defined() ? py::cast(gradient) : py::none();
   }
   return {std::move(result), regular};
+}
+
+py::list list_parameters(const GradientHooks& hooks) {
+  py::list result;
+  for (const at::Tensor& parameter : hooks.parameters()) {
+    result.append(parameter.defined() ? py::cast(parameter) : py::none());
+  }
+  return result;
 }
 
 }  // namespace gradprobe

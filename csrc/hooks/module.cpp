@@ -36,17 +36,20 @@ PYBIND11_MODULE(_hooks, module) {
   gradprobe::define_junction_hooks(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
   py::class_<GradientHooks>(module, "GradientHooks")
-      .def(py::init<std::vector<at::Tensor>, py::object>(), py::arg("parameters"), py::arg("on_backward_end"))
-      .def("converted", &GradientHooks::converted)
+      .def(py::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, py::object, py::object>(),
+           py::arg("parameters"), py::arg("frozen"), py::arg("on_backward_end"), py::arg("on_gradient"))
       .def("remove", &GradientHooks::remove)
       .def("set_enabled", &GradientHooks::set_enabled, py::arg("enabled"))
-      .def("reset", &GradientHooks::reset)
       .def("start_step", &GradientHooks::start_step)
       .def("has_fired", &GradientHooks::has_fired)
       .def("n_fired", &GradientHooks::n_fired)
-      .def("mark_unmodified", &GradientHooks::mark_unmodified)
       .def("fired", &GradientHooks::fired)
-      .def("modified", &GradientHooks::modified)
+      .def("mark", &GradientHooks::mark)
+      .def("n_writes", &GradientHooks::n_writes)
+      .def("accumulates", &GradientHooks::accumulates)
+      .def("is_outdated", &GradientHooks::is_outdated)
+      .def("take_error", &GradientHooks::take_error)
       .def("measure", &gradprobe::measure, py::arg("rows"))
-      .def("gradients", &gradprobe::list_gradients);
+      .def("gradients", &gradprobe::list_gradients)
+      .def("parameters", &gradprobe::list_parameters);
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,76 +10,89 @@ import torch
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
-from gradprobe.observers.parameters import is_regular
+from gradprobe.observers.parameters import Layout, ModelParameters, is_regular
 from gradprobe.ops import libraries
+
+_REPLACED = 1 << 30
 
 
 class GradientHooks(Protocol):
-    """Hooks on K parameters, implemented in C++ (`_hooks`) and by `PythonGradientHooks`."""
-
-    def converted(self) -> int:
-        """Counts the parameters that a backward pass found on another dtype or device since the last call."""
+    """Hooks on K parameters, implemented in C++ (`_hooks`) and by `PythonGradientHooks`. They keep none alive."""
 
     def remove(self) -> None:
-        """Removes every hook, for good."""
+        """Removes every hook, for good; from any thread, and from inside a hook."""
 
     def set_enabled(self, enabled: bool) -> None:
-        """Turns the hooks on or off; they stay installed."""
-
-    def reset(self) -> None:
-        """Forgets which hooks fired, but not that one fired in this step."""
+        """Turns the noting of gradients on or off; the end of a backward pass is always told."""
 
     def start_step(self) -> None:
-        """Begins a step: forgets every hook that fired."""
+        """Begins a step: forgets which hooks have run."""
 
     def has_fired(self) -> bool:
         """Returns whether a gradient became ready in this step, even while the hooks were off."""
 
     def n_fired(self) -> int:
-        """Counts the gradients that became ready since the last reset."""
-
-    def mark_unmodified(self) -> None:
-        """Marks the current gradients as unmodified, e.g. after `GradScaler.unscale_`."""
+        """Counts the gradients that became ready in this step."""
 
     def fired(self) -> list[bool]:
-        """Returns for each parameter whether its gradient became ready since the last reset. Length K."""
+        """Returns for each parameter whether its gradient became ready in this step. Length K."""
 
-    def modified(self) -> bool:
-        """Returns whether a gradient was changed or replaced since its hook saw it."""
+    def mark(self) -> None:
+        """Notes the gradients as they are now."""
 
-    def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
-        """Computes the statistics of all gradients in one call, if all are regular, and reports on the hooks.
+    def n_writes(self) -> int:
+        """Returns how often a gradient was written to since its hook or `mark` saw it, at most over all gradients.
+
+        A gradient that is another tensor now counts as a very large number of writes.
+        """
+
+    def accumulates(self) -> bool:
+        """Returns whether a backward pass of this step added to the gradients that `mark` saw."""
+
+    def is_outdated(self) -> bool:
+        """Returns whether a parameter has lost its hook, or a frozen one got a gradient."""
+
+    def take_error(self) -> str:
+        """Returns what went wrong inside a hook, once; empty if nothing did."""
+
+    def measure(self, rows: torch.Tensor | None) -> tuple[bool, int, int]:
+        """Computes the statistics of all gradients in one call, if all are regular, and marks them.
 
         Args:
             rows: Rows to write, float64 [K, 6]; None writes nothing.
 
         Returns:
-            Whether the rows were written, `modified()` and `n_fired()`.
+            Whether the rows were written, what `n_writes()` was before, and `n_fired()`.
         """
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
-        """Returns the K gradients, and whether all are present, dense and of their parameter's dtype and device."""
+        """Returns the K gradients, and whether all are present, dense and of their parameter's layout."""
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Returns the K parameters, None for one that is gone."""
 
 
 def install(
-    parameters: Sequence[torch.Tensor],
+    found: ModelParameters,
     on_backward_end: Callable[[], None] | None = None,
-    on_gradient: Callable[[int], None] | None = None,
+    on_gradient: Callable[[int, torch.Tensor], None] | None = None,
 ) -> GradientHooks:
-    """Installs hooks, in C++ if those are built and no callback per gradient is needed.
+    """Installs hooks, in C++ if those are built.
 
     Args:
-        parameters: K leaf tensors that require a gradient.
-        on_backward_end: Called once at the end of each backward pass in which a hook fired.
-        on_gradient: Called with k as soon as gradient k is ready, before another hook of the parameter can free it.
+        found: The K parameters, and the frozen ones.
+        on_backward_end: Called once at the end of each backward pass in which a hook fired, when gradients are final.
+        on_gradient: Called with k and gradient k as soon as it is ready, before another hook can free it.
 
     Returns:
         The installed hooks.
     """
     module, _ = libraries.native_hooks()
-    if module is None or on_gradient is not None:
-        return PythonGradientHooks(parameters, on_backward_end, on_gradient)
-    hooks: GradientHooks = module.GradientHooks(list(parameters), on_backward_end)
+    if module is None:
+        return PythonGradientHooks(found, on_backward_end, on_gradient)
+    hooks: GradientHooks = module.GradientHooks(
+        list(found.parameters), list(found.frozen), on_backward_end, on_gradient
+    )
     return hooks
 
 
@@ -87,110 +100,144 @@ class PythonGradientHooks:
     """Python implementation of the hooks, with `register_post_accumulate_grad_hook`.
 
     Args:
-        parameters: K leaf tensors that require a gradient.
-        on_backward_end: Called once at the end of each backward pass in which a hook fired.
-        on_gradient: Called with k as soon as gradient k is ready.
+        found: The K parameters, and the frozen ones.
+        on_backward_end: As for `install`.
+        on_gradient: As for `install`.
     """
 
     def __init__(
         self,
-        parameters: Sequence[torch.Tensor],
+        found: ModelParameters,
         on_backward_end: Callable[[], None] | None,
-        on_gradient: Callable[[int], None] | None = None,
+        on_gradient: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:
-        self._parameters = tuple(parameters)
+        self._places = found.places
+        self._frozen_places = found.frozen_places
+        self._layouts = [Layout.of(parameter) for parameter in found.parameters]
         self._on_backward_end = on_backward_end
         self._on_gradient = on_gradient
         self._enabled = True
-        self._has_fired = False
-        self._queued_task = -1
-        self._seen: list[tuple[int, int] | None] = [None] * len(self._parameters)  # id and version of each gradient
+        self._has_fired = self._accumulates = False
+        self._task = -1  # whose end is awaited
+        self._seen: list[tuple[int, int] | None] = [None] * len(self._places)  # id and version of each gradient
+        self._known = [False] * len(self._places)
+        self._fired = [False] * len(self._places)
         self._handles: list[RemovableHandle] = []
-        for k, parameter in enumerate(self._parameters):
+        for k, parameter in enumerate(found.parameters):
             handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))
             _run_first(parameter._post_accumulate_grad_hooks, handle.id)
             self._handles.append(handle)
 
-    def converted(self) -> int:
-        """Returns 0: these hooks stay on the parameter and do not notice a move."""
-        return 0
-
     def remove(self) -> None:
         """Removes every hook, for good."""
         self._enabled = False
+        self._on_backward_end = self._on_gradient = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def set_enabled(self, enabled: bool) -> None:
-        """Turns the hooks on or off; they stay installed."""
+        """Turns the noting of gradients on or off."""
         self._enabled = enabled
 
-    def reset(self) -> None:
-        """Forgets which hooks fired, but not that one fired in this step."""
-        self._seen = [None] * len(self._parameters)
-
     def start_step(self) -> None:
-        """Begins a step: forgets every hook that fired."""
-        self.reset()
-        self._has_fired = False
+        """Begins a step: forgets which hooks have run."""
+        self._fired = [False] * len(self._places)
+        self._has_fired = self._accumulates = False
 
     def has_fired(self) -> bool:
         """Returns whether a gradient became ready in this step, even while the hooks were off."""
         return self._has_fired
 
     def n_fired(self) -> int:
-        """Counts the gradients that became ready since the last reset."""
-        return sum(self.fired())
-
-    def mark_unmodified(self) -> None:
-        """Marks the current gradients as unmodified, e.g. after `GradScaler.unscale_`."""
-        for k, parameter in enumerate(self._parameters):
-            if self._seen[k] is not None and parameter.grad is not None:
-                self._seen[k] = (id(parameter.grad), parameter.grad._version)
+        """Counts the gradients that became ready in this step."""
+        return sum(self._fired)
 
     def fired(self) -> list[bool]:
-        """Returns for each parameter whether its gradient became ready since the last reset."""
-        return [seen is not None for seen in self._seen]
+        """Returns for each parameter whether its gradient became ready in this step."""
+        return list(self._fired)
 
-    def modified(self) -> bool:
-        """Returns whether a gradient was changed or replaced since its hook saw it."""
-        return any(
-            seen is not None and (parameter.grad is None or seen != (id(parameter.grad), parameter.grad._version))
-            for parameter, seen in zip(self._parameters, self._seen, strict=True)
+    def mark(self) -> None:
+        """Notes the gradients as they are now."""
+        self._seen = [_identity(gradient) for gradient in self.gradients()[0]]
+        self._known = [True] * len(self._places)
+
+    def n_writes(self) -> int:
+        """Returns how often a gradient was written to since its hook or `mark` saw it."""
+        return max(
+            (
+                _n_writes(seen, _identity(gradient))
+                for gradient, seen, is_known in zip(self.gradients()[0], self._seen, self._known, strict=True)
+                if is_known
+            ),
+            default=0,
         )
 
-    def measure(self, rows: torch.Tensor | None) -> tuple[bool, bool, int]:
+    def accumulates(self) -> bool:
+        """Returns whether a backward pass of this step added to the gradients that `mark` saw."""
+        return self._accumulates
+
+    def is_outdated(self) -> bool:
+        """Returns whether a parameter is gone, or a frozen one requires a gradient now."""
+        return any(parameter is None for parameter in self.parameters()) or any(
+            (parameter := place.parameter()) is not None and parameter.requires_grad for place in self._frozen_places
+        )
+
+    def take_error(self) -> str:
+        """Returns nothing: an error in Python reaches the caller."""
+        return ""
+
+    def measure(self, rows: torch.Tensor | None) -> tuple[bool, int, int]:
         """Writes no rows: from Python one call would save nothing."""
-        return False, self.modified(), self.n_fired()
+        n_writes = self.n_writes()
+        self.mark()
+        return False, n_writes, self.n_fired()
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are regular."""
-        gradients = [parameter.grad for parameter in self._parameters]
+        gradients = [None if parameter is None else parameter.grad for parameter in self.parameters()]
         regular = all(
-            gradient is not None and is_regular(gradient, parameter)
-            for gradient, parameter in zip(gradients, self._parameters, strict=True)
+            gradient is not None and is_regular(gradient, layout)
+            for gradient, layout in zip(gradients, self._layouts, strict=True)
         )
         return gradients, regular
 
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Returns the K parameters."""
+        return [place.parameter() for place in self._places]
+
     def _on_ready(self, k: int, parameter: torch.Tensor) -> None:
         self._has_fired = True
-        if not self._enabled or parameter.grad is None:
-            return
-        self._seen[k] = (id(parameter.grad), parameter.grad._version)
-        if self._on_gradient is not None:
-            self._on_gradient(k)
-        if self._on_backward_end is None:
-            return
+        gradient = parameter.grad
+        if self._enabled and gradient is not None:
+            now, seen = _identity(gradient), self._seen[k]
+            if seen is not None and now == (seen[0], seen[1] + 1):
+                self._accumulates = True
+            self._seen[k], self._known[k], self._fired[k] = now, True, True
+            if self._on_gradient is not None:
+                self._on_gradient(k, gradient)
         task = torch._C._current_graph_task_id()
-        if task != self._queued_task:
-            self._queued_task = task
-            Variable._execution_engine.queue_callback(self._notify)
+        if self._on_backward_end is not None and task != self._task:
+            self._task = task
+            # Once more from inside the callback: behind those of others, in which gradients become final.
+            queue = Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._notify))
 
     def _notify(self) -> None:
-        self._queued_task = -1
-        if self._enabled and self._on_backward_end is not None:
+        if self._on_backward_end is not None:
             self._on_backward_end()
+
+
+def _identity(gradient: torch.Tensor | None) -> tuple[int, int] | None:
+    if gradient is None:
+        return None
+    return id(gradient), 0 if gradient.is_inference() else gradient._version
+
+
+def _n_writes(before: tuple[int, int] | None, now: tuple[int, int] | None) -> int:
+    if before is None or now is None or before[0] != now[0]:
+        return 0 if before is now else _REPLACED
+    return now[1] - before[1]
 
 
 def _run_first(hooks: MutableMapping[int, Any], key: int) -> None:

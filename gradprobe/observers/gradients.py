@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,12 @@ import numpy as np
 import torch
 
 from gradprobe import ops
-from gradprobe.observers.parameters import is_regular
+from gradprobe.observers.fence import Fence
+from gradprobe.observers.parameters import Layout, is_regular
+from gradprobe.ops.rows import ABS_MAX
 from gradprobe.snapshot.records import FloatArray, Measured
+
+_MOST_COMPARED = 8  # gradients, to tell clipping from other changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,45 +35,60 @@ class Group:
     first_row: int
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the gradients have changed since they were measured.
+
+    Attributes:
+        smallest: Smallest factor, 0-d float64 on the device; infinite if no gradient was large enough to tell.
+        largest: Largest factor; smaller than `smallest` if no gradient was large enough to tell.
+        tolerance: Relative difference of the two that rounding explains.
+    """
+
+    smallest: torch.Tensor
+    largest: torch.Tensor
+    tolerance: float
+
+
 class GradientMeter:
-    """Groups K parameters by device and dtype and measures their gradients.
+    """Groups K parameters by device and dtype and measures their gradients. Keeps no parameter alive.
+
+    Attributes:
+        layouts: Layouts of the K parameters.
+        unmeasured: Positions of the parameters whose gradient could not be measured.
 
     Args:
-        parameters: The K observed parameters, in model order.
+        layouts: The same, in model order.
+        names: Names of the parameters, for messages. Length K.
         backend: Name of the back end, or "auto".
+        fence: Takes the errors of single gradients.
 
     Raises:
         ArgumentError: The back end is unknown.
         BackendError: The back end cannot run on one of the devices.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], backend: str) -> None:
-        self._parameters = tuple(parameters)
+    def __init__(self, layouts: Sequence[Layout], names: Sequence[str], backend: str, fence: Fence) -> None:
+        self.layouts = tuple(layouts)
+        self.unmeasured: set[int] = set()
+        self._names = names
         self._backend_name = backend
-        self.regroup()
-
-    def regroup(self) -> None:
-        """Groups the parameters by their current device and dtype; the model may have moved."""
-        self._placement = self._current_placement()
+        self._fence = fence
         members: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for k, place in enumerate(self._placement):
-            members.setdefault(place, []).append(k)
-        self._backends = {device: ops.resolve(self._backend_name, device) for device, _ in members}
+        for k, layout in enumerate(self.layouts):
+            members.setdefault((layout.device, layout.dtype), []).append(k)
+        self._backends = {device: ops.resolve(backend, device) for device, _ in members}
         self.rows_on: dict[torch.device, int] = {}
         groups = []
-        self._row_of = np.zeros(len(self._parameters), dtype=np.int64)  # [K], among the rows of its device
+        self._row_of = np.zeros(len(self.layouts), dtype=np.int64)  # [K], among the rows of its device
         for (device, dtype), positions in members.items():
             first = self.rows_on.get(device, 0)
             groups.append(Group(device, dtype, tuple(positions), first))
             self._row_of[positions] = np.arange(first, first + len(positions))
             self.rows_on[device] = first + len(positions)
         self.groups = tuple(groups)
-        parameter_numels = [parameter.numel() for parameter in self._parameters]
-        self.all_present = Measured(np.ones(len(parameter_numels), dtype=np.bool_), np.asarray(parameter_numels))
-
-    def moved(self) -> bool:
-        """Returns whether a parameter has changed device or dtype since the last grouping."""
-        return self._current_placement() != self._placement
+        numels = np.asarray([layout.numel for layout in self.layouts], dtype=np.int64)
+        self.all_present = Measured(np.ones(len(numels), dtype=np.bool_), numels)
 
     def native_rows(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor | None:
         """Returns the rows that a single call of the native kernel can write.
@@ -106,6 +126,47 @@ class GradientMeter:
                     self._backends[group.device].grad_stats_into(members, out)  # type: ignore[arg-type]
                 return self.all_present
             return self._measure_irregular(gradients, rows)
+
+    def compare(
+        self, gradients: list[torch.Tensor | None], rows: dict[torch.device, torch.Tensor]
+    ) -> Comparison | None:
+        """Compares some gradients with what was measured of them, without waiting for the device.
+
+        Clipping to a norm multiplies the norm and the largest magnitude of each gradient by the same factor.
+
+        Args:
+            gradients: The K gradients as they are now, None for those that do not count.
+            rows: Rows that `measure` has written.
+
+        Returns:
+            The comparison, of at most `_MOST_COMPARED` gradients in one pass; None if no gradient can be compared.
+        """
+        for group in self.groups:
+            candidates = [
+                k
+                for k in group.positions
+                if (gradient := gradients[k]) is not None
+                and is_regular(gradient, self.layouts[k])
+                and gradient.numel() > 0
+            ]
+            if candidates:
+                break
+        else:
+            return None
+        spread = np.linspace(0, len(candidates) - 1, min(_MOST_COMPARED, len(candidates))).round().astype(int)
+        chosen = [candidates[k] for k in spread]
+        with torch.no_grad():
+            now = torch.empty(len(chosen), len(ops.STATS), dtype=torch.float64, device=group.device)  # [P, 6]
+            self._backends[group.device].grad_stats_into([gradients[k] for k in chosen], now)  # type: ignore[misc]
+            before = torch.stack([rows[group.device][int(self._row_of[k])] for k in chosen])  # [P, 6]
+            sizes = [torch.stack((ops.norms(part), part[:, ABS_MAX])) for part in (before, now)]  # [2, P] each
+            ratios = sizes[1] / sizes[0]
+            # Scaling rounds numbers at the lower end of the dtype's range.
+            info = torch.finfo(group.dtype)
+            counts = torch.isfinite(sizes[0]) & (sizes[0] > 0) & ~(sizes[1] < info.smallest_normal / info.eps)
+            smallest = torch.where(counts, ratios, math.inf).min()
+            largest = torch.where(counts, ratios, -math.inf).max()
+        return Comparison(smallest, largest, tolerance=2.0 * float(info.eps))
 
     def total_norm(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor:
         """Computes the Euclidean norm of all gradients together, on the device of the first parameter.
@@ -145,7 +206,7 @@ class GradientMeter:
                     gradient = gradients[k]
                     if gradient is None:
                         continue
-                    if regular or is_regular(gradient, self._parameters[k]):
+                    if regular or is_regular(gradient, self.layouts[k]):
                         members.append(gradient)
                     else:
                         gradient.mul_(factor.to(gradient.device, gradient.dtype))
@@ -164,11 +225,7 @@ class GradientMeter:
         if len(rows) == 1:
             (only,) = rows.values()
             return only[self._row_of]
-        return np.stack([rows[device][row] for (device, _), row in zip(self._placement, self._row_of, strict=True)])
-
-    def release(self) -> None:
-        """Drops the references to the parameters; only `in_model_order` works afterwards."""
-        self._parameters = ()
+        return np.stack([rows[layout.device][row] for layout, row in zip(self.layouts, self._row_of, strict=True)])
 
     def measure_one(self, k: int, gradient: torch.Tensor, rows: dict[torch.device, torch.Tensor]) -> int:
         """Computes the raw statistics of one gradient.
@@ -181,12 +238,12 @@ class GradientMeter:
         Returns:
             The number of elements measured.
         """
-        device = self._parameters[k].device
+        device = self.layouts[k].device
         row = int(self._row_of[k])
         out = rows[device][row : row + 1]  # [1, 6]
         with torch.no_grad():
             values = gradient
-            if not is_regular(gradient, self._parameters[k]):
+            if not is_regular(gradient, self.layouts[k]):
                 values = ops.dense_values(gradient)
             if values.device == device:
                 self._backends[device].grad_stats_into([values], out)
@@ -201,16 +258,28 @@ class GradientMeter:
     ) -> Measured:
         present = np.array([gradient is not None for gradient in gradients], dtype=np.bool_)
         numels = np.zeros(len(gradients), dtype=np.int64)
+        errors: dict[int, Exception] = {}
         for group in self.groups:
             out = rows[group.device][group.first_row : group.first_row + len(group.positions)]
-            nothing = torch.empty(0, dtype=group.dtype, device=group.device)
             there = {k: gradient for k in group.positions if (gradient := gradients[k]) is not None}
-            regular = {k: gradient for k, gradient in there.items() if is_regular(gradient, self._parameters[k])}
-            if not group.dtype.is_complex:
+            regular = {k: gradient for k, gradient in there.items() if is_regular(gradient, self.layouts[k])}
+            if group.dtype.is_complex or not regular:
+                out.zero_()
+            else:
+                nothing = torch.empty(0, dtype=group.dtype, device=group.device)
                 self._backends[group.device].grad_stats_into([regular.get(k, nothing) for k in group.positions], out)
             for k, gradient in there.items():
-                numels[k] = gradient.numel() if k in regular else self.measure_one(k, gradient, rows)
+                if k in regular:
+                    numels[k] = gradient.numel()
+                    continue
+                try:
+                    numels[k] = 0 if k in self.unmeasured else self.measure_one(k, gradient, rows)
+                except Exception as error:  # noqa: BLE001
+                    errors[k] = error
+        if errors:
+            self.unmeasured |= errors.keys()
+            first = next(iter(errors))
+            others = f" and of {len(errors) - 1} other parameters" if len(errors) > 1 else ""
+            self._fence.caught(f"the gradient of {self._names[first]}{others}", errors[first])
+        present[list(self.unmeasured)] = False
         return Measured(present, numels)
-
-    def _current_placement(self) -> list[tuple[torch.device, torch.dtype]]:
-        return [(parameter.device, parameter.dtype) for parameter in self._parameters]

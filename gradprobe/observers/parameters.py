@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from gradprobe.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True)
 class ObservedParameter:
-    """One trainable parameter.
+    """One parameter.
 
     Attributes:
         name: Its first name in the model.
@@ -25,32 +28,75 @@ class ObservedParameter:
     shape: tuple[int, ...]
 
 
+class Layout(NamedTuple):
+    """What decides how the statistics of a parameter's gradient are computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """Returns the layout of a tensor."""
+        return cls(tensor.device, tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+
+class ParameterPlace:
+    """Where a parameter is registered. Keeps neither the module nor the parameter alive."""
+
+    __slots__ = ("_module", "_name")
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module = weakref.ref(module)
+        self._name = name
+
+    def parameter(self) -> nn.Parameter | None:
+        """Returns the parameter that is registered there now, None if there is none."""
+        module = self._module()
+        return None if module is None else module._parameters.get(self._name)
+
+
 @dataclass(frozen=True, slots=True)
-class ObservedParameters:
-    """The parameters of a model, in model order.
+class ModelParameters:
+    """The parameters of a model at one moment, in model order. Keeps them alive, so it is not kept itself.
 
     Attributes:
         sites: One entry per distinct parameter that requires a gradient.
         parameters: The tensors, in the order of `sites`.
-        frozen: Names of the parameters that do not require a gradient.
+        places: Where each is registered under its first name, in the order of `sites`.
+        frozen: The parameters that do not require a gradient, each once.
+        frozen_places: Where each of these is registered.
+        frozen_names: All names of these.
+        unmeasured: Names of the trainable ones with a dtype that no kernel accepts.
     """
 
     sites: tuple[ObservedParameter, ...]
     parameters: tuple[nn.Parameter, ...]
-    frozen: tuple[str, ...]
+    places: tuple[ParameterPlace, ...]
+    frozen: tuple[nn.Parameter, ...]
+    frozen_places: tuple[ParameterPlace, ...]
+    frozen_names: tuple[str, ...]
+    unmeasured: tuple[str, ...]
 
 
-def find_parameters(model: nn.Module) -> ObservedParameters:
-    """Lists the trainable parameters of a model, tied ones once.
+def find_parameters(model: nn.Module, known: Collection[int] = ()) -> ModelParameters:
+    """Lists the parameters of a model, tied ones once.
 
     Args:
         model: Any module.
+        known: Ids of parameters that are observed already: they stay observed if they are frozen for a while.
 
     Returns:
-        The trainable parameters, and the names of the frozen ones.
+        The trainable parameters, and the frozen ones.
 
     Raises:
-        ArgumentError: The model has no parameters, only frozen ones, or one without a shape yet (a lazy module).
+        ArgumentError: The model has no parameters, none that can be observed, or one without a shape yet (a lazy
+            module).
 
     Example:
         >>> found = find_parameters(nn.Linear(3, 2))
@@ -59,68 +105,75 @@ def find_parameters(model: nn.Module) -> ObservedParameters:
     """
     names_of: dict[int, list[str]] = {}
     tensor_of: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ArgumentError(
-                f"model: parameter {name!r} has no shape yet (a lazy module); run one forward pass before attach"
-            )
-        names_of.setdefault(id(parameter), []).append(name)
-        tensor_of[id(parameter)] = parameter
+    place_of: dict[int, ParameterPlace] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{prefix}.{key}" if prefix else key
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ArgumentError(
+                    f"model: parameter {name!r} has no shape yet (a lazy module); run one forward pass before attach"
+                )
+            if id(parameter) not in tensor_of:
+                tensor_of[id(parameter)] = parameter
+                place_of[id(parameter)] = ParameterPlace(module, key)
+            names_of.setdefault(id(parameter), []).append(name)
     if not tensor_of:
         raise ArgumentError(f"model: needed at least one parameter; {type(model).__name__} has none")
-    trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad]
-    frozen = tuple(name for key, names in names_of.items() if not tensor_of[key].requires_grad for name in names)
-    if not trainable:
+    trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad or key in known]
+    frozen = [key for key, parameter in tensor_of.items() if not parameter.requires_grad and key not in known]
+    observed = [key for key in trainable if has_kernel(tensor_of[key].dtype)]
+    if not observed:
+        state = f"no kernel takes their dtype, {tensor_of[trainable[0]].dtype}" if trainable else "are frozen"
         raise ArgumentError(
             f"model: needed at least one parameter with requires_grad=True; "
-            f"all {len(tensor_of)} of {type(model).__name__} are frozen"
+            f"all {len(tensor_of)} of {type(model).__name__} {state}"
         )
-    sites = tuple(
-        ObservedParameter(names_of[key][0], tuple(names_of[key]), tuple(tensor_of[key].shape)) for key in trainable
+    return ModelParameters(
+        sites=tuple(
+            ObservedParameter(names_of[key][0], tuple(names_of[key]), tuple(tensor_of[key].shape)) for key in observed
+        ),
+        parameters=tuple(tensor_of[key] for key in observed),
+        places=tuple(place_of[key] for key in observed),
+        frozen=tuple(tensor_of[key] for key in frozen),
+        frozen_places=tuple(place_of[key] for key in frozen),
+        frozen_names=tuple(name for key in frozen for name in names_of[key]),
+        unmeasured=tuple(names_of[key][0] for key in trainable if not has_kernel(tensor_of[key].dtype)),
     )
-    return ObservedParameters(sites, tuple(tensor_of[key] for key in trainable), frozen)
 
 
-def unstepped_parameters(optimizer: torch.optim.Optimizer, found: ObservedParameters) -> tuple[str, ...]:
-    """Lists the parameters that an optimizer does not step.
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Returns whether statistics of a dtype can be computed: not of float8, for example."""
+    return (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+
+
+def stepped_by(optimizer: torch.optim.Optimizer, parameters: Collection[torch.Tensor | None]) -> list[bool]:
+    """Tells which parameters an optimizer steps.
 
     Args:
         optimizer: The optimizer.
-        found: The parameters.
+        parameters: K parameters, None for one that is gone.
 
     Returns:
-        First names of the parameters in none of its groups, in model order.
+        For each, whether it is in a group of the optimizer. Length K.
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return tuple(
-        site.name for site, parameter in zip(found.sites, found.parameters, strict=True) if id(parameter) not in stepped
-    )
+    return [parameter is not None and id(parameter) in stepped for parameter in parameters]
 
 
-def newly_trainable(model: nn.Module, known: ObservedParameters) -> tuple[str, ...]:
-    """Lists the parameters that require a gradient now and were frozen or absent when `known` was made.
-
-    Args:
-        model: The model that `known` was made from.
-        known: The earlier result of `find_parameters`.
-
-    Returns:
-        The names, in model order.
-    """
-    held = {id(parameter) for parameter in known.parameters}
-    return tuple(
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad and id(parameter) not in held
-    )
-
-
-def is_regular(gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
-    """Returns whether a gradient is a plain dense tensor of its parameter's dtype and device."""
+def is_regular(gradient: torch.Tensor, layout: Layout) -> bool:
+    """Returns whether a gradient is a plain dense tensor of its parameter's layout."""
     return (
         gradient.layout is torch.strided
-        and gradient.dtype is parameter.dtype
-        and gradient.device == parameter.device
+        and gradient.dtype is layout.dtype
+        and gradient.device == layout.device
+        and gradient.shape == layout.shape
         and not gradient.is_complex()
         and type(gradient) in (torch.Tensor, nn.Parameter)
     )
+
+
+def same_parameters(known: Sequence[torch.Tensor | None], found: Sequence[torch.Tensor]) -> bool:
+    """Returns whether two lists hold the same tensors in the same order."""
+    return len(known) == len(found) and all(one is other for one, other in zip(known, found, strict=True))

@@ -10,7 +10,8 @@ import torch
 from gradprobe.ops.rows import N_NONFINITE, STATS
 from gradprobe.snapshot.records import Events, FloatArray, Measured, Provenance
 
-LOSS, SCALE, SKIPPED, SIGNAL_SCALE = range(4)  # columns of each step's extra row, on the first device
+# Columns of each step's extra row, on the first device.
+LOSS, SCALE, SKIPPED, SIGNAL_SCALE, SMALLEST_RATIO, LARGEST_RATIO = range(6)
 
 
 @dataclass(slots=True)
@@ -19,9 +20,13 @@ class Slot:
 
     Attributes:
         step: Number of the step.
-        provenance: Scale, reduction and clipping of its gradients.
+        provenance: Scale, reduction and state of its gradients.
         measured: Which parameters had a gradient, and their sizes.
         events: Events at activations and residual adds, None if those were not observed.
+        tolerance: If the gradients changed after they were measured: relative difference of the two ratios in the
+            extra row that rounding explains. Otherwise None.
+        is_unscaled: That change includes the division by the loss scale.
+        is_superseded: The step turned out to be part of a later one.
         extras: Those of the extra row's values that the host knows, by column; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device other than the host, the event after which its rows can be read.
@@ -31,6 +36,9 @@ class Slot:
     provenance: Provenance
     measured: Measured
     events: Events | None = None
+    tolerance: float | None = None
+    is_unscaled: bool = False
+    is_superseded: bool = False
     extras: dict[int, float] = field(default_factory=dict)
     has_loss: bool = False
     ready: dict[torch.device, torch.Event] = field(default_factory=dict)
@@ -48,6 +56,7 @@ class FinishedStep:
         scale: Factor that undoes loss scaling on the parameters' gradients.
         signal_scale: The same for the gradients at activations and residual adds.
         skipped: The optimizer's step was skipped.
+        ratios: Smallest and largest factor by which the gradients changed after they were measured.
     """
 
     slot: Slot
@@ -57,39 +66,45 @@ class FinishedStep:
     scale: float
     signal_scale: float
     skipped: bool
+    ratios: tuple[float, float]
 
 
 IN_FLIGHT = 16  # steps held by a device other than the host; older ones have long been copied
 
 
+_BLOCK_BYTES = 8 * 2**20  # of host memory allocated at once
+
+
 class RingBuffer:
-    """A ring of `capacity` steps on the host. Other devices hold the newest steps, copied to the host as they close.
+    """A ring of `capacity` finished steps and the open one, on the host. Other devices hold the newest steps, copied to
+    the host as they close. The memory grows with the number of steps, up to the capacity.
 
     Args:
-        capacity: Number of steps kept.
+        capacity: Number of finished steps kept.
         rows_on: Number of parameter rows on each device.
         n_signals: Number of rows for activations and residual adds, on the first device, S.
     """
 
     def __init__(self, capacity: int, rows_on: Mapping[torch.device, int], n_signals: int = 0) -> None:
         self.capacity = capacity
+        self._n_places = capacity + 1  # measuring the open step must not overwrite a finished one
         self._n_rows = dict(rows_on)
-        # [capacity, K + S + 1, 6], or [IN_FLIGHT, K + S + 1, 6]: parameters, signals, extra row
-        self._rings: dict[torch.device, torch.Tensor] = {}
-        self._mirrors: dict[torch.device, torch.Tensor] = {}  # [capacity, K + S + 1, 6] on the host
-        for device, n_rows in rows_on.items():
-            step_shape = (n_rows + (n_signals if not self._rings else 0) + 1, len(STATS))
-            if device.type == "cpu":
-                # Touch the memory now: if the system lacks it, this fails here, and no step pays for page faults.
-                ring = mirror = torch.zeros(capacity, *step_shape, dtype=torch.float64, device="cpu")
-            else:
-                ring = torch.zeros(min(capacity, IN_FLIGHT), *step_shape, dtype=torch.float64, device=device)
-                mirror = torch.empty(capacity, *step_shape, dtype=torch.float64, device="cpu", pin_memory=True)
-            self._rings[device] = ring
-            self._mirrors[device] = mirror
-        self._arrays = {device: mirror.numpy() for device, mirror in self._mirrors.items()}
-        self._first = next(iter(self._rings), torch.device("cpu"))
-        self._slots: list[Slot | None] = [None] * capacity
+        self._first = next(iter(rows_on), torch.device("cpu"))
+        # parameters, signals, extra row: [K + S + 1, 6]
+        self._shapes = {
+            device: (n_rows + (n_signals if device == self._first else 0) + 1, len(STATS))
+            for device, n_rows in rows_on.items()
+        }
+        bytes_of_step = max((8 * n_rows * len(STATS) for n_rows, _ in self._shapes.values()), default=1)
+        self._block_size = min(self._n_places, max(1, _BLOCK_BYTES // bytes_of_step))  # steps
+        self._blocks: dict[torch.device, list[torch.Tensor]] = {device: [] for device in rows_on}
+        # [IN_FLIGHT, K + S + 1, 6] on every device other than the host
+        self._in_flight = {
+            device: torch.zeros(min(self._n_places, IN_FLIGHT), *shape, dtype=torch.float64, device=device)
+            for device, shape in self._shapes.items()
+            if device.type != "cpu"
+        }
+        self._slots: list[Slot | None] = [None] * self._n_places
         self._next = 0
         self._rows = self._open_rows()
 
@@ -99,7 +114,7 @@ class RingBuffer:
 
     def signal_rows(self) -> torch.Tensor:
         """Returns the open step's rows for activations and residual adds, on the first device. Shape [S, 6]."""
-        return _at(self._rings[self._first], self._next)[self._n_rows[self._first] : -1]
+        return self._on_device(self._first, self._next)[self._n_rows[self._first] : -1]
 
     def commit(
         self,
@@ -108,6 +123,7 @@ class RingBuffer:
         scale: torch.Tensor | float,
         skipped: torch.Tensor | float,
         signal_scale: torch.Tensor | float,
+        ratios: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0),
     ) -> None:
         """Finishes the open step and opens the next.
 
@@ -117,39 +133,53 @@ class RingBuffer:
             scale: Factor that undoes loss scaling on the parameters' gradients.
             skipped: Non-zero if the optimizer's step was skipped.
             signal_scale: Factor that undoes loss scaling on the gradients at activations and residual adds.
+            ratios: As in `FinishedStep`.
         """
         position = self._next
         self._slots[position] = slot
         self._write(position, SCALE, scale)
         self._write(position, SKIPPED, skipped)
         self._write(position, SIGNAL_SCALE, signal_scale)
+        for column, ratio in zip((SMALLEST_RATIO, LARGEST_RATIO), ratios, strict=True):
+            self._write(position, column, ratio)
         if loss is not None:
             slot.has_loss = True
             self._write(position, LOSS, loss)
         self._publish(position)
-        self._next = (position + 1) % self.capacity
+        self._next = (position + 1) % self._n_places
+        self._slots[self._next] = None  # the oldest step makes room for the open one
         self._rows = self._open_rows()
 
-    def add_loss(self, loss: torch.Tensor | float) -> None:
-        """Adds the loss, on any device, to the newest finished step."""
-        position = (self._next - 1) % self.capacity
-        slot = self._slots[position]
+    def amend(self, column: int, value: torch.Tensor | float) -> None:
+        """Changes a value of the newest finished step, e.g. its loss.
+
+        Args:
+            column: Its column in the extra row.
+            value: The value, on any device.
+        """
+        slot = self._slots[self.newest]
         if slot is None:
             raise IndexError("no step is finished yet")
-        slot.has_loss = True
-        self._write(position, LOSS, loss)
-        if LOSS not in slot.extras:
-            self._publish(position)
+        slot.has_loss = slot.has_loss or column == LOSS
+        self._write(self.newest, column, value)
+        if column not in slot.extras:
+            self._publish(self.newest)
+
+    def supersede(self, step: int) -> None:
+        """Drops the finished steps with this number or a larger one: they turned out to be part of the open step."""
+        for slot in self._slots:
+            if slot is not None and slot.step >= step:
+                slot.is_superseded = True
 
     def positions(self) -> list[int]:
         """Returns the positions of the finished steps in the ring, oldest first."""
-        order = [(self._next + offset) % self.capacity for offset in range(self.capacity)]
-        return [position for position in order if self._slots[position] is not None]
+        order = [(self._next + offset) % self._n_places for offset in range(self._n_places)]
+        return [place for place in order if (slot := self._slots[place]) is not None and not slot.is_superseded]
 
     @property
     def newest(self) -> int:
         """Position of the newest finished step."""
-        return (self._next - 1) % self.capacity
+        return (self._next - 1) % self._n_places
 
     def is_finite(self, position: int, wait: bool) -> bool | None:
         """Returns whether all values of a finished step were finite.
@@ -166,8 +196,10 @@ class RingBuffer:
         # the row of a parameter without a gradient may hold old values; `Snapshot.first_nonfinite` ignores those
         slot = self._slots[position]
         return not any(
-            array[position, : self._n_rows[device] if slot is None or slot.events is None else -1, N_NONFINITE].any()
-            for device, array in self._arrays.items()
+            self._on_host(device, position)
+            .numpy()[: self._n_rows[device] if slot is None or slot.events is None else -1, N_NONFINITE]
+            .any()
+            for device in self._n_rows
         )
 
     def read(self, position: int, wait: bool) -> FinishedStep | None:
@@ -183,14 +215,23 @@ class RingBuffer:
         slot = self._slots[position]
         if slot is None or not self._has_arrived(position, wait):
             return None
-        copies = {device: array[position].copy() for device, array in self._arrays.items()}
+        copies = {device: self._on_host(device, position).numpy().copy() for device in self._n_rows}
         extra = copies[self._first][-1]  # [6]
-        loss, scale, skipped, signal_scale = (
-            slot.extras.get(column, float(extra[column])) for column in (LOSS, SCALE, SKIPPED, SIGNAL_SCALE)
+        loss, scale, skipped, signal_scale, smallest, largest = (
+            slot.extras.get(column, float(extra[column])) for column in range(len(extra))
         )
         rows = {device: copy[: self._n_rows[device]] for device, copy in copies.items()}
         signals = copies[self._first][self._n_rows[self._first] : -1]  # [S, 6]
-        return FinishedStep(slot, rows, signals, loss if slot.has_loss else None, scale, signal_scale, skipped != 0)
+        return FinishedStep(
+            slot,
+            rows,
+            signals,
+            loss if slot.has_loss else None,
+            scale,
+            signal_scale,
+            skipped != 0,
+            (smallest, largest),
+        )
 
     def _has_arrived(self, position: int, wait: bool) -> bool:
         slot = self._slots[position]
@@ -203,28 +244,37 @@ class RingBuffer:
         return True
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
-        return {device: _at(ring, self._next)[: self._n_rows[device]] for device, ring in self._rings.items()}
+        return {device: self._on_device(device, self._next)[:n_rows] for device, n_rows in self._n_rows.items()}
+
+    def _on_device(self, device: torch.device, position: int) -> torch.Tensor:
+        """Returns the rows of a step on their device. [K + S + 1, 6]"""
+        ring = self._in_flight.get(device)
+        return self._on_host(device, position) if ring is None else ring.select(0, position % ring.shape[0])
+
+    def _on_host(self, device: torch.device, position: int) -> torch.Tensor:
+        """Returns the same on the host."""
+        blocks = self._blocks[device]
+        block, offset = divmod(position, self._block_size)
+        while len(blocks) <= block:
+            shape = (self._block_size, *self._shapes[device])
+            blocks.append(torch.zeros(shape, dtype=torch.float64, device="cpu", pin_memory=device.type != "cpu"))
+        return blocks[block].select(0, offset)
 
     def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
         slot = self._slots[position]
         assert slot is not None
         if isinstance(value, torch.Tensor):
             slot.extras.pop(column, None)
-            _at(self._rings[self._first], position)[-1, column].copy_(value.detach().reshape(()), non_blocking=True)
+            row = self._on_device(self._first, position)[-1]
+            row[column].copy_(value.detach().reshape(()), non_blocking=True)
         else:
             slot.extras[column] = float(value)
 
     def _publish(self, position: int) -> None:
         slot = self._slots[position]
         assert slot is not None
-        for device, ring in self._rings.items():
-            mirror = self._mirrors[device]
-            if mirror is not ring:
-                mirror[position].copy_(_at(ring, position), non_blocking=True)
-                event = torch.Event(device)
-                event.record()
-                slot.ready[device] = event
-
-
-def _at(ring: torch.Tensor, position: int) -> torch.Tensor:
-    return ring.select(0, position % ring.shape[0])
+        for device in self._in_flight:
+            self._on_host(device, position).copy_(self._on_device(device, position), non_blocking=True)
+            event = torch.Event(device)
+            event.record()
+            slot.ready[device] = event

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
+from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradients import GradientMeter
-from gradprobe.observers.parameters import is_regular
+from gradprobe.observers.parameters import Layout, is_regular, stepped_by
 from gradprobe.observers.ring_buffer import RingBuffer, Slot
 from gradprobe.ops.rows import SUM
 from gradprobe.snapshot.records import Measured, Provenance
 from gradprobe.snapshot.updates import Updates
 
-_UNSCALED = Provenance("unscaled", "local", "pre-clip")
+_UNSCALED = Provenance("unscaled", "local", "raw")
 
 
 class UpdateObserver:
@@ -24,62 +25,72 @@ class UpdateObserver:
     are copied to float32, so that the differences are not rounded to half precision.
 
     Args:
-        parameters: The K parameters, in model order.
-        names: Their names. Length K.
         backend: Name of the back end, or "auto".
         capacity: Number of steps kept.
+        fence: Takes the errors of single parameters.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], names: tuple[str, ...], backend: str, capacity: int) -> None:
-        self._parameters = tuple(parameters)
-        self._names = names
+    def __init__(self, backend: str, capacity: int, fence: Fence) -> None:
         self._backend = backend
         self._capacity = capacity
+        self._fence = fence
         self._step = 0  # the step of the copy
-        self.restart()
+        self._pairs: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # position, copy and parameter, during the step
+        self.restart((), ())
 
-    def restart(self) -> None:
-        """Forgets all steps; the parameters may have moved to another device."""
-        self._placement = self._current_placement()
-        # dtype, device and shape of each copy; expanded, so that they need no memory
-        templates = [
-            torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device=device).expand(parameter.shape)
-            for parameter, (device, dtype) in zip(self._parameters, self._placement, strict=True)
-        ]
-        self._templates = tuple(templates)
-        self._meter = GradientMeter(templates, self._backend)
+    def restart(self, names: tuple[str, ...], layouts: Sequence[Layout]) -> None:
+        """Forgets all steps.
+
+        Args:
+            names: Names of the K parameters, in model order.
+            layouts: Their layouts.
+        """
+        self._names = names
+        self._layouts = tuple(layouts)
+        copies = [layout._replace(dtype=torch.promote_types(layout.dtype, torch.float32)) for layout in layouts]
+        self._meter = GradientMeter(copies, names, self._backend, self._fence)
         self._measured = self._meter.all_present
         self._ring = RingBuffer(self._capacity, {device: 2 * n for device, n in self._meter.rows_on.items()})
         self._position_of: dict[int, int] = {}
         self._steps: deque[int] = deque()  # the keys of `_position_of`, oldest first
-        self._before: list[torch.Tensor | None] = []
+        self._pairs = []
 
-    def begin(self, optimizer: torch.optim.Optimizer, step: int | None) -> None:
+    def begin(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor | None], step: int | None
+    ) -> None:
         """Copies and measures the parameters that the optimizer is about to step.
 
         Args:
             optimizer: The optimizer.
+            parameters: The K parameters, None for one that is gone.
             step: Number of the step, None if it is not observed.
         """
-        self._before = []  # an earlier step may have raised
-        if step is None or self._current_placement() != self._placement:
-            return  # after a move, the probe calls `restart` when it measures the gradients
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._before = [
-            torch.empty_like(parameter, dtype=template.dtype, requires_grad=False) if id(parameter) in stepped else None
-            for parameter, template in zip(self._parameters, self._templates, strict=True)
+        self._pairs = []  # an earlier step may have raised
+        if step is None:
+            return
+        stepped = stepped_by(optimizer, parameters)
+        self._pairs = [
+            (
+                k,
+                torch.empty_like(parameter, dtype=self._meter.layouts[k].dtype, requires_grad=False),
+                parameter.detach(),
+            )
+            for k, (parameter, is_stepped) in enumerate(zip(parameters, stepped, strict=True))
+            # after a move, the probe calls `restart` when it measures the gradients
+            if is_stepped and parameter is not None and Layout.of(parameter) == self._layouts[k]
         ]
-        copies, parameters = self._pairs()
-        torch._foreach_copy_(copies, parameters)
+        if not self._pairs:
+            return
+        torch._foreach_copy_([copy for _, copy, _ in self._pairs], [parameter for _, _, parameter in self._pairs])
         self._step = step
         self._measured = self._measure(self._half(0))
 
     def end(self) -> None:
         """Measures the difference of the parameters from the copy, and drops the copy."""
-        if not self._before:
+        if not self._pairs:
             return
-        if self._current_placement() == self._placement:
-            torch._foreach_sub_(*self._pairs())
+        if all(Layout.of(parameter) == self._layouts[k] for k, _, parameter in self._pairs):
+            torch._foreach_sub_([copy for _, copy, _ in self._pairs], [parameter for _, _, parameter in self._pairs])
             rows = self._half(1)
             self._measure(rows)
             for part in rows.values():
@@ -89,7 +100,7 @@ class UpdateObserver:
             self._ring.commit(Slot(self._step, _UNSCALED, self._measured), None, 1.0, 0.0, 1.0)
             self._position_of[self._step] = self._ring.newest
             self._steps.append(self._step)
-        self._before = []
+        self._pairs = []
 
     def read(self, step: int, wait: bool) -> Updates | None:
         """Returns the updates of a step.
@@ -111,26 +122,15 @@ class UpdateObserver:
         in_order = self._meter.in_model_order
         return Updates(self._names, in_order(weights), in_order(updates), finished.slot.measured)
 
-    def release(self) -> None:
-        """Drops the references to the parameters, and all steps."""
-        self._parameters = ()
-        self.restart()
-
     def _half(self, half: int) -> dict[torch.device, torch.Tensor]:
         """Returns the open step's rows of the parameters (0) or updates (1). Values of shape [K, 6]."""
         return {device: rows.view(2, -1, rows.shape[1])[half] for device, rows in self._ring.rows().items()}
 
-    def _pairs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Returns the copies, and the current parameters that they were made of."""
-        kept = [(copy, k) for k, copy in enumerate(self._before) if copy is not None]
-        return [copy for copy, _ in kept], [self._parameters[k].detach() for _, k in kept]
-
-    def _current_placement(self) -> list[tuple[torch.device, torch.dtype]]:
-        return [(parameter.device, parameter.dtype) for parameter in self._parameters]
-
     def _measure(self, rows: dict[torch.device, torch.Tensor]) -> Measured:
-        regular = all(
-            copy is not None and is_regular(copy, template)
-            for copy, template in zip(self._before, self._templates, strict=True)
+        copies: list[torch.Tensor | None] = [None] * len(self._layouts)
+        for k, copy, _ in self._pairs:
+            copies[k] = copy
+        regular = len(self._pairs) == len(copies) and all(
+            is_regular(copy, self._meter.layouts[k]) for k, copy, _ in self._pairs
         )
-        return self._meter.measure(self._before, regular, rows)
+        return self._meter.measure(copies, regular, rows)

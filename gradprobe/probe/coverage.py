@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from gradprobe.errors import warn_user
-from gradprobe.observers.parameters import ObservedParameters, newly_trainable, unstepped_parameters
+from gradprobe.observers.gradient_observer import GradientObserver
+from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.snapshot.records import Measured
 
@@ -24,11 +24,11 @@ class Coverage:
         observed: Parameters that had a gradient in at least one measured step.
         silent: Parameters that never had one, and observed modules that returned nothing.
         unhooked: Parameters with a gradient whose hook did not fire, as after a replayed CUDA graph.
-        unmeasured: Modules that returned tensors the kernels cannot read, such as subclasses; residual adds that work
-            in place or that another probe observes.
-        frozen: Parameters that did not require a gradient at attach.
-        unstepped: Parameters that the optimizer given to attach does not step; another optimizer may.
-        unknown: Parameters that require a gradient but were frozen or absent at attach; attach again to observe them.
+        unmeasured: Parameters whose gradients the kernels cannot read, such as those of float8; modules that returned
+            such tensors; residual adds that work in place or that another probe observes.
+        frozen: Parameters that do not require a gradient.
+        unstepped: Parameters that no optimizer steps, of those given to attach or seen so far.
+        unknown: Parameters that require a gradient but are not observed yet; they are from the next measured step on.
         tied: All names of each parameter that has more than one, by its first name.
         steps: Number of measured steps.
     """
@@ -48,28 +48,21 @@ class CoverageLog:
     """Notes which parameters have a gradient in each measured step, and warns once about each kind of gap.
 
     Args:
-        found: The K parameters.
+        observer: Knows the K parameters.
         signals: The observer of activations and residual adds, None if none are observed.
         unobserved: Names of residual adds that cannot be observed.
-        optimizer: The optimizer that closes the steps, or None.
     """
 
-    def __init__(
-        self,
-        found: ObservedParameters,
-        signals: SignalObserver | None,
-        unobserved: tuple[str, ...],
-        optimizer: torch.optim.Optimizer | None,
-    ) -> None:
-        self._sites = found.sites
+    def __init__(self, observer: GradientObserver, signals: SignalObserver | None, unobserved: tuple[str, ...]) -> None:
+        self._observer = observer
         self._signal_observer = signals
         self._unobserved = unobserved
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._unstepped: tuple[str, ...] = ()
-        self._observed = np.zeros(len(found.sites), dtype=np.bool_)  # [K]
-        self._unhooked = np.zeros(len(found.sites), dtype=np.bool_)  # [K]
+        self._observed = np.zeros(len(observer.sites), dtype=np.bool_)  # [K]
+        self._unhooked = np.zeros(len(observer.sites), dtype=np.bool_)  # [K]
+        self._names = observer.table.names
         self._all_observed = False
         self._told: set[str] = set()
+        self._final: Coverage | None = None
         self.n_measured = 0
 
     def note(self, step: int, measured: Measured, is_complete: bool) -> None:
@@ -147,48 +140,84 @@ class CoverageLog:
             "compiled before attach, or took or returned nothing that can be measured",
         )
 
-    def note_unstepped(self, found: ObservedParameters) -> None:
-        """Notes which parameters the optimizer does not step; it may have got new groups since attach.
+    def note_changed(self, step: int, change: str) -> None:
+        """Follows the model's parameters, which are others than before, and says so.
 
         Args:
-            found: The parameters as they were at attach.
+            step: Number of the open step.
+            change: What has changed.
         """
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None:
-            self._unstepped = unstepped_parameters(optimizer, found)
+        observed = dict(zip(self._names, self._observed, strict=True))
+        unhooked = dict(zip(self._names, self._unhooked, strict=True))
+        self._names = self._observer.table.names
+        self._observed = np.array([observed.get(name, False) for name in self._names], dtype=np.bool_)
+        self._unhooked = np.array([unhooked.get(name, False) for name in self._names], dtype=np.bool_)
+        self._all_observed = False
+        self._warn(f"changed: {change}", f"step {step}: the parameters of the model are others now: {change}")
 
-    def report(self, found: ObservedParameters, model: nn.Module | None) -> Coverage:
+    def note_never_closed(self, step: int, n_backwards: int, reason: str) -> None:
+        """Warns about backward passes that no step has closed.
+
+        Args:
+            step: Number of the open step.
+            n_backwards: How many there were.
+            reason: Why no step was closed.
+        """
+        self._warn(
+            "never closed",
+            f"step {step}: {n_backwards} backward passes and no end of the step: {reason}. Nothing is recorded until "
+            "an optimizer of the model steps; give attach the optimizer in use, or call Probe.step() in each step",
+        )
+
+    def note_unknown_scaler(self, step: int) -> None:
+        """Warns about a gradient scaler that the probe was not given.
+
+        Args:
+            step: Number of the step.
+        """
+        self._warn(
+            "unknown scaler",
+            f"step {step}: a gradient scaler is in use that may have scaled these gradients; give it to attach as "
+            "grad_scaler. Until then provenance.scale is 'unknown'",
+        )
+
+    def release(self, optimizers: Collection[torch.optim.Optimizer]) -> None:
+        """Keeps what is known of the model, which is let go."""
+        self._final = self.report(optimizers)
+
+    def report(self, optimizers: Collection[torch.optim.Optimizer]) -> Coverage:
         """Returns what was observed so far.
 
         Args:
-            found: The parameters as they were at attach.
-            model: The model in its present state, None if it is gone or the probe is detached.
-
-        Returns:
-            The coverage.
+            optimizers: Those that step the model.
         """
-        if found.parameters:
-            self.note_unstepped(found)
-        names = np.asarray([site.name for site in self._sites], dtype=object)
+        if self._final is not None:
+            return self._final
+        observer = self._observer
+        names = np.asarray(self._names, dtype=object)
         silent, unmeasured = (
             ((), ())
             if self._signal_observer is None
             else (self._signal_observer.silent(), self._signal_observer.unmeasured())
         )
+        parameters = observer.parameters()
+        is_stepped = np.zeros(len(parameters), dtype=np.bool_)
+        for optimizer in optimizers:
+            is_stepped |= stepped_by(optimizer, parameters)
         return Coverage(
             observed=tuple(names[self._observed]),
             silent=(*names[~self._observed], *silent),
             unhooked=tuple(names[self._unhooked]),
-            unmeasured=(*unmeasured, *self._unobserved),
-            frozen=found.frozen,
-            unstepped=self._unstepped,
-            unknown=() if model is None else newly_trainable(model, found),
-            tied={site.name: site.names for site in self._sites if len(site.names) > 1},
+            unmeasured=(*observer.unmeasured(), *unmeasured, *self._unobserved),
+            frozen=observer.frozen,
+            unstepped=tuple(names[~is_stepped]) if optimizers else (),
+            unknown=observer.newly_trainable(),
+            tied={site.name: site.names for site in observer.sites if len(site.names) > 1},
             steps=self.n_measured,
         )
 
     def _listed(self, chosen: npt.NDArray[np.bool_]) -> str:
-        names = [site.name for site, is_chosen in zip(self._sites, chosen, strict=True) if is_chosen]
+        names = [name for name, is_chosen in zip(self._names, chosen, strict=True) if is_chosen]
         return f"{len(names)} of {len(chosen)} parameters: {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
 
     def _warn(self, topic: str, message: str) -> None:

@@ -1,89 +1,89 @@
-"""Watches a gradient scaler: whether gradients are scaled at the moment, and whether it skipped a step."""
+"""Reads gradient scalers, without changing them: by how much a loss was scaled, and whether a step was skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import GradScaler, OptState
 
 
-class ScalerWatch:
-    """Wraps `unscale_` and `step` of one scaler until `remove`.
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """The state of a scaler at the end of a backward pass, when every gradient still carries the scale.
 
-    Args:
-        scaler: The scaler in use.
-        optimizer: The optimizer whose steps are watched; None for all.
-        on_unscaled: Called after the scaler has unscaled gradients.
-        on_stepping: Called before each `scaler.step`.
-        on_stepped: Called after each `scaler.step` with a device tensor that is non-zero if the step was skipped.
+    Attributes:
+        scaler: The scaler.
+        scale: A copy of its scale, 0-d float64 on its device.
+        n_updates: A number that changes with every `update` of the scaler.
     """
 
-    def __init__(
-        self,
-        scaler: torch.amp.GradScaler,
-        optimizer: torch.optim.Optimizer | None,
-        on_unscaled: Callable[[], None],
-        on_stepping: Callable[[], None],
-        on_stepped: Callable[[torch.Tensor], None],
-    ) -> None:
-        self._scaler = scaler
-        self._watched = None if optimizer is None else id(optimizer)
-        self._before_update: torch.Tensor | None = None
-        unscale, step = scaler.unscale_, scaler.step
+    scaler: weakref.ref[GradScaler]
+    scale: torch.Tensor
+    n_updates: int
 
-        def unscale_and_tell(optimizer: torch.optim.Optimizer) -> None:
-            unscale(optimizer)
-            if self._concerns(optimizer):
-                on_unscaled()
+    @property
+    def inverse(self) -> torch.Tensor:
+        """The factor that unscales, 0-d."""
+        return self.scale.reciprocal()
 
-        def step_and_tell(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-            if self._concerns(optimizer):
-                self._before_update = self._inverse()
-                on_stepping()
-            result = step(optimizer, *args, **kwargs)
-            if self._concerns(optimizer):
-                found = list(scaler._found_inf_per_device(optimizer).values())
-                on_stepped(sum((flag.to(found[0].device) for flag in found[1:]), start=found[0]))
-            return result
+    def was_updated(self) -> bool:
+        """Returns whether `update` was called since: the step that it belongs to is over."""
+        scaler = self.scaler()
+        return scaler is not None and scaler._scale is not None and scaler._scale._version != self.n_updates
 
-        scaler.unscale_ = unscale_and_tell  # type: ignore[method-assign]
-        scaler.step = step_and_tell  # type: ignore[method-assign]
+    def has_fallen(self) -> torch.Tensor:
+        """Returns whether the scale has fallen since, because a gradient was not finite; 0-d bool on the device."""
+        scaler = self.scaler()
+        if scaler is None or scaler._scale is None:
+            return torch.zeros_like(self.scale, dtype=torch.bool)
+        return scaler._scale < self.scale
 
-    def inverse_scale(self) -> torch.Tensor | None:
-        """Returns the factor that unscales the gradients in their present state.
+    def is_removed_from(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Returns whether the gradients that an optimizer steps have been unscaled; for None, those of any optimizer."""
+        scaler = self.scaler()
+        if scaler is None:
+            return False
+        states = scaler._per_optimizer_states
+        stages = [state["stage"] for key, state in states.items() if optimizer is None or key == id(optimizer)]
+        return any(stage is not OptState.READY for stage in stages)
 
-        Returns:
-            A 0-d tensor on the device, or None if the gradients are not scaled.
-        """
-        states = self._scaler._per_optimizer_states
-        stages = [state["stage"] for key, state in states.items() if self._watched in (None, key)]
-        if any(stage is not OptState.READY for stage in stages):
-            return None
-        return self._inverse()
+    def belongs_to(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Returns whether the scaler is stepping an optimizer."""
+        scaler = self.scaler()
+        return scaler is not None and id(optimizer) in scaler._per_optimizer_states
 
-    def take_inverse_of_backward(self) -> torch.Tensor | None:
-        """Returns the factor that unscales what the backward pass of this step computed. Call it once per step.
 
-        Returns:
-            A 0-d tensor on the device, or None if the loss was not scaled.
-        """
-        before_update, self._before_update = self._before_update, None
-        return self._inverse() if before_update is None else before_update
+class Scalers:
+    """The gradient scalers of a training.
 
-    def forget_backward(self) -> None:
-        """Notes that the step that the scaler is about to make is already closed."""
-        self._before_update = None
+    Args:
+        given: Those that the user has named.
+    """
 
-    def remove(self) -> None:
-        """Restores the methods of the scaler."""
-        del self._scaler.unscale_
-        del self._scaler.step
+    def __init__(self, given: Sequence[GradScaler]) -> None:
+        self._known = [weakref.ref(scaler) for scaler in given]
 
-    def _inverse(self) -> torch.Tensor | None:
-        scale = self._scaler._scale if self._scaler.is_enabled() else None
-        return None if scale is None else scale.double().reciprocal()
+    def adopt(self, scaler: GradScaler) -> None:
+        """Adds a scaler that was seen to step an optimizer of the model."""
+        if all(known() is not scaler for known in self._known):
+            self._known.append(weakref.ref(scaler))
 
-    def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
-        return self._scaler.is_enabled() and self._watched in (None, id(optimizer))
+    def read(self) -> list[LossScale]:
+        """Returns the state of the scalers in use; the scales are copied on their devices."""
+        scales = []
+        for known in self._known:
+            scaler = known()
+            if scaler is not None and scaler.is_enabled() and scaler._scale is not None:
+                scales.append(LossScale(known, scaler._scale.detach().double(), scaler._scale._version))
+        return scales
+
+
+def any_in_use() -> bool:
+    """Returns whether the process has a gradient scaler that has scaled a loss."""
+    # not isinstance, which would run the code of proxy objects
+    scalers = [one for one in gc.get_objects() if issubclass(type(one), GradScaler)]
+    return any(scaler.is_enabled() and scaler._scale is not None for scaler in scalers)

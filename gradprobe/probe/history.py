@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 
@@ -24,31 +26,18 @@ class History:
 
     Args:
         capacity: Number of steps to keep.
-        rows_on: Number of parameter rows on each device.
-        table: Names of the parameters.
-        in_model_order: Puts the rows of all devices into the order of the table.
         signals: The sites of activations and residual adds, None if there are none.
         updates: The updates of each step, None if they are not observed.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        rows_on: Mapping[torch.device, int],
-        table: SiteTable,
-        in_model_order: InModelOrder,
-        signals: SignalTable | None,
-        updates: UpdateObserver | None,
-    ) -> None:
+    def __init__(self, capacity: int, signals: SignalTable | None, updates: UpdateObserver | None) -> None:
         self._capacity = capacity
-        self._table = table
-        self._in_model_order = in_model_order
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
         self._signals = signals
         self._updates = updates
         self._unseen: deque[int] = deque()  # positions in the ring not yet searched for non-finite values, oldest first
         self._first_nonfinite: NonFinite | None = None
-        self.restart(rows_on)
+        self.ring = RingBuffer(1, {})
 
     def archive(self) -> None:
         """Replaces the contents of the ring by snapshots. Waits for the device."""
@@ -58,12 +47,15 @@ class History:
         self._archive.extend(kept)
         self.ring = RingBuffer(1, {})
 
-    def restart(self, rows_on: Mapping[torch.device, int]) -> None:
+    def restart(self, table: SiteTable, rows_on: Mapping[torch.device, int], in_model_order: InModelOrder) -> None:
         """Opens a new ring.
 
         Args:
+            table: Names of the parameters.
             rows_on: Number of parameter rows on each device.
+            in_model_order: Puts the rows of all devices into the order of the table.
         """
+        self._table, self._in_model_order = table, in_model_order
         n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
         self.ring = RingBuffer(self._capacity, rows_on, n_signals)
 
@@ -116,10 +108,16 @@ class History:
             if events.is_conditional:
                 events = events.seen(unpack_numels(finished.signals, n_sites))
             signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
+        provenance, clip_factor = slot.provenance, 1.0 if slot.provenance.state == "raw" else None
+        if slot.tolerance is not None:
+            # unscaling multiplies as clipping does
+            unscaling = finished.scale if slot.is_unscaled else 1.0
+            state, clip_factor = _judge_change(*finished.ratios, unscaling, slot.tolerance)
+            provenance = provenance._replace(state=state)
         return Snapshot(
             step=slot.step,
             loss=finished.loss,
-            provenance=slot.provenance,
+            provenance=provenance,
             skipped=finished.skipped,
             table=self._table,
             rows=self._in_model_order(finished.rows),
@@ -127,4 +125,25 @@ class History:
             scale=finished.scale,
             signals=signals,
             parameter_updates=None if self._updates is None else self._updates.read(slot.step, wait=True),
+            clip_factor=clip_factor,
         )
+
+
+def _judge_change(
+    smallest: float, largest: float, unscaling: float, tolerance: float
+) -> tuple[Literal["raw", "modified", "clipped"], float | None]:
+    """Tells clipping to a norm from other changes of gradients.
+
+    Args:
+        smallest: Smallest of the factors by which some gradients changed.
+        largest: Largest of them; not a number if a gradient is no longer finite.
+        unscaling: The part of the factor that undoes loss scaling.
+        tolerance: Relative difference that rounding explains.
+
+    Returns:
+        What was done to the gradients, and the factor of the clipping.
+    """
+    if not (math.isfinite(smallest) and largest - smallest <= tolerance * largest):
+        return "modified", None
+    factor = largest / unscaling
+    return ("raw", 1.0) if abs(factor - 1.0) <= tolerance else ("clipped", factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ class Options:
         ArgumentError: An option is invalid.
     """
 
-    optimizer: torch.optim.Optimizer | None
+    optimizer: object
     params: bool
     activations: Selection
     junctions: bool
@@ -34,39 +34,76 @@ class Options:
     capacity: int
     backend: str
     when: When
-    grad_scaler: torch.amp.GradScaler | None
+    grad_scaler: object
+    strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.optimizer is not None and not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise ArgumentError(
-                f"optimizer: needed a torch.optim.Optimizer or None, got {type(self.optimizer).__name__}"
-            )
         if self.params is not True:
             raise ArgumentError(
                 f"params: needed True, since the gradients of parameters mark the steps, got {self.params!r}"
             )
-        for name in ("junctions", "updates"):
+        for name in ("junctions", "updates", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: needed True or False, got {getattr(self, name)!r}")
-        if self.updates and self.optimizer is None:
-            raise ArgumentError("updates: needed optimizer=, the optimizer that makes them, got None")
         for name in ("every", "activations_every", "updates_every", "capacity"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: needed an integer of at least 1, got {value!r}")
         if self.when not in WHEN_CHOICES:
             raise ArgumentError(f"when: needed one of {', '.join(WHEN_CHOICES)}, got {self.when!r}")
-        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
-            raise ArgumentError(
-                f"grad_scaler: needed a torch.amp.GradScaler or None, got {type(self.grad_scaler).__name__}"
-            )
+        self.optimizers  # noqa: B018 (checks them)
+        self.grad_scalers  # noqa: B018
 
     @property
     def measured_at(self) -> When:
         """When gradients are measured, "auto" resolved."""
-        if self.when != "auto":
-            return self.when
-        return "step" if self.optimizer is not None else "backward"
+        return "backward" if self.when == "auto" else self.when
+
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizers given; of a wrapper, itself and those inside it."""
+        found: dict[int, torch.optim.Optimizer] = {}
+        for one in _listed(self.optimizer):
+            inside = _inside(one, torch.optim.Optimizer)
+            if not inside:
+                raise ArgumentError(
+                    f"optimizer: needed a torch.optim.Optimizer, a list of them or None, got {type(one).__name__}"
+                )
+            found.update({id(optimizer): optimizer for optimizer in inside})
+        return tuple(found.values())
+
+    @property
+    def grad_scalers(self) -> tuple[torch.amp.GradScaler, ...]:
+        """The gradient scalers given, and those that wrappers of the optimizers hold."""
+        for one in _listed(self.grad_scaler):
+            if not isinstance(one, torch.amp.GradScaler):
+                raise ArgumentError(
+                    f"grad_scaler: needed a torch.amp.GradScaler, a list of them or None, got {type(one).__name__}"
+                )
+        everywhere = [*_listed(self.grad_scaler), *_listed(self.optimizer)]
+        found = {id(scaler): scaler for one in everywhere for scaler in _inside(one, torch.amp.GradScaler)}
+        return tuple(found.values())
+
+
+def _listed(value: object) -> list[object]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+_Kind = TypeVar("_Kind")
+_DEEPEST = 4  # wrappers around each other
+
+
+def _inside(value: object, kind: type[_Kind], depth: int = 0) -> list[_Kind]:
+    """Returns the value itself, if it is of a kind, and what it wraps of that kind."""
+    found = [value] if isinstance(value, kind) else []
+    if depth < _DEEPEST:
+        for name, attribute in getattr(value, "__dict__", {}).items():
+            # an optimizer's wrapper holds another optimizer; nothing else leads to one
+            if isinstance(attribute, (kind, torch.optim.Optimizer)) and attribute is not value and name != "state":
+                found += _inside(attribute, kind, depth + 1)
+    return found
 
 
 def check_model(model: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from types import TracebackType
@@ -32,7 +32,7 @@ _attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictiona
 def attach(
     model: nn.Module,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     params: bool = True,
     activations: Selection = False,
     junctions: bool = True,
@@ -43,15 +43,16 @@ def attach(
     capacity: int = 1024,
     backend: str = "auto",
     when: When = "auto",
-    grad_scaler: torch.amp.GradScaler | None = None,
+    grad_scaler: torch.amp.GradScaler | Sequence[torch.amp.GradScaler] | None = None,
     process_group: object | None = None,
+    strict: bool = False,
 ) -> Probe:
     """Attaches a probe to a model. The training and the random numbers stay as they are, bit for bit.
 
     Args:
         model: Any module with at least one trainable parameter.
-        optimizer: The optimizer of the training; each of its steps closes a step of the probe. Without one, call
-            `Probe.step()` once per training step.
+        optimizer: The optimizer or optimizers of the training, wrapped or not; each step of one closes a step of the
+            probe. Without one, any optimizer that steps a parameter of the model does, or else `Probe.step()`.
         params: Observe the gradients of the parameters. Only True is supported.
         activations: Which module outputs to observe, with the gradients at those outputs: True for every module without
             children except residual adds, a list of module name patterns such as `["layer1.*", "head"]`, or a
@@ -64,11 +65,14 @@ def attach(
         updates_every: Of the measured steps, observe updates in those whose number is a multiple of this.
         capacity: Number of measured steps to keep; the oldest are dropped first.
         backend: "auto", or a name from `gradprobe.backends()`.
-        when: When to measure the gradients: "step" just before the optimizer uses them; "backward" at the end of each
-            backward, before anything else can change them; "hook" each one as soon as it is ready, for optimizers that
-            step inside backward; "auto" means "step" with an optimizer and "backward" without.
-        grad_scaler: The gradient scaler in use. Numbers are then reported unscaled, and skipped steps are marked.
+        when: When to measure the gradients: "auto" or "backward" at the end of the backward pass, before anything else
+            can change them; "step" just before the optimizer uses them, so after clipping; "hook" each one as soon as it
+            is ready, for optimizers that step inside backward.
+        grad_scaler: The gradient scaler or scalers in use. Numbers are then reported unscaled, and skipped steps are
+            marked. A scaler that steps an optimizer of the model is found without this from its first step on.
         process_group: Not available yet.
+        strict: Raise the errors of measuring. Otherwise whatever fails is reported once and no longer measured, and the
+            training goes on as without a probe.
 
     Returns:
         The probe. It is also a context manager that detaches on exit.
@@ -103,8 +107,10 @@ def attach(
         backend=backend,
         when=when,
         grad_scaler=grad_scaler,
+        strict=strict,
     )
-    return Probe(model, options)
+    with torch.inference_mode(False):  # otherwise no training could write to the rows
+        return Probe(model, options)
 
 
 class Probe:
@@ -120,12 +126,13 @@ class Probe:
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
-        """Closes the step and records it as a snapshot. If `attach` got an optimizer, its step does this for you.
+        """Closes a step that no optimizer closes and records it as a snapshot; otherwise only adds the loss.
 
-        With an optimizer, call it just before or after the optimizer's step to add the loss.
+        Call it once per backward pass, before or after the optimizer's step.
 
         Args:
-            loss: The loss of the step, one element. A tensor on a device is not waited for.
+            loss: The loss, one element. A tensor on a device is not waited for. The losses of a step's micro-batches
+                are averaged.
 
         Raises:
             ArgumentError: The loss is not one real number.
@@ -133,11 +140,7 @@ class Probe:
         """
         self._check_attached()
         check_loss(loss)
-        boundaries = self._recorder.boundaries
-        if not boundaries.closed_by_optimizer():
-            boundaries.close_by_user(loss)
-        elif loss is not None:
-            self._recorder.add_loss(loss)
+        self._recorder.boundaries.close_by_user(loss)
 
     def latest(self, wait: bool = False) -> Snapshot | None:
         """Returns the newest finished step.
@@ -148,10 +151,12 @@ class Probe:
         Returns:
             The snapshot, or None if no step is finished.
         """
+        self._settle()
         return self._recorder.history.latest(wait)
 
     def history(self) -> list[Snapshot]:
         """Returns the finished steps still kept, oldest first. Waits for the device."""
+        self._settle()
         return self._recorder.history.all()
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -189,12 +194,13 @@ class Probe:
             >>> print(probe.first_nonfinite())
             step 0, forward: 2 of 2 values are not finite in the output of 0
         """
+        self._settle()
         return self._recorder.history.first_nonfinite()
 
     def coverage(self) -> Coverage:
         """Returns what the probe has observed, and what it cannot observe."""
-        model = None if self._is_detached else self._model()
-        return self._recorder.coverage.report(self._recorder.parameters, model)
+        self._settle()
+        return self._recorder.coverage.report(self._recorder.boundaries.optimizers)
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, reusing the norms that the probe measures.
@@ -252,9 +258,16 @@ class Probe:
         self.detach()
 
     def __repr__(self) -> str:
-        n_parameters, n_measured = len(self._recorder.parameters.sites), self._recorder.coverage.n_measured
+        n_parameters, n_measured = self._recorder.n_parameters, self._recorder.coverage.n_measured
         state = "detached" if self._is_detached else self._description
         return f"Probe({n_parameters} parameters, {n_measured} steps measured, {state})"
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copied or unpickled owner has no probe
+
+    def _settle(self) -> None:
+        if not self._is_detached:
+            self._recorder.settle()
 
     def _check_attached(self) -> None:
         if self._is_detached:

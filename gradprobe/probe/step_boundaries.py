@@ -1,156 +1,236 @@
-"""Decides when a step ends: the optimizer steps, the gradient scaler skips its step, or the user closes it."""
+"""Decides when a step ends: an optimizer steps, the gradient scaler skips its step, or the user closes it."""
 
 from __future__ import annotations
 
+import functools
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from torch.amp.grad_scaler import GradScaler
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
-from gradprobe.observers.gradient_hooks import GradientHooks, PythonGradientHooks
-from gradprobe.probe.grad_scaler import ScalerWatch
+from gradprobe.observers.fence import Fence
+from gradprobe.observers.gradient_observer import GradientObserver
+from gradprobe.observers.parameters import stepped_by
 
-Close = Callable[[torch.Tensor | float | None, torch.Tensor | float], bool]
-Around = Callable[[torch.optim.Optimizer, bool, bool], None]
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+_Arguments = tuple[_Args, _Kwargs]
+
+_STEP = Optimizer.profile_hook_step(lambda _: None).__code__  # of every optimizer's step, around the class's own
+_SCALER_STEP = GradScaler.step.__code__
+
+
+class Recorder(Protocol):
+    """What is told of the boundaries."""
+
+    def settle(self) -> None:
+        """Closes what has ended unnoticed."""
+
+    def stop(self) -> None:
+        """Stops measuring, for good."""
+
+    def close(self, optimizer: Optimizer | None, loss: torch.Tensor | float | None = None) -> bool:
+        """Closes the open step; returns whether it was closed."""
+
+    def add_loss(self, loss: torch.Tensor | float, to_open: bool) -> None:
+        """Adds a loss to the open step, or to the one that was closed last."""
+
+    def note_stepped(self) -> None:
+        """Notes that the step that the user has closed was not skipped."""
+
+    def adopt(self, scaler: GradScaler) -> None:
+        """Takes a gradient scaler that steps an optimizer of the model."""
+
+    def end_closure(self, optimizer: Optimizer) -> None:
+        """Called each time the closure of an optimizer's step returns."""
+
+    def around(self, optimizer: Optimizer, is_after: bool, is_open: bool) -> None:
+        """Called just before and after each step of an optimizer; `is_open`: the probe's step is not closed yet."""
 
 
 class StepBoundaries:
-    """Watches an optimizer and a gradient scaler, and reports the end of each step.
+    """Watches the steps of all optimizers of the process, and picks those that step the model's parameters.
 
     Args:
-        optimizer: Closes a step each time it steps, or None. Its hooks keep the owner of `close` alive.
-        grad_scaler: The gradient scaler in use, or None.
-        hooks: The hooks on the parameters, which know whether a backward pass has run.
-        close: Called at the end of each step with the loss, if the user gave one, and with a number that is non-zero if
-            the scaler skipped the optimizer's step. Returns whether the step was closed.
-        around: Called just before and just after each step of the optimizer, with the optimizer, whether this is the
-            call after the step, and whether the step of the probe is still open.
+        given: The optimizers that close a step; empty for any that steps a parameter of the model.
+        observer: Knows the parameters, and whether a backward pass has run.
+        recorder: Is told. Not kept alive.
+        fence: Takes the errors.
+        is_in_backward: Optimizers that step inside a backward pass close a step, too.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer | None,
-        grad_scaler: torch.amp.GradScaler | None,
-        hooks: GradientHooks,
-        close: Close,
-        around: Around | None = None,
+        given: Sequence[Optimizer],
+        observer: GradientObserver,
+        recorder: Recorder,
+        fence: Fence,
+        is_in_backward: bool,
     ) -> None:
-        self._hooks: GradientHooks = hooks
-        self._close: Close = close
-        self._around = around
+        self._given = [weakref.ref(optimizer) for optimizer in given]
+        self._observer = observer
+        self._recorder = weakref.ref(recorder)
+        self._fence = fence
+        self._is_in_backward = is_in_backward
+        self._concerned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
-        self._optimizer_stepped = False
-        self._step_depth = 0
-        self._skipped: torch.Tensor | float = 0.0  # from a scaler whose optimizer the probe does not know
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        self._handles: list[RemovableHandle] = []
-        if optimizer is not None:
-            self._handles = [
-                optimizer.register_step_pre_hook(partial(self._on_optimizer_step, after=False)),
-                optimizer.register_step_post_hook(partial(self._on_optimizer_step, after=True)),
-            ]
-        self._scaler: ScalerWatch | None = None
-        if grad_scaler is not None:
-            self._scaler = ScalerWatch(
-                grad_scaler, optimizer, hooks.mark_unmodified, self._on_scaler_stepping, self._on_scaler_stepped
-            )
+        self._closer: weakref.ref[Optimizer] | None = None
+        self._others: set[str] = set()  # optimizers that step the model and were not given
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet(given)  # given, or seen to step the model
+        self.has_stepped = False  # an optimizer has closed a step
 
-    def closed_by_optimizer(self) -> bool:
-        """Returns True once if the optimizer has already closed the step that the user is now closing."""
-        if self._closed_by != "optimizer" or self._hooks.has_fired():
-            return False
-        self._closed_by = "nobody"
-        return True
+        me = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: _Args, kwargs: _Kwargs) -> _Arguments | None:
+            boundaries = me()
+            if boundaries is not None:
+                with fence.around("a step", boundaries.stop):
+                    return boundaries._on_step(optimizer, args, kwargs, is_after=False)
+            return None
+
+        def after(optimizer: Optimizer, args: _Args, kwargs: _Kwargs) -> None:
+            boundaries = me()
+            if boundaries is not None:
+                with fence.around("a step", boundaries.stop):
+                    boundaries._on_step(optimizer, args, kwargs, is_after=True)
+
+        handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        self._remove = weakref.finalize(self, _remove_all, handles)
 
     def close_by_user(self, loss: torch.Tensor | float | None) -> None:
-        """Closes the step. The optimizer's next step then belongs to it.
+        """Closes a step that no optimizer closes, and otherwise only adds the loss.
 
         Args:
             loss: The loss of the step.
         """
-        if self._close(loss, self._take_skipped()):
+        recorder = self._recorder()
+        if recorder is None:
+            return
+        recorder.settle()
+        has_fired = self._observer.has_fired()
+        if self.has_stepped or (self._closed_by == "optimizer" and not has_fired):
+            self._closed_by = "nobody" if not has_fired else self._closed_by
+            if loss is not None:
+                recorder.add_loss(loss, to_open=has_fired)
+        elif recorder.close(None, loss):
             self._closed_by = "user"
 
-    def inverse_scale(self) -> torch.Tensor | None:
-        """Returns the factor that unscales the gradients in their present state.
+    def note_skipped(self) -> None:
+        """Notes that the step has been closed in place of the optimizer, whose step a scaler has skipped."""
+        self._closed_by = "optimizer"
 
-        Returns:
-            A 0-d tensor on the device, or None if the gradients are not scaled.
-        """
-        inverse = self._scaler.inverse_scale() if self._scaler is not None else None
-        optimizer = self._optimizer() if self._optimizer is not None else None
-        fused_scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales by itself
-        if inverse is None and isinstance(fused_scale, torch.Tensor):
-            return fused_scale.double().reciprocal()
-        return inverse
+    def stop(self) -> None:
+        """Stops measuring, for good."""
+        recorder = self._recorder()
+        if recorder is not None:
+            recorder.stop()
 
-    def take_inverse_of_backward(self) -> torch.Tensor | None:
-        """Returns the factor that unscales what the backward pass of this step computed. Call it once per step.
+    def forget_parameters(self) -> None:
+        """Notes that the model has other parameters than before."""
+        self._concerned.clear()
 
-        Returns:
-            A 0-d tensor on the device, or None if the loss was not scaled.
-        """
-        return None if self._scaler is None else self._scaler.take_inverse_of_backward()
+    def why_open(self) -> str:
+        """Says why no step has been closed for a long time."""
+        given = [type(optimizer).__name__ for known in self._given if (optimizer := known()) is not None]
+        if self._given:
+            others = f"; the model is stepped by {', '.join(sorted(self._others))}" if self._others else ""
+            return f"the optimizer given to attach ({', '.join(given) or 'gone'}) has not stepped{others}"
+        return "no optimizer has stepped the model's parameters, and Probe.step() was not called"
 
     def remove(self) -> None:
-        """Removes the hooks from the optimizer and restores the scaler."""
-        for handle in self._handles:
-            handle.remove()
-        if self._scaler is not None:
-            self._scaler.remove()
-        self._hooks = PythonGradientHooks((), None)
-        self._close = _nobody_closes  # otherwise the owner and this object keep each other alive
-        self._around = None
+        """Removes the hooks, for good."""
+        self._remove()
 
-    def _take_skipped(self) -> torch.Tensor | float:
-        skipped, self._skipped = self._skipped, 0.0
-        return skipped
-
-    def _on_optimizer_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], *, after: bool
-    ) -> None:
-        if not self._is_outermost(after):
-            return
+    def _on_step(self, optimizer: Optimizer, args: _Args, kwargs: _Kwargs, is_after: bool) -> _Arguments | None:
+        recorder = self._recorder()
+        if recorder is None or not self._concerns(optimizer):
+            return None
+        is_nested, scaler = self._callers()
+        if is_nested or (torch._C._current_graph_task_id() != -1 and not self._is_in_backward):
+            return None
         # With a closure, backward runs inside the step: gradients exist only afterwards.
-        has_closure = any(callable(value) for value in (*args, *kwargs.values()))
-        if has_closure == after:
-            self._optimizer_stepped = True
-            self._close_by_optimizer(getattr(optimizer, "found_inf", None))
-        if self._around is not None:
-            self._around(optimizer, after, has_closure and not after)
+        has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
+        if has_closure == is_after:
+            if scaler is not None:
+                recorder.adopt(scaler)
+            self._close(recorder, optimizer)
+        recorder.around(optimizer, is_after, has_closure and not is_after)
+        if is_after or not has_closure:
+            return None
+        told = partial(self._with_end, optimizer)
+        return (args[0], *(told(value) for value in args[1:])), {key: told(value) for key, value in kwargs.items()}
 
-    def _is_outermost(self, after: bool) -> bool:
-        # If a subclass's step calls its parent's, torch runs the hooks again for the inner call.
-        if after:
-            self._step_depth = max(0, self._step_depth - 1)
-            return self._step_depth == 0
-        if self._hooks.has_fired():  # a backward pass since: an earlier step raised and never reached its post hook
-            self._step_depth = 0
-        self._step_depth += 1
-        return self._step_depth == 1
+    def _with_end(self, optimizer: Optimizer, value: Any) -> Any:
+        """Returns a closure that tells the recorder when it returns; any other value as it is."""
+        if not callable(value):
+            return value
 
-    def _on_scaler_stepping(self) -> None:
-        self._optimizer_stepped = False
-        if self._scaler is not None and self._closed_by == "user" and not self._hooks.has_fired():
-            self._scaler.forget_backward()
+        @functools.wraps(value)
+        def closure(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            recorder = self._recorder()
+            if recorder is not None:
+                with self._fence.around("a step", self.stop):
+                    recorder.end_closure(optimizer)
+            return result
 
-    def _on_scaler_stepped(self, found_inf: torch.Tensor) -> None:
-        if self._optimizer is None:
-            self._skipped = found_inf
-        elif not self._optimizer_stepped:  # the scaler skipped it
-            self._close_by_optimizer(found_inf)
+        return closure
 
-    def _close_by_optimizer(self, found_inf: torch.Tensor | None) -> None:
-        if self._closed_by == "user" and not self._hooks.has_fired():
-            self._closed_by = "nobody"  # the user has just closed it
+    def _close(self, recorder: Recorder, optimizer: Optimizer) -> None:
+        is_new = self._observer.has_fired()
+        if not is_new and self._closed_by == "user":
+            recorder.note_stepped()
+            self._closed_by, self.has_stepped = "nobody", True
             return
-        skipped = self._take_skipped()
-        if self._close(None, skipped if found_inf is None else found_inf):
-            self._closed_by = "optimizer"
+        if not is_new and self.has_stepped and self._closer is not None and self._closer() is not optimizer:
+            return  # another optimizer of the same step
+        self._closer = weakref.ref(optimizer)
+        if recorder.close(optimizer):
+            self._closed_by, self.has_stepped = "optimizer", True
+
+    def _concerns(self, optimizer: Optimizer) -> bool:
+        if any(known() is optimizer for known in self._given):
+            return True
+        n_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._concerned.get(optimizer)
+        if known is None or known[0] != n_parameters:
+            known = n_parameters, any(stepped_by(optimizer, self._observer.parameters()))
+            self._concerned[optimizer] = known
+        if known[1] and self._given:
+            self._others.add(type(optimizer).__name__)
+        elif known[1]:
+            self.optimizers.add(optimizer)
+        return known[1] and not self._given
+
+    def _callers(self) -> tuple[bool, GradScaler | None]:
+        """Returns whether the step runs inside another one of the model, and the gradient scaler that calls it.
+
+        The step of a subclass or a wrapper calls that of its parent or of the optimizer inside, with hooks of its own.
+        The call stack tells, because a step that raises never reaches its post hook.
+        """
+        scaler, n_steps = None, 0
+        frame = sys._getframe(2)
+        while frame.f_back is not None:
+            frame = frame.f_back
+            if frame.f_code is _STEP:
+                n_steps += 1
+                if n_steps > 1 and self._concerns(frame.f_locals["self"]):
+                    return True, None
+            elif frame.f_code is _SCALER_STEP:
+                scaler = frame.f_locals["self"]
+        return False, scaler
 
 
-def _nobody_closes(loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> bool:
-    return False
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import Variable
 
 from gradprobe.errors import ArgumentError
-from gradprobe.observers import cuda_graphs, gradient_hooks
 from gradprobe.observers.activations import select_modules
-from gradprobe.observers.gradients import GradientMeter
+from gradprobe.observers.fence import Fence
+from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.junctions import junction_modules
-from gradprobe.observers.parameters import ObservedParameters, find_parameters, unstepped_parameters
-from gradprobe.observers.ring_buffer import Slot
+from gradprobe.observers.parameters import stepped_by
+from gradprobe.observers.ring_buffer import LOSS, SKIPPED, Slot
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.observers.updates import UpdateObserver
 from gradprobe.probe.coverage import CoverageLog
+from gradprobe.probe.grad_scaler import LossScale, Scalers, any_in_use
 from gradprobe.probe.history import History
 from gradprobe.probe.options import Options
 from gradprobe.probe.step_boundaries import StepBoundaries
 from gradprobe.snapshot.records import Measured, Provenance
 from gradprobe.snapshot.signals import SignalTable
-from gradprobe.snapshot.snapshot import SiteTable
 
-_UNTOUCHED = Provenance("unscaled", "local", "pre-clip")
+_MANY_BACKWARDS = 100  # that no step has closed
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was done to gradients after they were measured, as `Slot` and `FinishedStep` describe it."""
+
+    ratios: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0)
+    tolerance: float | None = None
+    is_unscaled: bool = False
 
 
 @dataclass(slots=True)
@@ -37,24 +46,39 @@ class OpenStep:
 
     Attributes:
         number: Number of the step.
+        n_backwards: Backward passes that have ended.
         measured: Which parameters were measured, None as long as none was.
-        provenance: How the measured gradients came to be what they are.
-        scale: Factor on the gradients that undoes loss scaling.
-        is_clipped: The probe has clipped the gradients.
+        measured_after: How many backward passes had ended then.
+        state: What was known of the gradients then.
+        is_averaged: They were averaged over processes.
+        scales: The loss scales at the end of the newest backward pass.
+        is_unscaled: Gradients were unscaled before they were measured.
+        is_partly_unscaled: Not those of all optimizers were.
+        clip_factor: Factor by which the probe has clipped the gradients, 0-d.
+        change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
+        losses: Losses given so far.
+        is_requested: The user has asked to close the step.
     """
 
     number: int
+    n_backwards: int = 0
     measured: Measured | None = None
-    provenance: Provenance = _UNTOUCHED
-    scale: torch.Tensor | float = 1.0
-    is_clipped: bool = False
+    measured_after: int = 0
+    state: Literal["raw", "modified"] = "raw"
+    is_averaged: bool = False
+    scales: list[LossScale] = field(default_factory=list)
+    is_unscaled: bool = False
+    is_partly_unscaled: bool = False
+    clip_factor: torch.Tensor | None = None
+    change: Change | None = None
+    losses: list[torch.Tensor | float] = field(default_factory=list)
+    is_requested: bool = False
 
 
 class StepRecorder:
     """Installs the hooks of a probe, measures gradients when they are due, and closes each step.
 
     Attributes:
-        parameters: The observed parameters; none after `release`.
         history: The closed steps.
         coverage: What was seen, and what was not.
         boundaries: Tells when a step ends.
@@ -72,45 +96,142 @@ class StepRecorder:
         self._measured_at = options.measured_at  # the options themselves hold the optimizer
         self._every, self._activations_every = options.every, options.activations_every
         self._updates_every = options.updates_every
-        self.parameters: ObservedParameters = find_parameters(model)
+        self._fence = Fence(options.strict)
+        self._open = OpenStep(0)
+        self._n_expected = 1  # backward passes of a step, as in the step before
+        self._n_pending = 0  # steps in a row that the user has closed while gradients accumulated
+        self._pending_losses: list[torch.Tensor | float] = []
+        self._last_losses: list[torch.Tensor | float] = []
+        self._last_was_measured = False
+        self._verdict: LossScale | None = None  # tells whether the step that the user has closed is skipped
+        self._has_unknown_scaler: bool | None = None  # None: not looked for yet
+        self._pause_depth = 0
+        self._is_clipped_in_graph = False
+        self._is_whole = False  # another thread may be in a backward pass while the hooks are put on
+        self._are_gradients_off = self._is_off = self._is_released = False
         joined, unobserved = junction_modules(model) if options.junctions else ({}, ())
         chosen: dict[str, nn.Module] = {}
         if options.activations is not False:
             chosen = select_modules(model, options.activations, elsewhere=joined)
-        optimizer = options.optimizer
-        n_parameters = len(self.parameters.sites)
-        if optimizer is not None and len(unstepped_parameters(optimizer, self.parameters)) == n_parameters:
-            raise ArgumentError("optimizer: needed one that steps parameters of the model; it steps none of them")
-        self._meter = GradientMeter(self.parameters.parameters, options.backend)
-        is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        self._is_averaged = is_ddp and self._measured_at == "step"
-        table = _site_table(self.parameters)
         module_types = tuple(type(module).__name__ for module in chosen.values())
         signals = SignalTable(tuple(chosen), tuple(joined), module_types) if chosen or joined else None
         self._updates: UpdateObserver | None = None
         if options.updates:
-            self._updates = UpdateObserver(self.parameters.parameters, table.names, options.backend, options.capacity)
-        self.history = History(
-            options.capacity, self._meter.rows_on, table, self._meter.in_model_order, signals, self._updates
-        )
+            self._updates = UpdateObserver(options.backend, options.capacity, self._fence)
+        self.history = History(options.capacity, signals, self._updates)
+        self._scalers = Scalers(options.grad_scalers)
         self._signal_observer: SignalObserver | None = None
-        if signals is not None:
-            device = next(iter(self._meter.rows_on))
-            self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend)
-        self.coverage = CoverageLog(self.parameters, self._signal_observer, unobserved, optimizer)
-        self._open = OpenStep(0)
-        self._pause_depth = 0
-        self._last_was_measured = False
-        self._is_clipped_in_graph = False
-        self._is_released = False
-        self._hooks = self._install_hooks()
-        around = self._around_optimizer if options.updates else None
-        self.boundaries = StepBoundaries(optimizer, options.grad_scaler, self._hooks, self._close, around)
+        self._observer = GradientObserver(
+            model,
+            options.backend,
+            _weakly(self._on_backward_end),
+            _weakly(self._on_gradient) if self._measured_at == "hook" else None,
+            self._fence,
+        )
+        try:
+            self._restart()
+            if signals is not None:
+                device = next(iter(self._observer.meter.rows_on))
+                self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend)
+            self.coverage = CoverageLog(self._observer, self._signal_observer, unobserved)
+            optimizers = options.optimizers
+            if optimizers and not any(any(stepped_by(each, self._observer.parameters())) for each in optimizers):
+                raise ArgumentError("optimizer: needed one that steps parameters of the model; it steps none of them")
+            self.boundaries = StepBoundaries(
+                optimizers, self._observer, self, self._fence, is_in_backward=self._measured_at == "hook"
+            )
+            self._is_whole = True
+        except BaseException:
+            self._observer.release()
+            if self._signal_observer is not None:
+                self._signal_observer.remove()
+            raise
 
-    def add_loss(self, loss: torch.Tensor | float) -> None:
-        """Adds the loss to the step that was closed last, if that was measured."""
-        if self._last_was_measured:
-            self.history.ring.add_loss(loss)
+    def settle(self, *, is_late: bool = False) -> None:
+        """Closes the open step if a gradient scaler has skipped it, and learns whether it skipped the one before.
+
+        Args:
+            is_late: The next backward pass has already run.
+        """
+        if self._verdict is not None and self._verdict.was_updated():
+            self._amend(SKIPPED, self._verdict.has_fallen())
+            self._verdict = None
+        updated = next((scale for scale in self._open.scales if scale.was_updated()), None)
+        if updated is not None:
+            self._close(None, updated.has_fallen(), is_late=is_late)
+            self.boundaries.note_skipped()
+
+    def close(self, optimizer: torch.optim.Optimizer | None, loss: torch.Tensor | float | None = None) -> bool:
+        """Closes the open step.
+
+        Args:
+            optimizer: The optimizer that steps, None if the user closes the step.
+            loss: The loss, if the user gives one.
+
+        Returns:
+            Whether the step was closed.
+        """
+        is_closed = False
+        with self._fence.around("a step", self.stop):
+            accumulates = self._observer.hooks.accumulates()
+            if optimizer is None:
+                opened = self._open
+                if loss is not None:
+                    opened.losses.append(_kept(loss))
+                is_closed = self._close(None, 0.0)
+                if is_closed:
+                    self._n_pending = self._n_pending + 1 if accumulates else 1
+                    self._pending_losses = [*(self._pending_losses if accumulates else ()), *opened.losses]
+                    is_waiting = bool(opened.scales) and not opened.scales[0].was_updated()
+                    self._verdict = opened.scales[0] if is_waiting else None
+            else:
+                self._verdict = None
+                if accumulates and self._n_pending > 0 and not self.boundaries.has_stepped:
+                    self._take_back()
+                self._n_pending = 0
+                is_closed = self._close(optimizer, getattr(optimizer, "found_inf", None))
+        return is_closed
+
+    def add_loss(self, loss: torch.Tensor | float, to_open: bool) -> None:
+        """Adds a loss to the open step or to the one closed last; the step has the mean of its losses."""
+        if to_open:
+            self._open.losses.append(_kept(loss))
+            self._open.is_requested = True
+        elif self._last_was_measured:
+            self._last_losses.append(_kept(loss))
+            self._amend(LOSS, _mean(self._last_losses))
+
+    def note_stepped(self) -> None:
+        """Notes that the optimizer has made the step that the user has closed."""
+        self._verdict = None
+
+    def adopt(self, scaler: torch.amp.GradScaler) -> None:
+        """Takes a gradient scaler that steps an optimizer of the model."""
+        self._scalers.adopt(scaler)
+        if not self._open.scales:
+            self._open.scales = self._scalers.read()
+
+    def end_closure(self, optimizer: torch.optim.Optimizer) -> None:
+        """Finds out what the closure of an optimizer did to the gradients, before the optimizer writes to them."""
+        if not self._is_due() or self._observer.is_capturing():
+            return
+        if self._must_measure():
+            self._measure(optimizer)
+        if self._open.measured is not None:
+            self._open.change = self._compare(optimizer, self._scale_of(optimizer))
+
+    def around(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
+        """Measures the update that an optimizer makes."""
+        if self._updates is None or self._observer.is_capturing():
+            return
+        with self._fence.around("updates", self._stop_updates):
+            if is_after:
+                self._updates.end()
+                return
+            step = self._open.number if is_open else self._open.number - 1
+            is_measured = self._is_due() if is_open else self._last_was_measured
+            is_due = is_measured and step % self._updates_every == 0
+            self._updates.begin(optimizer, self._observer.parameters(), step if is_due else None)
 
     def pause(self, by: int) -> None:
         """Begins a pause (1) or ends one (-1); pauses may be nested."""
@@ -130,62 +251,153 @@ class StepRecorder:
         Raises:
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
         """
-        rows = self.history.ring.rows()
-        if self._is_capturing():  # each replay would write to the rows of a step that is over
-            rows = {device: torch.empty_like(part) for device, part in rows.items()}
-            self._meter.measure(*self._hooks.gradients(), rows)
-            self._is_clipped_in_graph = True
-        elif self._open.measured is None or self._measured_at == "hook" or self._hooks.modified():
+        opened, hooks = self._open, self._observer.hooks
+        is_capturing = self._observer.is_capturing()
+        if not is_capturing and (self._is_stale() or self._measured_at == "hook" or hooks.n_writes() > 0):
             self._measure()
-        total = self._meter.total_norm(rows)
+        earlier = opened.clip_factor
+        if self._are_gradients_off or self._is_off or self._observer.unmeasured():
+            parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
+            return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
+        meter, rows = self._observer.meter, self.history.ring.rows()
+        gradients, regular = self._observer.hooks.gradients()
+        if is_capturing or earlier is not None:
+            # a replay of the graph would write to the rows of a step that is over; the rows stay those before clipping
+            rows = {device: torch.empty_like(part) for device, part in rows.items()}
+            meter.measure(gradients, regular, rows)
+        total = meter.total_norm(rows)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(f"clip_grad_norm_: needed a finite total norm, got {total.item()}")
-        gradients, regular = self._hooks.gradients()
-        self._meter.scale_(gradients, regular, (max_norm / (total + 1e-6)).clamp(max=1.0))
-        self._open.is_clipped = True
-        self._hooks.reset()  # a later backward shows as fired again
-        return total.to(self._meter.norm_dtype)
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        meter.scale_(gradients, regular, factor)
+        if is_capturing:
+            self._is_clipped_in_graph = True
+        else:
+            opened.clip_factor = factor if earlier is None else factor * earlier
+            self._observer.hooks.mark()
+        return total.to(meter.norm_dtype)
 
     def release(self) -> None:
         """Removes every hook and lets go of the parameters; the history stays readable."""
+        self.settle()
         self._is_released = True
-        self._hooks.remove()
+        self.coverage.release(self.boundaries.optimizers)
+        self._observer.release()
         self.boundaries.remove()
         if self._signal_observer is not None:
             self._signal_observer.remove()
         self.history.archive()
         if self._updates is not None:
-            self._updates.release()
-        self._meter.release()
-        self.coverage.note_unstepped(self.parameters)
-        self.parameters = replace(self.parameters, parameters=())
-        self._hooks = gradient_hooks.PythonGradientHooks((), None)
+            self._updates.restart((), ())
 
-    def _install_hooks(self) -> gradient_hooks.GradientHooks:
-        me = weakref.ref(self)  # this object owns the hooks: a strong reference back would keep both alive forever
+    @property
+    def n_parameters(self) -> int:
+        """Number of observed parameters."""
+        return len(self._observer.sites)
 
-        def on_backward_end() -> None:
-            recorder = me()
-            if recorder is not None:
-                recorder._on_backward_end()
+    def _on_backward_end(self) -> None:
+        if not self._is_whole:
+            return
+        with self._fence.around("gradients", self._stop_gradients):
+            self._end_backward()
 
-        def on_gradient(k: int) -> None:
-            recorder = me()
-            if recorder is not None:
-                recorder._on_gradient(k)
+    def _on_gradient(self, k: int, gradient: torch.Tensor) -> None:
+        if not self._is_whole:
+            return
+        with self._fence.around("gradients", self._stop_gradients):
+            self._measure_ready(k, gradient)
 
-        needs_end = self._measured_at == "backward" or self._is_averaged
-        return gradient_hooks.install(
-            self.parameters.parameters,
-            on_backward_end if needs_end else None,
-            on_gradient if self._measured_at == "hook" else None,
-        )
+    def _end_backward(self) -> None:
+        hooks = self._observer.hooks
+        if error := hooks.take_error():
+            raise RuntimeError(error)
+        self.settle(is_late=True)
+        if self._observer.is_capturing():
+            return
+        if self._open.is_requested and self._open.measured is not None and not hooks.accumulates():
+            # the gradients of the step that the user wanted to close are gone, and no optimizer has used them
+            self._close(None, 0.0, is_late=True)
+        opened = self._open
+        opened.n_backwards += 1
+        opened.scales = self._scalers.read()
+        if opened.n_backwards == _MANY_BACKWARDS:
+            self.coverage.note_never_closed(opened.number, _MANY_BACKWARDS, self.boundaries.why_open())
+        if self._measured_at == "backward" and self._is_due() and opened.n_backwards >= self._n_expected:
+            self._measure()
+            opened.state = "raw"  # whatever wrote to gradients inside the backward pass belongs to it
+        elif self._observer.are_averaged():
+            hooks.mark()
 
-    def _is_capturing(self) -> bool:
-        return any(cuda_graphs.is_capturing(device) for device in self._meter.rows_on)
+    def _measure_ready(self, k: int, gradient: torch.Tensor) -> None:
+        if self._observer.is_capturing() or not self._is_due():
+            return
+        opened = self._open
+        if opened.measured is None:
+            self._look()
+            n_parameters = self.n_parameters
+            opened.measured = Measured(np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64))
+            opened.scales = self._scalers.read()
+            opened.is_averaged = False
+        opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self.history.ring.rows())
+        opened.measured.present[k] = True
+
+    def _is_stale(self) -> bool:
+        """Returns whether the gradients were not measured after the newest backward pass of this step."""
+        return self._open.measured is None or self._open.measured_after < self._open.n_backwards
+
+    def _measure(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        if self._are_gradients_off:
+            return
+        opened, observer = self._open, self._observer
+        has_changed = self._look()
+        measured, n_writes, n_fired = observer.measure(self.history.ring.rows())
+        if measured is not observer.meter.all_present and self._regroup_if_moved():
+            has_changed = True
+            measured, _, n_fired = observer.measure(self.history.ring.rows())
+        opened.measured, opened.measured_after = measured, opened.n_backwards
+        unscaled = self._are_unscaled(optimizer)
+        opened.is_unscaled, opened.is_partly_unscaled = any(unscaled), any(unscaled) and not all(unscaled)
+        # unscaling writes once to each gradient
+        is_changed = n_writes > int(opened.is_unscaled) or (n_fired == 0 and self._is_clipped_in_graph)
+        opened.state = "modified" if is_changed else "raw"
+        opened.is_averaged = observer.are_averaged()
+        opened.clip_factor = opened.change = None
+        if self._is_due() and n_fired < self.n_parameters and not has_changed:
+            unhooked = measured.present & ~np.array(observer.hooks.fired(), dtype=np.bool_)
+            self.coverage.note_unhooked(opened.number, unhooked)
+
+    def _are_unscaled(self, optimizer: torch.optim.Optimizer | None) -> list[bool]:
+        """Tells for each optimizer of the model whether the gradients that it steps have been unscaled."""
+        scale = self._scale_of(optimizer)
+        if scale is None:
+            return []
+        return [scale.is_removed_from(each) for each in self.boundaries.optimizers] or [
+            scale.is_removed_from(optimizer)
+        ]
+
+    def _look(self) -> bool:
+        change = self._observer.look()
+        if change is not None:
+            self._restart()
+            self.boundaries.forget_parameters()
+            self.coverage.note_changed(self._open.number, change)
+        return change is not None
+
+    def _regroup_if_moved(self) -> bool:
+        has_moved = self._observer.regroup_if_moved()
+        if has_moved:
+            self._restart()
+        return has_moved
+
+    def _restart(self) -> None:
+        observer = self._observer
+        self.history.archive()
+        self.history.restart(observer.table, observer.meter.rows_on, observer.meter.in_model_order)
+        if self._updates is not None:
+            self._updates.restart(observer.table.names, observer.meter.layouts)
 
     def _is_due(self) -> bool:
-        return self._pause_depth == 0 and self._open.number % self._every == 0
+        return self._pause_depth == 0 and self._open.number % self._every == 0 and not self._is_off
 
     def _are_signals_due(self) -> bool:
         return self._is_due() and self._open.number % self._activations_every == 0
@@ -193,116 +405,143 @@ class StepRecorder:
     def _set_enabled(self) -> None:
         if self._is_released:
             return
-        self._hooks.set_enabled(self._is_due())
+        self._observer.hooks.set_enabled(self._is_due())
         if self._signal_observer is not None:
             self._signal_observer.set_enabled(self._are_signals_due())
 
-    def _on_backward_end(self) -> None:
-        if self._is_capturing():
-            return
-        if self._is_averaged:  # DDP reduces its buckets after this; in a callback queued now they are averaged
-            Variable._execution_engine.queue_callback(self._hooks.mark_unmodified)
-        else:
-            self._measure()
+    def stop(self) -> None:
+        """Stops measuring, for good; the hooks stay until `release`, and do nothing."""
+        self._is_off = True
+        self._set_enabled()
 
-    def _on_gradient(self, k: int) -> None:
-        gradient = self.parameters.parameters[k].grad
-        if gradient is None or self._is_capturing():
-            return
-        if self._open.measured is None:
-            self._regroup_if_moved()
-            n_parameters = len(self.parameters.sites)
-            self._open.measured = Measured(
-                np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64)
-            )
-            self._describe("pre-clip")
-        self._open.measured.numels[k] = self._meter.measure_one(k, gradient, self.history.ring.rows())
-        self._open.measured.present[k] = True
+    def _stop_gradients(self) -> None:
+        self._are_gradients_off = True
 
-    def _measure(self) -> None:
-        if self._hooks.converted():
-            self._regroup_if_moved()
-        done, modified, n_fired = self._hooks.measure(self._meter.native_rows(self.history.ring.rows()))
-        is_clipped = modified or (n_fired == 0 and self._is_clipped_in_graph)
-        self._describe("post-clip" if is_clipped else "pre-clip")
-        if done:
-            self._open.measured = self._meter.all_present
-        else:
-            self._regroup_if_moved()
-            self._open.measured = self._meter.measure(*self._hooks.gradients(), self.history.ring.rows())
-        if self._is_due() and n_fired < len(self.parameters.sites):
-            unhooked = self._open.measured.present & ~np.array(self._hooks.fired(), dtype=np.bool_)
-            self.coverage.note_unhooked(self._open.number, unhooked)
+    def _stop_updates(self) -> None:
+        self._updates = None
 
-    def _describe(self, clipping: Literal["pre-clip", "post-clip"]) -> None:
-        scale = self.boundaries.inverse_scale()
-        self._open.scale = 1.0 if scale is None else scale
-        self._open.provenance = Provenance("unscaled", "averaged" if self._is_averaged else "local", clipping)
-
-    def _close(self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float) -> bool:
-        if self._is_capturing():
+    def _close(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        skipped: torch.Tensor | float | None,
+        *,
+        is_late: bool = False,
+    ) -> bool:
+        if self._observer.is_capturing():
             self.coverage.note_capture(self._open.number)
             return False
-        inverse = None if self._signal_observer is None else self.boundaries.take_inverse_of_backward()
-        if is_due := self._is_due():
-            # A hook that fired after clip_grad_norm_ means that another backward pass has added to the gradients.
-            is_stale = self._measured_at == "step" and self._open.is_clipped and self._hooks.n_fired() > 0
-            if self._open.measured is None or is_stale:
-                self._measure()
-            self._finish(loss, skipped, 1.0 if inverse is None else inverse)
+        is_due = self._is_due()
+        if is_due:
+            if self._must_measure() and not is_late:
+                self._measure(optimizer)
+            self._finish(optimizer, 0.0 if skipped is None else skipped, is_late)
         if self._signal_observer is not None:
             self._signal_observer.close(None)
-        self._last_was_measured = is_due and self._open.measured is not None
-        self._open = OpenStep(self._open.number + 1)
-        self._hooks.start_step()
+        closed = self._open
+        self._last_was_measured = is_due and closed.measured is not None
+        self._last_losses = closed.losses
+        self._n_expected = max(1, closed.n_backwards)
+        self._open = OpenStep(closed.number + 1)
+        if not is_late:
+            self._observer.start_step()
         self._set_enabled()
         return True
 
-    def _finish(
-        self, loss: torch.Tensor | float | None, skipped: torch.Tensor | float, signal_scale: torch.Tensor | float
-    ) -> None:
-        step, measured = self._open.number, self._open.measured
-        assert measured is not None
-        is_complete = measured is self._meter.all_present
-        if not is_complete and not measured.present.any():
-            self._open.measured = None
-            self.coverage.note_no_gradient(step)
+    def _must_measure(self) -> bool:
+        """Returns whether the gradients have to be measured as the step is closed."""
+        opened = self._open
+        if opened.measured is None or self._measured_at == "hook" or opened.change is not None:
+            return opened.measured is None
+        return self._is_stale() or (self._measured_at == "step" and opened.clip_factor is None)
+
+    def _finish(self, optimizer: torch.optim.Optimizer | None, skipped: torch.Tensor | float, is_late: bool) -> None:
+        opened = self._open
+        if self._are_gradients_off:  # signals and losses are still recorded
+            nothing = np.zeros(self.n_parameters, dtype=np.int64)
+            opened.measured = Measured(nothing.astype(np.bool_), nothing)
+        measured, is_complete = opened.measured, opened.measured is self._observer.meter.all_present
+        if measured is None or not (is_complete or measured.present.any() or self._are_gradients_off):
+            opened.measured = None
+            self.coverage.note_no_gradient(opened.number)
             return
-        events = None
-        if self._signal_observer is not None and self._are_signals_due():
-            events = self._signal_observer.close(self.history.ring.signal_rows())
-            self.coverage.note_silent_modules(step)
-        slot = Slot(step, self._open.provenance, measured, events)
-        self.history.ring.commit(slot, loss, self._open.scale, skipped, signal_scale)
+        scale = self._scale_of(optimizer)
+        slot = Slot(opened.number, self._provenance(optimizer, scale), measured)
+        change = opened.change or (Change() if is_late else self._compare(optimizer, scale))
+        slot.tolerance, slot.is_unscaled = change.tolerance, change.is_unscaled
+        if self._signal_observer is not None and self._are_signals_due() and not is_late:
+            slot.events = self._signal_observer.close(self.history.ring.signal_rows())
+            self.coverage.note_silent_modules(opened.number)
+        inverse: torch.Tensor | float = 1.0 if scale is None else scale.inverse
+        self.history.ring.commit(
+            slot,
+            _mean(opened.losses) if opened.losses else None,
+            1.0 if opened.is_unscaled else inverse,
+            skipped,
+            inverse,
+            change.ratios,
+        )
         self.history.look_for_nonfinite()
-        self.coverage.note(step, measured, is_complete)
+        self.coverage.note(opened.number, measured, is_complete)
 
-    def _regroup_if_moved(self) -> None:
-        if self._meter.moved():
-            self.history.archive()
-            self._meter.regroup()
-            self.history.restart(self._meter.rows_on)
-            if self._updates is not None:
-                self._updates.restart()
+    def _compare(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Change:
+        """Finds out what was done to the gradients after they were measured."""
+        opened, hooks = self._open, self._observer.hooks
+        n_writes = hooks.n_writes() if self._measured_at != "hook" and not self._are_gradients_off else 0
+        is_unscaled = scale is not None and not opened.is_unscaled and scale.is_removed_from(optimizer)
+        if n_writes <= int(is_unscaled):
+            if opened.clip_factor is None:
+                return Change()
+            return Change((opened.clip_factor, opened.clip_factor), tolerance=0.0)
+        gradients = self._observer.gradients_stepped_by(optimizer)
+        comparison = self._observer.meter.compare(gradients, self.history.ring.rows())
+        if comparison is None:
+            return Change()
+        return Change((comparison.smallest, comparison.largest), comparison.tolerance, is_unscaled)
 
-    def _around_optimizer(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
-        assert self._updates is not None
-        if self._is_capturing():
-            return
-        if is_after:
-            self._updates.end()
-            return
-        step = self._open.number if is_open else self._open.number - 1
-        is_measured = self._is_due() if is_open else self._last_was_measured
-        is_due = is_measured and step % self._updates_every == 0
-        self._updates.begin(optimizer, step if is_due else None)
+    def _scale_of(self, optimizer: torch.optim.Optimizer | None) -> LossScale | None:
+        scales = self._open.scales
+        if optimizer is not None and len(scales) > 1:
+            return next((scale for scale in scales if scale.belongs_to(optimizer)), scales[0])
+        return scales[0] if scales else None
+
+    def _provenance(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Provenance:
+        opened = self._open
+        if scale is None and optimizer is None and self._has_unknown_scaler is None:
+            self._has_unknown_scaler = any_in_use()
+            if self._has_unknown_scaler:
+                self.coverage.note_unknown_scaler(opened.number)
+        is_unknown = opened.is_partly_unscaled or (scale is None and optimizer is None and self._has_unknown_scaler)
+        return Provenance(
+            "unknown" if is_unknown else "unscaled", "averaged" if opened.is_averaged else "local", opened.state
+        )
+
+    def _take_back(self) -> None:
+        """Makes the steps that the user has closed last part of the open one: their gradients accumulated."""
+        self._open.number -= self._n_pending
+        self.history.ring.supersede(self._open.number)
+        self._open.losses = [*self._pending_losses, *self._open.losses]
+
+    def _amend(self, column: int, value: torch.Tensor | float) -> None:
+        if self.history.ring.positions():
+            self.history.ring.amend(column, value)
 
 
-def _site_table(parameters: ObservedParameters) -> SiteTable:
-    sites = parameters.sites
-    return SiteTable(
-        names=tuple(site.name for site in sites),
-        kinds=("parameter",) * len(sites),
-        ndims=tuple(len(site.shape) for site in sites),
-        index={name: k for k, site in enumerate(sites) for name in site.names},
-    )
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
+    """Returns a function that calls a method as long as its object lives: hooks must not keep their owner alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*arguments: object) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    return call
+
+
+def _kept(loss: torch.Tensor | float) -> torch.Tensor | float:
+    """Returns a loss without its graph, as it is now."""
+    return loss.detach().reshape(()).to(torch.float64, copy=True) if isinstance(loss, torch.Tensor) else float(loss)
+
+
+def _mean(losses: list[torch.Tensor | float]) -> torch.Tensor | float:
+    return sum(losses[1:], start=losses[0]) / len(losses)

@@ -6,6 +6,7 @@ A site is one place where statistics are taken: a parameter, the output of a mod
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -29,11 +30,24 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Provenance(NamedTuple):
-    """What the gradients of a snapshot are: scaled or not, of one process or averaged, before or after clipping."""
+    """What the gradients of a snapshot are.
 
-    scale: Literal["scaled", "unscaled"]
-    reduction: Literal["local", "averaged"]
-    clipping: Literal["pre-clip", "post-clip"]
+    Attributes:
+        scale: "unscaled", "scaled" by a gradient scaler, or "unknown": a scaler is in use that the probe was not given.
+        reduction: "local" to one process, "averaged" over the processes, of the whole ("global") or of a "shard".
+        state: What the optimizer got: these very gradients ("raw"), these times `Snapshot.clip_factor` ("clipped"), or
+            gradients that were changed in another way after they were measured ("modified").
+    """
+
+    scale: Literal["unscaled", "scaled", "unknown"]
+    reduction: Literal["local", "averaged", "global", "shard"]
+    state: Literal["raw", "modified", "clipped"]
+
+    @property
+    def clipping(self) -> Literal["pre-clip", "post-clip"]:
+        """Deprecated: "pre-clip", unless the gradients were measured after they had been changed."""
+        warnings.warn("Provenance.clipping is deprecated; use state", DeprecationWarning, stacklevel=2)
+        return "post-clip" if self.state == "modified" else "pre-clip"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -85,7 +85,7 @@ class Snapshot:
     Attributes:
         step: Number of the step, counted from 0 at attach.
         loss: The loss given to `Probe.step(loss=...)`, or None.
-        provenance: Unscaled, local or averaged, before or after clipping.
+        provenance: Scale, reduction and state of the gradients.
         skipped: The gradient scaler skipped the optimizer's step because a gradient was not finite.
         table: The parameters.
         rows: Raw statistics in the order of `gradprobe.STATS`. [K, 6]
@@ -93,6 +93,8 @@ class Snapshot:
         scale: Factor that undoes loss scaling on the gradients.
         signals: Statistics of activations and residual adds, None if they were not observed in this step.
         parameter_updates: Statistics of the optimizer's updates, None if they were not observed in this step.
+        clip_factor: Factor by which the gradients were clipped after they were measured; 1.0 if they were not, None if
+            they were changed in another way.
     """
 
     step: int
@@ -105,6 +107,7 @@ class Snapshot:
     scale: float = 1.0
     signals: Signals | None = None
     parameter_updates: Updates | None = None
+    clip_factor: float | None = 1.0
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
@@ -118,7 +121,7 @@ class Snapshot:
 
     @cached_property
     def total_norm(self) -> float:
-        """Euclidean norm of all gradients together; tied parameters count once."""
+        """Euclidean norm of all gradients together, before clipping; tied parameters count once."""
         norms = self.columns["norm"][self.measured.present]  # [K']
         largest = float(norms.max(initial=0.0))
         if largest == 0.0 or not math.isfinite(largest):

@@ -1,0 +1,210 @@
+"""Follows the parameters of a model: which there are, which gradients are ready, and what they are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from gradprobe.observers import cuda_graphs, gradient_hooks
+from gradprobe.observers.fence import Fence
+from gradprobe.observers.gradients import GradientMeter
+from gradprobe.observers.parameters import Layout, ModelParameters, find_parameters, same_parameters, stepped_by
+from gradprobe.observers.registrations import RegistrationWatch
+from gradprobe.observers.replicas import Replicas
+from gradprobe.snapshot.records import Measured
+from gradprobe.snapshot.snapshot import SiteTable
+
+_LOOK_EVERY = 64  # measured steps; some changes, such as a direct write to `_parameters`, give no sign
+
+
+class GradientObserver:
+    """Owns the hooks on the parameters of a model and measures their gradients. Keeps no parameter alive.
+
+    Attributes:
+        hooks: The hooks.
+        meter: Computes the statistics.
+        sites: The K parameters.
+        frozen: Names of the parameters that do not require a gradient.
+        table: The same for snapshots.
+
+    Args:
+        model: The model.
+        backend: Name of the back end, or "auto".
+        on_backward_end: Called at the end of each backward pass.
+        on_gradient: Called with k and gradient k as soon as it is ready, or None.
+        fence: Takes the errors of single gradients.
+
+    Raises:
+        ArgumentError: The model has no parameter that can be observed.
+        BackendError: The back end cannot run on the model's device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: str,
+        on_backward_end: Callable[[], None],
+        on_gradient: Callable[[int, torch.Tensor], None] | None,
+        fence: Fence,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._backend = backend
+        self._callbacks = on_backward_end, on_gradient
+        self._fence = fence
+        self._n_measured = 0
+        self._fired_before = False  # a hook that has been replaced in this step
+        found = find_parameters(model)
+        self._take(found)
+        self._watch = RegistrationWatch()
+        self._replicas = Replicas(model, self._watch)
+        # the very last: a backward pass may be running in another thread
+        self.hooks = gradient_hooks.install(found, *self._callbacks)
+
+    def parameters(self) -> list[torch.Tensor | None]:
+        """Returns the K parameters, None for one that is gone."""
+        return self.hooks.parameters()
+
+    def start_step(self) -> None:
+        """Begins a step."""
+        self._fired_before = False
+        self.hooks.start_step()
+
+    def has_fired(self) -> bool:
+        """Returns whether a gradient became ready in this step."""
+        return self._fired_before or self.hooks.has_fired()
+
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Returns all parameters of the model, also those that are not observed."""
+        model = self._model()
+        return [] if model is None else list(model.parameters())
+
+    def unmeasured(self) -> tuple[str, ...]:
+        """Lists the parameters whose gradients cannot be measured."""
+        return (*self._without_kernel, *(self.sites[k].name for k in sorted(self.meter.unmeasured)))
+
+    def is_capturing(self) -> bool:
+        """Returns whether a CUDA graph is being captured on a device of the parameters."""
+        return any(cuda_graphs.is_capturing(device) for device in self.meter.rows_on)
+
+    def are_averaged(self) -> bool:
+        """Returns whether the backward pass that has just ended has averaged the gradients over processes."""
+        return self._replicas.average(self.parameters())
+
+    def look(self) -> str | None:
+        """Looks, if there is a reason to, whether the model has other parameters than before, and follows them.
+
+        Returns:
+            What has changed, None if nothing has. `sites`, `table` and `meter` are then new.
+        """
+        self._n_measured += 1
+        is_due = self._n_measured % _LOOK_EVERY == 0
+        if not (self._watch.take() or self.hooks.is_outdated() or is_due):
+            return None
+        model = self._model()
+        if model is None:
+            return None
+        found = find_parameters(model, self._known())
+        self._replicas.forget()
+        has_same_names = found.sites == self.sites or [site.names for site in found.sites] == [
+            site.names for site in self.sites
+        ]
+        if has_same_names and same_parameters(self.hooks.parameters(), found.parameters):
+            if found.frozen_names != self.frozen or self.hooks.is_outdated():
+                self._rehook(found)
+            return None
+        change = _describe(self, found)
+        self._take(found)
+        self._rehook(found)
+        return change
+
+    def regroup_if_moved(self) -> bool:
+        """Groups the parameters anew if one has changed its device, dtype or shape; returns whether one has."""
+        model = self._model()
+        current = [
+            known if parameter is None else Layout.of(parameter)
+            for parameter, known in zip(self.hooks.parameters(), self.meter.layouts, strict=True)
+        ]
+        if model is None or tuple(current) == self.meter.layouts:
+            return False
+        found = find_parameters(model, self._known())
+        self._take(found)
+        self._rehook(found)
+        return True
+
+    def measure(self, rows: dict[torch.device, torch.Tensor]) -> tuple[Measured, int, int]:
+        """Computes the statistics of the gradients as they are now.
+
+        Args:
+            rows: For each device, float64 rows to write. [rows_on[device], 6]
+
+        Returns:
+            Which parameters had a gradient; how often one was written to after the backward pass, at most; and how many
+            gradients became ready in this step.
+        """
+        done, n_writes, n_fired = self.hooks.measure(self.meter.native_rows(rows))
+        measured = self.meter.all_present if done else self.meter.measure(*self.hooks.gradients(), rows)
+        return measured, n_writes, n_fired
+
+    def gradients_stepped_by(self, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor | None]:
+        """Returns the K gradients; None for those of parameters that the optimizer, if any, does not step."""
+        gradients, _ = self.hooks.gradients()
+        if optimizer is None:
+            return gradients
+        is_stepped = stepped_by(optimizer, self.parameters())
+        return [gradient if stepped else None for gradient, stepped in zip(gradients, is_stepped, strict=True)]
+
+    def newly_trainable(self) -> tuple[str, ...]:
+        """Lists the parameters that require a gradient now and are not observed."""
+        model = self._model()
+        if model is None:
+            return ()
+        known = self._known()
+        return tuple(
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad and id(parameter) not in known and name not in self._without_kernel
+        )
+
+    def release(self) -> None:
+        """Removes every hook, for good."""
+        self.hooks.remove()
+        self._watch.remove()
+
+    def _take(self, found: ModelParameters) -> None:
+        self.meter = GradientMeter(
+            [Layout.of(parameter) for parameter in found.parameters],
+            [site.name for site in found.sites],
+            self._backend,
+            self._fence,
+        )
+        self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
+        self.table = SiteTable(
+            names=tuple(site.name for site in self.sites),
+            kinds=("parameter",) * len(self.sites),
+            ndims=tuple(len(site.shape) for site in self.sites),
+            index={name: k for k, site in enumerate(self.sites) for name in site.names},
+        )
+
+    def _known(self) -> set[int]:
+        return {id(parameter) for parameter in self.hooks.parameters() if parameter is not None}
+
+    def _rehook(self, found: ModelParameters) -> None:
+        self._fired_before = self.has_fired()
+        self.hooks.remove()
+        self.hooks = gradient_hooks.install(found, *self._callbacks)
+
+
+def _describe(before: GradientObserver, now: ModelParameters) -> str:
+    known = {site.name: parameter for site, parameter in zip(before.sites, before.hooks.parameters(), strict=True)}
+    found = {site.name: parameter for site, parameter in zip(now.sites, now.parameters, strict=True)}
+    kinds = {
+        "replaced": [name for name in found if name in known and found[name] is not known[name]],
+        "new": [name for name in found if name not in known],
+        "no longer there or frozen": [name for name in known if name not in found],
+    }
+    return "; ".join(
+        f"{kind}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" for kind, names in kinds.items() if names
+    )

@@ -1,0 +1,64 @@
+"""Notices that a model may have changed: that a module or a parameter was registered somewhere in the process."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(slots=True)
+class _Seen:
+    anything: bool = False
+    replicas: weakref.WeakSet[DistributedDataParallel] = field(default_factory=weakref.WeakSet)
+
+
+class RegistrationWatch:
+    """Watches every registration of a module or parameter. Costs nothing while there is none, as in a training loop.
+
+    Attributes:
+        replicas: The instances of DistributedDataParallel that were built since.
+
+    Example:
+        >>> watch = RegistrationWatch()
+        >>> model = nn.Linear(1, 1)
+        >>> watch.take(), watch.take()
+        (True, False)
+        >>> watch.remove()
+    """
+
+    def __init__(self) -> None:
+        seen = self._seen = _Seen()
+        self.replicas = seen.replicas
+
+        def on_registration(owner: nn.Module, _: str, registered: object) -> None:
+            seen.anything = True
+            if isinstance(owner, DistributedDataParallel):
+                seen.replicas.add(owner)
+
+        handles = [
+            register_module_parameter_registration_hook(on_registration),
+            register_module_module_registration_hook(on_registration),
+        ]
+        self._remove = weakref.finalize(self, _remove_all, handles)  # the hooks go with the watch
+
+    def take(self) -> bool:
+        """Returns whether anything was registered since the last call."""
+        anything, self._seen.anything = self._seen.anything, False
+        return anything
+
+    def remove(self) -> None:
+        """Removes the hooks, for good."""
+        self._remove()
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
