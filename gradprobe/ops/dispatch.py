@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradprobe.errors import ArgumentError, BackendError
-from gradprobe.ops import libraries, reference
+from gradprobe.errors import ArgumentError, BackendError, warn_user
+from gradprobe.ops import libraries, reference, schemas
+from gradprobe.ops.rows import STATS
 from gradprobe.ops.schemas import GRAD_STATS_INTO, SCALE
 from gradprobe.ops.triton import launcher as triton_launcher
 
@@ -84,12 +87,24 @@ def backends() -> dict[str, str]:
     return {"native": native, "triton": _triton_state("cuda"), "reference": "ready"}
 
 
+# Results of the trials: "ready", or why the back end of that name cannot run on that device.
+_tried: dict[tuple[str, torch.device], str] = {}
+_warned: set[torch.device] = set()  # where another back end than the first that says it is ready had to be taken
+
+# More tensors than the small table of csrc/cuda/table.cuh holds, so that the launch needs the longest list of kernel
+# parameters. Python loops over tensors in the other back ends.
+_N_TENSORS = {"native": 130, "triton": 2, "reference": 2}
+
+
 def resolve(backend: str, device: torch.device) -> Backend:
     """Chooses the back end for tensors on a device.
 
+    The first choice of a back end for a device runs it there once on small tensors: kernels may be loaded and still
+    fail, e.g. because they were not built for this GPU.
+
     Args:
-        backend: "auto" for the first that is ready (native, then Triton, then reference), or a name. A named back end
-            is never replaced by another.
+        backend: "auto" for the first that is ready and passes its trial (native, then Triton, then reference), or a
+            name. A named back end is never replaced by another.
         device: The device of the tensors.
 
     Returns:
@@ -97,7 +112,8 @@ def resolve(backend: str, device: torch.device) -> Backend:
 
     Raises:
         ArgumentError: There is no back end of that name.
-        BackendError: The named back end cannot run on that device; the message says why.
+        BackendError: The named back end, or with "auto" every back end, cannot run on that device; the message says
+            why.
 
     Example:
         >>> resolve("reference", torch.device("cpu")).name
@@ -106,12 +122,108 @@ def resolve(backend: str, device: torch.device) -> Backend:
     if backend != "auto" and backend not in _CHOICES:
         names = ", ".join(("auto", *_CHOICES))
         raise ArgumentError(f"backend: needed one of {names}, got {backend!r}")
-    for name, (choice, state_of) in _CHOICES.items():
+    if device.type == "cuda" and _state("native", device) != "ready":
+        _state("triton", device)  # whatever is asked for: residual adds run the kernels that the dispatcher has
+    reasons: list[str] = []
+    has_failed = False
+    for name, (choice, _) in _CHOICES.items():
         if backend not in ("auto", name):
             continue
-        state = state_of(device.type)
+        state = _state(name, device)
         if state == "ready":
+            if has_failed and device not in _warned:
+                _warned.add(device)
+                warn_user(f"{'; '.join(reasons)}; using the back end {name!r}")
             return choice
-        if backend == name:
-            raise BackendError(f"backend {name!r} cannot run on {device.type}: {state}")
-    raise BackendError(f"no back end can run on {device.type}")
+        is_tried = (name, device) in _tried
+        has_failed = has_failed or is_tried
+        reasons.append(f"backend {name!r} cannot run on {device if is_tried else device.type}: {state}")
+    raise BackendError("; ".join(reasons))
+
+
+def _state(name: str, device: torch.device) -> str:
+    """Returns "ready" or why a back end cannot run on a device; tries it there if it says that it is ready."""
+    state = _tried.get((name, device))
+    if state is not None:
+        return state
+    choice, state_of = _CHOICES[name]
+    state = state_of(device.type)
+    if state != "ready" or torch.compiler.is_compiling():
+        return state
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return state  # a trial would become part of the graph
+    found = _try(choice, device)
+    if found is None:
+        return state
+    _tried[name, device] = found
+    if found != "ready" and device.type == "cuda":
+        if name == "native":
+            libraries.parts()["cuda"] = f"cannot run on {device}: {found}"
+        if libraries.parts()["cuda"] != "ready":  # the dispatcher has the kernels that have just failed
+            schemas.register_for_cuda("triton" if _state("triton", device) == "ready" else "reference")
+    return found
+
+
+def _try(backend: Backend, device: torch.device) -> str | None:
+    """Runs a back end once on a device.
+
+    Returns:
+        "ready" if its numbers are right, otherwise what went wrong; None if that cannot be told: there is no such
+        device here, or it has no memory left.
+    """
+    found: list[str | None] = []
+
+    def trial() -> None:
+        try:
+            # [K, 4], whole numbers whose sums are exact
+            values = torch.arange(4 * _N_TENSORS[backend.name], dtype=torch.float32, device=device).view(-1, 4) - 5
+        except Exception:  # noqa: BLE001
+            found.append(None)
+            return
+        try:
+            found.append(_run(backend, values))
+        except (MemoryError, torch.OutOfMemoryError):
+            found.append(None)
+        except Exception as error:  # noqa: BLE001
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            found.append(lines[0].strip() if lines else type(error).__name__)
+
+    # None of the caller's contexts reaches another thread: inference mode, autocast, a default device, modes that see
+    # every call, transforms.
+    thread = threading.Thread(target=trial, name="gradprobe-trial", daemon=True)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def _run(backend: Backend, values: Tensor) -> str:
+    """Measures tensors, scales them by 1/2 and measures them again; returns "ready" if all rows are right."""
+    device = values.device
+    n_tensors = len(values)
+    tensors = [*values.unbind(), values[0, :0]]  # rows of empty tensors come from a kernel of their own
+    out = torch.full((2, n_tensors + 1, len(STATS)), torch.nan, dtype=torch.float64, device=device)
+    backend.grad_stats_into(tensors, out[0])
+    backend.scale_(tensors, torch.full((), 0.5, dtype=torch.float32, device=device))
+    backend.grad_stats_into(tensors, out[1])
+    x = np.arange(4 * n_tensors, dtype=np.float64).reshape(-1, 4) - 5
+    needed = np.zeros(out.shape)
+    for rows, scaled in zip(needed, (x, x / 2), strict=True):
+        magnitude = np.abs(scaled)
+        columns = (scaled.sum(1), magnitude.sum(1), (scaled**2).sum(1), magnitude.max(1), (x == 0).sum(1), 0 * x[:, 0])
+        rows[:-1] = np.stack(columns, axis=1)
+    got = _on_host(out).numpy()
+    wrong = np.argwhere(got != needed)
+    if not len(wrong):
+        return "ready"
+    at = tuple(wrong[0])
+    return f"it computes wrong numbers: needed a {STATS[at[2]]} of {needed[at]:g}, got {got[at]:g}"
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Copies a tensor to the host and waits for it, also where torch.cuda.set_sync_debug_mode forbids to."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).record_event().synchronize()
+    return host

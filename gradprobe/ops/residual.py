@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops import libraries
+from gradprobe.ops.dispatch import resolve
 from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap
 from gradprobe.ops.residual_reference import check_pair, name_of, sum_of
 from gradprobe.ops.schemas import RESIDUAL_ADD
@@ -66,6 +67,8 @@ def residual_add(x: Tensor, f: Tensor, relu: bool = False) -> Tensor:
         joined: Tensor | None = None if hooks is None else hooks.residual_add(x, f, relu)
         if joined is not None:  # None: the call must go through an operator
             return joined
+        if isinstance(x, Tensor) and x.is_cuda:
+            resolve("auto", x.device)  # if the compiled kernels cannot run on this GPU, the dispatcher gets others
     _check_arguments(x, f)
     if x.dtype != f.dtype:
         dtype = torch.promote_types(x.dtype, f.dtype)

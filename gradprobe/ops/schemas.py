@@ -64,6 +64,19 @@ def _fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
     return empty_rows(2, branch)
 
 
+# Each operator with its fake and its reference.
+_REFERENCE: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+    ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
+    ("scale_", _fake_scale, reference.scale_),
+    ("count_if", _ignore_flag, _ignore_flag),
+    ("residual_add", residual_reference.add, residual_reference.add),
+    ("residual_add_backward", residual_reference.backward, residual_reference.backward),
+    ("residual_add_stats", _fake_add_stats, residual_reference.add_stats),
+    ("residual_add_backward_stats", _fake_backward_stats, residual_reference.backward_stats),
+    ("residual_branch_stats", _fake_branch_stats, residual_reference.branch_stats),
+)
+
+
 def define_operators(library: torch.library.Library) -> None:
     """Defines every operator in a library, with all its registrations except those of C++, CUDA and Triton kernels.
 
@@ -78,17 +91,7 @@ def define_operators(library: torch.library.Library) -> None:
     """
     for schema in SCHEMAS:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    plain = residual_reference
-    for name, fake, kernel in (
-        ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
-        ("scale_", _fake_scale, reference.scale_),
-        ("count_if", _ignore_flag, _ignore_flag),
-        ("residual_add", plain.add, plain.add),
-        ("residual_add_backward", plain.backward, plain.backward),
-        ("residual_add_stats", _fake_add_stats, plain.add_stats),
-        ("residual_add_backward_stats", _fake_backward_stats, plain.backward_stats),
-        ("residual_branch_stats", _fake_branch_stats, plain.branch_stats),
-    ):
+    for name, fake, kernel in _REFERENCE:
         torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
         library.impl(name, kernel, "CompositeExplicitAutograd")
     _define_derivatives(library)
@@ -132,13 +135,26 @@ def _refuse_transform(*_: object) -> NoReturn:
     )
 
 
+def register_for_cuda(backend: str) -> None:
+    """Registers kernels for CUDA tensors, in the place of compiled ones that cannot run here.
+
+    Args:
+        backend: "triton" or "reference".
+    """
+    with warnings.catch_warnings():  # torch warns of each kernel that is replaced
+        warnings.simplefilter("ignore")
+        if backend == "triton":
+            triton_launcher.register(_library, "CUDA")
+            return
+        for name, _, kernel in _REFERENCE:
+            _library.impl(name, kernel, "CUDA", allow_override=True)
+
+
 _library = torch.library.Library("gradprobe", "DEF")
 define_operators(_library)
 # Compiled kernels take the place of the reference; on a GPU that they cannot serve, the Triton kernels do.
 if libraries.parts()["cuda"] != "ready" and triton_launcher.is_installed():
-    with warnings.catch_warnings():  # torch warns if this overrides compiled kernels, e.g. too new for the driver
-        warnings.simplefilter("ignore")
-        triton_launcher.register(_library, "CUDA")
+    register_for_cuda("triton")
 
 _operators = torch.ops.gradprobe
 GRAD_STATS_INTO = _operators.grad_stats_into.default
