@@ -8,19 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from torch._C._functorch import is_legacy_batchedtensor, peek_interpreter_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-_LAYOUTS = (
-    torch.strided,
-    torch.sparse_coo,
-    torch.sparse_csr,
-    torch.sparse_csc,
-    torch.sparse_bsr,
-    torch.sparse_bsc,
-)
+from gradprobe.ops.statistics import PLAIN, refusal
+
 _DEEPEST = 16  # nested containers; one may contain itself
 
 
@@ -61,16 +54,8 @@ def in_transform() -> bool:
 
 
 def is_measurable(tensor: torch.Tensor) -> bool:
-    """Returns whether the kernels accept a tensor: floating-point or complex, on a real device, not a subclass."""
-    return (
-        (tensor.is_floating_point() or tensor.is_complex())
-        and tensor.itemsize > 1
-        and type(tensor) in (torch.Tensor, nn.Parameter)
-        and tensor.layout in _LAYOUTS
-        and not tensor.is_nested
-        and not is_legacy_batchedtensor(tensor)  # from torch.autograd.grad(is_grads_batched=True)
-        and tensor.device.type != "meta"
-    )
+    """Returns whether the operators accept a tensor, and would not run code of its class inside a hook."""
+    return type(tensor) in PLAIN and refusal(tensor) is None
 
 
 def tensors_in(output: Any, depth: int = 0) -> Iterator[torch.Tensor]:

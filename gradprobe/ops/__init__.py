@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from gradprobe.ops.reference import FLOAT_DTYPES
     from gradprobe.ops.row_math import merge_rows, norms, true_rows
     from gradprobe.ops.rows import STATS
-    from gradprobe.ops.statistics import counting_if, dense_values, grad_stats, grad_stats_into, scale_
+    from gradprobe.ops.statistics import counting_if, dense_values, grad_stats, grad_stats_into, refusal, scale_
 
 _HOMES = {
     "reference": ("FLOAT_DTYPES",),
     "dispatch": ("Backend", "backends", "resolve"),
     "row_math": ("merge_rows", "norms", "true_rows"),
     "rows": ("STATS",),
-    "statistics": ("counting_if", "dense_values", "grad_stats", "grad_stats_into", "scale_"),
+    "statistics": ("counting_if", "dense_values", "grad_stats", "grad_stats_into", "refusal", "scale_"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -35,6 +35,7 @@ __all__ = [
     "grad_stats_into",
     "merge_rows",
     "norms",
+    "refusal",
     "resolve",
     "scale_",
     "true_rows",

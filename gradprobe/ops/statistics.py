@@ -6,7 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.dispatch import Backend, resolve
@@ -15,35 +21,103 @@ from gradprobe.ops.row_math import empty_rows, rows_by, true_rows
 from gradprobe.ops.rows import STATS
 from gradprobe.ops.schemas import COUNT_IF, GRAD_STATS_INTO
 
+PLAIN = frozenset((Tensor, nn.Parameter))  # classes whose tensors run no code of their own
+
+_STRIDED = torch.strided
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _DTYPES = (*FLOAT_DTYPES, torch.complex32, torch.complex64, torch.complex128)
+_DTYPE_SET = frozenset(_DTYPES)
+
+
+def refusal(tensor: Tensor) -> str | None:
+    """Says why a tensor cannot be measured or scaled.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        What was needed and what was given, or None if it can.
+
+    Example:
+        >>> refusal(torch.zeros(2, dtype=torch.bool))
+        'needed a dtype of float16, bfloat16, float32, float64, complex32, complex64, complex128, got bool'
+        >>> refusal(torch.zeros(2)) is None
+        True
+    """
+    if type(tensor) not in PLAIN and not torch.compiler.is_compiling():
+        if torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python):
+            return (
+                f"needed a tensor with data of its own, got a {type(tensor).__name__}, which computes operators "
+                "itself; pass the tensors that it holds"
+            )
+        tensor = _without_class(tensor)
+    if tensor.dtype not in _DTYPE_SET:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        return f"needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.layout is not _STRIDED and tensor.layout not in (torch.sparse_coo, *_COMPRESSED):
+        return f"needed a strided or sparse layout, got {tensor.layout}"
+    if tensor.is_nested:
+        return "needed one tensor, got a nested one; pass its parts"
+    if tensor.is_meta:
+        return "needed device cpu, cuda or another that holds data, got meta"
+    if _is_hidden(tensor):
+        return "needed a tensor outside torch.func.vmap and functionalize, which hide its data, got one inside"
+    return None
+
+
+def _without_class(tensor: Tensor) -> Tensor:
+    """Returns the same memory as a plain tensor, without calling `__torch_function__` of its class."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach()
+
+
+def _is_hidden(tensor: Tensor) -> bool:
+    """Returns whether a transform stands between the operators and the tensor's data."""
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor) or torch._is_functional_tensor(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return is_legacy_batchedtensor(tensor)  # of torch.autograd.grad(is_grads_batched=True)
 
 
 def _strided(tensors: Iterable[Tensor], *, writable: bool) -> list[Tensor]:
     """Checks tensors and replaces sparse ones by their values; the caller handles complex ones."""
     if isinstance(tensors, Tensor):
         raise ArgumentError("tensors: needed a sequence of tensors, got one Tensor; put it into a list")
+    if torch._C._len_torch_dispatch_stack() > 0 and not torch.compiler.is_compiling():
+        made = type(torch.empty(0, device="cpu"))
+        if made is not Tensor:
+            raise ArgumentError(
+                f"tensors: needed a mode in which operators compute numbers, got one of {made.__name__}"
+            )
     checked: list[Tensor] = []
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"tensors[{k}]: needed a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise ArgumentError(
-                f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
-            )
+        reason = refusal(tensor)
+        if reason is not None:
+            raise ArgumentError(f"tensors[{k}]: {reason}")
+        if type(tensor) not in PLAIN:
+            tensor = _without_class(tensor)
         if checked and tensor.device != checked[0].device:
             raise ArgumentError(
                 f"tensors[{k}]: needed device {checked[0].device}, that of tensors[0], got {tensor.device}"
             )
-        if tensor.layout == torch.sparse_coo:
-            # Scaling each duplicate of an index scales their sum; statistics need the sum itself.
-            tensor = tensor._values() if writable else tensor.detach().coalesce().values()
-        elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-            tensor = tensor.values()
-        elif tensor.layout != torch.strided:
-            raise ArgumentError(f"tensors[{k}]: needed a strided or sparse layout, got {tensor.layout}")
+        if tensor.layout is not _STRIDED:
+            if tensor.layout in _COMPRESSED:
+                tensor = tensor.values()
+            else:  # scaling each duplicate of an index scales their sum; statistics need the sum itself
+                tensor = tensor._values() if writable else _summed_values(tensor)
         checked.append(tensor)
     return checked
+
+
+def _summed_values(tensor: Tensor) -> Tensor:
+    """Returns the values of a sparse COO tensor, duplicates summed."""
+    with torch._C._AutoDispatchBelowAutograd():  # autograd's coalesce fails on tensors made in inference mode
+        if tensor.dtype == torch.complex32:  # torch cannot sum it
+            tensor = tensor.to(torch.complex64)
+        return tensor.coalesce().values()
 
 
 def _absolute(tensor: Tensor) -> Tensor:
@@ -101,8 +175,8 @@ def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     strided = _strided(tensors, writable=False)
     if not strided:
         return torch.zeros(0, len(STATS), dtype=torch.float64)
+    rows = empty_rows(len(strided), strided[0])
     real = [_absolute(t.detach()) if t.is_complex() else t for t in strided]
-    rows = empty_rows(len(real), real[0])
     resolve(backend, rows.device).grad_stats_into(real, rows)
     return true_rows(rows)
 
