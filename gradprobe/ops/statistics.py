@@ -60,7 +60,7 @@ def refusal(tensor: Tensor) -> str | None:
         return "needed one tensor, got a nested one; pass its parts"
     if tensor.is_meta:
         return "needed device cpu, cuda or another that holds data, got meta"
-    if _is_hidden(tensor):
+    if not torch.compiler.is_compiling() and _is_hidden(tensor):
         return "needed a tensor outside torch.func.vmap and functionalize, which hide its data, got one inside"
     return None
 
@@ -85,11 +85,9 @@ def _strided(tensors: Iterable[Tensor], *, writable: bool) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise ArgumentError("tensors: needed a sequence of tensors, got one Tensor; put it into a list")
     if torch._C._len_torch_dispatch_stack() > 0 and not torch.compiler.is_compiling():
-        made = type(torch.empty(0, device="cpu"))
-        if made is not Tensor:
-            raise ArgumentError(
-                f"tensors: needed a mode in which operators compute numbers, got one of {made.__name__}"
-            )
+        kind = type(torch.empty(0, device="cpu"))
+        if kind is not Tensor:
+            raise ArgumentError(f"tensors: needed a mode in which operators compute, got one of {kind.__name__}s")
     checked: list[Tensor] = []
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):

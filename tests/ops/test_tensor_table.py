@@ -5,17 +5,17 @@ For each cell `grad_stats` returns the right numbers or raises a clear error of 
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from helpers.modes import MODES, default_dtype
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 import gradprobe
@@ -178,53 +178,6 @@ CLASSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 REFUSED_CLASSES = ("wrapper", "refusing wrapper", "fake")
 
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-class SeesFunctions(TorchFunctionMode):
-    """Passes every call on."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
-
-
-class SeesOperators(TorchDispatchMode):
-    """Passes every operator on."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
-
-
-MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
-    "eager": nullcontext,
-    "no grad": torch.no_grad,
-    "inference": torch.inference_mode,
-    "default device": lambda: torch.device("meta"),
-    "default float64": lambda: default_dtype(torch.float64),
-    "default float16": lambda: default_dtype(torch.float16),
-    "deterministic": deterministic,
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "function mode": SeesFunctions,
-    "dispatch mode": SeesOperators,
-    "fake mode": torch._subclasses.FakeTensorMode,
-}
 
 CREATIONS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "eager": nullcontext,
