@@ -84,7 +84,7 @@ def _strided(tensors: Iterable[Tensor], *, writable: bool) -> list[Tensor]:
     """Checks tensors and replaces sparse ones by their values; the caller handles complex ones."""
     if isinstance(tensors, Tensor):
         raise ArgumentError("tensors: needed a sequence of tensors, got one Tensor; put it into a list")
-    if torch._C._len_torch_dispatch_stack() > 0 and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0:
         kind = type(torch.empty(0, device="cpu"))
         if kind is not Tensor:
             raise ArgumentError(f"tensors: needed a mode in which operators compute, got one of {kind.__name__}s")
@@ -233,8 +233,8 @@ def counting_if(flag: Tensor) -> Iterator[None]:
 def scale_(tensors: Iterable[Tensor], coefficient: Tensor, *, backend: str = "auto") -> None:
     """Multiplies tensors in place by a coefficient that stays on the device, e.g. for gradient clipping.
 
-    Each product is rounded once, as in `tensor.mul_(coefficient)`: computed in float64 for float64 tensors, in float32
-    for the other dtypes.
+    Each product is rounded once: computed in float64 for float64 tensors, in float32 for the other dtypes. For half
+    precision, `tensor.mul_(coefficient)` may differ: on a GPU it also rounds the coefficient to half precision.
 
     Args:
         tensors: Tensors on one device; float16, bfloat16, float32, float64 or complex; any layout without overlapping

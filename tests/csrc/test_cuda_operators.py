@@ -7,6 +7,7 @@ import pytest
 import torch
 from emulation.building import compiler
 from emulation.operators import emulated_operators
+from helpers.ops_truth import scaled_by_torch
 from torch import Tensor
 
 from gradprobe import ops
@@ -88,11 +89,11 @@ def test_scaling_of_every_layout(
 ) -> None:
     operators, device = target
     tensors = layouts(dtype, device)
-    storages = [tensor.clone(memory_format=torch.preserve_format) for tensor in tensors]
     coefficient = torch.tensor(1 / 3, dtype=coefficient_dtype, device=device)
+    expected = [scaled_by_torch(tensor, coefficient) for tensor in tensors]
     operators.scale_(tensors, coefficient)
-    for tensor, before in zip(tensors, storages, strict=True):
-        torch.testing.assert_close(tensor, before.mul_(coefficient), rtol=0, atol=0)
+    for tensor, want in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,16 @@ def truth(tensor: torch.Tensor) -> Truth:
     )
 
 
+def scaled_by_torch(tensor: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
+    """Returns the product by torch, rounded once to the tensor's dtype.
+
+    `mul_` itself will not do for half precision: on a GPU it rounds the coefficient to the tensor's dtype first.
+    """
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return (tensor.detach().float() * coefficient.float()).to(tensor.dtype)
+    return tensor.detach().clone().mul_(coefficient)
+
+
 def same(actual: float, expected: float, tolerance: float) -> bool:
     """Returns whether two numbers agree within an absolute tolerance; NaN equals NaN, infinity the same infinity."""
     if math.isnan(expected) or math.isinf(expected):

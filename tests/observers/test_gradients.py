@@ -7,6 +7,7 @@ import torch
 
 import gradprobe
 from gradprobe import ops
+from gradprobe.errors import ArgumentError
 from gradprobe.observers import gradient_hooks
 from gradprobe.ops import libraries
 
@@ -181,5 +182,5 @@ class TestCallWithoutDispatcher:
         def total(x: torch.Tensor) -> torch.Tensor:
             return gradprobe.grad_stats([x])[0, 0]
 
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ArgumentError, match=r"needed a tensor outside torch\.func\.vmap"):
             torch.func.vmap(total)(torch.ones(3, 2))

@@ -1,10 +1,10 @@
-"""Scaling in place: bit-equal to torch's mul_ for every dtype and layout."""
+"""Scaling in place: bit-equal to torch's product, rounded once, for every dtype and layout."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers.ops_truth import DTYPES, TARGETS, Target
+from helpers.ops_truth import DTYPES, TARGETS, Target, scaled_by_torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,13 +32,6 @@ def every_kind(dtype: torch.dtype, n: int) -> torch.Tensor:
     return x
 
 
-def scaled_by_torch(tensor: torch.Tensor, coefficient: torch.Tensor) -> torch.Tensor:
-    """Returns the elements of tensor.mul_(coefficient), computed in float32 for half precision."""
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        return (tensor.detach().float() * coefficient.float()).to(tensor.dtype)
-    return tensor.detach().clone().mul_(coefficient)
-
-
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the bit patterns, the same for every NaN."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
@@ -49,7 +42,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("coefficient_dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("coefficient", [0.5, 0.1, 3.7e-4, 1.0, 0.0, 1e30, -2.5, float("nan"), float("inf")])
-def test_same_bits_as_mul(
+def test_same_bits_as_a_product_of_torch(
     target: Target, coefficient: float, dtype: torch.dtype, coefficient_dtype: torch.dtype
 ) -> None:
     factor = torch.tensor(coefficient, dtype=coefficient_dtype, device=target.device)
