@@ -153,7 +153,8 @@ def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     Args:
         tensors: K tensors on one device, any shapes and layouts; float16, bfloat16, float32, float64 and complex dtypes
             may be mixed. Sparse tensors count their specified values, duplicates summed; complex tensors count absolute
-            values.
+            values. A subclass is measured as the memory that it is; one with `__torch_dispatch__` has none and is
+            refused.
         backend: "auto", "native", "triton" or "reference"; see `backends`.
 
     Returns:
@@ -161,8 +162,8 @@ def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
         beyond the range of float64 is infinite here; `norms` of raw rows is not.
 
     Raises:
-        ArgumentError: An element is not a tensor, or has an unsupported dtype, layout or device; the message names its
-            index.
+        ArgumentError: An element is not a tensor, or has an unsupported class, dtype, layout or device; the message
+            names its index.
         BackendError: The named back end cannot run on that device.
 
     Example:

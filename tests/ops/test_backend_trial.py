@@ -222,10 +222,11 @@ print(json.dumps([chosen, len(caught), registered[-1:], "schemas.py" in active, 
         ("native=ready", "auto,native", ["native", "native"], 0, []),
         ("native=no image,triton=ready", "auto,auto", ["triton", "triton"], 1, ["triton"]),
         # Residual adds never name a back end.
+        ("native=no image,triton=ready,reference=ready", "reference", ["reference"], 0, ["triton"]),
         ("native=no image,triton=ready,reference=ready", "reference,auto", ["reference", "triton"], 1, ["triton"]),
         ("native=no image,triton=no image,reference=ready", "auto,auto", ["reference"] * 2, 1, ["reference"]),
     ],
-    ids=["sound", "native-fails", "native-fails-unasked", "both-fail"],
+    ids=["sound", "native-fails", "native-fails-unasked", "native-fails-unasked-then-auto", "both-fail"],
 )
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_dispatcher_never_keeps_kernels_that_cannot_run_on_the_gpu(
