@@ -169,7 +169,7 @@ def _try(backend: Backend, device: torch.device) -> str | None:
 
     Returns:
         "ready" if its numbers are right, otherwise what went wrong; None if that cannot be told: there is no such
-        device here, or it has no memory left.
+        device here, or no memory or thread for the trial.
     """
     found: list[str | None] = []
 
@@ -191,7 +191,10 @@ def _try(backend: Backend, device: torch.device) -> str | None:
     # None of the caller's contexts reaches another thread: inference mode, autocast, a default device, modes that see
     # every call, transforms.
     thread = threading.Thread(target=trial, name="gradprobe-trial", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads, or the interpreter is exiting
+        return None
     thread.join()
     return found[0]
 

@@ -173,7 +173,7 @@ def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     """
     strided = _strided(tensors, writable=False)
     if not strided:
-        return torch.zeros(0, len(STATS), dtype=torch.float64)
+        return torch.zeros(0, len(STATS), dtype=torch.float64, device="cpu")
     rows = empty_rows(len(strided), strided[0])
     real = [_absolute(t.detach()) if t.is_complex() else t for t in strided]
     resolve(backend, rows.device).grad_stats_into(real, rows)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -193,6 +194,28 @@ def test_a_device_that_is_not_there_is_not_judged() -> None:
     # Its kernels may be asked for ahead of time: nothing can be tried, and nothing is written down.
     assert ops.resolve("auto", torch.device("xpu")).name == "reference"
     assert not dispatch._tried
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def no_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.usefixtures("probe_warnings_are_errors")
+def test_a_trial_that_cannot_be_held_is_held_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = put(monkeypatch, "native", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert ops.resolve("auto", CPU).name == "native"
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "grad_stats_into", no_memory)
+        assert ops.resolve("auto", CPU).name == "native"
+    fake.fault = "one row is wrong"
+    with pytest.raises(BackendError, match="it computes wrong numbers"):
+        ops.resolve("native", CPU)
 
 
 # A machine with a GPU, played: the trials of its back ends end as told.
