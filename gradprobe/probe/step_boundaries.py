@@ -42,8 +42,11 @@ class Recorder(Protocol):
     def close(self, optimizer: Optimizer | None, loss: torch.Tensor | float | None = None) -> bool:
         """Closes the open step; returns whether it was closed."""
 
-    def add_loss(self, loss: torch.Tensor | float, to_open: bool) -> None:
-        """Adds a loss to the open step, or to the one that was closed last."""
+    def request(self, loss: torch.Tensor | float | None) -> None:
+        """Takes a loss of the open step, which an optimizer is expected to close."""
+
+    def add_loss(self, loss: torch.Tensor | float) -> None:
+        """Adds a loss to the step that was closed last."""
 
     def note_stepped(self) -> None:
         """Notes that the step that the user has closed was not skipped."""
@@ -118,10 +121,12 @@ class StepBoundaries:
             return
         recorder.settle()
         has_fired = self._observer.has_fired()
-        if self.has_stepped or (self._closed_by == "optimizer" and not has_fired):
-            self._closed_by = "nobody" if not has_fired else self._closed_by
+        if self._closed_by == "optimizer" and not has_fired:
+            self._closed_by = "nobody"
             if loss is not None:
-                recorder.add_loss(loss, to_open=has_fired)
+                recorder.add_loss(loss)
+        elif self.has_stepped and has_fired:  # the optimizer will step, now or after further backward passes
+            recorder.request(loss)
         elif recorder.close(None, loss):
             self._closed_by = "user"
 

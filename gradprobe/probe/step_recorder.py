@@ -192,12 +192,15 @@ class StepRecorder:
                 is_closed = self._close(optimizer, getattr(optimizer, "found_inf", None))
         return is_closed
 
-    def add_loss(self, loss: torch.Tensor | float, to_open: bool) -> None:
-        """Adds a loss to the open step or to the one closed last; the step has the mean of its losses."""
-        if to_open:
+    def request(self, loss: torch.Tensor | float | None) -> None:
+        """Takes a loss of the open step, which an optimizer is expected to close; a step has the mean of its losses."""
+        self._open.is_requested = True
+        if loss is not None:
             self._open.losses.append(_kept(loss))
-            self._open.is_requested = True
-        elif self._last_was_measured:
+
+    def add_loss(self, loss: torch.Tensor | float) -> None:
+        """Adds a loss to the step that was closed last."""
+        if self._last_was_measured:
             self._last_losses.append(_kept(loss))
             self._amend(LOSS, _mean(self._last_losses))
 
@@ -208,7 +211,7 @@ class StepRecorder:
     def adopt(self, scaler: torch.amp.GradScaler) -> None:
         """Takes a gradient scaler that steps an optimizer of the model."""
         self._scalers.adopt(scaler)
-        if not self._open.scales:
+        if self._open.n_backwards > 0 and not self._open.scales:
             self._open.scales = self._scalers.read()
 
     def end_closure(self, optimizer: torch.optim.Optimizer) -> None:
@@ -312,7 +315,8 @@ class StepRecorder:
         if error := hooks.take_error():
             raise RuntimeError(error)
         self.settle(is_late=True)
-        if self._observer.is_capturing():
+        if self._observer.is_capturing():  # nothing runs now, and replays run no hook
+            self._observer.start_step()
             return
         if self._open.is_requested and self._open.measured is not None and not hooks.accumulates():
             # the gradients of the step that the user wanted to close are gone, and no optimizer has used them
@@ -349,6 +353,8 @@ class StepRecorder:
         if self._are_gradients_off:
             return
         opened, observer = self._open, self._observer
+        if opened.n_backwards == 0:  # compiled autograd runs no hooks
+            opened.scales = self._scalers.read()
         has_changed = self._look()
         measured, n_writes, n_fired = observer.measure(self.history.ring.rows())
         if measured is not observer.meter.all_present and self._regroup_if_moved():
@@ -429,6 +435,7 @@ class StepRecorder:
     ) -> bool:
         if self._observer.is_capturing():
             self.coverage.note_capture(self._open.number)
+            self._observer.start_step()
             return False
         is_due = self._is_due()
         if is_due:
