@@ -49,8 +49,9 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.fixture
-def probe_warnings_are_errors() -> Iterator[None]:
-    """Fails a test in which the probe warns unexpectedly."""
+def probe_warnings_are_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fails a test in which the probe warns unexpectedly; a warning that is an error is logged, never raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", gradprobe.GradprobeWarning)
         yield
+    assert [record.getMessage() for record in caplog.get_records("call") if record.name == "gradprobe"] == []

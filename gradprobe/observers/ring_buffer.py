@@ -76,8 +76,10 @@ _BLOCK_BYTES = 8 * 2**20  # of host memory allocated at once
 
 
 class RingBuffer:
-    """A ring of `capacity` finished steps and the open one, on the host. Other devices hold the newest steps, copied to
-    the host as they close. The memory grows with the number of steps, up to the capacity.
+    """A ring of `capacity` finished steps and the open one, on the host.
+
+    Other devices hold the newest steps, copied to the host as they close. The memory grows with the number of steps, up
+    to the capacity.
 
     Args:
         capacity: Number of finished steps kept.
@@ -104,7 +106,7 @@ class RingBuffer:
             for device, shape in self._shapes.items()
             if device.type != "cpu"
         }
-        self._slots: list[Slot | None] = [None] * self._n_places
+        self._slots: dict[int, Slot] = {}  # by position, oldest first
         self._next = 0
         self._rows = self._open_rows()
 
@@ -147,7 +149,7 @@ class RingBuffer:
             self._write(position, LOSS, loss)
         self._publish(position)
         self._next = (position + 1) % self._n_places
-        self._slots[self._next] = None  # the oldest step makes room for the open one
+        self._slots.pop(self._next, None)  # the oldest step makes room for the open one
         self._rows = self._open_rows()
 
     def amend(self, column: int, value: torch.Tensor | float) -> None:
@@ -158,8 +160,6 @@ class RingBuffer:
             value: The value, on any device.
         """
         slot = self._slots[self.newest]
-        if slot is None:
-            raise IndexError("no step is finished yet")
         slot.has_loss = slot.has_loss or column == LOSS
         self._write(self.newest, column, value)
         if column not in slot.extras:
@@ -167,14 +167,12 @@ class RingBuffer:
 
     def supersede(self, step: int) -> None:
         """Drops the finished steps with this number or a larger one: they turned out to be part of the open step."""
-        for slot in self._slots:
-            if slot is not None and slot.step >= step:
-                slot.is_superseded = True
+        for slot in self._slots.values():
+            slot.is_superseded = slot.is_superseded or slot.step >= step
 
     def positions(self) -> list[int]:
         """Returns the positions of the finished steps in the ring, oldest first."""
-        order = [(self._next + offset) % self._n_places for offset in range(self._n_places)]
-        return [place for place in order if (slot := self._slots[place]) is not None and not slot.is_superseded]
+        return [position for position, slot in self._slots.items() if not slot.is_superseded]
 
     @property
     def newest(self) -> int:
@@ -197,7 +195,7 @@ class RingBuffer:
         slot = self._slots[position]
         return not any(
             self._on_host(device, position)
-            .numpy()[: self._n_rows[device] if slot is None or slot.events is None else -1, N_NONFINITE]
+            .numpy()[: self._n_rows[device] if slot.events is None else -1, N_NONFINITE]
             .any()
             for device in self._n_rows
         )
@@ -212,7 +210,7 @@ class RingBuffer:
         Returns:
             The step, or None if it has not arrived.
         """
-        slot = self._slots[position]
+        slot = self._slots.get(position)
         if slot is None or not self._has_arrived(position, wait):
             return None
         copies = {device: self._on_host(device, position).numpy().copy() for device in self._n_rows}
@@ -235,7 +233,6 @@ class RingBuffer:
 
     def _has_arrived(self, position: int, wait: bool) -> bool:
         slot = self._slots[position]
-        assert slot is not None
         for event in slot.ready.values():
             if wait:
                 event.synchronize()
@@ -247,7 +244,7 @@ class RingBuffer:
         return {device: self._on_device(device, self._next)[:n_rows] for device, n_rows in self._n_rows.items()}
 
     def _on_device(self, device: torch.device, position: int) -> torch.Tensor:
-        """Returns the rows of a step on their device. [K + S + 1, 6]"""
+        """Returns the rows of a step on their device, [K + S + 1, 6]."""
         ring = self._in_flight.get(device)
         return self._on_host(device, position) if ring is None else ring.select(0, position % ring.shape[0])
 
@@ -262,7 +259,6 @@ class RingBuffer:
 
     def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
         slot = self._slots[position]
-        assert slot is not None
         if isinstance(value, torch.Tensor):
             slot.extras.pop(column, None)
             row = self._on_device(self._first, position)[-1]
@@ -272,7 +268,6 @@ class RingBuffer:
 
     def _publish(self, position: int) -> None:
         slot = self._slots[position]
-        assert slot is not None
         for device in self._in_flight:
             self._on_host(device, position).copy_(self._on_device(device, position), non_blocking=True)
             event = torch.Event(device)

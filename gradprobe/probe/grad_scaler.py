@@ -43,7 +43,7 @@ class LossScale:
         return scaler._scale < self.scale
 
     def is_removed_from(self, optimizer: torch.optim.Optimizer | None) -> bool:
-        """Returns whether the gradients that an optimizer steps have been unscaled; for None, those of any optimizer."""
+        """Returns whether the gradients that an optimizer steps have been unscaled; None stands for any optimizer."""
         scaler = self.scaler()
         if scaler is None:
             return False

@@ -66,8 +66,8 @@ def attach(
         capacity: Number of measured steps to keep; the oldest are dropped first.
         backend: "auto", or a name from `gradprobe.backends()`.
         when: When to measure the gradients: "auto" or "backward" at the end of the backward pass, before anything else
-            can change them; "step" just before the optimizer uses them, so after clipping; "hook" each one as soon as it
-            is ready, for optimizers that step inside backward.
+            can change them; "step" just before the optimizer uses them, so after clipping; "hook" each one as soon as
+            it is ready, for optimizers that step inside backward.
         grad_scaler: The gradient scaler or scalers in use. Numbers are then reported unscaled, and skipped steps are
             marked. A scaler that steps an optimizer of the model is found without this from its first step on.
         process_group: Not available yet.

@@ -69,7 +69,7 @@ class StepBoundaries:
         observer: Knows the parameters, and whether a backward pass has run.
         recorder: Is told. Not kept alive.
         fence: Takes the errors.
-        is_in_backward: Optimizers that step inside a backward pass close a step, too.
+        is_in_backward: An optimizer that is given and steps inside a backward pass closes a step, too.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class StepBoundaries:
         self._observer = observer
         self._recorder = weakref.ref(recorder)
         self._fence = fence
-        self._is_in_backward = is_in_backward
+        self._is_in_backward = is_in_backward and len(given) > 0
         self._concerned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._closed_by: Literal["nobody", "optimizer", "user"] = "nobody"
         self._closer: weakref.ref[Optimizer] | None = None

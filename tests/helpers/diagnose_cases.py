@@ -26,7 +26,7 @@ def snapshot(
     return Snapshot(
         step=step,
         loss=loss,
-        provenance=Provenance("unscaled", "local", "pre-clip"),
+        provenance=Provenance("unscaled", "local", "raw"),
         skipped=False,
         table=SiteTable(names, ("parameter",) * n_sites, (ndim,) * n_sites, {name: k for k, name in enumerate(names)}),
         rows=rows,

@@ -212,7 +212,7 @@ def test_clipping_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     graph.replay()
     training.probe.step()
     assert training.probe.latest().total_norm == pytest.approx(1e-3, rel=1e-3)
-    assert training.probe.latest().provenance.clipping == "post-clip"
+    assert training.probe.latest().provenance.state == "modified"
     assert training.probe.history()[0].total_norm == before.total_norm
 
 

@@ -4,6 +4,8 @@ import copy
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,24 +102,47 @@ def test_compiled_autograd(when: str) -> None:
         assert_measured(probe, model)
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_data_parallel_gradients_are_labelled_averaged(clip: bool, tmp_path) -> None:  # type: ignore[no-untyped-def]
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        model = nn.parallel.DistributedDataParallel(mlp())
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with gradprobe.attach(model, optimizer=optimizer) as probe:
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("attached_to", ["replica", "its module", "the module before", "a module around it"])
+def test_data_parallel_gradients_are_labelled_averaged(clip: bool, attached_to: str, one_process: None) -> None:
+    module = mlp()
+    early = gradprobe.attach(module) if attached_to == "the module before" else None
+    model = nn.parallel.DistributedDataParallel(module)
+    targets = {"replica": model, "its module": module, "a module around it": nn.ModuleList([model])}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with early or gradprobe.attach(targets[attached_to], optimizer=optimizer) as probe:
+        model(batch()).square().mean().backward()
+        truth = [parameter.grad.double().norm().item() for parameter in model.parameters()]
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        snapshot = probe.latest()
+        assert snapshot is not None
+        assert snapshot.provenance == ("unscaled", "averaged", "clipped" if clip else "raw")
+        assert [site.norm for site in snapshot.sites.values()] == pytest.approx(truth, rel=1e-6)
+
+
+def test_gradients_that_no_replica_has_averaged_are_local(one_process: None) -> None:
+    model = nn.parallel.DistributedDataParallel(mlp())
+    other = mlp()
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    with gradprobe.attach(model) as probe, gradprobe.attach(other) as beside:
+        with model.no_sync():
             model(batch()).square().mean().backward()
-            if clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-            optimizer.step()
-            snapshot = probe.latest()
-            assert snapshot is not None
-            assert snapshot.provenance == ("unscaled", "averaged", "post-clip" if clip else "pre-clip")
-            assert_measured(probe, model)
-    finally:
-        dist.destroy_process_group()
+        other(batch()).square().mean().backward()
+        optimizer.step()
+        model(batch()).square().mean().backward()
+        optimizer.step()
+        assert [snapshot.provenance.reduction for snapshot in probe.history()] == ["local", "averaged"]
+        assert beside.latest().provenance.reduction == "local"
 
 
 def test_copies_and_pickles_of_an_attached_model_are_not_observed() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradprobe.errors import ArgumentError
-from gradprobe.observers.parameters import find_parameters, newly_trainable, unstepped_parameters
+from gradprobe.observers.parameters import find_parameters, stepped_by
 
 
 def test_many_parameters_keep_the_models_order_and_ties_come_once() -> None:
@@ -21,7 +21,7 @@ def test_many_parameters_keep_the_models_order_and_ties_come_once() -> None:
     names = [name for k in range(1000) for name in ([f"{k}.weight"] if k % 2 == 0 else [f"{k}.weight", f"{k}.bias"])]
     names.remove("999.weight")
     assert [site.name for site in found.sites] == names
-    assert found.frozen == tuple(f"{k}.bias" for k in range(0, 1000, 2))
+    assert found.frozen_names == tuple(f"{k}.bias" for k in range(0, 1000, 2))
     tied = [site for site in found.sites if len(site.names) > 1]
     assert [(site.names, site.shape) for site in tied] == [(("1.weight", "999.weight"), (1, 2))]
     assert all(tensor is model.get_parameter(name) for name, tensor in zip(names, found.parameters, strict=True))
@@ -31,19 +31,29 @@ def test_frozen_parameters_have_all_their_names() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     model[0].weight.requires_grad_(False)
-    assert find_parameters(model).frozen == ("0.weight", "1.weight")
+    assert find_parameters(model).frozen_names == ("0.weight", "1.weight")
 
 
-def test_parameters_outside_the_optimizer_and_later_ones() -> None:
+def test_parameters_of_an_optimizer() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[1].bias.requires_grad_(False)
-    found = find_parameters(model)
     optimizer = torch.optim.SGD([model[0].weight, model[1].bias], lr=0.1)
-    assert unstepped_parameters(optimizer, found) == ("0.bias", "1.weight")
-    assert newly_trainable(model, found) == ()
-    model[1].bias.requires_grad_()
-    model.append(nn.Linear(2, 1, bias=False))
-    assert newly_trainable(model, found) == ("1.bias", "2.weight")
+    assert stepped_by(optimizer, [*model.parameters(), None]) == [True, False, False, True, False]
+
+
+def test_a_frozen_parameter_that_is_known_stays() -> None:
+    model = nn.Linear(2, 2)
+    known = {id(model.bias)}
+    model.bias.requires_grad_(False)
+    assert [site.name for site in find_parameters(model, known).sites] == ["weight", "bias"]
+    assert find_parameters(model).frozen_names == ("bias",)
+
+
+def test_dtypes_without_a_kernel_are_named() -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2)), "q": torch.zeros(2).to(torch.float8_e4m3fn)})
+    model["q"].requires_grad_()
+    found = find_parameters(model)
+    assert [site.name for site in found.sites] == ["w"]
+    assert found.unmeasured == ("q",)
 
 
 @pytest.mark.parametrize(

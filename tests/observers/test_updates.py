@@ -232,8 +232,6 @@ def test_tables_and_files_contain_updates(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_are_rejected() -> None:
-    with pytest.raises(ArgumentError, match="updates: needed optimizer=, the optimizer that makes them, got None"):
-        gradprobe.attach(net(), updates=True)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ArgumentError, match="updates_every: needed an integer of at least 1, got 0"):

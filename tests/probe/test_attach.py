@@ -8,6 +8,8 @@ import pytest
 import torch
 from helpers.probe_cases import RejectReads, loss_of, mlp, norms_of, run_through, sgd, true_norms
 from torch import nn
+from torch.nn.modules import module as module_registries
+from torch.optim import optimizer as optimizers
 
 import gradprobe
 
@@ -31,7 +33,7 @@ class TestCoverage:
                 probe.step()
             model[0].bias.requires_grad_(True)
             coverage = probe.coverage()
-        assert probe.coverage().unknown == ()  # a detached probe does not look at the model
+        assert probe.coverage() == coverage  # a detached probe does not look at the model
         assert coverage.silent == ("unused.weight", "unused.bias")
         assert coverage.frozen == ("0.bias",)
         assert coverage.unknown == ("0.bias",)
@@ -152,13 +154,13 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"optimizer": "sgd"}, "optimizer: needed a torch.optim.Optimizer or None, got str"),
+            ({"optimizer": "sgd"}, "optimizer: needed a torch.optim.Optimizer, a list of them or None, got str"),
             ({"every": 0}, "every: needed an integer of at least 1, got 0"),
             ({"every": True}, "every: needed an integer of at least 1, got True"),
             ({"capacity": 2.5}, "capacity: needed an integer of at least 1, got 2.5"),
             ({"backend": "fpga"}, "backend: needed one of auto, native, triton, reference, got 'fpga'"),
             ({"when": "later"}, "when: needed one of auto, step, backward, hook, got 'later'"),
-            ({"grad_scaler": 2}, "grad_scaler: needed a torch.amp.GradScaler or None, got int"),
+            ({"grad_scaler": 2}, "grad_scaler: needed a torch.amp.GradScaler, a list of them or None, got int"),
             ({"params": False}, "params: needed True"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -169,14 +171,24 @@ class TestBadInput:
             gradprobe.attach(model, **arguments)  # type: ignore[arg-type]
         gradprobe.attach(model).detach()  # a refused attach leaves nothing behind
 
-    def test_a_record_too_large_for_the_machine_leaves_nothing_behind(self) -> None:
+    @pytest.mark.parametrize("place", ["CoverageLog", "StepBoundaries", "SignalObserver", "History.restart"])
+    def test_an_attach_that_fails_leaves_nothing_behind(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = nn.Sequential(nn.Linear(2, 2), gradprobe.networks.resnet(8))
-        with pytest.raises(RuntimeError, match="memory"):
-            gradprobe.attach(model, activations=True, capacity=10**13)
+
+        def fail(*_: object, **__: object) -> None:
+            raise MemoryError("planted")
+
+        registries = [module_registries._global_parameter_registration_hooks, optimizers._global_optimizer_pre_hooks]
+        before = [dict(registry) for registry in registries]
+        with monkeypatch.context() as patch:
+            patch.setattr(f"gradprobe.probe.step_recorder.{place}", fail)
+            with pytest.raises(MemoryError, match="planted"):
+                gradprobe.attach(model, activations=True)
+        assert [dict(registry) for registry in registries] == before
         assert not any(module._forward_hooks for module in model.modules())
         residual_adds = [module for module in model.modules() if isinstance(module, gradprobe.nn.ResidualAdd)]
         assert all(module.observer is None for module in residual_adds)
-        gradprobe.attach(model).detach()
+        gradprobe.attach(model, capacity=10**13).detach()  # memory grows with the steps
 
     def test_what_is_not_there_yet_says_so(self) -> None:
         with pytest.raises(NotImplementedError, match="process_group: not available"):

@@ -27,7 +27,7 @@ class TestSteps:
         assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2]
         for snapshot, truth in zip(probe.history(), truths, strict=True):
             assert norms_of(snapshot) == pytest.approx(truth, rel=1e-6)
-            assert snapshot.provenance == ("unscaled", "local", "pre-clip")
+            assert snapshot.provenance == ("unscaled", "local", "raw")
 
     def test_without_an_optimizer_the_gradient_is_measured_before_zero_grad(self, any_hooks: str) -> None:
         model = mlp()
@@ -231,7 +231,8 @@ class TestClipping:
             probe.step()
         snapshot = probe.latest()
         assert snapshot is not None
-        assert snapshot.provenance.clipping == "pre-clip"
+        assert snapshot.provenance.state == ("clipped" if max_norm < 1 else "raw")
+        assert snapshot.clip_factor == pytest.approx(min(1.0, max_norm / total.item()), rel=1e-5)
         assert norms_of(snapshot) == pytest.approx(truth, rel=1e-6)
 
     def test_measures_once_per_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,16 +245,33 @@ class TestClipping:
             optimizer.step()
             assert passes() == 1
 
-    def test_torchs_own_clipping_is_labelled(self, any_hooks: str) -> None:
+    def test_torchs_own_clipping_is_labelled_and_undone(self, any_hooks: str) -> None:
         model = mlp()
         optimizer = sgd(model)
         with gradprobe.attach(model, optimizer=optimizer) as probe:
+            loss_of(model).backward()
+            truth = true_norms(model)
+            total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3).item()
+            optimizer.step()
+        snapshot = probe.latest()
+        assert snapshot is not None
+        assert snapshot.provenance.state == "clipped"
+        assert norms_of(snapshot) == pytest.approx(truth, rel=1e-6)
+        assert snapshot.clip_factor == pytest.approx(1e-3 / total, rel=1e-5)
+        with pytest.warns(DeprecationWarning, match="use state"):
+            assert snapshot.provenance.clipping == "pre-clip"
+
+    def test_at_the_step_the_clipped_gradients_are_measured(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer, when="step") as probe:
             loss_of(model).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
             optimizer.step()
         snapshot = probe.latest()
         assert snapshot is not None
-        assert snapshot.provenance.clipping == "post-clip"
+        assert snapshot.provenance.state == "modified"
+        assert snapshot.clip_factor is None
         assert snapshot.total_norm == pytest.approx(1e-3, rel=1e-3)
 
     def test_a_second_backward_after_clipping_is_measured(self) -> None:
@@ -295,7 +313,7 @@ class TestScaler:
         snapshot = probe.latest()
         assert norms_of(snapshot) == pytest.approx(true_norms(plain), rel=1e-5)
         assert snapshot is not None
-        assert snapshot.provenance == ("unscaled", "local", "pre-clip")
+        assert snapshot.provenance == ("unscaled", "local", "raw")
         assert not snapshot.skipped
 
     def test_a_skipped_step_is_recorded_as_skipped(self, any_hooks: str) -> None:
