@@ -35,8 +35,7 @@ struct HookState {
 
   std::vector<GradientSlot> slots;  // [K]
   std::atomic<bool> is_removed{false};
-  std::atomic<bool> enabled{true};
-  std::atomic<bool> has_fired{false};    // enabled or not
+  std::atomic<bool> has_fired{false};
   std::atomic<bool> accumulates{false};  // a gradient is the one that mark() saw, with one more write
   std::atomic<bool> is_outdated{false};
   std::atomic<int> last_awaited{-1};  // graph tasks never get the same number twice
@@ -106,20 +105,18 @@ void note(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& p
     return;
   }
   state->has_fired.store(true, std::memory_order_relaxed);
-  if (state->enabled.load(std::memory_order_relaxed)) {
-    const at::Tensor& gradient = parameter.grad();
-    GradientSlot& slot = state->slots[k];
-    const GradientId now = GradientId::of(gradient), seen = slot.seen();
-    if (now.gradient != nullptr && now.gradient == seen.gradient && now.version == seen.version + 1) {
-      state->accumulates.store(true, std::memory_order_relaxed);
-    }
-    slot.see(now);
-    slot.has_fired.store(true, std::memory_order_relaxed);
-    if (state->on_gradient) {
-      py::gil_scoped_acquire gil;
-      const py::object on_gradient = state->on_gradient;
-      if (on_gradient && gradient.defined()) on_gradient(k, gradient);
-    }
+  const at::Tensor& gradient = parameter.grad();
+  GradientSlot& slot = state->slots[k];
+  const GradientId now = GradientId::of(gradient), seen = slot.seen();
+  if (now.gradient != nullptr && now.gradient == seen.gradient && now.version == seen.version + 1) {
+    state->accumulates.store(true, std::memory_order_relaxed);
+  }
+  slot.see(now);
+  slot.has_fired.store(true, std::memory_order_relaxed);
+  if (state->on_gradient) {
+    py::gil_scoped_acquire gil;
+    const py::object on_gradient = state->on_gradient;
+    if (on_gradient && gradient.defined()) on_gradient(k, gradient);
   }
   await_end(state);
 }
@@ -277,8 +274,6 @@ void GradientHooks::remove() {
   }
   retired().add(std::move(taken));
 }
-
-void GradientHooks::set_enabled(bool enabled) { state_->enabled.store(enabled); }
 
 void GradientHooks::start_step() {
   for (GradientSlot& slot : state_->slots) slot.has_fired.store(false, std::memory_order_relaxed);

@@ -79,12 +79,10 @@ class GradientHooks {
   // Removes the hooks. Another thread may be in a backward pass, and so may the caller.
   void remove();
 
-  void set_enabled(bool enabled);
-
   // Begins a step: forgets which gradients were seen and which hooks have run.
   void start_step();
 
-  // Whether any hook has run since start_step(), enabled or not.
+  // Whether any hook has run since start_step().
   bool has_fired() const;
 
   int64_t n_fired() const;

@@ -39,7 +39,6 @@ PYBIND11_MODULE(_hooks, module) {
       .def(py::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, py::object, py::object>(),
            py::arg("parameters"), py::arg("frozen"), py::arg("on_backward_end"), py::arg("on_gradient"))
       .def("remove", &GradientHooks::remove)
-      .def("set_enabled", &GradientHooks::set_enabled, py::arg("enabled"))
       .def("start_step", &GradientHooks::start_step)
       .def("has_fired", &GradientHooks::has_fired)
       .def("n_fired", &GradientHooks::n_fired)

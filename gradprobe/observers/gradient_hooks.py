@@ -22,14 +22,11 @@ class GradientHooks(Protocol):
     def remove(self) -> None:
         """Removes every hook, for good; from any thread, and from inside a hook."""
 
-    def set_enabled(self, enabled: bool) -> None:
-        """Turns the noting of gradients on or off; the end of a backward pass is always told."""
-
     def start_step(self) -> None:
         """Begins a step: forgets which hooks have run."""
 
     def has_fired(self) -> bool:
-        """Returns whether a gradient became ready in this step, even while the hooks were off."""
+        """Returns whether a gradient became ready in this step."""
 
     def n_fired(self) -> int:
         """Counts the gradients that became ready in this step."""
@@ -116,7 +113,6 @@ class PythonGradientHooks:
         self._layouts = [Layout.of(parameter) for parameter in found.parameters]
         self._on_backward_end = on_backward_end
         self._on_gradient = on_gradient
-        self._enabled = True
         self._has_fired = self._accumulates = False
         self._task = -1  # whose end is awaited
         self._seen: list[tuple[int, int] | None] = [None] * len(self._places)  # id and version of each gradient
@@ -130,15 +126,10 @@ class PythonGradientHooks:
 
     def remove(self) -> None:
         """Removes every hook, for good."""
-        self._enabled = False
         self._on_backward_end = self._on_gradient = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def set_enabled(self, enabled: bool) -> None:
-        """Turns the noting of gradients on or off."""
-        self._enabled = enabled
 
     def start_step(self) -> None:
         """Begins a step: forgets which hooks have run."""
@@ -146,7 +137,7 @@ class PythonGradientHooks:
         self._has_fired = self._accumulates = False
 
     def has_fired(self) -> bool:
-        """Returns whether a gradient became ready in this step, even while the hooks were off."""
+        """Returns whether a gradient became ready in this step."""
         return self._has_fired
 
     def n_fired(self) -> int:
@@ -209,7 +200,7 @@ class PythonGradientHooks:
     def _on_ready(self, k: int, parameter: torch.Tensor) -> None:
         self._has_fired = True
         gradient = parameter.grad
-        if self._enabled and gradient is not None:
+        if gradient is not None:
             now, seen = _identity(gradient), self._seen[k]
             if seen is not None and now == (seen[0], seen[1] + 1):
                 self._accumulates = True

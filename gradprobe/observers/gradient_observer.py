@@ -14,6 +14,7 @@ from gradprobe.observers.gradients import GradientMeter
 from gradprobe.observers.parameters import Layout, ModelParameters, find_parameters, same_parameters, stepped_by
 from gradprobe.observers.registrations import RegistrationWatch
 from gradprobe.observers.replicas import Replicas
+from gradprobe.observers.unsupported import refuse_unsupported
 from gradprobe.snapshot.records import Measured
 from gradprobe.snapshot.snapshot import SiteTable
 
@@ -106,6 +107,7 @@ class GradientObserver:
         model = self._model()
         if model is None:
             return None
+        refuse_unsupported(model)  # it may have been sharded since
         found = find_parameters(model, self._known())
         self._replicas.forget()
         has_same_names = found.sites == self.sites or [site.names for site in found.sites] == [

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from gradprobe import ops
 from gradprobe.errors import ArgumentError
 
 
@@ -72,7 +73,7 @@ class ModelParameters:
         frozen: The parameters that do not require a gradient, each once.
         frozen_places: Where each of these is registered.
         frozen_names: All names of these.
-        unmeasured: Names of the trainable ones with a dtype that no kernel accepts.
+        unmeasured: Names of the trainable ones that the kernels refuse, e.g. those of float8.
     """
 
     sites: tuple[ObservedParameter, ...]
@@ -123,13 +124,15 @@ def find_parameters(model: nn.Module, known: Collection[int] = ()) -> ModelParam
         raise ArgumentError(f"model: needed at least one parameter; {type(model).__name__} has none")
     trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad or key in known]
     frozen = [key for key, parameter in tensor_of.items() if not parameter.requires_grad and key not in known]
-    observed = [key for key in trainable if has_kernel(tensor_of[key].dtype)]
-    if not observed:
-        state = f"no kernel takes their dtype, {tensor_of[trainable[0]].dtype}" if trainable else "are frozen"
+    refusals = {key: ops.refusal(tensor_of[key]) for key in trainable}
+    observed = [key for key in trainable if refusals[key] is None]
+    if not trainable:
         raise ArgumentError(
             f"model: needed at least one parameter with requires_grad=True; "
-            f"all {len(tensor_of)} of {type(model).__name__} {state}"
+            f"all {len(tensor_of)} of {type(model).__name__} are frozen"
         )
+    if not observed:
+        raise ArgumentError(f"parameter {names_of[trainable[0]][0]!r}: {refusals[trainable[0]]}")
     return ModelParameters(
         sites=tuple(
             ObservedParameter(names_of[key][0], tuple(names_of[key]), tuple(tensor_of[key].shape)) for key in observed
@@ -139,13 +142,8 @@ def find_parameters(model: nn.Module, known: Collection[int] = ()) -> ModelParam
         frozen=tuple(tensor_of[key] for key in frozen),
         frozen_places=tuple(place_of[key] for key in frozen),
         frozen_names=tuple(name for key in frozen for name in names_of[key]),
-        unmeasured=tuple(names_of[key][0] for key in trainable if not has_kernel(tensor_of[key].dtype)),
+        unmeasured=tuple(names_of[key][0] for key in trainable if refusals[key] is not None),
     )
-
-
-def has_kernel(dtype: torch.dtype) -> bool:
-    """Returns whether statistics of a dtype can be computed: not of float8, for example."""
-    return (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
 
 
 def stepped_by(optimizer: torch.optim.Optimizer, parameters: Collection[torch.Tensor | None]) -> list[bool]:

@@ -17,6 +17,7 @@ from gradprobe.diagnosis.diagnose import diagnose
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.observers.activations import Selection
+from gradprobe.observers.unsupported import refuse_unsupported
 from gradprobe.probe.coverage import Coverage
 from gradprobe.probe.options import Options, When, check_loss, check_max_norm, check_model
 from gradprobe.probe.step_recorder import StepRecorder
@@ -119,6 +120,7 @@ class Probe:
     def __init__(self, model: nn.Module, options: Options) -> None:
         if model in _attached:
             raise ArgumentError("model: already has a probe; call its detach() first")
+        refuse_unsupported(model)
         self._model = weakref.ref(model)
         self._description = f"when={options.measured_at!r}, every={options.every}"
         self._recorder = StepRecorder(model, options)

@@ -256,7 +256,8 @@ class StepRecorder:
         """
         opened, hooks = self._open, self._observer.hooks
         is_capturing = self._observer.is_capturing()
-        if not is_capturing and (self._is_stale() or self._measured_at == "hook" or hooks.n_writes() > 0):
+        has_changed = hooks.n_writes() > 0 or (any(self._are_unscaled(None)) and not opened.is_unscaled)
+        if not is_capturing and (self._is_stale() or self._measured_at == "hook" or has_changed):
             self._measure()
         earlier = opened.clip_factor
         if self._are_gradients_off or self._is_off or self._observer.unmeasured():
@@ -363,8 +364,8 @@ class StepRecorder:
         opened.measured, opened.measured_after = measured, opened.n_backwards
         unscaled = self._are_unscaled(optimizer)
         opened.is_unscaled, opened.is_partly_unscaled = any(unscaled), any(unscaled) and not all(unscaled)
-        # unscaling writes once to each gradient
-        is_changed = n_writes > int(opened.is_unscaled) or (n_fired == 0 and self._is_clipped_in_graph)
+        # unscaling counts no write
+        is_changed = n_writes > 0 or (n_fired == 0 and self._is_clipped_in_graph)
         opened.state = "modified" if is_changed else "raw"
         opened.is_averaged = observer.are_averaged()
         opened.clip_factor = opened.change = None
@@ -409,10 +410,7 @@ class StepRecorder:
         return self._is_due() and self._open.number % self._activations_every == 0
 
     def _set_enabled(self) -> None:
-        if self._is_released:
-            return
-        self._observer.hooks.set_enabled(self._is_due())
-        if self._signal_observer is not None:
+        if self._signal_observer is not None and not self._is_released:
             self._signal_observer.set_enabled(self._are_signals_due())
 
     def stop(self) -> None:
@@ -494,8 +492,7 @@ class StepRecorder:
         """Finds out what was done to the gradients after they were measured."""
         opened, hooks = self._open, self._observer.hooks
         n_writes = hooks.n_writes() if self._measured_at != "hook" and not self._are_gradients_off else 0
-        is_unscaled = scale is not None and not opened.is_unscaled and scale.is_removed_from(optimizer)
-        if n_writes <= int(is_unscaled):
+        if n_writes == 0:  # unscaling counts no write
             if opened.clip_factor is None:
                 return Change()
             return Change((opened.clip_factor, opened.clip_factor), tolerance=0.0)
@@ -503,6 +500,7 @@ class StepRecorder:
         comparison = self._observer.meter.compare(gradients, self.history.ring.rows())
         if comparison is None:
             return Change()
+        is_unscaled = scale is not None and not opened.is_unscaled and scale.is_removed_from(optimizer)
         return Change((comparison.smallest, comparison.largest), comparison.tolerance, is_unscaled)
 
     def _scale_of(self, optimizer: torch.optim.Optimizer | None) -> LossScale | None:
