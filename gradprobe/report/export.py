@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, fields
+from itertools import chain
 from pathlib import Path
 
-from gradprobe.errors import StoreError
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread
 from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
 from gradprobe.report.summary import GradientProfile, NetSummary, ShortcutProfile, summarise
 from gradprobe.snapshot.export import strict
+from gradprobe.snapshot.files import create_folder, write_files
 
 
 def as_dict(run: SweepRun) -> dict[str, object]:
@@ -53,7 +55,7 @@ def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
         The files written. NaN is written as `nan`, infinity as `inf`, and a value that is not recorded as empty.
 
     Raises:
-        StoreError: The folder or a file in it cannot be written.
+        StoreError: The folder or a file in it cannot be written; the old files are unchanged.
     """
     summary = summarise(run)
     folder = Path(folder)
@@ -72,16 +74,20 @@ def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
             ((*key, *astuple(junction)) for id, key, row in epochs for junction in run.junctions(id, row.epoch)),
         ),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (columns, rows) in tables.items():
-            with (folder / name).open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows(rows)
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot write the tables: {error}") from error
-    return [folder / name for name in tables]
+    create_folder(folder)
+    files = {folder / name: _csv_lines(columns, rows) for name, (columns, rows) in tables.items()}
+    write_files(files)
+    return list(files)
+
+
+def _csv_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    line = io.StringIO()
+    writer = csv.writer(line)
+    for row in chain([columns], rows):
+        writer.writerow(row)
+        yield line.getvalue()
+        line.seek(0)
+        line.truncate()
 
 
 def _columns(row: type[EpochRow | LayerRow | JunctionRow]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from gradprobe.errors import StoreError
 from gradprobe.report.chart_parts import NARROW, THIRDS, WIDE, Chart, svg
 from gradprobe.report.formatting import duration, number, percent
 from gradprobe.report.page_template import document
@@ -27,6 +26,7 @@ from gradprobe.report.summary import (
     summarise,
 )
 from gradprobe.report.sweep_charts import error_chart, gradient_chart, hidden_junctions, hidden_layers, shortcut_chart
+from gradprobe.snapshot.files import create_folder, write_files
 
 _CLASSES = {
     "healthy": "healthy",
@@ -42,7 +42,7 @@ def write(run: SweepRun, path: str | Path) -> Path:
 
     Args:
         run: The recorded sweep, finished or not.
-        path: The HTML file; missing folders are created, an existing file is overwritten.
+        path: The HTML file; missing folders are created, an existing file is replaced once the page is complete.
 
     Returns:
         The path written.
@@ -52,11 +52,8 @@ def write(run: SweepRun, path: str | Path) -> Path:
     """
     path = Path(path)
     text = page(summarise(run))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot write the page: {error}") from error
+    create_folder(path.parent)
+    write_files({path: [text]})
     return path
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import altair as alt
 
-from gradprobe.errors import ArgumentError, StoreError
+from gradprobe.errors import ArgumentError
 from gradprobe.report.chart_parts import Chart, ChartData, Row, Size, concat, png, svg
 from gradprobe.report.formatting import number
 from gradprobe.report.page_template import document
 from gradprobe.report.palette import FAINT, INK, shades
 from gradprobe.report.records import RemedyCell
+from gradprobe.snapshot.files import create_folder, write_files
 
 SUFFIXES = (".html", ".svg", ".png")
 
@@ -114,7 +115,7 @@ def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Seque
         cells: The measured networks.
         n_seeds: Number of seeds of each.
         conclusions: Sentences for the page.
-        path: A file that ends in .html, .svg or .png; missing folders are created, an existing file is overwritten.
+        path: A file that ends in .html, .svg or .png; missing folders are created, an existing file is replaced.
 
     Returns:
         The path written.
@@ -127,14 +128,11 @@ def write_remedies(cells: Sequence[RemedyCell], n_seeds: int, conclusions: Seque
     chart = remedy_chart(cells, n_seeds)
     if chart is None:
         raise ArgumentError("--chart: needed at least one network with a finite factor per layer; use more layers")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".png":
-            path.write_bytes(png(chart))
-        else:
-            path.write_text(svg(chart) if path.suffix == ".svg" else _page(chart, conclusions), encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"{path}: cannot write the chart: {error}") from error
+    create_folder(path.parent)
+    if path.suffix == ".png":
+        write_files({path: [png(chart)]})
+    else:
+        write_files({path: [svg(chart) if path.suffix == ".svg" else _page(chart, conclusions)]})
     return path
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import altair as alt
 
-from gradprobe.errors import StoreError
 from gradprobe.report.chart_parts import (
     THIRDS,
     WIDE,
@@ -28,6 +27,7 @@ from gradprobe.report.palette import Palette
 from gradprobe.report.records import SweepRun
 from gradprobe.report.seed_statistics import Spread, median
 from gradprobe.report.summary import GradientProfile, NetSummary, ShortcutProfile, Summary, summarise
+from gradprobe.snapshot.files import create_folder, write_files
 
 
 def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
@@ -168,22 +168,18 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
         The files written; a chart without data is skipped.
 
     Raises:
-        StoreError: The folder or a file in it cannot be written.
+        StoreError: The folder or a file in it cannot be written; the old files are unchanged.
     """
     summary = summarise(run)
     folder = Path(folder)
-    written: list[Path] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in (("error", error_chart), ("gradient", gradient_chart), ("shortcut", shortcut_chart)):
-            chart = draw(summary)
-            if chart is not None:
-                path = folder / f"{name}.png"
-                path.write_bytes(png(chart))
-                written.append(path)
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot write the charts: {error}") from error
-    return written
+    create_folder(folder)
+    images: dict[Path, list[bytes]] = {}
+    for name, draw in (("error", error_chart), ("gradient", gradient_chart), ("shortcut", shortcut_chart)):
+        chart = draw(summary)
+        if chart is not None:
+            images[folder / f"{name}.png"] = [png(chart)]
+    write_files(images)
+    return list(images)
 
 
 def _error_panel(

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
-from gradprobe.errors import StoreError
 from gradprobe.snapshot.export import strict
+from gradprobe.snapshot.files import write_files
 from gradprobe.snapshot.snapshot import Snapshot
 from gradprobe.snapshot.stats import COLUMNS
 
@@ -24,17 +24,10 @@ def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> Non
         path: The file to create.
 
     Raises:
-        StoreError: The file exists or cannot be written.
+        StoreError: The file exists, or it cannot be written; then it does not exist afterwards.
     """
-    try:
-        with Path(path).open("x", encoding="utf-8") as file:
-            for snapshot in snapshots:
-                for line in _lines(snapshot):
-                    file.write(json.dumps(strict(line), allow_nan=False) + "\n")
-    except FileExistsError as error:
-        raise StoreError(f"path: needed a file that does not exist yet; {path} exists") from error
-    except OSError as error:
-        raise StoreError(f"path: cannot write {path}: {error.strerror}") from error
+    lines = (json.dumps(strict(line), allow_nan=False) + "\n" for snapshot in snapshots for line in _lines(snapshot))
+    write_files({Path(path): lines}, new=True)
 
 
 def _lines(snapshot: Snapshot) -> Iterable[dict[str, object]]:
