@@ -1,15 +1,18 @@
 """The sweep's file: rows are read as written, epochs are atomic, and other programs' files are never changed."""
 
 import math
+import multiprocessing
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.full_disk import full_disk
 
 from gradprobe.errors import StoreError
 from gradprobe.experiments.sweep.store import open_run, start_run
@@ -18,6 +21,10 @@ from gradprobe.report.records import EpochRow, JunctionRow, LayerRow
 CONFIG = {"data": "digits", "epochs": 3, "learning_rate": 0.1}
 CELLS = [("plain", 8, 0, 75_002), ("resnet", 8, 0, 75_002)]
 STATE = bytes(range(256)) * 4096
+
+
+def names_beside(path):
+    return sorted(entry.name for entry in path.parent.iterdir())
 
 
 def epoch_row(epoch, **changes):
@@ -160,7 +167,58 @@ def test_a_second_writer_is_rejected_until_the_first_closes(path):
     with start_run(path, CONFIG, {}), pytest.raises(StoreError, match="another sweep is writing this file"):
         start_run(path, CONFIG, {})
     start_run(path, CONFIG, {}).close()
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert names_beside(path) == [path.name, f"{path.name}.lock"]
+
+
+def take_and_release(path, start, taken, double):
+    """Takes the lock again and again for a second; a marker file shows two holders at once."""
+    marker = path.with_name("held")
+    start.wait()
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        try:
+            run = start_run(path, CONFIG, {})
+        except StoreError:
+            continue
+        with taken:
+            taken.value += 1
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            with double:
+                double.value += 1
+        else:
+            time.sleep(0.0005)
+            marker.unlink()
+        run.close()
+
+
+def test_the_lock_has_one_holder_at_a_time_under_contention(path):
+    write(path)
+    context = multiprocessing.get_context("spawn")
+    start, taken, double = context.Barrier(3), context.Value("i", 0), context.Value("i", 0)
+    processes = [context.Process(target=take_and_release, args=(path, start, taken, double)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert taken.value > 10
+    assert double.value == 0
+
+
+def test_a_link_to_the_file_does_not_open_a_second_writer(path):
+    write(path)
+    (path.parent / "link.sqlite").symlink_to(path.name)
+    with start_run(path, CONFIG, {}), pytest.raises(StoreError, match="another sweep is writing this file"):
+        start_run(path.parent / "link.sqlite", CONFIG, {})
+
+
+def test_a_full_disk_leaves_no_run_and_the_retry_works(path):
+    with full_disk(8_000), pytest.raises(StoreError, match=r"run\.sqlite: disk I/O error"):
+        start_run(path, CONFIG, {})
+    assert names_beside(path) == [f"{path.name}.lock"]
+    write(path)
 
 
 def test_the_lock_is_released_when_its_holder_is_killed(path):
@@ -291,7 +349,7 @@ def test_a_foreign_or_damaged_file_is_rejected_and_left_unchanged(path, make, me
     with pytest.raises(StoreError), open_run(path) as run:
         run.cells(), run.epochs(1), run.layers(1, 1)
     assert path.read_bytes() == before
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    assert set(names_beside(path)) <= {path.name, f"{path.name}.lock"}
 
 
 @pytest.mark.parametrize("use", [open_run, lambda path: start_run(path, CONFIG, {})], ids=["open", "start"])
@@ -309,7 +367,7 @@ def test_a_name_that_sqlite_treats_specially_is_a_file_name(tmp_path, monkeypatc
         assert run.checkpoint(1) == STATE
     with open_run(name) as run:
         assert len(run.cells()) == 2
-    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [name, f"{name}.lock"]
 
 
 def test_a_folder_is_rejected(tmp_path):

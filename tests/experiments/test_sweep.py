@@ -103,7 +103,7 @@ def test_every_cell_is_trained_and_recorded(in_process, options):
         assert joined == {"plain-8": [0, 0, 0], "resnet-8": [3, 3, 0]}
         assert (run.config["data"], run.config["epochs"], run.config["train_images"]) == ("cifar10", 2, 64)
         assert run.meta["torch_version"] == torch.__version__
-    assert [entry.name for entry in options["out"].parent.iterdir()] == ["run.sqlite"]
+    assert sorted(entry.name for entry in options["out"].parent.iterdir()) == ["run.sqlite", "run.sqlite.lock"]
 
 
 @pytest.mark.parametrize("batch_size", [None, 1000])
@@ -340,7 +340,8 @@ def check_kills(command, count, seed):
         workers = kill_at_random(command, moments, whole_group=number % 2 == 0)
         assert wait_until(partial(none_runs, workers), 30), "a worker outlived its sweep"
     command.finish()
-    assert [entry.name for entry in command.out.parent.iterdir()] == [command.out.name]
+    names = sorted(entry.name for entry in command.out.parent.iterdir())
+    assert names == [command.out.name, f"{command.out.name}.lock"]
     assert contents(command.out) == command.undisturbed()
 
 

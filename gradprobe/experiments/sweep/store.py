@@ -6,18 +6,25 @@ measurements of an epoch and the checkpoint for the next one, or neither. SQLite
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sqlite3
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from gradprobe.errors import StoreError
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Status
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 APPLICATION_ID = 0x67725072  # "grPr"
 SCHEMA_VERSION = 2
@@ -53,11 +60,13 @@ CREATE TABLE checkpoint(cell INTEGER PRIMARY KEY REFERENCES cell(id), epoch INTE
 
 
 @contextmanager
-def _sqlite_errors(path: Path) -> Iterator[None]:
-    """Turns SQLite's errors into a `StoreError` that names the file."""
+def _store_errors(path: Path) -> Iterator[None]:
+    """Turns the errors of SQLite and of the operating system into a `StoreError` that names the file."""
     try:
         yield
-    except sqlite3.Error as error:
+    except StoreError:
+        raise
+    except (sqlite3.Error, OSError) as error:
         raise StoreError(f"{path}: {error}") from error
 
 
@@ -83,7 +92,7 @@ class Run:
         self._db.close()
 
     def _rows(self, query: str, *arguments: object) -> list[tuple[Any, ...]]:
-        with _sqlite_errors(self.path):
+        with _store_errors(self.path):
             return self._db.execute(query, arguments).fetchall()
 
     @property
@@ -133,18 +142,18 @@ _JUNCTION_COLUMNS = tuple(field.name for field in fields(JunctionRow))
 class RunWriter(Run):
     """A sweep's file, opened by the one process that writes it."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection, lock: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, connection: sqlite3.Connection, lock: IO[bytes]) -> None:
         super().__init__(path, connection)
         self._lock = lock
 
     def close(self) -> None:
         """Closes the file and lets another sweep write it."""
         super().close()
-        _release(self.path, self._lock)
+        self._lock.close()
 
     def add_cells(self, cells: Sequence[tuple[str, int, int, int]]) -> None:
         """Adds those cells, given as (family, depth, seed, parameters), that the file does not contain yet."""
-        with _sqlite_errors(self.path), self._db:
+        with _store_errors(self.path), self._db:
             self._db.executemany(
                 "INSERT INTO cell(family, depth, seed, parameters, status) VALUES(?, ?, ?, ?, 'pending') "
                 "ON CONFLICT DO NOTHING",
@@ -175,7 +184,7 @@ class RunWriter(Run):
             state: Checkpoint for the next epoch; kept only while the status is ``"pending"``.
             status: New status of the cell.
         """
-        with _sqlite_errors(self.path), self._db:
+        with _store_errors(self.path), self._db:
             for table, columns, rows in (
                 ("epoch", _EPOCH_COLUMNS, epochs),
                 ("layer", _LAYER_COLUMNS, layers),
@@ -192,7 +201,7 @@ class RunWriter(Run):
                 self._db.execute("DELETE FROM checkpoint WHERE cell = ?", (cell_id,))
                 self._db.execute("UPDATE cell SET status = ? WHERE id = ?", (status, cell_id))
         if status != "pending":
-            with _sqlite_errors(self.path):
+            with _store_errors(self.path):
                 # Frees the pages of the checkpoint, which is many times larger than all measurements.
                 self._db.executescript("PRAGMA incremental_vacuum")
 
@@ -222,7 +231,7 @@ def open_run(path: str | Path) -> Run:
         raise StoreError(f"{path}: no such file; gradprobe sweep --out {path} creates it")
     _check_file(path)
     uri = path.resolve().as_uri()
-    with _sqlite_errors(path):
+    with _store_errors(path):
         # Not mode=ro: such a reader leaves the WAL files behind.
         connection = sqlite3.connect(f"{uri}?mode=rw", uri=True, timeout=_TIMEOUT_S)
         try:
@@ -278,10 +287,10 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
     lock = _take_lock(path)
     connection: sqlite3.Connection | None = None
     try:
-        with _sqlite_errors(path):
+        with _store_errors(path):
             if not _has_content(path):
                 _create(path, {**meta, "schema_version": str(SCHEMA_VERSION), "config": _json(config)})
-            connection = _connect(path, _TIMEOUT_S)
+            connection = _connect(path)
             version = _check_version(path, connection)
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
@@ -297,7 +306,7 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
     except BaseException:
         if connection is not None:
             connection.close()
-        _release(path, lock)
+        lock.close()
         raise
     return RunWriter(path, connection, lock)
 
@@ -310,18 +319,24 @@ def _create(path: Path, meta: Mapping[str, str]) -> None:
     """Creates the file under a temporary name first, so that ``path`` is a complete file even after a kill."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.unlink(missing_ok=True)
-    connection = _connect(unfinished, _TIMEOUT_S)
     try:
-        connection.execute("PRAGMA journal_mode = MEMORY")
-        # Allows the pages of deleted checkpoints to be freed; has an effect only before the first table.
-        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        connection.executescript(_SCHEMA)
-        connection.executemany("INSERT INTO meta VALUES(?, ?)", sorted(meta.items()))
-        connection.commit()
-        connection.execute("PRAGMA journal_mode = WAL")
-    finally:
-        connection.close()
-    unfinished.replace(path)
+        connection = _connect(unfinished)
+        try:
+            connection.execute("PRAGMA journal_mode = MEMORY")
+            # Allows the pages of deleted checkpoints to be freed; has an effect only before the first table.
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            connection.executescript(_SCHEMA)
+            # The name of a data folder may have bytes that are not UTF-8, which SQLite rejects.
+            rows = [(key, value.encode("utf-8", "backslashreplace").decode()) for key, value in sorted(meta.items())]
+            connection.executemany("INSERT INTO meta VALUES(?, ?)", rows)
+            connection.commit()
+            connection.execute("PRAGMA journal_mode = WAL")
+        finally:
+            connection.close()
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _meta(connection: sqlite3.Connection, key: str) -> str:
@@ -332,9 +347,9 @@ def _meta(connection: sqlite3.Connection, key: str) -> str:
     return value
 
 
-def _connect(path: Path, timeout_s: float) -> sqlite3.Connection:
+def _connect(path: Path) -> sqlite3.Connection:
     # An absolute path: SQLite does not treat ":memory:" and "file:…" as file names.
-    return sqlite3.connect(path.absolute(), timeout=timeout_s)
+    return sqlite3.connect(path.absolute(), timeout=_TIMEOUT_S)
 
 
 def _exists(path: Path) -> bool:
@@ -384,26 +399,26 @@ def _check_config(path: Path, asked: Mapping[str, Any], stored: Mapping[str, Any
         raise StoreError(f"{path}: written by a sweep with other options: {'; '.join(differences)}. Use another --out.")
 
 
-def _lock_path(path: Path) -> Path:
-    return path.with_name(path.name + ".lock")
+def _take_lock(path: Path) -> IO[bytes]:
+    """Reserves ``path`` for its holder, until the file returned is closed or the process ends.
 
-
-def _take_lock(path: Path) -> sqlite3.Connection:
-    """Reserves ``path`` for this process, with a lock of SQLite: portable, and released when the process ends."""
-    lock: sqlite3.Connection | None = None
+    The lock file stays: if it were removed, a process that has it open and one that creates it anew would each lock a
+    file of their own.
+    """
+    # The file itself may be reached by several links.
+    target = Path(os.path.realpath(path))
     try:
-        lock = _connect(_lock_path(path), 0.0)
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        if lock is not None:
-            lock.close()
-        if "locked" in str(error):
+        lock = target.with_name(target.name + ".lock").open("ab")
+    except OSError as error:
+        raise StoreError(f"{path}: cannot write in its folder: {error.strerror}") from error
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             raise StoreError(f"{path}: another sweep is writing this file") from error
-        raise StoreError(f"{path}: cannot write in its folder: {error}") from error
+        raise StoreError(f"{path}: cannot be locked: {error.strerror}") from error
     return lock
-
-
-def _release(path: Path, lock: sqlite3.Connection) -> None:
-    # The lock file goes first, so that the next process creates a new one.
-    _lock_path(path).unlink(missing_ok=True)
-    lock.close()
