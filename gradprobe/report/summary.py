@@ -374,7 +374,8 @@ def _rise(counted: Sequence[CellResult], epoch: int, earliest: float, test_image
     newest = _errors(counted, epoch)
     if epoch < earliest or newest is None:
         return None
-    measured = [(k, errors) for k in range(epoch + 1) if (errors := _errors(counted, k))]
+    recorded = sorted({k for result in counted for k in result.epochs if k <= epoch})
+    measured = [(k, errors) for k in recorded if (errors := _errors(counted, k))]
     finite = [(k, errors) for k, errors in measured if math.isfinite(errors.test.mean)]
     if not finite:
         return None

@@ -8,9 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -374,6 +375,26 @@ def test_a_killed_worker_is_an_error_that_keeps_recorded_epochs(images, tmp_path
     assert b"its process ended with exit code -9; run the same command again to resume" in errors
     assert errors.count(b"\n") == 1
     assert command.recorded_epochs() >= 2
+
+
+def test_a_damaged_checkpoint_is_rejected_instead_of_trained_on(in_process, options, monkeypatch):
+    run_all = engines.run_local
+    monkeypatch.setattr(engines, "run_local", lambda *arguments: islice(run_all(*arguments), 1))
+    sweep(**options, families=["plain"])
+    monkeypatch.setattr(engines, "run_local", run_all)
+    with closing(sqlite3.connect(options["out"])) as database, database:
+        (state,) = database.execute("SELECT state FROM checkpoint").fetchone()
+        middle = len(state) // 2
+        changed = state[:middle] + bytes([state[middle] ^ 1]) + state[middle + 1 :]
+        database.execute("UPDATE checkpoint SET state = ?", (changed,))
+    with pytest.raises(StoreError, match=r"run\.sqlite: the file is damaged: the checkpoint of cell 1 is not as"):
+        sweep(**options, families=["plain"])
+    assert in_process == [("plain-8", 0, 1)]
+    with closing(sqlite3.connect(options["out"])) as database, database:
+        database.execute("UPDATE checkpoint SET state = ?", (state,))
+        database.execute("DELETE FROM meta WHERE key = 'torch_version'")
+    with pytest.raises(StoreError, match=r"run\.sqlite: written with torch of an unknown version; torch"):
+        sweep(**options, families=["plain"])
 
 
 def test_a_failing_cell_is_named_in_one_line(options, monkeypatch, images):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -21,7 +22,7 @@ from gradprobe.experiments.common import check_seeds, progress_bar
 from gradprobe.experiments.data import Dataset, load
 from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.store import RunWriter, start_run
-from gradprobe.experiments.train import EpochResult, Recipe, build
+from gradprobe.experiments.train import EpochResult, Recipe, build, is_whole
 from gradprobe.report.records import Cell
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ def sweep(
     costs = {net: multiply_adds for net, (_, multiply_adds) in sizes.items()}
     asked = list(product(families, depths, seeds))
     with start_run(out, _config(dataset, recipe), _metadata(dataset)) as run:
-        if run.meta["torch_version"] != torch.__version__:
+        written_with = run.meta.get("torch_version", "of an unknown version")
+        if written_with != torch.__version__:
             raise StoreError(
-                f"{run.path}: written with torch {run.meta['torch_version']}; torch {torch.__version__} would give "
-                "different numbers. Use another --out."
+                f"{run.path}: written with torch {written_with}; torch {torch.__version__} would give different "
+                "numbers. Use another --out."
             )
         run.add_cells([(*cell, sizes[cell[:2]][0]) for cell in asked])
         cells = [cell for cell in run.cells() if (cell.family, cell.depth, cell.seed) in set(asked)]
@@ -96,10 +98,17 @@ def sweep(
         todo.sort(key=lambda job: -costs[job.cell.family, job.cell.depth])
         run_engine: engines.Engine = engines.run_ray if engine == "ray" else engines.run_local
         with _progress(console, run, cells, costs, epochs) as advance:
-            for job, result in run_engine(todo, jobs or engines.cpus(), run.checkpoint):
+            for job, result in run_engine(todo, jobs or engines.cpus(), partial(_checkpoint, run)):
                 run.save(job.cell.id, result.epochs, result.layers, result.junctions, result.state, result.status)
                 advance(job.cell, result)
         return run.path
+
+
+def _checkpoint(run: RunWriter, cell_id: int) -> bytes | None:
+    state = run.checkpoint(cell_id)
+    if state is not None and not is_whole(state):
+        raise StoreError(f"{run.path}: the file is damaged: the checkpoint of cell {cell_id} is not as it was saved")
+    return state
 
 
 @contextmanager

@@ -10,13 +10,14 @@ import errno
 import json
 import math
 import os
+import reprlib
 import sqlite3
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields
+from dataclasses import Field, astuple, fields
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, get_args
 
 from gradprobe.errors import StoreError
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Status
@@ -32,7 +33,13 @@ _WITHOUT_JUNCTIONS = 1  # the schema version that lacks only the junction table
 
 _TIMEOUT_S = 60.0
 
+# Settings of the configuration that are whole numbers; the report computes with them.
+_COUNTS = ("epochs", "batch_size", "train_images", "test_images")
+# Columns whose finite values are at least 0 and at most this.
+_LIMITS = {"train_error_pct": 100.0, "test_error_pct": 100.0, "seconds": 1e12}
+
 RunT = TypeVar("RunT", bound="Run")
+RecordT = TypeVar("RecordT", Cell, EpochRow, LayerRow, JunctionRow)
 
 _JUNCTION_TABLE = """
 CREATE TABLE junction(
@@ -66,12 +73,33 @@ def _store_errors(path: Path) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, UnicodeError) as error:
         raise StoreError(f"{path}: {error}") from error
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _damaged(path: Path, fault: str) -> StoreError:
+    return StoreError(f"{path}: the file is damaged: {fault}")
+
+
+def _record(path: Path, kind: type[RecordT], values: Sequence[object]) -> RecordT:
+    """Makes a record of a row, whose columns SQLite holds in any type and with any value."""
+    read: list[Any] = []
+    for field, stored in zip(fields(kind), values, strict=True):
+        value = math.nan if stored is None and field.type == "float" else stored
+        if not _is_valid(field, value):
+            table = kind.__name__.removesuffix("Row").lower()
+            raise _damaged(path, f"{field.name} is {reprlib.repr(stored)} in a row of table {table}")
+        read.append(value)
+    return kind(*read)
+
+
+def _is_valid(field: Field[Any], value: object) -> bool:
+    if field.type == "float":
+        limit = _LIMITS.get(field.name)
+        return isinstance(value, float) and (limit is None or not math.isfinite(value) or 0 <= value <= limit)
+    if field.type == "int":
+        return isinstance(value, int) and value >= 0
+    return isinstance(value, str) and (field.type != "Status" or value in get_args(Status))
 
 
 class Run:
@@ -95,33 +123,33 @@ class Run:
         with _store_errors(self.path):
             return self._db.execute(query, arguments).fetchall()
 
+    def _records(self, kind: type[RecordT], query: str, *arguments: object) -> list[RecordT]:
+        return [_record(self.path, kind, row) for row in self._rows(query, *arguments)]
+
     @property
     def meta(self) -> dict[str, str]:
         """The file's metadata: ``schema_version``, ``gradprobe_version``, ``torch_version``, ``config`` and more."""
-        return dict(self._rows("SELECT key, value FROM meta ORDER BY key"))
+        with _store_errors(self.path):
+            return _meta(self.path, self._db)
 
     @property
     def config(self) -> dict[str, Any]:
         """Settings that all cells share: data, epochs, recipe."""
-        config: dict[str, Any] = json.loads(self.meta["config"])
-        return config
+        return _config(self.path, self.meta)
 
     def cells(self) -> list[Cell]:
         """Returns all cells, in the order in which they were added."""
-        return [
-            Cell(*row) for row in self._rows("SELECT id, family, depth, seed, parameters, status FROM cell ORDER BY id")
-        ]
+        return self._records(Cell, "SELECT id, family, depth, seed, parameters, status FROM cell ORDER BY id")
 
     def epochs(self, cell_id: int) -> list[EpochRow]:
         """Returns the epochs of a cell recorded so far, from 0."""
         query = f"SELECT {', '.join(_EPOCH_COLUMNS)} FROM epoch WHERE cell = ? ORDER BY epoch"
-        return [EpochRow(row[0], *map(_number, row[1:])) for row in self._rows(query, cell_id)]
+        return self._records(EpochRow, query, cell_id)
 
     def layers(self, cell_id: int, epoch: int) -> list[LayerRow]:
         """Returns the gradients of a cell's weights in one epoch, by depth; empty if the epoch is not recorded."""
         query = f"SELECT {', '.join(_LAYER_COLUMNS)} FROM layer WHERE cell = ? AND epoch = ? ORDER BY position"
-        rows = self._rows(query, cell_id, epoch)
-        return [LayerRow(*row[:3], *map(_number, row[3:7]), *row[7:]) for row in rows]
+        return self._records(LayerRow, query, cell_id, epoch)
 
     def junctions(self, cell_id: int, epoch: int) -> list[JunctionRow]:
         """Returns the residual adds of a cell in its first step after ``epoch`` completed epochs, in depth order.
@@ -131,7 +159,7 @@ class Run:
         if self.meta["schema_version"] == str(_WITHOUT_JUNCTIONS):
             return []
         query = f"SELECT {', '.join(_JUNCTION_COLUMNS)} FROM junction WHERE cell = ? AND epoch = ? ORDER BY position"
-        return [JunctionRow(*row[:3], *map(_number, row[3:])) for row in self._rows(query, cell_id, epoch)]
+        return self._records(JunctionRow, query, cell_id, epoch)
 
 
 _EPOCH_COLUMNS = tuple(field.name for field in fields(EpochRow))
@@ -163,7 +191,12 @@ class RunWriter(Run):
     def checkpoint(self, cell_id: int) -> bytes | None:
         """Returns the checkpoint after a cell's last recorded epoch; None if no epoch is recorded."""
         rows = self._rows("SELECT state FROM checkpoint WHERE cell = ?", cell_id)
-        return bytes(rows[0][0]) if rows else None
+        if not rows:
+            return None
+        state = rows[0][0]
+        if not isinstance(state, bytes):
+            raise _damaged(self.path, f"a checkpoint is {reprlib.repr(state)}")
+        return state
 
     def save(
         self,
@@ -237,7 +270,7 @@ def open_run(path: str | Path) -> Run:
         try:
             try:
                 connection.execute("PRAGMA query_only = 1")
-                _check_version(path, connection)
+                _check_rows(path, connection, _check_version(path, connection))
             except sqlite3.OperationalError:
                 # WAL needs a shared-memory file beside the database. A read-only folder cannot have one, but then no
                 # process is writing either.
@@ -245,7 +278,7 @@ def open_run(path: str | Path) -> Run:
                     raise
                 connection.close()
                 connection = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True)
-                _check_version(path, connection)
+                _check_rows(path, connection, _check_version(path, connection))
         except BaseException:
             connection.close()
             raise
@@ -294,8 +327,8 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
             version = _check_version(path, connection)
             damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if damage != "ok":
-                raise StoreError(f"{path}: the file is damaged: {damage}")
-            _check_config(path, json.loads(_json(config)), json.loads(_meta(connection, "config")))
+                raise _damaged(path, damage)
+            _check_config(path, json.loads(_json(config)), _config(path, _meta(path, connection)))
             connection.execute("PRAGMA synchronous = NORMAL")
             # Fails now, rather than an epoch later, if the file cannot be written.
             connection.execute("BEGIN IMMEDIATE")
@@ -339,12 +372,29 @@ def _create(path: Path, meta: Mapping[str, str]) -> None:
         raise
 
 
-def _meta(connection: sqlite3.Connection, key: str) -> str:
-    row = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    if row is None:
-        raise sqlite3.DatabaseError(f"the metadata have no {key!r}")
-    value: str = row[0]
-    return value
+def _meta(path: Path, connection: sqlite3.Connection) -> dict[str, str]:
+    meta = dict(connection.execute("SELECT key, value FROM meta ORDER BY key").fetchall())
+    for key in ("schema_version", "config"):
+        if key not in meta:
+            raise _damaged(path, f"the metadata have no {key!r}")
+    for key, value in meta.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise _damaged(path, f"the metadata hold {reprlib.repr(value)} for {reprlib.repr(key)}")
+    return meta
+
+
+def _config(path: Path, meta: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        config = json.loads(meta["config"])
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"the configuration is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise _damaged(path, f"the configuration is {reprlib.repr(config)}")
+    for key in _COUNTS:
+        value = config.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise _damaged(path, f"{key} is {reprlib.repr(value)} in the configuration")
+    return config
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -380,13 +430,25 @@ def _check_file(path: Path) -> None:
 
 
 def _check_version(path: Path, connection: sqlite3.Connection) -> int:
-    version = _meta(connection, "schema_version")
+    version = _meta(path, connection)["schema_version"]
     if version not in (str(_WITHOUT_JUNCTIONS), str(SCHEMA_VERSION)):
         raise StoreError(
             f"{path}: has schema version {version}; this gradprobe reads versions {_WITHOUT_JUNCTIONS} to "
             f"{SCHEMA_VERSION}"
         )
     return int(version)
+
+
+def _check_rows(path: Path, connection: sqlite3.Connection, version: int) -> None:
+    """Checks that no layer or residual add is missing: the seeds of a network are compared place by place."""
+    for table in ("layer",) if version == _WITHOUT_JUNCTIONS else ("layer", "junction"):
+        query = (
+            "SELECT family, depth, epoch FROM "
+            f"(SELECT cell, epoch, count(*) AS n, max(position) AS last FROM {table} GROUP BY cell, epoch) "
+            "JOIN cell ON cell.id = cell GROUP BY family, depth, epoch HAVING min(n) <> max(last) + 1"
+        )
+        for family, depth, epoch in connection.execute(query):
+            raise _damaged(path, f"rows of table {table} are missing for {family}-{depth} at epoch {epoch}")
 
 
 def _check_config(path: Path, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
