@@ -469,6 +469,8 @@ def _take_lock(path: Path) -> IO[bytes]:
     """
     # The file itself may be reached by several links.
     target = Path(os.path.realpath(path))
+    if not os.access(target.parent, os.W_OK):  # the lock file may exist, but SQLite needs files of its own
+        raise StoreError(f"{path}: cannot write in its folder: {os.strerror(errno.EACCES)}")
     try:
         lock = target.with_name(target.name + ".lock").open("ab")
     except OSError as error:
