@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
+
+# Control characters act on a terminal, direction marks reorder the text around them, halves of surrogate pairs cannot
+# be encoded, and the rest cannot be seen.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 class GradprobeError(Exception):
@@ -27,6 +34,27 @@ class GradprobeWarning(UserWarning):
     """The probe does not see something that the user would expect it to see."""
 
 
+def printable(text: str, width: int | None = None) -> str:
+    r"""Spells out the characters of a name or message that would act on the terminal or page that shows it.
+
+    Args:
+        text: Any text.
+        width: Largest number of characters, at least 3; a longer text loses its middle. None: any number.
+
+    Returns:
+        The text with such characters as escape sequences of Python.
+
+    Example:
+        >>> print(printable("fc\x1b[31m"), printable("features.0.conv.weight", width=13))
+        fc\x1b[31m featur…weight
+    """
+    shown = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    if width is None or len(shown) <= width:
+        return shown
+    tail = (width - 1) // 2
+    return f"{shown[: width - 1 - tail]}…{shown[len(shown) - tail :]}"
+
+
 def warn_user(message: str) -> None:
     """Issues a `GradprobeWarning` that points to the line of user code that led to it.
 
@@ -36,12 +64,13 @@ def warn_user(message: str) -> None:
     Args:
         message: The warning, which says what the probe does not see or do.
     """
+    shown = "\n".join(map(printable, message.split("\n")))
     level = 1
     frame = sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gradprobe", "torch"):
         frame = frame.f_back
         level += 1
     try:
-        warnings.warn(f"gradprobe: {message}", GradprobeWarning, stacklevel=level)
+        warnings.warn(f"gradprobe: {shown}", GradprobeWarning, stacklevel=level)
     except GradprobeWarning:
-        logging.getLogger("gradprobe").warning(message)
+        logging.getLogger("gradprobe").warning("%s", shown)

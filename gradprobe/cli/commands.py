@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gradprobe.cli.output import drawing_module, print_json, print_table, show
 from gradprobe.cli.target import load_model
-from gradprobe.errors import ArgumentError, GradprobeError
+from gradprobe.errors import ArgumentError, GradprobeError, printable
 from gradprobe.experiments import DEFAULT_EPOCHS, REMEDY_STEPS, STACK_STEPS
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def sweep(
             console=Console(stderr=True),
         )
     except KeyboardInterrupt:
-        print(f"stopped; run the same command again to resume {out}", file=sys.stderr)
+        print(f"stopped; run the same command again to resume {printable(str(out))}", file=sys.stderr)
         raise typer.Exit(130) from None
     with open_run(path) as run:
         if as_json:
@@ -82,7 +82,8 @@ def sweep(
     done = sum(cell.status == "done" for cell in cells)
     diverged = sum(cell.status == "diverged" for cell in cells)
     more = f", {diverged} diverged" if diverged else ""
-    print(f"{path}: {done} of {len(cells)} training runs done{more}; read it with: gradprobe report {path}")
+    name = printable(str(path))
+    print(f"{name}: {done} of {len(cells)} training runs done{more}; read it with: gradprobe report {name}")
 
 
 @app.command()
@@ -113,7 +114,7 @@ def report(
         if png is not None:
             written += drawing_module("--png", "gradprobe.report.sweep_charts").write_png(run, png)
     for path in written:
-        print(f"wrote {path}", file=sys.stderr)
+        print(f"wrote {printable(str(path))}", file=sys.stderr)
 
 
 @app.command()
@@ -184,7 +185,7 @@ def remedies(
     show(result, as_json)
     if drawing is not None:
         path = drawing.write_remedies(result.cells, len(result.seeds), result.conclusions, chart)
-        print(f"wrote {path}", file=sys.stderr)
+        print(f"wrote {printable(str(path))}", file=sys.stderr)
 
 
 @app.command()
@@ -267,7 +268,7 @@ def main() -> None:
     try:
         app()
     except GradprobeError as error:
-        print(f"gradprobe: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"gradprobe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
 

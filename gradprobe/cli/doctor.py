@@ -9,8 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from gradprobe import ops
+from gradprobe.errors import printable
 from gradprobe.ops import libraries
 
 _COSTS = {
@@ -42,11 +44,11 @@ class Installation:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("part", "state", "what you lose without it", title="gradprobe doctor", title_justify="left")
         for name, value in self.versions.items():
-            table.add_row(name, value, "")
+            table.add_row(name, Text(value), "")
         table.add_section()
         for name, state in self.parts.items():
             style = "green" if state == "ready" else "yellow"
-            table.add_row(name, f"[{style}]{state}[/]", self.costs.get(name, ""))
+            table.add_row(name, Text(printable(state), style=style), self.costs.get(name, ""))
         yield table
 
 

@@ -34,7 +34,7 @@ def progress_bar(console: Console | None) -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         console=Console(quiet=True) if quiet else console,
         disable=quiet,
         speed_estimate_period=600.0,

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import altair as alt
 import vl_convert
 
+from gradprobe.errors import printable
 from gradprobe.report.palette import BACKGROUND, FAINT, GRID, INK
 from gradprobe.report.summary import NetSummary
 
@@ -18,6 +19,7 @@ FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 PNG_SCALE = 2.0
 _LABEL_PX = 13.0  # height of one label
 _LABEL_WIDTH_PX = 66.0
+_LABEL_LIMIT_PX = 160.0  # a longer name ends with an ellipsis; the tooltips have all of it
 
 Row = dict[str, Any]
 Chart: TypeAlias = alt.HConcatChart | alt.VConcatChart
@@ -49,7 +51,10 @@ class Label:
 
 
 class ChartData:
-    """The rows of one chart by name, so that the chart holds them once and altair does not copy them at each step."""
+    """The rows of one chart by name, so that the chart holds them once and altair does not copy them at each step.
+
+    Texts are made printable.
+    """
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Row]] = {}
@@ -57,7 +62,9 @@ class ChartData:
     def add(self, rows: Sequence[Row]) -> alt.NamedData:
         """Adds rows and returns the reference to them for a layer of the chart."""
         name = f"rows-{len(self.rows)}"
-        self.rows[name] = list(rows)
+        self.rows[name] = [
+            {key: printable(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
+        ]
         return alt.NamedData(name=name)
 
 
@@ -212,7 +219,14 @@ def label_layers(
         for label, y_px in zip(labels, _label_heights(labels, size.height, obstacles), strict=True)
     ]
     base = alt.Chart(data.add(rows)).encode(x=x, y=y, text="label:N")
-    style: dict[str, Any] = {"align": "left", "baseline": "middle", "dx": gap_px, "fontSize": 12, "fontWeight": 600}
+    style: dict[str, Any] = {
+        "align": "left",
+        "baseline": "middle",
+        "dx": gap_px,
+        "fontSize": 12,
+        "fontWeight": 600,
+        "limit": _LABEL_LIMIT_PX,
+    }
     halo = base.mark_text(**style, stroke=BACKGROUND, strokeWidth=4, color=BACKGROUND, aria=False)
     return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None))]
 

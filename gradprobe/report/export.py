@@ -9,6 +9,7 @@ from dataclasses import astuple, fields
 from itertools import chain
 from pathlib import Path
 
+from gradprobe.errors import printable
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread
@@ -53,6 +54,8 @@ def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
 
     Returns:
         The files written. NaN is written as `nan`, infinity as `inf`, and a value that is not recorded as empty.
+        Control characters in names are spelled out, and a name that a spreadsheet would take for a formula starts with
+        an apostrophe; `as_dict` has the exact names.
 
     Raises:
         StoreError: The folder or a file in it cannot be written; the old files are unchanged.
@@ -84,10 +87,16 @@ def _csv_lines(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iter
     line = io.StringIO()
     writer = csv.writer(line)
     for row in chain([columns], rows):
-        writer.writerow(row)
+        writer.writerow([_cell(value) if isinstance(value, str) else value for value in row])
         yield line.getvalue()
         line.seek(0)
         line.truncate()
+
+
+def _cell(text: str) -> str:
+    # A spreadsheet takes a text that starts so for a formula, unless an apostrophe is before it.
+    shown = printable(text)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
 
 
 def _columns(row: type[EpochRow | LayerRow | JunctionRow]) -> tuple[str, ...]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from gradprobe.report.chart_parts import NARROW, THIRDS, WIDE, Chart, svg
 from gradprobe.report.formatting import duration, number, percent
-from gradprobe.report.page_template import document
+from gradprobe.report.page_template import document, escape
 from gradprobe.report.palette import Palette
 from gradprobe.report.published_errors import CITATION, PublishedTable, matching_tables
 from gradprobe.report.records import SweepRun
@@ -284,8 +283,12 @@ def _value_text(value: object) -> str:
 def _typeset(text: str) -> str:
     """Escapes a text, typesets powers of ten, and keeps each number on one line with its unit."""
     text = escape(text).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
-    text = re.sub(r"(\d)e(-?)(\d+)\b", lambda m: f"{m[1]}&nbsp;×&nbsp;10<sup>{'−' if m[2] else ''}{m[3]}</sup>", text)
-    return re.sub(r"\b([a-z]\w*-\d+)\b", r'<span class="net">\1</span>', text)
+    text = re.sub(
+        r"(?<![\w.])(\d(?:\.\d)?)e(-?)(\d+)\b",
+        lambda m: f"{m[1]}&nbsp;×&nbsp;10<sup>{'−' if m[2] else ''}{m[3]}</sup>",
+        text,
+    )
+    return re.sub(r"\b([a-z]\w{,30}-\d+)\b", r'<span class="net">\1</span>', text)
 
 
 def _dark_rules(summary: Summary) -> str:

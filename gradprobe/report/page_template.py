@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
+import html
+
+from gradprobe.errors import printable
 
 _CSS = """
 :root { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --line: #dfe3e8; --wash: #f6f7f9;
@@ -12,7 +14,7 @@ _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 Inter, ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 63rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
+main { max-width: 63rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: clamp(1.6rem, 4.5vw, 2.2rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 .35rem; }
 h2 { font-size: 1.15rem; letter-spacing: -0.01em; margin: 2.75rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 42rem; }
@@ -34,7 +36,8 @@ thead th { font-weight: 500; color: var(--faint); font-size: .82rem; line-height
 thead tr:last-child th { border-bottom: 1px solid var(--line); }
 thead .group { border-bottom: 1px solid var(--line); text-align: center; padding-bottom: .2rem; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
-th[scope="row"] { text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--paper); }
+th[scope="row"] { text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--paper);
+  max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
 th:first-child, td:first-child { padding-left: 0; }
 .text { text-align: left; }
 td.text .small { display: block; font-size: .8rem; line-height: 1.3; }
@@ -43,7 +46,7 @@ td.text .small { display: block; font-size: .8rem; line-height: 1.3; }
   background: currentColor; margin-right: .45em; }
 .healthy { color: var(--healthy); } .degraded { color: var(--degraded); } .broken { color: var(--broken); }
 .unknown { color: var(--faint); }
-dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .45rem 1.25rem; margin: .75rem 0; }
+dl { display: grid; grid-template-columns: fit-content(20rem) 1fr; gap: .45rem 1.25rem; margin: .75rem 0; }
 dt { font-weight: 600; } dd { margin: 0; max-width: 40rem; overflow-wrap: anywhere; }
 dl.run dt { font-weight: 400; color: var(--faint); }
 ul { margin: .5rem 0; padding-left: 1.1rem; max-width: 42rem; } li { margin: .3rem 0; }
@@ -69,6 +72,16 @@ _SCRIPT = """
   });
 })();
 """
+
+
+def escape(text: str) -> str:
+    r"""Makes a text inert in a page: neither markup nor control characters and direction marks act in it.
+
+    Example:
+        >>> print(escape("<b>\u202e"))
+        &lt;b&gt;\u202e
+    """
+    return html.escape(printable(text))
 
 
 def document(title: str, css: str, body: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import altair as alt
@@ -12,7 +11,7 @@ import altair as alt
 from gradprobe.errors import ArgumentError
 from gradprobe.report.chart_parts import Chart, ChartData, Row, Size, concat, png, svg
 from gradprobe.report.formatting import number
-from gradprobe.report.page_template import document
+from gradprobe.report.page_template import document, escape
 from gradprobe.report.palette import FAINT, INK, shades
 from gradprobe.report.records import RemedyCell
 from gradprobe.snapshot.files import create_folder, write_files

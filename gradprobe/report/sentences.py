@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from gradprobe.report.error_comparison import Comparison, Rise
@@ -21,8 +21,8 @@ _FLOW_WORDS = {
 }
 
 
-def explain_verdict(net: NetSummary) -> str:
-    """Returns the evidence for a network's verdict, in sentences."""
+def explain_verdict(net: NetSummary, shown: Callable[[str], str] = str) -> str:
+    """Returns the evidence for a network's verdict, in sentences; ``shown`` prepares names."""
     if net.epoch is None:
         return "Not started."
     parts = _flow_sentences(net)
@@ -35,7 +35,7 @@ def explain_verdict(net: NetSummary) -> str:
         seeds = f"{net.n_diverged} of {len(net.results)} seeds" if len(net.results) > 1 else "its only seed"
         parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
     if net.comparison is not None:
-        parts.append(_comparison_sentence(net, net.comparison))
+        parts.append(_comparison_sentence(net, net.comparison, shown))
     if net.verdict == NOT_LEARNING and net.learning is not None:
         before, now = percent(net.learning.before), percent(net.learning.now)
         parts.append(
@@ -43,14 +43,14 @@ def explain_verdict(net: NetSummary) -> str:
             f"first step, {before} %: the network has not learned."
         )
     if net.verdict == OVERFITTING:
-        parts += _overfitting_sentences(net.test_comparison, net.rise)
+        parts += _overfitting_sentences(net.test_comparison, net.rise, shown)
     if not net.finished:
         parts.append(f"Not finished: {net.progress}.")
     return " ".join(parts)
 
 
-def headline(summary: Summary) -> list[str]:
-    """States what the sweep shows, one sentence per family with two or more depths."""
+def headline(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
+    """States what the sweep shows, one sentence per family with two or more depths; ``shown`` prepares names."""
     sentences: list[str] = []
     for family in summary.families:
         compared = [
@@ -67,34 +67,41 @@ def headline(summary: Summary) -> list[str]:
             start = "Deeper is worse for" if worse else "Deeper is not clearly worse for"
             ours, theirs = comparison.errors, comparison.other_errors
             sentences.append(
-                f"{start} {family}: after epoch {comparison.epoch} the training error is {percent(ours.train)} % "
-                f"for {net.name} and {percent(theirs.train)} % for {comparison.other}."
+                f"{start} {shown(family)}: after epoch {comparison.epoch} the training error is "
+                f"{percent(ours.train)} % for {shown(net.name)} and {percent(theirs.train)} % for "
+                f"{shown(comparison.other)}."
             )
         if overfitting:
             net, comparison = overfitting[-1]
             ours, theirs = comparison.errors, comparison.other_errors
             sentences.append(
-                f"Depth leads to overfitting for {family}: after epoch {comparison.epoch} the test error is "
-                f"{percent(ours.test)} % for {net.name} and {percent(theirs.test)} % for {comparison.other}, and the "
-                f"training error {percent(ours.train)} and {percent(theirs.train)} %."
+                f"Depth leads to overfitting for {shown(family)}: after epoch {comparison.epoch} the test error is "
+                f"{percent(ours.test)} % for {shown(net.name)} and {percent(theirs.test)} % for "
+                f"{shown(comparison.other)}, and the training error {percent(ours.train)} and "
+                f"{percent(theirs.train)} %."
             )
     return sentences
 
 
-def shortcut_sentences(summary: Summary) -> list[str]:
-    """States the shortcuts' share of the gradient, for each residual network and over depth, as far as recorded."""
-    sentences = [sentence for net in summary.nets if (sentence := _shortcut_sentence(net))]
+def shortcut_sentences(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
+    """States the shortcuts' share of the gradient, for each residual network and over depth, as far as recorded.
+
+    ``shown`` prepares names.
+    """
+    sentences = [sentence for net in summary.nets if (sentence := _shortcut_sentence(net, shown))]
     for family in summary.families:
         members = [net for net in summary.nets if net.family == family]
         newest = {net.name: list(medians.items())[-1] for net in members if (medians := _median_shares(net))}
         epochs = {when for when, _ in newest.values()}
         if len(newest) > 1 and len(epochs) == 1:
             larger = all(deeper > shallower for (_, shallower), (_, deeper) in pairwise(newest.values()))
-            by_net = _listed([f"{100 * share:.0f} % in {name}" for name, (_, share) in newest.items()])
+            by_net = _listed([f"{100 * share:.0f} % in {shown(name)}" for name, (_, share) in newest.items()])
             grows = "grows" if larger else "does not always grow"
             sentences.append(f"{epochs.pop().capitalize()} the share {grows} with depth: {by_net}.")
     without = [
-        net.name for net in summary.nets if net.family in _RESIDUAL_FAMILIES and net.epoch and not net.shortcut_profiles
+        shown(net.name)
+        for net in summary.nets
+        if net.family in _RESIDUAL_FAMILIES and net.epoch and not net.shortcut_profiles
     ]
     if without:
         sentences.append(f"No residual adds are recorded for {_listed(without)}; files of older versions have none.")
@@ -115,7 +122,7 @@ def _median_shares(net: NetSummary) -> dict[str, float]:
     return {when: statistics.median(shares.values()) for when, shares in _finite_shares(net)}
 
 
-def _shortcut_sentence(net: NetSummary) -> str:
+def _shortcut_sentence(net: NetSummary, shown: Callable[[str], str]) -> str:
     medians = _median_shares(net)
     if not medians:
         return ""
@@ -128,8 +135,8 @@ def _shortcut_sentence(net: NetSummary) -> str:
     lowest, site, when = min((share, site, when) for when, shares in drawn for site, share in shares.items())
     n_adds = len(drawn[0][1])
     return (
-        f"In {net.name} the shortcut's share of the gradient is {by_epoch}, {compared} (median over {n_adds} "
-        f"residual add{'s' if n_adds > 1 else ''}; the lowest is {100 * lowest:.0f} %, at {site} {when})."
+        f"In {shown(net.name)} the shortcut's share of the gradient is {by_epoch}, {compared} (median over {n_adds} "
+        f"residual add{'s' if n_adds > 1 else ''}; the lowest is {100 * lowest:.0f} %, at {shown(site)} {when})."
     )
 
 
@@ -156,9 +163,9 @@ def _flow(profile: GradientProfile) -> str:
     return _FLOW_WORDS[profile.verdict] + ("" if agreeing == seeds else f" in {agreeing} of {seeds} seeds")
 
 
-def _comparison_sentence(net: NetSummary, comparison: Comparison) -> str:
+def _comparison_sentence(net: NetSummary, comparison: Comparison, shown: Callable[[str], str]) -> str:
     errors = f"training error, {percent(comparison.errors.train)} %,"
-    other = f"that of {comparison.other}, {percent(comparison.other_errors.train)} %"
+    other = f"that of {shown(comparison.other)}, {percent(comparison.other_errors.train)} %"
     text = f"After epoch {comparison.epoch} the {errors} is"
     if not comparison.clearly_above:
         return f"{text} not clearly above {other}."
@@ -171,13 +178,13 @@ def _comparison_sentence(net: NetSummary, comparison: Comparison) -> str:
     )
 
 
-def _overfitting_sentences(comparison: Comparison | None, rise: Rise | None) -> list[str]:
+def _overfitting_sentences(comparison: Comparison | None, rise: Rise | None, shown: Callable[[str], str]) -> list[str]:
     sentences = []
     if comparison is not None and comparison.overfits:
         ours, theirs = comparison.errors, comparison.other_errors
         sentences.append(
             f"After epoch {comparison.epoch} the test error, {percent(ours.test)} %, is clearly above that of "
-            f"{comparison.other}, {percent(theirs.test)} %, and exceeds the training error by more, "
+            f"{shown(comparison.other)}, {percent(theirs.test)} %, and exceeds the training error by more, "
             f"{percent(ours.gap)} points against {percent(theirs.gap)}: the deeper network overfits."
         )
     if rise is not None and rise.overfits:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gradprobe.errors import printable
 from gradprobe.report.formatting import number, percent
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import SweepRun
@@ -21,6 +22,9 @@ from gradprobe.report.summary import (
     Summary,
     summarise,
 )
+
+# Longest name that is shown in full.
+NAME_WIDTH = 40
 
 _STYLES = {
     "healthy": "green",
@@ -53,17 +57,21 @@ def render(run: SweepRun) -> RenderableType:
             Text("Gradient norm (L2), first and last weight layer, median over seeds", style="italic"),
             _gradients(summary),
         ],
-        [Text(line, style="bold") for line in headline(summary)],
-        [Text(line) for line in shortcut_sentences(summary)],
+        [Text(line, style="bold") for line in headline(summary, _shown)],
+        [Text(line) for line in shortcut_sentences(summary, _shown)],
         [Text(line) for line in published_paragraphs(summary)],
-        [Text.assemble((f"{net.name}  ", "bold"), explain_verdict(net)) for net in unhealthy],
+        [Text.assemble((f"{_shown(net.name)}  ", "bold"), explain_verdict(net, _shown)) for net in unhealthy],
     ]
     return Group(*(part for block in blocks if block for part in (*block, Text())))
 
 
+def _shown(name: str) -> str:
+    return printable(name, NAME_WIDTH)
+
+
 def _title(summary: Summary) -> Text:
     done, planned = summary.cells_finished, summary.cells_planned
-    facts = [f"{key} {value}" for key, value in summary.config.items() if key in ("data", "epochs")]
+    facts = [f"{key} {_shown(str(value))}" for key, value in summary.config.items() if key in ("data", "epochs")]
     facts.append(f"{planned} runs" if done == planned else f"{done} of {planned} runs finished")
     return Text.assemble(("Degradation sweep", "bold"), ("  " + ", ".join(facts), "dim"))
 
@@ -82,7 +90,7 @@ def _errors(summary: Summary) -> Table:
         at = "" if net.verdict_profile is None else f", {net.verdict_profile.epoch}"
         verdict = Text(f"{net.verdict or '–'}{at}", style=_STYLES.get(net.verdict or "", ""))
         errors = percent(net.train_error_pct), percent(net.test_error_pct)
-        table.add_row(net.name, net.progress, f"{net.parameters:,}", *errors, verdict)
+        table.add_row(Text(_shown(net.name)), net.progress, f"{net.parameters:,}", *errors, verdict)
     return table
 
 
@@ -90,16 +98,16 @@ def _gradients(summary: Summary) -> Table:
     numeric = ("first", "last", "first/last")
     table = _table("network", "at", *numeric, "gradient", numeric=numeric)
     for net in summary.nets:
-        name = net.name
+        name = _shown(net.name)
         for profile in (net.initial, net.end):
             if profile is not None:
                 flow = Text(", ".join(_verdicts_by_seed(profile)), style=_STYLES[profile.verdict])
                 table.add_row(
-                    name, profile.when, number(profile.first), number(profile.last), number(profile.ratio), flow
+                    Text(name), profile.when, number(profile.first), number(profile.last), number(profile.ratio), flow
                 )
                 name = ""
         if name:
-            table.add_row(name, *"–––––")
+            table.add_row(Text(name), *"–––––")
     return table
 
 

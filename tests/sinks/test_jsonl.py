@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.diagnose_cases import snapshot
 from helpers.full_disk import full_disk
+from helpers.names import NAMES
 
 from gradprobe.errors import StoreError
 from gradprobe.sinks import write_jsonl
@@ -22,3 +24,14 @@ def test_a_failed_export_leaves_no_file_so_that_it_can_be_tried_again(tmp_path: 
     write_jsonl(history, path)
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 400
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_names_are_read_back_exactly_from_one_line_each(tmp_path: Path, name: str) -> None:
+    one = snapshot(0, [1.0])
+    path = tmp_path / "history.jsonl"
+    write_jsonl([replace(one, table=replace(one.table, names=(name,), index={name: 0}))], path)
+    (line,) = path.read_text().split("\n")[:-1]
+    assert line.isascii()
+    assert line.isprintable()
+    assert json.loads(line)["site"] == name

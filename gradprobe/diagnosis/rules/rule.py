@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gradprobe.diagnosis.finding import Finding, Where, title
 from gradprobe.diagnosis.run_history import Need, RunHistory
+from gradprobe.errors import printable
 
 AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
 SAGEMAKER = "SageMaker Debugger"
@@ -51,11 +52,12 @@ class Rule:
     ) -> Finding:
         """Makes a finding of this rule; the arguments are the attributes of `Finding`.
 
+        The message is made printable, since it is for a person; the names of the sites stay exact.
+
         Example:
             >>> from gradprobe.diagnosis.rules import SPIKE
             >>> SPIKE.finding((), (7, 7), {"norm": 90.0}, "step 7: ...").remedies[0]
             'look at the batch of that step'
         """
-        return Finding(
-            self.name, self.where, sites, steps, evidence, message, self.formula, self.source, self.cause, self.remedies
-        )
+        texts = (printable(message), self.formula, self.source, self.cause, self.remedies)
+        return Finding(self.name, self.where, sites, steps, evidence, *texts)
