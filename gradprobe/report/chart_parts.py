@@ -19,7 +19,7 @@ FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 PNG_SCALE = 2.0
 _LABEL_PX = 13.0  # height of one label
 _LABEL_WIDTH_PX = 66.0
-_LABEL_LIMIT_PX = 160.0  # a longer name ends with an ellipsis; the tooltips have all of it
+_LABEL_LENGTH = 24  # characters; a longer name loses its middle, but the tooltips have all of it
 
 Row = dict[str, Any]
 Chart: TypeAlias = alt.HConcatChart | alt.VConcatChart
@@ -213,20 +213,13 @@ def label_layers(
         {
             x_field: label.x,
             y_field: top - y_px / size.height * (top - bottom),
-            "label": label.text,
+            "label": printable(label.text, _LABEL_LENGTH),
             "colour": label.colour,
         }
         for label, y_px in zip(labels, _label_heights(labels, size.height, obstacles), strict=True)
     ]
     base = alt.Chart(data.add(rows)).encode(x=x, y=y, text="label:N")
-    style: dict[str, Any] = {
-        "align": "left",
-        "baseline": "middle",
-        "dx": gap_px,
-        "fontSize": 12,
-        "fontWeight": 600,
-        "limit": _LABEL_LIMIT_PX,
-    }
+    style: dict[str, Any] = {"align": "left", "baseline": "middle", "dx": gap_px, "fontSize": 12, "fontWeight": 600}
     halo = base.mark_text(**style, stroke=BACKGROUND, strokeWidth=4, color=BACKGROUND, aria=False)
     return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None))]
 

@@ -283,6 +283,7 @@ def _value_text(value: object) -> str:
 def _typeset(text: str) -> str:
     """Escapes a text, typesets powers of ten, and keeps each number on one line with its unit."""
     text = escape(text).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
+    # Whole numbers only: a name may hold 2e5, too.
     text = re.sub(
         r"(?<![\w.])(\d(?:\.\d)?)e(-?)(\d+)\b",
         lambda m: f"{m[1]}&nbsp;×&nbsp;10<sup>{'−' if m[2] else ''}{m[3]}</sup>",

@@ -10,9 +10,9 @@ from gradprobe.ops import libraries
 
 
 def test_every_part_is_ready_or_says_why_and_what_you_lose(monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(libraries, "native_hooks", lambda: (None, "not built"))
+    monkeypatch.setattr(libraries, "native_hooks", lambda: (None, "not built: [Errno 2] [/b]"))
     installation = doctor()
-    assert installation.parts["hooks"] == "not built"
+    assert installation.parts["hooks"] == "not built: [Errno 2] [/b]"
     assert "Python" in installation.costs["hooks"]
     for part, state in installation.parts.items():
         assert state
@@ -21,7 +21,7 @@ def test_every_part_is_ready_or_says_why_and_what_you_lose(monkeypatch) -> None:
     with console.capture() as capture:
         console.print(installation)
     text = " ".join(capture.get().split())
-    assert "not built" in text
+    assert "not built: [Errno 2] [/b]" in text
     assert installation.versions["torch"] in text
 
 

@@ -131,3 +131,13 @@ def test_changed_bytes_never_raise_anything_but_one_line(
             err = capsys.readouterr().err
             assert code in (None, 0, 2), (seed, number, name)
             assert code != 2 or (err.startswith(f"gradprobe: {path}: ") and err.count("\n") == 1)
+
+
+def test_a_file_name_cannot_act_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "[bold]\x1b[31m\u202e\udcff.sqlite"
+    path.write_text("notes")
+    for arguments in COMMANDS.values():
+        assert run_command(arguments, path, monkeypatch) == 2
+        assert "[bold]\\x1b[31m\\u202e\\udcff.sqlite: needed a file" in capsys.readouterr().err

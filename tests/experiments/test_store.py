@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.full_disk import full_disk
+from helpers.names import NAMES
 
 from gradprobe.errors import StoreError
 from gradprobe.experiments.sweep.store import open_run, start_run
@@ -395,6 +396,16 @@ def test_a_checkpoint_that_is_not_binary_is_called_damaged(path):
     database.close()
     with start_run(path, CONFIG, {}) as run, pytest.raises(StoreError, match="damaged: a checkpoint is 'text'"):
         run.checkpoint(1)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES.values() if "\ud800" not in name])
+def test_names_are_read_as_written(path, name):
+    with start_run(path, {"data": name}, {"data_spec": name}) as run:
+        run.add_cells([(name, 8, 0, 1)])
+        run.save(1, [epoch_row(0)], [layer_row(0, site=name)], [junction_row(site=name)], b"")
+    with open_run(path) as run:
+        assert (run.config["data"], run.meta["data_spec"], run.cells()[0].family) == (name, name, name)
+        assert (run.layers(1, 0)[0].site, run.junctions(1, 0)[0].site) == (name, name)
 
 
 def test_metadata_that_utf8_cannot_represent_are_spelled_out(path):
