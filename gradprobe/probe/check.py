@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from gradprobe.diagnosis.depth import layer_status
 from gradprobe.diagnosis.diagnose import Verdict, diagnose, verdict
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.errors import ArgumentError, GradprobeWarning
+from gradprobe.errors import ArgumentError, GradprobeWarning, printable
 from gradprobe.probe.probe import attach
 from gradprobe.snapshot.snapshot import Snapshot
 
 SEED = 0
 BAR_WIDTH = 24
+# Longest name, and longest message with names in it, that the table shows in full.
+NAME_WIDTH = 60
+MESSAGE_WIDTH = 500
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -153,7 +157,8 @@ class FlowReport:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"Gradient flow through {self.model}", title_justify="left", caption_justify="left")
+        title = Text(f"Gradient flow through {printable(self.model, NAME_WIDTH)}", style="table.title")
+        table = Table(title=title, title_justify="left", caption_justify="left")
         table.add_column("depth", justify="right")
         table.add_column("parameter", overflow="fold")
         table.add_column("norm", justify="right")
@@ -164,16 +169,16 @@ class FlowReport:
             style = "green" if layer.status == "healthy" else "bold red"
             table.add_row(
                 str(layer.depth),
-                layer.name,
+                Text(printable(layer.name, NAME_WIDTH)),
                 f"{layer.norm:.2e}",
                 f"{layer.rms:.2e}",
                 _bar(layer.rms, self.layers),
-                f"[{style}]{layer.status}[/]",
+                Text(layer.status, style=style),
             )
         yield table
         yield f"verdict: {self.verdict}"
         for finding in self.findings:
-            yield f"  {finding.message} (rule: {finding.source})"
+            yield Text(f"  {printable(finding.message, MESSAGE_WIDTH)} (rule: {finding.source})")
 
     def __str__(self) -> str:
         console = Console(width=120, color_system=None, force_terminal=False)
