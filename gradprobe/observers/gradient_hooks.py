@@ -109,7 +109,7 @@ class PythonGradientHooks:
         on_gradient: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:
         self._places = found.places
-        self._frozen_places = found.frozen_places
+        self._frozen_places = list(found.frozen_places)
         self._layouts = [Layout.of(parameter) for parameter in found.parameters]
         self._on_backward_end = on_backward_end
         self._on_gradient = on_gradient
@@ -120,6 +120,9 @@ class PythonGradientHooks:
         self._fired = [False] * len(self._places)
         self._handles: list[RemovableHandle] = []
         for k, parameter in enumerate(found.parameters):
+            if not parameter.requires_grad:  # for a while; torch takes no hook now
+                self._frozen_places.append(found.places[k])
+                continue
             handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))
             _run_first(parameter._post_accumulate_grad_hooks, handle.id)
             self._handles.append(handle)
@@ -130,6 +133,10 @@ class PythonGradientHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for parameter in self.parameters():
+            if parameter is not None and parameter._post_accumulate_grad_hooks == {}:
+                # after `swap_tensors` it belongs to another tensor, and a hook added to it would never run
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
     def start_step(self) -> None:
         """Begins a step: forgets which hooks have run."""
@@ -169,10 +176,15 @@ class PythonGradientHooks:
         return self._accumulates
 
     def is_outdated(self) -> bool:
-        """Returns whether a parameter is gone, or a frozen one requires a gradient now."""
-        return any(parameter is None for parameter in self.parameters()) or any(
+        """Returns whether a parameter is gone, has a gradient that no hook saw, or is no longer frozen."""
+        parameters = self.parameters()
+        has_missed = not self._has_fired and any(
+            parameter is not None and parameter.grad is not None for parameter in parameters
+        )
+        is_thawed = any(
             (parameter := place.parameter()) is not None and parameter.requires_grad for place in self._frozen_places
         )
+        return any(parameter is None for parameter in parameters) or has_missed or is_thawed
 
     def take_error(self) -> str:
         """Returns nothing: an error in Python reaches the caller."""

@@ -11,7 +11,7 @@ from torch import nn
 from gradprobe.observers import cuda_graphs, gradient_hooks
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradients import GradientMeter
-from gradprobe.observers.parameters import Layout, ModelParameters, find_parameters, same_parameters, stepped_by
+from gradprobe.observers.parameters import Layout, ModelParameters, find_parameters, stepped_by
 from gradprobe.observers.registrations import RegistrationWatch
 from gradprobe.observers.replicas import Replicas
 from gradprobe.observers.unsupported import refuse_unsupported
@@ -94,30 +94,34 @@ class GradientObserver:
         """Returns whether the backward pass that has just ended has averaged the gradients over processes."""
         return self._replicas.average(self.parameters())
 
+    def may_have_changed(self) -> bool:
+        """Returns whether there is a sign that the model has other parameters than before."""
+        return self._watch.has_seen or self.hooks.is_outdated()
+
     def look(self) -> str | None:
         """Looks, if there is a reason to, whether the model has other parameters than before, and follows them.
 
         Returns:
-            What has changed, None if nothing has. `sites`, `table` and `meter` are then new.
+            What has changed, empty if the parameters are the same but perhaps of another layout: `sites`, `table` and
+            `meter` are new. None if nothing has changed.
         """
         self._n_measured += 1
         is_due = self._n_measured % _LOOK_EVERY == 0
-        if not (self._watch.take() or self.hooks.is_outdated() or is_due):
+        if not (is_due or self.may_have_changed()):
             return None
+        self._watch.forget()
         model = self._model()
         if model is None:
             return None
         refuse_unsupported(model)  # it may have been sharded since
         found = find_parameters(model, self._known())
         self._replicas.forget()
-        has_same_names = found.sites == self.sites or [site.names for site in found.sites] == [
-            site.names for site in self.sites
-        ]
-        if has_same_names and same_parameters(self.hooks.parameters(), found.parameters):
-            if found.frozen_names != self.frozen or self.hooks.is_outdated():
-                self._rehook(found)
+        has_same_names = [site.names for site in found.sites] == [site.names for site in self.sites]
+        is_same = has_same_names and [id(parameter) for parameter in found.parameters] == self._ids
+        if is_same and found.frozen_names == self.frozen and not self.hooks.is_outdated():
             return None
-        change = _describe(self, found)
+        # tensors that were swapped into the same parameters have no hook
+        change = "" if is_same else _describe(self, found)
         self._take(found)
         self._rehook(found)
         return change
@@ -182,6 +186,7 @@ class GradientObserver:
             self._backend,
             self._fence,
         )
+        self._ids = [id(parameter) for parameter in found.parameters]
         self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
         self.table = SiteTable(
             names=tuple(site.name for site in self.sites),
@@ -194,7 +199,8 @@ class GradientObserver:
         return {id(parameter) for parameter in self.hooks.parameters() if parameter is not None}
 
     def _rehook(self, found: ModelParameters) -> None:
-        self._fired_before = self.has_fired()
+        # new hooks cannot tell whether a backward pass has run
+        self._fired_before = self.has_fired() or any(parameter.grad is not None for parameter in found.parameters)
         self.hooks.remove()
         self.hooks = gradient_hooks.install(found, *self._callbacks)
 

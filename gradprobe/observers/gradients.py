@@ -157,7 +157,7 @@ class GradientMeter:
         chosen = [candidates[k] for k in spread]
         with torch.no_grad():
             now = torch.empty(len(chosen), len(ops.STATS), dtype=torch.float64, device=group.device)  # [P, 6]
-            self._backends[group.device].grad_stats_into([gradients[k] for k in chosen], now)  # type: ignore[misc]
+            self._backends[group.device].grad_stats_into([gradients[k] for k in chosen], now)
             before = torch.stack([rows[group.device][int(self._row_of[k])] for k in chosen])  # [P, 6]
             sizes = [torch.stack((ops.norms(part), part[:, ABS_MAX])) for part in (before, now)]  # [2, P] each
             ratios = sizes[1] / sizes[0]

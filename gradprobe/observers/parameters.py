@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -170,8 +170,3 @@ def is_regular(gradient: torch.Tensor, layout: Layout) -> bool:
         and not gradient.is_complex()
         and type(gradient) in (torch.Tensor, nn.Parameter)
     )
-
-
-def same_parameters(known: Sequence[torch.Tensor | None], found: Sequence[torch.Tensor]) -> bool:
-    """Returns whether two lists hold the same tensors in the same order."""
-    return len(known) == len(found) and all(one is other for one, other in zip(known, found, strict=True))

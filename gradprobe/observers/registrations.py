@@ -29,8 +29,8 @@ class RegistrationWatch:
     Example:
         >>> watch = RegistrationWatch()
         >>> model = nn.Linear(1, 1)
-        >>> watch.take(), watch.take()
-        (True, False)
+        >>> watch.has_seen
+        True
         >>> watch.remove()
     """
 
@@ -49,10 +49,14 @@ class RegistrationWatch:
         ]
         self._remove = weakref.finalize(self, _remove_all, handles)  # the hooks go with the watch
 
-    def take(self) -> bool:
-        """Returns whether anything was registered since the last call."""
-        anything, self._seen.anything = self._seen.anything, False
-        return anything
+    @property
+    def has_seen(self) -> bool:
+        """Whether anything was registered since the last `forget`."""
+        return self._seen.anything
+
+    def forget(self) -> None:
+        """Forgets what was registered."""
+        self._seen.anything = False
 
     def remove(self) -> None:
         """Removes the hooks, for good."""

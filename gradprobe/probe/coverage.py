@@ -145,7 +145,7 @@ class CoverageLog:
 
         Args:
             step: Number of the open step.
-            change: What has changed.
+            change: What has changed; empty if the parameters have the same names.
         """
         observed = dict(zip(self._names, self._observed, strict=True))
         unhooked = dict(zip(self._names, self._unhooked, strict=True))
@@ -153,7 +153,8 @@ class CoverageLog:
         self._observed = np.array([observed.get(name, False) for name in self._names], dtype=np.bool_)
         self._unhooked = np.array([unhooked.get(name, False) for name in self._names], dtype=np.bool_)
         self._all_observed = False
-        self._warn(f"changed: {change}", f"step {step}: the parameters of the model are others now: {change}")
+        if change:
+            self._warn(f"changed: {change}", f"step {step}: the parameters of the model are others now: {change}")
 
     def note_never_closed(self, step: int, n_backwards: int, reason: str) -> None:
         """Warns about backward passes that no step has closed.

@@ -36,6 +36,9 @@ class Recorder(Protocol):
     def settle(self) -> None:
         """Closes what has ended unnoticed."""
 
+    def follow(self) -> None:
+        """Follows the model if it has other parameters than before."""
+
     def stop(self) -> None:
         """Stops measuring, for good."""
 
@@ -158,7 +161,10 @@ class StepBoundaries:
 
     def _on_step(self, optimizer: Optimizer, args: _Args, kwargs: _Kwargs, is_after: bool) -> _Arguments | None:
         recorder = self._recorder()
-        if recorder is None or not self._concerns(optimizer):
+        if recorder is None:
+            return None
+        recorder.follow()
+        if not self._concerns(optimizer):
             return None
         is_nested, scaler = self._callers()
         if is_nested or (torch._C._current_graph_task_id() != -1 and not self._is_in_backward):

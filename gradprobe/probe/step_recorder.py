@@ -58,6 +58,7 @@ class OpenStep:
         change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
         losses: Losses given so far.
         is_requested: The user has asked to close the step.
+        has_changed: The parameters have got other hooks in this step, so it is not known which gradients are ready.
     """
 
     number: int
@@ -73,6 +74,7 @@ class OpenStep:
     change: Change | None = None
     losses: list[torch.Tensor | float] = field(default_factory=list)
     is_requested: bool = False
+    has_changed: bool = False
 
 
 class StepRecorder:
@@ -146,6 +148,11 @@ class StepRecorder:
             if self._signal_observer is not None:
                 self._signal_observer.remove()
             raise
+
+    def follow(self) -> None:
+        """Follows the model if it has other parameters than before; none of the old ones may have a hook that runs."""
+        if not self._is_off and not self._are_gradients_off and self._observer.may_have_changed():
+            self._look()
 
     def settle(self, *, is_late: bool = False) -> None:
         """Closes the open step if a gradient scaler has skipped it, and learns whether it skipped the one before.
@@ -356,10 +363,9 @@ class StepRecorder:
         opened, observer = self._open, self._observer
         if opened.n_backwards == 0:  # compiled autograd runs no hooks
             opened.scales = self._scalers.read()
-        has_changed = self._look()
+        self._look()
         measured, n_writes, n_fired = observer.measure(self.history.ring.rows())
         if measured is not observer.meter.all_present and self._regroup_if_moved():
-            has_changed = True
             measured, _, n_fired = observer.measure(self.history.ring.rows())
         opened.measured, opened.measured_after = measured, opened.n_backwards
         unscaled = self._are_unscaled(optimizer)
@@ -369,7 +375,7 @@ class StepRecorder:
         opened.state = "modified" if is_changed else "raw"
         opened.is_averaged = observer.are_averaged()
         opened.clip_factor = opened.change = None
-        if self._is_due() and n_fired < self.n_parameters and not has_changed:
+        if self._is_due() and n_fired < self.n_parameters and not opened.has_changed:
             unhooked = measured.present & ~np.array(observer.hooks.fired(), dtype=np.bool_)
             self.coverage.note_unhooked(opened.number, unhooked)
 
@@ -382,17 +388,18 @@ class StepRecorder:
             scale.is_removed_from(optimizer)
         ]
 
-    def _look(self) -> bool:
+    def _look(self) -> None:
         change = self._observer.look()
         if change is not None:
+            self._open.has_changed = True
             self._restart()
             self.boundaries.forget_parameters()
             self.coverage.note_changed(self._open.number, change)
-        return change is not None
 
     def _regroup_if_moved(self) -> bool:
         has_moved = self._observer.regroup_if_moved()
         if has_moved:
+            self._open.has_changed = True
             self._restart()
         return has_moved
 
