@@ -110,6 +110,7 @@ class PythonGradientHooks:
     ) -> None:
         self._places = found.places
         self._frozen_places = list(found.frozen_places)
+        self._impls = [parameter._cdata for parameter in found.parameters]  # address of the tensor inside
         self._layouts = [Layout.of(parameter) for parameter in found.parameters]
         self._on_backward_end = on_backward_end
         self._on_gradient = on_gradient
@@ -176,15 +177,11 @@ class PythonGradientHooks:
         return self._accumulates
 
     def is_outdated(self) -> bool:
-        """Returns whether a parameter is gone, has a gradient that no hook saw, or is no longer frozen."""
-        parameters = self.parameters()
-        has_missed = not self._has_fired and any(
-            parameter is not None and parameter.grad is not None for parameter in parameters
-        )
-        is_thawed = any(
+        """Returns whether a parameter is gone or another tensor was swapped into it, or a frozen one is trained now."""
+        impls = [None if parameter is None else parameter._cdata for parameter in self.parameters()]
+        return impls != self._impls or any(
             (parameter := place.parameter()) is not None and parameter.requires_grad for place in self._frozen_places
         )
-        return any(parameter is None for parameter in parameters) or has_missed or is_thawed
 
     def take_error(self) -> str:
         """Returns nothing: an error in Python reaches the caller."""

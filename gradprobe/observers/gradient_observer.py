@@ -98,8 +98,11 @@ class GradientObserver:
         """Returns whether there is a sign that the model has other parameters than before."""
         return self._watch.has_seen or self.hooks.is_outdated()
 
-    def look(self) -> str | None:
+    def look(self, is_suspect: bool = False) -> str | None:
         """Looks, if there is a reason to, whether the model has other parameters than before, and follows them.
+
+        Args:
+            is_suspect: There is a reason.
 
         Returns:
             What has changed, empty if the parameters are the same but perhaps of another layout: `sites`, `table` and
@@ -107,7 +110,7 @@ class GradientObserver:
         """
         self._n_measured += 1
         is_due = self._n_measured % _LOOK_EVERY == 0
-        if not (is_due or self.may_have_changed()):
+        if not (is_due or is_suspect or self.may_have_changed()):
             return None
         self._watch.forget()
         model = self._model()
@@ -121,7 +124,7 @@ class GradientObserver:
         if is_same and found.frozen_names == self.frozen and not self.hooks.is_outdated():
             return None
         # tensors that were swapped into the same parameters have no hook
-        change = "" if is_same else _describe(self, found)
+        change = "" if is_same else self._describe(found)
         self._take(found)
         self._rehook(found)
         return change
@@ -195,8 +198,10 @@ class GradientObserver:
             index={name: k for k, site in enumerate(self.sites) for name in site.names},
         )
 
-    def _known(self) -> set[int]:
-        return {id(parameter) for parameter in self.hooks.parameters() if parameter is not None}
+    def _known(self) -> dict[int, str]:
+        """Returns the names of the observed parameters that are alive, by id."""
+        parameters = zip(self.sites, self.hooks.parameters(), strict=True)
+        return {id(parameter): site.name for site, parameter in parameters if parameter is not None}
 
     def _rehook(self, found: ModelParameters) -> None:
         # new hooks cannot tell whether a backward pass has run
@@ -204,15 +209,15 @@ class GradientObserver:
         self.hooks.remove()
         self.hooks = gradient_hooks.install(found, *self._callbacks)
 
-
-def _describe(before: GradientObserver, now: ModelParameters) -> str:
-    known = {site.name: parameter for site, parameter in zip(before.sites, before.hooks.parameters(), strict=True)}
-    found = {site.name: parameter for site, parameter in zip(now.sites, now.parameters, strict=True)}
-    kinds = {
-        "replaced": [name for name in found if name in known and found[name] is not known[name]],
-        "new": [name for name in found if name not in known],
-        "no longer there or frozen": [name for name in known if name not in found],
-    }
-    return "; ".join(
-        f"{kind}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" for kind, names in kinds.items() if names
-    )
+    def _describe(self, now: ModelParameters) -> str:
+        """Says what differs from the parameters so far, by kind."""
+        known = dict(zip(self.table.names, self._ids, strict=True))
+        found = {site.name: id(parameter) for site, parameter in zip(now.sites, now.parameters, strict=True)}
+        kinds = {
+            "replaced": [name for name in found if name in known and found[name] != known[name]],
+            "new": [name for name in found if name not in known],
+            "no longer there or frozen": [name for name in known if name not in found],
+        }
+        return "; ".join(
+            f"{kind}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" for kind, names in kinds.items() if names
+        )

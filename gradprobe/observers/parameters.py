@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,12 +85,13 @@ class ModelParameters:
     unmeasured: tuple[str, ...]
 
 
-def find_parameters(model: nn.Module, known: Collection[int] = ()) -> ModelParameters:
+def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) -> ModelParameters:
     """Lists the parameters of a model, tied ones once.
 
     Args:
         model: Any module.
-        known: Ids of parameters that are observed already: they stay observed if they are frozen for a while.
+        known: Names of the parameters that are observed already, by id: they stay observed if they are frozen for a
+            while.
 
     Returns:
         The trainable parameters, and the frozen ones.
@@ -122,8 +123,9 @@ def find_parameters(model: nn.Module, known: Collection[int] = ()) -> ModelParam
             names_of.setdefault(id(parameter), []).append(name)
     if not tensor_of:
         raise ArgumentError(f"model: needed at least one parameter; {type(model).__name__} has none")
-    trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad or key in known]
-    frozen = [key for key, parameter in tensor_of.items() if not parameter.requires_grad and key not in known]
+    stays = {key for key, name in (known or {}).items() if key in names_of and names_of[key][0] == name}
+    trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad or key in stays]
+    frozen = [key for key, parameter in tensor_of.items() if not parameter.requires_grad and key not in stays]
     refusals = {key: ops.refusal(tensor_of[key]) for key in trainable}
     observed = [key for key in trainable if refusals[key] is None]
     if not trainable:

@@ -377,6 +377,9 @@ class StepRecorder:
         opened.clip_factor = opened.change = None
         if self._is_due() and n_fired < self.n_parameters and not opened.has_changed:
             unhooked = measured.present & ~np.array(observer.hooks.fired(), dtype=np.bool_)
+            if unhooked.any() and self._look(is_suspect=True):
+                self._measure(optimizer)
+                return
             self.coverage.note_unhooked(opened.number, unhooked)
 
     def _are_unscaled(self, optimizer: torch.optim.Optimizer | None) -> list[bool]:
@@ -388,13 +391,15 @@ class StepRecorder:
             scale.is_removed_from(optimizer)
         ]
 
-    def _look(self) -> None:
-        change = self._observer.look()
+    def _look(self, is_suspect: bool = False) -> bool:
+        """Follows the model if there is a reason to and it has other parameters; returns whether it has."""
+        change = self._observer.look(is_suspect)
         if change is not None:
             self._open.has_changed = True
             self._restart()
             self.boundaries.forget_parameters()
             self.coverage.note_changed(self._open.number, change)
+        return change is not None
 
     def _regroup_if_moved(self) -> bool:
         has_moved = self._observer.regroup_if_moved()
@@ -405,6 +410,7 @@ class StepRecorder:
 
     def _restart(self) -> None:
         observer = self._observer
+        self._open.measured = self._open.change = None
         self.history.archive()
         self.history.restart(observer.table, observer.meter.rows_on, observer.meter.in_model_order)
         if self._updates is not None:

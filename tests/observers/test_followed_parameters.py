@@ -152,6 +152,7 @@ class TestFollows:
         with gradprobe.attach(model, updates=True, strict=True) as probe:
             for step in range(5):
                 if step == 2:
+                    kept = list(model.parameters())  # a new one at a freed address could not be told from the old
                     surgery(model)
                 optimizer = sgd(model)
                 optimizer.zero_grad()
@@ -163,6 +164,7 @@ class TestFollows:
                 assert norms_of(snapshot) == pytest.approx(truth, rel=1e-6)
                 assert snapshot.total_norm == pytest.approx(sum(norm**2 for norm in truth.values()) ** 0.5, rel=1e-6)
                 assert set(snapshot.updates) == set(truth)
+            assert len(kept) == 6
             assert probe.coverage().unknown == ()
         assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2, 3, 4]
         assert [message.partition(": ")[0] for message in taken(caplog)] == ["step 2"]

@@ -42,10 +42,11 @@ def test_parameters_of_an_optimizer() -> None:
 
 def test_a_frozen_parameter_that_is_known_stays() -> None:
     model = nn.Linear(2, 2)
-    known = {id(model.bias)}
+    known = {id(model.bias): "bias"}
     model.bias.requires_grad_(False)
     assert [site.name for site in find_parameters(model, known).sites] == ["weight", "bias"]
     assert find_parameters(model).frozen_names == ("bias",)
+    assert find_parameters(nn.Sequential(model), known).frozen_names == ("0.bias",)  # under another name
 
 
 def test_dtypes_without_a_kernel_are_named() -> None:
