@@ -362,7 +362,8 @@ class StepRecorder:
             return
         opened, observer = self._open, self._observer
         if opened.n_backwards == 0:  # compiled autograd runs no hooks
-            opened.scales = self._scalers.read()
+            scales = self._scalers.read()
+            opened.scales = [scale for scale in scales if optimizer is None or scale.belongs_to(optimizer)]
         self._look()
         measured, n_writes, n_fired = observer.measure(self.history.ring.rows())
         if measured is not observer.meter.all_present and self._regroup_if_moved():
@@ -499,7 +500,8 @@ class StepRecorder:
             change.ratios,
         )
         self.history.look_for_nonfinite()
-        self.coverage.note(opened.number, measured, is_complete)
+        if not self._are_gradients_off:
+            self.coverage.note(opened.number, measured, is_complete)
 
     def _compare(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Change:
         """Finds out what was done to the gradients after they were measured."""
