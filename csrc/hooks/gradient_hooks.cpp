@@ -124,19 +124,25 @@ void note(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& p
 // Hooks that were taken off. A backward pass in another thread may be about to call one, so they are freed much later.
 class Retired {
  public:
+  using Clock = std::chrono::steady_clock;
+
   void add(std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> hooks) {
     const auto now = Clock::now();
-    std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> old;  // freed after the lock is released
+    free_older_than(now - std::chrono::minutes(1));
     const std::lock_guard<std::mutex> lock(mutex_);
-    while (!all_.empty() && now - all_.front().since > std::chrono::minutes(1)) {
-      old.push_back(std::move(all_.front().hook));
-      all_.pop_front();
-    }
     for (auto& hook : hooks) all_.push_back({now, std::move(hook)});
   }
 
+  void free_older_than(Clock::time_point limit) {
+    std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> old;  // goes after the lock
+    const std::lock_guard<std::mutex> lock(mutex_);
+    while (!all_.empty() && all_.front().since < limit) {
+      old.push_back(std::move(all_.front().hook));
+      all_.pop_front();
+    }
+  }
+
  private:
-  using Clock = std::chrono::steady_clock;
   struct Entry {
     Clock::time_point since;
     std::unique_ptr<autograd::PostAccumulateGradHook> hook;
@@ -165,10 +171,10 @@ class Around final : public autograd::PostAccumulateGradHook {
   // Either the parameter dies, or somebody put a hook in our place: the first register_post_accumulate_grad_hook makes
   // torch's own hook and assigns it. The assignment stores the newcomer before it deletes us: go around it.
   ~Around() override {
-    const bool is_replaced = c10::raw::intrusive_ptr::use_count(parameter_) > 0;
     {
       const std::lock_guard<std::mutex> lock(state_->mutex);
-      if (state_->parameter(index_) != parameter_) return;  // taken off, or on another parameter since
+      if (state_->parameter(index_) != parameter_) return;  // taken off: the parameter may be long gone
+      const bool is_replaced = c10::raw::intrusive_ptr::use_count(parameter_) > 0;
       if (!is_replaced || state_->is_removed.load()) {
         state_->parameter(index_) = nullptr;
         state_->is_outdated.store(true);
@@ -274,6 +280,8 @@ void GradientHooks::remove() {
   }
   retired().add(std::move(taken));
 }
+
+void free_removed_hooks() { retired().free_older_than(Retired::Clock::time_point::max()); }
 
 void GradientHooks::start_step() {
   for (GradientSlot& slot : state_->slots) slot.has_fired.store(false, std::memory_order_relaxed);

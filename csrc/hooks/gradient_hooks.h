@@ -110,4 +110,7 @@ class GradientHooks {
   std::shared_ptr<HookState> state_;
 };
 
+// Frees the hooks that were removed, which otherwise happens a minute later. No backward pass may be running.
+void free_removed_hooks();
+
 }  // namespace gradprobe

@@ -35,6 +35,7 @@ PYBIND11_MODULE(_hooks, module) {
   gradprobe::define_output_hooks(module);
   gradprobe::define_junction_hooks(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
+  module.def("free_removed_hooks", &gradprobe::free_removed_hooks);
   py::class_<GradientHooks>(module, "GradientHooks")
       .def(py::init<const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, py::object, py::object>(),
            py::arg("parameters"), py::arg("frozen"), py::arg("on_backward_end"), py::arg("on_gradient"))

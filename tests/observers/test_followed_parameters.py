@@ -20,6 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import remove_parametrizations
 
 import gradprobe
+from gradprobe.ops import libraries
 
 pytestmark = pytest.mark.usefixtures("probe_warnings_are_errors")
 
@@ -335,6 +336,20 @@ class TestThreads:
                 parameter.register_hook(attach)
             loss_of(model).backward()
             probes[0].detach()
+
+
+@pytest.mark.skipif(libraries.native_hooks()[0] is None, reason="needs the C++ hooks")
+def test_removed_hooks_are_freed_after_their_parameters() -> None:
+    hooks = libraries.native_hooks()[0]
+    for outlives in (True, False):
+        model = mlp()
+        probe = gradprobe.attach(model)
+        loss_of(model).backward()
+        if outlives:
+            probe.detach()
+        del model, probe
+        gc.collect()
+        hooks.free_removed_hooks()
 
 
 def test_attach_takes_linear_time() -> None:
