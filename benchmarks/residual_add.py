@@ -31,6 +31,7 @@ import gradprobe
 from gradprobe import ops
 from gradprobe.observers.event_rows import MOST_EVENTS
 from gradprobe.ops.libraries import native_hooks
+from gradprobe.snapshot.records import JUNCTION_KINDS
 
 SHAPES = ((64, 16, 32, 32), (64, 64, 8, 8))
 FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -59,7 +60,7 @@ def compare(title: str, shape: tuple[int, ...], memory_format: torch.memory_form
     module, reason = native_hooks()
     if module is None:
         raise SystemExit(f"the C++ hooks are needed: {reason}")
-    log = module.EventRows(MOST_EVENTS)
+    log = module.EventRows(MOST_EVENTS, len(JUNCTION_KINDS), False)
     hooks = module.JunctionHooks(log, 1, 0)
 
     def operands() -> tuple[Tensor, Tensor]:

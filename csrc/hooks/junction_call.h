@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/add.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -37,7 +38,9 @@ class JunctionCall final : public Observer {
  public:
   JunctionCall(std::shared_ptr<EventRows> rows, int64_t first) : rows_(std::move(rows)), first_(first) {}
 
-  bool wants_gradient() const override { return rows_->enabled; }
+  void fence(c10::function_ref<void()> measure) override { rows_->fence(first_, kSites, measure); }
+
+  bool wants_gradient() const override { return rows_->enabled && !rows_->is_off(first_); }
 
   void on_gradient(const at::Tensor& incoming, const double* incoming_row, const at::Tensor& gradient,
                    const double* gradient_row, bool reaches_x) override {
@@ -122,7 +125,9 @@ class ArrivalHook final : public autograd::FunctionPostHook {
 
   autograd::variable_list operator()(const autograd::variable_list& outputs,
                                      const autograd::variable_list& /*inputs*/) override {
-    if (const std::shared_ptr<JunctionCall> alive = call_.lock()) alive->on_arrival(outputs[output_]);
+    if (const std::shared_ptr<JunctionCall> alive = call_.lock()) {
+      alive->fence([&] { alive->on_arrival(outputs.at(output_)); });
+    }
     return outputs;
   }
 

@@ -60,21 +60,23 @@ class JunctionHooks {
   // Computes and observes residual add j. Returns None, and does nothing, if Python has to handle the call or it is not
   // to be observed.
   std::optional<at::Tensor> join(int64_t j, py::handle x_object, py::handle f_object, bool relu) {
-    if (!rows_->enabled || !at::GradMode::is_enabled() || rows_->is_full()) return std::nullopt;
+    const int64_t first = first_site_ + kSites * j;
+    if (!rows_->enabled || !at::GradMode::is_enabled() || rows_->is_off(first) || rows_->is_full()) return std::nullopt;
     const auto pair = operands(x_object, f_object);
     if (!pair) return std::nullopt;
     const auto& [x, f] = *pair;
-    const int64_t first = first_site_ + kSites * j;
     const auto call = std::make_shared<JunctionCall>(rows_, first);
     double row[kStats];
     at::Tensor y = keeping_python_errors([&] { return residual_add(x, f, relu, row, call); });
-    if (!passes_.is_repeat(j)) {
-      const py::gil_scoped_release no_gil;
-      rows_->write(first + kX, x);
-      rows_->write(first + kF, f);
-      call->put(kY, y, row);
-    }
-    if (x.requires_grad() && f.requires_grad()) follow_branch(call, x, y);
+    call->fence([&] {
+      if (!passes_.is_repeat(j)) {
+        const py::gil_scoped_release no_gil;
+        rows_->write(first + kX, x);
+        rows_->write(first + kF, f);
+        call->put(kY, y, row);
+      }
+      if (x.requires_grad() && f.requires_grad()) follow_branch(call, x, y);
+    });
     return y;
   }
 

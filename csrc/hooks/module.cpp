@@ -16,7 +16,7 @@ PYBIND11_MODULE(_hooks, module) {
   using gradprobe::EventRows;
   using gradprobe::GradientHooks;
   py::class_<EventRows, std::shared_ptr<EventRows>>(module, "EventRows")
-      .def(py::init<size_t>(), py::arg("most"))
+      .def(py::init<size_t, size_t, bool>(), py::arg("most"), py::arg("n_sites"), py::arg("strict"))
       .def_property(
           "enabled", [](const EventRows& rows) { return rows.enabled.load(); },
           [](EventRows& rows, bool enabled) { rows.enabled = enabled; })
@@ -31,7 +31,11 @@ PYBIND11_MODULE(_hooks, module) {
           },
           py::arg("tensor"), py::arg("row"))
       .def("events", &EventRows::events)
-      .def("clear", &EventRows::clear);
+      .def("clear", &EventRows::clear)
+      .def("is_off", &EventRows::is_off, py::arg("site"))
+      .def("switch_off", &EventRows::switch_off, py::arg("site"), py::arg("n_sites"))
+      .def("off_sites", &EventRows::off_sites)
+      .def("take_errors", &EventRows::take_errors);
   gradprobe::define_output_hooks(module);
   gradprobe::define_junction_hooks(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));

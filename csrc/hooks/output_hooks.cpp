@@ -96,9 +96,9 @@ class OutputHooks {
     if (has_gradient && !takes_hook(*tensor)) return false;
     if (!passes_.is_repeat(m)) {
       const py::gil_scoped_release no_gil;
-      rows_->write(2 * m, *tensor);
+      rows_->fence(2 * m, 1, [&] { rows_->write(2 * m, *tensor); });
     }
-    if (has_gradient) observe_gradient(*tensor, 2 * m + 1);
+    if (has_gradient) rows_->fence(2 * m + 1, 1, [&] { observe_gradient(*tensor, 2 * m + 1); });
     return true;
   }
 
@@ -120,7 +120,9 @@ class OutputHooks {
    protected:
     void observe(const at::Tensor& gradient) override {
       if (!rows_->enabled) return;
-      if (!rows_->write(site_, gradient)) (*fallback_)(site_, gradient);
+      rows_->fence(site_, 1, [&] {
+        if (!rows_->write(site_, gradient)) (*fallback_)(site_, gradient);
+      });
     }
 
    private:

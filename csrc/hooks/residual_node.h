@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/FunctionRef.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -33,6 +34,8 @@ namespace autograd = torch::autograd;
 class Observer {
  public:
   virtual ~Observer() = default;
+  // Runs code that measures, and keeps its errors away from the training.
+  virtual void fence(c10::function_ref<void()> measure) = 0;
   virtual bool wants_gradient() const = 0;
   // incoming: the gradient of y. gradient: the one that both operands get. Each with its raw row [6]. reaches_x: this
   // backward computes the gradient of x.
@@ -60,13 +63,22 @@ class ResidualAddBackward final : public autograd::Node {
     at::Tensor gradient = incoming;
     if (relu) {
       const at::Tensor y = saved_y();
-      has_rows = is_observed && is_simple(incoming, y);
-      gradient = is_simple(incoming, y) ? masked(incoming, y, has_rows ? &rows : nullptr) : mask(incoming, y);
+      const bool is_fused = is_simple(incoming, y);
+      if (is_observed && is_fused) {
+        observer->fence([&] {
+          gradient = masked(incoming, y, &rows);
+          has_rows = true;
+        });
+      }
+      if (!has_rows) gradient = is_fused ? masked(incoming, y, nullptr) : mask(incoming, y);
     }
-    if (is_observed && (has_rows || take_rows(incoming, gradient, rows))) {
-      // Detach only under create_graph: an unchanged object lets the next hook reuse its statistics.
-      const at::Tensor kept = gradient.requires_grad() ? gradient.detach() : gradient;
-      observer->on_gradient(incoming, rows[0], kept, rows[1], task_should_compute_output(0));
+    if (is_observed) {
+      observer->fence([&] {
+        if (!has_rows && !take_rows(incoming, gradient, rows)) return;
+        // Detach only under create_graph: an unchanged object lets the next hook reuse its statistics.
+        const at::Tensor kept = gradient.requires_grad() ? gradient.detach() : gradient;
+        observer->on_gradient(incoming, rows[0], kept, rows[1], task_should_compute_output(0));
+      });
     }
     return {gradient, gradient};
   }
@@ -187,10 +199,9 @@ NodePtr owner_of(Made* node) {
   }
 }
 
-// Returns y = x + f, or max(x + f, 0), recorded for autograd, and writes the raw row of y unless `row` is null.
-// Requires is_simple_pair() and the GIL, which it releases during the pass.
+X
 inline at::Tensor residual_add(const at::Tensor& x, const at::Tensor& f, bool relu, double* row,
-                               std::shared_ptr<Observer> observer) {
+                               const std::shared_ptr<Observer>& observer) {
   RECORD_FUNCTION("gradprobe::residual_add", std::vector<c10::IValue>({x, f, relu}));
   using NodePtr = std::remove_cvref_t<decltype(x.grad_fn())>;
   NodePtr node;
@@ -199,16 +210,25 @@ inline at::Tensor residual_add(const at::Tensor& x, const at::Tensor& f, bool re
     node = owner_of<NodePtr>(made);
     made->set_next_edges(autograd::collect_next_edges(x, f));
     made->relu = relu;
-    made->observer = std::move(observer);
+    made->observer = observer;
   }
   at::Tensor y = x.is_contiguous() ? at::detail::empty_cpu(x.sizes(), x.scalar_type())
                                    : at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type());
   {
     const pybind11::gil_scoped_release no_gil;
-    cpu::Partials partials(row == nullptr ? 0 : x.numel(), 1);
-    cpu::join(*dtype_of(x), x.const_data_ptr(), f.const_data_ptr(), y.mutable_data_ptr(), x.numel(), relu,
-              row == nullptr ? nullptr : &partials);
-    if (row != nullptr) partials.finish_row(0, row);
+    const auto join = [&](cpu::Partials* partials) {
+      cpu::join(*dtype_of(x), x.const_data_ptr(), f.const_data_ptr(), y.mutable_data_ptr(), x.numel(), relu, partials);
+    };
+    bool is_done = false;
+    if (row != nullptr) {
+      observer->fence([&] {
+        cpu::Partials partials(x.numel(), 1);
+        join(&partials);
+        partials.finish_row(0, row);
+        is_done = true;
+      });
+    }
+    if (!is_done) join(nullptr);
   }
   if (node) {
     autograd::set_history(y, node);

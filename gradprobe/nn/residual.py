@@ -78,7 +78,8 @@ class ResidualAdd(nn.Module):
         """
         if self.inplace:
             return residual_add_(f, x, self.relu)
-        return residual_add(x, f, self.relu) if self.observer is None else self.observer(x, f, self.relu)
+        observer = self.observer  # read once: another thread may detach the probe
+        return residual_add(x, f, self.relu) if observer is None else observer(x, f, self.relu)
 
     def extra_repr(self) -> str:
         """Returns the constructor's arguments for the module's `repr`.
@@ -124,12 +125,13 @@ class InlineAdd(ResidualAdd):
             tensor([2., 2.])
         """
         left, right = (x, f) if self.shortcut_first else (f, x)
-        if self.observer is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
+        observer = self.observer  # read once: another thread may detach the probe
+        if observer is None or not (_is_plain(x) and _is_plain(f) and x.shape == f.shape and x.device == f.device):
             added: Tensor = _WRITTEN[self.written](left, right)
             return added
         if self.written in ("+=", "add_"):
-            return self.observer.in_place(x, f, into_x=self.shortcut_first)
-        y = self.observer(x, f, self.relu)
+            return observer.in_place(x, f, into_x=self.shortcut_first)
+        y = observer(x, f, self.relu)
         return y if self.shortcut_first or x.stride() == f.stride() else _restrided(y, _strides_of_sum(left, right))
 
 

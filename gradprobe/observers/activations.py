@@ -20,9 +20,9 @@ from torch.compiler import is_compiling
 from gradprobe.errors import ArgumentError
 from gradprobe.observers.compiled_ops import observe_output, register_signal_buffer
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
-from gradprobe.observers.module_hooks import ModuleHooks
+from gradprobe.observers.module_hooks import ModuleHook, ModuleHooks
 from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable, tensors_in
-from gradprobe.observers.signal_buffer import Gate, SignalBuffer
+from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -118,7 +118,7 @@ class ActivationHooks:
     def remove(self) -> None:
         """Removes every hook, for good."""
         self._hooks.remove()
-        self._tensor_hooks.clear()
+        self._tensor_hooks.remove()
 
     def in_graph(self, m: int, inputs: tuple[Any, ...], output: Any) -> Any:
         """Observes the output of module m in a graph that is being compiled.
@@ -131,9 +131,24 @@ class ActivationHooks:
         return observe_output(output, inputs, self._buffer_key, 2 * m)
 
     def on_output(self, m: int, output: Any) -> None:
-        """Observes the output of module m."""
+        """Observes the output of module m. Never raises an error of measuring, unless the buffer is strict."""
         if self._native is not None and self._native.observe(m, output):
             return
+        try:
+            self._observe(m, output)
+        except Exception as error:  # noqa: BLE001
+            self.buffer.fail(2 * m, error)
+            self.buffer.fail(2 * m + 1, error)
+
+    def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
+        """Observes a gradient. Never raises an error of measuring, unless the buffer is strict."""
+        try:
+            if self.buffer.enabled and is_measurable(gradient) and not self.buffer.is_off(site):
+                self.buffer.write(site, gradient)
+        except Exception as error:  # noqa: BLE001
+            self.buffer.fail(site, error)
+
+    def _observe(self, m: int, output: Any) -> None:
         if not self.buffer.enabled or not torch.is_grad_enabled() or in_transform() or self.buffer.is_full():
             return
         is_repeat = (self._native or self._passes).is_repeat(m)
@@ -141,44 +156,41 @@ class ActivationHooks:
             if not is_measurable(tensor):
                 self.unmeasured.add(m)
                 continue
-            if not is_repeat:
-                self.buffer.write(2 * m, tensor)
-            if tensor.requires_grad:
+            if not is_repeat and not self.buffer.is_off(2 * m):
+                try:
+                    self.buffer.write(2 * m, tensor)
+                except Exception as error:  # noqa: BLE001
+                    self.buffer.fail(2 * m, error)
+            if tensor.requires_grad and not self.buffer.is_off(2 * m + 1):
                 hook = _GradientHook(weakref.ref(self), 2 * m + 1)
                 if hook in (tensor._backward_hooks or {}).values():  # returned before, e.g. the module's input
                     continue
                 self._tensor_hooks.add(tensor, hook)
 
-    def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
-        """Observes a gradient."""
-        if self.buffer.enabled and is_measurable(gradient):
-            self.buffer.write(site, gradient)
 
-
-class _ForwardHook:
-    """The forward hook of one module. Does not keep `ActivationHooks` alive; does nothing in a copy of the module."""
+class _ForwardHook(ModuleHook):
+    """The forward hook of one module. Does not keep `ActivationHooks` alive."""
 
     __slots__ = ("_gate", "_hooks", "_m")
 
-    def __init__(self, hooks: ActivationHooks | None, m: int) -> None:
-        self._hooks = None if hooks is None else weakref.ref(hooks)
-        self._gate = Gate(is_open=False) if hooks is None else hooks.buffer.gate
+    def __init__(self, hooks: ActivationHooks, m: int) -> None:
+        super().__init__()
+        self._hooks = weakref.ref(hooks)
+        self._gate = hooks.buffer.gate
         self._m = m
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
         compiles = is_compiling()
         if not compiles and not self._gate.is_open:
             return None
-        hooks = None if self._hooks is None else self._hooks()
+        hooks = self._hooks()
         if hooks is None:
             return None
+        *kwargs, output = kwargs_and_output
         if compiles:
-            return hooks.in_graph(self._m, (*args, *kwargs.values()), output)
+            return hooks.in_graph(self._m, (*args, *(value for one in kwargs for value in one.values())), output)
         hooks.on_output(self._m, output)
         return None
-
-    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[None, int]]:
-        return _ForwardHook, (None, self._m)
 
 
 def _on_gradient(hooks: weakref.ref[ActivationHooks], site: int, gradient: torch.Tensor) -> None:
@@ -190,6 +202,8 @@ def _on_gradient(hooks: weakref.ref[ActivationHooks], site: int, gradient: torch
 @dataclasses.dataclass(frozen=True, slots=True)
 class _GradientHook:
     """The hook of one output tensor. Does not keep `ActivationHooks` alive, which the graph may outlive."""
+
+    __torch_unserializable__ = True  # torch.save of a leaf does not warn about this hook
 
     hooks: weakref.ref[ActivationHooks]
     site: int

@@ -104,8 +104,11 @@ def _shares_memory(output: Tensor, inputs: Any) -> bool:
 
 def _observe(x: Tensor, buffer: int, site: int) -> None:
     known = _signal_buffers.get(buffer)
-    if known is not None and known.enabled:
-        known.write_uncached(site, x)
+    if known is not None and known.enabled and not known.is_off(site):
+        try:
+            known.write_uncached(site, x)
+        except Exception as error:  # noqa: BLE001
+            known.fail(site, error)
 
 
 class _Observed(torch.autograd.Function):
@@ -175,11 +178,15 @@ class _ObservedJunction(torch.autograd.Function):
 
 def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -> None:
     known = _signal_buffers.get(buffer)
-    if known is not None and known.enabled:
+    if known is None or not known.enabled or known.is_off(first):
+        return
+    try:
         with known.graphs.counting():
             rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
         known.put_untracked(first + JUNCTION_KINDS.index("branch_grad"), rows[:1], branch.numel())
         known.put_untracked(first + JUNCTION_KINDS.index("shortcut_dot_branch"), rows[1:], branch.numel())
+    except Exception as error:  # noqa: BLE001
+        known.fail(first, error)
 
 
 _library = torch.library.Library("gradprobe", "FRAGMENT")

@@ -86,10 +86,11 @@ class GraphRows(PythonEventRows):
         super().__init__(device, 2 * n_sites + 1)  # the graph that needs more allocates them in its own memory
         self.may_capture = True
         self._n_sites = n_sites
-        self._flag = torch.ones((), dtype=torch.int32, device=device)
+        with torch.inference_mode(False):
+            self._flag = torch.ones((), dtype=torch.int32, device=device)
         self._is_on = True
         self._saved: list[torch.Tensor] | None = None  # blocks as they were when the flag went off in this step
-        self._event_sites = self._event_numels = torch.empty(0)  # of all events, on the device
+        self._event_sites = self._event_numels = torch.empty(0, device="cpu")  # of all events, on the device
 
     @property
     def is_wanted(self) -> bool:

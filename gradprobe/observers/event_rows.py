@@ -48,6 +48,18 @@ class EventRows(Protocol):
     def clear(self) -> None:
         """Forgets all events."""
 
+    def is_off(self, site: int) -> bool:
+        """Returns whether a site is switched off: measuring it has failed."""
+
+    def switch_off(self, site: int, n_sites: int) -> None:
+        """Switches off `n_sites` sites from `site` on."""
+
+    def off_sites(self) -> list[int]:
+        """Lists the sites that are switched off. Some events of the same step may lack their rows there."""
+
+    def take_errors(self) -> list[tuple[int, str]]:
+        """Returns the errors in C++ since the last call: the first of the sites that each switched off, the message."""
+
 
 class PythonEventRows:
     """Python implementation of the rows, on any device. Allocates only while the number of rows grows.
@@ -73,6 +85,7 @@ class PythonEventRows:
         self._rows_of: dict[int, tuple[weakref.ref[torch.Tensor], int, torch.Tensor]] = {}
         self._blocks: list[torch.Tensor] = []  # [N, 6] each; the very first row stays zero
         self._rows: list[torch.Tensor] = []  # views of the rows of all blocks, [1, 6] each
+        self._off: set[int] = set()  # sites
         self._grow(n_rows)
 
     @property
@@ -90,11 +103,11 @@ class PythonEventRows:
         with self._lock:
             if self.is_full:
                 return torch.empty_like(self._rows[0])
+            if len(self._sites) + 1 == len(self._rows):
+                self._grow(len(self._rows))
             self._sites.append(site)
             self._numels.append(numel)
             self._smallest_normals.append(smallest_normal)
-            if len(self._sites) == len(self._rows):
-                self._grow(len(self._rows))
             return self._rows[len(self._sites)]
 
     def known(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -110,29 +123,53 @@ class PythonEventRows:
 
     def events(self) -> EventTable:
         """Returns the arguments of `next` for all N events, and their rows."""
-        rows = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
-        sites, numels = np.array(self._sites, dtype=np.int64), np.array(self._numels, dtype=np.int64)
-        return sites, numels, np.array(self._smallest_normals, dtype=np.float64), rows
+        with self._lock:
+            rows = self._blocks[0] if len(self._blocks) == 1 else torch.cat(self._blocks)
+            sites, numels = np.array(self._sites, dtype=np.int64), np.array(self._numels, dtype=np.int64)
+            return sites, numels, np.array(self._smallest_normals, dtype=np.float64), rows
 
     def clear(self) -> None:
         """Forgets all events."""
-        self._sites.clear()
-        self._numels.clear()
-        self._smallest_normals.clear()
-        self._rows_of.clear()
+        with self._lock:
+            self._sites.clear()
+            self._numels.clear()
+            self._smallest_normals.clear()
+            self._rows_of.clear()
+
+    def is_off(self, site: int) -> bool:
+        """Returns whether a site is switched off: measuring it has failed."""
+        return site in self._off
+
+    def switch_off(self, site: int, n_sites: int) -> None:
+        """Switches off `n_sites` sites from `site` on."""
+        self._off.update(range(site, site + n_sites))
+
+    def off_sites(self) -> list[int]:
+        """Lists the sites that are switched off. Some events of the same step may lack their rows there."""
+        return list(self._off)
+
+    def take_errors(self) -> list[tuple[int, str]]:
+        """Returns nothing: errors in Python are not kept here."""
+        return []
 
     def _grow(self, n_rows: int) -> None:
-        # never moves existing rows: another thread may be about to write to one
-        self._blocks.append(torch.full((n_rows, len(ops.STATS)), self.fill, dtype=torch.float64, device=self._device))
-        self._rows.extend(self._blocks[-1].unsqueeze(1).unbind())
+        # Never moves existing rows: another thread may be about to write to one. Rows made in inference mode could not
+        # be written to outside it.
+        with torch.inference_mode(False):
+            block = torch.full((n_rows, len(ops.STATS)), self.fill, dtype=torch.float64, device=self._device)
+            rows = block.unsqueeze(1).unbind()
+        self._blocks.append(block)
+        self._rows.extend(rows)
 
 
-def make_rows(device: torch.device, backend: str) -> EventRows:
+def make_rows(device: torch.device, backend: str, n_sites: int, strict: bool = False) -> EventRows:
     """Makes the rows of a signal buffer: in C++ if that is built and the native CPU kernels are used.
 
     Args:
         device: Where the rows lie.
         backend: Name of the back end, or "auto".
+        n_sites: Number of sites.
+        strict: Let the errors of measuring in C++ through.
 
     Returns:
         Rows without an event.
@@ -140,7 +177,7 @@ def make_rows(device: torch.device, backend: str) -> EventRows:
     module, _ = libraries.native_hooks()
     if module is None or device.type != "cpu" or ops.resolve(backend, device).name != "native":
         return PythonEventRows(device)
-    rows: EventRows = module.EventRows(MOST_EVENTS)
+    rows: EventRows = module.EventRows(MOST_EVENTS, n_sites, strict)
     return rows
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -26,7 +26,12 @@ from gradprobe.observers.observable import ForwardPasses, in_transform, is_measu
 from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.residual import residual_add
-from gradprobe.ops.schemas import RESIDUAL_ADD_BACKWARD_STATS, RESIDUAL_ADD_STATS, RESIDUAL_BRANCH_STATS
+from gradprobe.ops.schemas import (
+    RESIDUAL_ADD,
+    RESIDUAL_ADD_BACKWARD_STATS,
+    RESIDUAL_ADD_STATS,
+    RESIDUAL_BRANCH_STATS,
+)
 from gradprobe.ops.statistics import raw_rows
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
@@ -83,10 +88,15 @@ class JunctionHooks:
         y: torch.Tensor = observe_junction(x, f, relu, self._buffer_key, self.first_site + N_SITES * j)
         return y
 
-    def observes(self, x: torch.Tensor, f: torch.Tensor) -> bool:
-        """Returns whether a residual add with these operands is observed now, from Python."""
+    def is_on(self, j: int) -> bool:
+        """Returns whether residual add j is observed: it is switched off if measuring it has failed."""
+        return not self.buffer.is_off(self.first_site + N_SITES * j)
+
+    def observes(self, j: int, x: torch.Tensor, f: torch.Tensor) -> bool:
+        """Returns whether residual add j is observed now, from Python, with these operands."""
         return (
             self.buffer.enabled
+            and self.is_on(j)
             and torch.is_grad_enabled()
             and not in_transform()
             and is_measurable(x)
@@ -102,7 +112,7 @@ class JunctionHooks:
         for module in self._modules:
             module.observer = None
         self._modules = ()
-        self.tensor_hooks.clear()
+        self.tensor_hooks.remove()
 
 
 class JunctionObserver:
@@ -127,14 +137,15 @@ class JunctionObserver:
             joined: torch.Tensor | None = hooks.native.join(self._j, x, f, relu)
             if joined is not None:  # None for operands that C++ leaves to Python
                 return joined
-        if not hooks.observes(x, f):
+        if not hooks.observes(self._j, x, f):
             return residual_add(x, f, relu)
         call = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
         dtype = torch.promote_types(x.dtype, f.dtype)
         y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, call)  # type: ignore[no-untyped-call]
         if not (hooks.native or hooks.passes).is_repeat(self._j):
-            call.on_forward(x, f, y)
-        call.hook_branch(edges_into(x, y.grad_fn, [1]))
+            call.on_operands(x, f)
+            call.on_result(y)
+        call.hook_branch(x, y.grad_fn, [1])
         return y
 
     def in_place(self, x: torch.Tensor, f: torch.Tensor, into_x: bool) -> torch.Tensor:
@@ -143,26 +154,39 @@ class JunctionObserver:
         target, addend = (x, f) if into_x else (f, x)
         if is_compiling() and hooks is not None:
             return target.copy_(hooks.in_graph(self._j, x, f, relu=False))
-        if hooks is None or not hooks.observes(x, f):
+        if hooks is None or not hooks.observes(self._j, x, f):
             return target.add_(addend)
         call = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
         is_repeat = (hooks.native or hooks.passes).is_repeat(self._j)
-        call.hook_branch(edges_into(x, f.grad_fn))  # before either operand is overwritten
+        call.hook_branch(x, f.grad_fn)  # before either operand is overwritten
         if not is_repeat:
-            hooks.buffer.write(call.first + X, x)
-            hooks.buffer.write(call.first + F, f)
+            call.on_operands(x, f)
         # The sum may be a view that is modified again, and then a hook on it never fires: hook the addend, whose
         # gradient is the same.
         hooked = addend.view_as(addend) if addend.requires_grad and addend.dtype == target.dtype else target
         target.add_(addend if hooked is target else hooked)
         if not is_repeat:
-            hooks.buffer.write(call.first + Y, target)
+            call.on_result(target)
         if hooked.requires_grad:
             hooks.tensor_hooks.add(hooked, call.on_sum)
         return target
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _no_observer, ()  # a copied or unpickled module is not observed
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copied or unpickled module has no observer
+
+
+def _fenced(method: Callable[..., None]) -> Callable[..., None]:
+    """Makes a method of `_JunctionCall` switch off the residual add if it fails, and do nothing from then on."""
+
+    @wraps(method)
+    def fenced(call: _JunctionCall, *arguments: Any) -> None:
+        try:
+            if call.is_on():
+                method(call, *arguments)
+        except Exception as error:  # noqa: BLE001
+            call.fail(error)
+
+    return fenced
 
 
 class _JunctionCall:
@@ -179,8 +203,21 @@ class _JunctionCall:
         self._open: tuple[int, torch.Tensor, list[torch.Tensor | None]] | None = None
         self.y_row: torch.Tensor | None = None  # [1, 6]
 
-    def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
-        """Hooks the nodes from which the branch's part of the gradient reaches x."""
+    def is_on(self) -> bool:
+        """Returns whether the residual add is observed."""
+        hooks = self._hooks()
+        return hooks is not None and not hooks.buffer.is_off(self.first)
+
+    def fail(self, error: Exception) -> None:
+        """Switches off the residual add after an error in measuring it; raises the error if the buffer is strict."""
+        hooks = self._hooks()
+        if hooks is not None:
+            hooks.buffer.fail(self.first, error)
+
+    @_fenced
+    def hook_branch(self, x: torch.Tensor, start: Node | None, outputs: Sequence[int] | None = None) -> None:
+        """Hooks the nodes from which the branch's part of the gradient reaches x; see `edges_into`."""
+        edges = edges_into(x, start, outputs)
         self._n_arrivals = len(edges)
         for node, output in edges:
             node.register_hook(partial(self._on_arrival, output))
@@ -190,14 +227,26 @@ class _JunctionCall:
         hooks = self._hooks()
         return nullcontext() if hooks is None else hooks.buffer.graphs.counting()
 
-    def on_forward(self, x: torch.Tensor, f: torch.Tensor, y: torch.Tensor) -> None:
-        """Records the operands and the sum, whose row the operator has computed."""
-        hooks, y_row = self._hooks(), self.y_row
-        if hooks is not None and y_row is not None:
+    @_fenced
+    def on_operands(self, x: torch.Tensor, f: torch.Tensor) -> None:
+        """Records the operands."""
+        hooks = self._hooks()
+        if hooks is not None:
             hooks.buffer.write(self.first + X, x)
             hooks.buffer.write(self.first + F, f)
-            hooks.buffer.put(self.first + Y, y_row, y)
 
+    @_fenced
+    def on_result(self, y: torch.Tensor) -> None:
+        """Records the sum, by the row that the operator has computed if it has."""
+        hooks = self._hooks()
+        if hooks is None:
+            return
+        if self.y_row is None:
+            hooks.buffer.write(self.first + Y, y)
+        else:
+            hooks.buffer.put(self.first + Y, self.y_row, y)
+
+    @_fenced
     def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor) -> None:
         """Records the gradient at y and the gradient at both operands, given their raw rows [2, 6]."""
         hooks = self._hooks()
@@ -206,6 +255,7 @@ class _JunctionCall:
             hooks.buffer.put(self.first + SHORTCUT, rows[1:], shortcut)
             self._open = (torch._C._current_graph_task_id(), shortcut, []) if self._n_arrivals > 0 else None
 
+    @_fenced
     def on_sum(self, incoming: torch.Tensor) -> None:
         """Records the gradient at a sum without ReLU, which both operands receive unchanged."""
         if is_measurable(incoming):
@@ -213,6 +263,7 @@ class _JunctionCall:
                 rows = raw_rows([incoming.detach()]).expand(2, -1)
             self.on_incoming(incoming, rows, _kept(incoming))
 
+    @_fenced
     def _on_arrival(
         self, output: int, grad_inputs: Sequence[torch.Tensor | None], _: Sequence[torch.Tensor | None]
     ) -> None:
@@ -242,9 +293,12 @@ class _ObservedAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, call: _JunctionCall) -> torch.Tensor:
-        with call.counting():
-            y, rows = RESIDUAL_ADD_STATS(x, f, relu)
-        call.y_row = rows
+        try:
+            with call.counting():
+                y, call.y_row = RESIDUAL_ADD_STATS(x, f, relu)
+        except Exception as error:  # noqa: BLE001
+            call.fail(error)
+            y = RESIDUAL_ADD(x, f, relu)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*([y] if relu else []))
@@ -256,22 +310,22 @@ class _ObservedAdd(torch.autograd.Function):
         if incoming is None:
             return None, None, None, None
         saved = ctx.saved_tensors  # read once: under a checkpoint each read recomputes
-        if not is_measurable(incoming):
-            gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved) if saved else incoming
-            return gradient, gradient, None, None
         if not saved:
             ctx.call.on_sum(incoming)
             return incoming, incoming, None, None
-        with ctx.call.counting():
-            gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
-        ctx.call.on_incoming(incoming, rows, _kept(gradient))
+        if is_measurable(incoming) and ctx.call.is_on():
+            try:
+                with ctx.call.counting():
+                    gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
+            except Exception as error:  # noqa: BLE001
+                ctx.call.fail(error)
+            else:
+                ctx.call.on_incoming(incoming, rows, _kept(gradient))
+                return gradient, gradient, None, None
+        gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved)
         return gradient, gradient, None, None
 
 
 def _kept(gradient: torch.Tensor) -> torch.Tensor:
     # Detach only if create_graph: an unchanged object lets the next hook reuse its statistics.
     return gradient.detach() if gradient.requires_grad else gradient
-
-
-def _no_observer() -> None:
-    return None

@@ -13,7 +13,7 @@ from gradprobe import ops
 from gradprobe.errors import warn_user
 from gradprobe.observers.cuda_graphs import make_graph_rows
 from gradprobe.observers.event_rows import PythonEventRows, make_rows
-from gradprobe.snapshot.records import Events, FloatArray, IntArray, Measured
+from gradprobe.snapshot.records import JUNCTION_KINDS, Events, FloatArray, IntArray, Measured
 
 
 class Gate:
@@ -34,6 +34,9 @@ class SignalBuffer:
 
     Rows are written on the device, without waiting for it and, once there are enough rows, without an allocation.
 
+    A site that could not be measured is switched off, and all of its events are dropped when the step is closed: the
+    row of a failed event may not be written, and those of the others are only a part of the step.
+
     Attributes:
         rows: Rows of the events of the open step.
         graphs: Rows that captured CUDA graphs write; does nothing on a device without graphs.
@@ -43,17 +46,30 @@ class SignalBuffer:
         n_sites: Number of sites, S.
         device: Where the rows lie; rows of tensors on other devices are copied there.
         backend: Name of the back end, or "auto".
+        first_junction_site: First site of the residual adds, which are switched off as a whole; None if there are none.
+        strict: Raise errors of measuring instead of switching sites off.
 
     Raises:
         BackendError: The back end cannot run on the device.
     """
 
-    def __init__(self, n_sites: int, device: torch.device, backend: str) -> None:
+    def __init__(
+        self,
+        n_sites: int,
+        device: torch.device,
+        backend: str,
+        first_junction_site: int | None = None,
+        strict: bool = False,
+    ) -> None:
         self._n_sites = n_sites
         self._device = device
         self._backend_name = backend
         self._backends = {device: ops.resolve(backend, device)}
-        self.rows = make_rows(device, backend)
+        self._first_junction_site = n_sites if first_junction_site is None else first_junction_site
+        self._strict = strict
+        self._errors: list[tuple[int, Exception]] = []
+        self._is_released = False
+        self.rows = make_rows(device, backend, n_sites, strict)
         self.graphs = make_graph_rows(device, n_sites)
         self.gate = Gate(is_open=True)
         self._has_warned = False
@@ -66,14 +82,52 @@ class SignalBuffer:
 
     @enabled.setter
     def enabled(self, enabled: bool) -> None:
+        enabled = enabled and not self._is_released
         self.rows.enabled = enabled
         self.graphs.switch(enabled)
         self.gate.is_open = enabled or self.graphs.may_capture
 
     def release(self) -> None:
         """Stops recording for good."""
+        self._is_released = True
         self.graphs.may_capture = False
         self.enabled = False
+
+    def is_off(self, site: int) -> bool:
+        """Returns whether a site is switched off."""
+        return self.rows.is_off(site)
+
+    def off_sites(self) -> list[int]:
+        """Lists the sites that are switched off."""
+        return self.rows.off_sites()
+
+    def switch_all_off(self) -> None:
+        """Switches off all sites."""
+        self.rows.switch_off(0, self._n_sites)
+
+    def fail(self, site: int, error: Exception) -> None:
+        """Switches off a site, or all sites of a residual add, after an error in measuring it.
+
+        Args:
+            site: Position of the site.
+            error: The error; kept for `take_errors`.
+
+        Raises:
+            Exception: The error itself, if strict.
+        """
+        if self._strict:
+            raise error
+        n_sites = 1
+        if site >= self._first_junction_site:
+            n_sites = len(JUNCTION_KINDS)
+            site -= (site - self._first_junction_site) % n_sites
+        self.rows.switch_off(site, n_sites)
+        self._errors.append((site, error.with_traceback(None)))  # a traceback holds the tensors of the training
+
+    def take_errors(self) -> list[tuple[int, Exception]]:
+        """Returns the errors since the last call, each with the first of the sites that it switched off."""
+        errors, self._errors = self._errors, []
+        return errors + [(site, RuntimeError(message)) for site, message in self.rows.take_errors()]
 
     @property
     def n_events(self) -> int:
@@ -186,7 +240,10 @@ class SignalBuffer:
         self._device, self._last_plan = device, None
         self._backends[device] = ops.resolve(self._backend_name, device)
         is_on, self.rows.enabled = self.rows.enabled, False  # hooks in graphs that are still alive write there
+        off = self.rows.off_sites()
         self.rows = PythonEventRows(device, n_rows)
+        for site in off:
+            self.rows.switch_off(site, 1)
         self.graphs = make_graph_rows(device, self._n_sites)
         self.enabled = is_on
 
@@ -195,7 +252,8 @@ class SignalBuffer:
 
     def _plan_of(self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray) -> _Plan:
         """Returns the plan for a step with these events [N]. Those of graphs come last, and have no `numels`."""
-        key = (sites.tobytes(), numels.tobytes(), smallest_normals.tobytes())
+        off = sorted(self.rows.off_sites())
+        key = (sites.tobytes(), numels.tobytes(), smallest_normals.tobytes(), tuple(off))
         if self._last_plan is not None and self._last_plan.key == key:
             return self._last_plan
         at_sites = np.bincount(sites[: len(numels)], weights=numels, minlength=self._n_sites).astype(np.int64)  # [S]
@@ -203,24 +261,26 @@ class SignalBuffer:
         present[sites] = True
         smallest_normal = np.full(self._n_sites, np.nan)  # [S]
         smallest_normal[sites] = smallest_normals
+        at_sites[off], present[off], smallest_normal[off] = 0, False, np.nan
         if self._last_plan is not None:
             known = self._last_plan.events.smallest_normal  # an equal array is shared by all snapshots in the history
             smallest_normal = known if np.array_equal(smallest_normal, known, equal_nan=True) else smallest_normal
         for shared in (present, at_sites, smallest_normal):
             shared.flags.writeable = False
         is_conditional = len(numels) < len(sites)
-        events = Events(tuple(sites.tolist()), Measured(present, at_sites), smallest_normal, is_conditional)
-        self._last_plan = _Plan(key, events, self._gather_of(events.sites))
+        kept = present[sites]  # [N]
+        events = Events(tuple(sites[kept].tolist()), Measured(present, at_sites), smallest_normal, is_conditional)
+        self._last_plan = _Plan(key, events, self._gather_of(events.sites, (1 + np.flatnonzero(kept)).tolist()))
         return self._last_plan
 
-    def _gather_of(self, sites: tuple[int, ...]) -> torch.Tensor:
-        """Returns the pool's rows for each site, padded with the zero row. Shape [S, M]."""
+    def _gather_of(self, sites: tuple[int, ...], rows: list[int]) -> torch.Tensor:
+        """Returns the pool's rows for each site, padded with the zero row, given those of N events. Shape [S, M]."""
         rows_of: list[list[int]] = [[] for _ in range(self._n_sites)]
-        for row, site in enumerate(sites, start=1):
+        for row, site in zip(rows, sites, strict=True):
             rows_of[site].append(row)
         longest = max(1, *map(len, rows_of)) if rows_of else 1
         padded = [rows + [0] * (longest - len(rows)) for rows in rows_of]
-        gather = torch.tensor(padded, dtype=torch.int64).reshape(self._n_sites, longest)
+        gather = torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(self._n_sites, longest)
         return gather.to(self._device)
 
 
@@ -229,12 +289,12 @@ class _Plan:
     """How the events of a step become rows; the next step reuses it if its events are the same.
 
     Attributes:
-        key: Bytes of the events' sites, numbers of elements and smallest normal numbers.
+        key: Bytes of the events' sites, numbers of elements and smallest normal numbers; the sites switched off.
         events: The events, shared by the snapshots of all such steps.
         gather: Rows of the pool for each site. [S, M]
     """
 
-    key: tuple[bytes, bytes, bytes]
+    key: tuple[bytes, bytes, bytes, tuple[int, ...]]
     events: Events
     gather: torch.Tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,14 +11,20 @@ from torch import nn
 
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.activations import ActivationHooks
+from gradprobe.observers.fence import Fence
 from gradprobe.observers.junctions import JunctionHooks
 from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.snapshot.records import Events
-from gradprobe.snapshot.signals import SignalTable
+from gradprobe.snapshot.signals import ACTIVATION_KINDS, SignalTable
+
+_MOST_LISTED = 5  # parts in a message
 
 
 class SignalObserver:
     """Observes the outputs of modules, residual adds, and the gradients at both.
+
+    An error in measuring switches off the output, the gradient or the residual add that it concerns, and is reported
+    when the step is closed: once for all that fail alike.
 
     Args:
         table: The sites of these modules and residual adds.
@@ -25,6 +32,7 @@ class SignalObserver:
         junctions: Residual adds to observe, by name.
         device: Where the rows lie.
         backend: Name of the back end, or "auto".
+        fence: Takes the errors of measuring.
     """
 
     def __init__(
@@ -34,12 +42,19 @@ class SignalObserver:
         junctions: Mapping[str, ResidualAdd],
         device: torch.device,
         backend: str,
+        fence: Fence | None = None,
     ) -> None:
         self.table = table
+        self._fence = fence or Fence()
+        self._reported: set[tuple[str, str]] = set()
         self._observed = np.zeros(table.n_sites, dtype=np.bool_)  # [S]
-        self._buffer = SignalBuffer(table.n_sites, device, backend)
+        self._buffer = SignalBuffer(table.n_sites, device, backend, table.first_junction_site, self._fence.strict)
         self._activations = ActivationHooks(tuple(activations.values()), self._buffer)
-        self._junctions = JunctionHooks(tuple(junctions.values()), self._buffer, table.first_junction_site)
+        try:
+            self._junctions = JunctionHooks(tuple(junctions.values()), self._buffer, table.first_junction_site)
+        except BaseException:
+            self._activations.remove()
+            raise
 
     def set_enabled(self, enabled: bool) -> None:
         """Turns the recording of signals on or off."""
@@ -53,29 +68,62 @@ class SignalObserver:
             rows: Rows to write for the sites, float64 [S, 6]; None discards the step.
 
         Returns:
-            The events of the step, None if it was discarded or had none.
+            The events of the step, None if it was discarded, had none, or could not be read.
         """
         events = None
-        if rows is None or self._buffer.n_events == 0:
-            self._buffer.clear()
-        else:
-            events = self._buffer.close(rows)
-            self._observed |= events.measured.present
-        self._activations.start_step()
-        self._junctions.start_step()
+        try:
+            if rows is None or self._buffer.n_events == 0:
+                self._buffer.clear()
+            else:
+                events = self._buffer.close(rows)
+                self._observed |= events.measured.present
+            self._activations.start_step()
+            self._junctions.start_step()
+        except Exception as error:  # noqa: BLE001
+            events = None
+            self._fence.caught("activations and residual adds", error)
+            self._buffer.switch_all_off()
+            self.remove()
+        self._report()
         return events
 
     def silent(self) -> tuple[str, ...]:
         """Lists the modules that have returned nothing so far in the observed steps."""
-        returned = {name for name, present in zip(self.table.names, self._observed, strict=True) if present}
-        return tuple(name for name in (*self.table.activations, *self.table.junctions) if name not in returned)
+        seen = {name for name, present in zip(self.table.names, self._observed, strict=True) if present}
+        seen.update(self.table.names[site] for site in self._buffer.off_sites())
+        return tuple(name for name in (*self.table.activations, *self.table.junctions) if name not in seen)
 
     def unmeasured(self) -> tuple[str, ...]:
-        """Lists the modules that returned tensors which no kernel accepts."""
-        return tuple(self.table.activations[m] for m in sorted(self._activations.unmeasured))
+        """Lists the modules that returned tensors which no kernel accepts, or that could not be measured."""
+        found = {self.table.activations[m] for m in self._activations.unmeasured}
+        found.update(self.table.names[site] for site in self._buffer.off_sites())
+        return tuple(name for name in (*self.table.activations, *self.table.junctions) if name in found)
 
     def remove(self) -> None:
         """Removes every hook, for good. The operators in compiled graphs stay, and do nothing from now on."""
         self._buffer.release()
         self._activations.remove()
         self._junctions.remove()
+        self._report()
+
+    def _report(self) -> None:
+        """Reports the errors since the last report, those that differ only in numbers as one."""
+        alike: dict[tuple[str, str], tuple[Exception, list[str]]] = {}
+        for site, error in self._buffer.take_errors():
+            kind = (type(error).__name__, re.sub(r"\d+", "", str(error)))
+            alike.setdefault(kind, (error, []))[1].append(self._part(site))
+        for kind, (error, parts) in alike.items():
+            part = ", ".join(parts[:_MOST_LISTED])
+            if len(parts) > _MOST_LISTED:
+                part += f" and {len(parts) - _MOST_LISTED} more"
+            if kind in self._reported:  # another module fails like those that the user knows of
+                self._fence.failures[part] = f"{type(error).__name__}: {error}"
+            else:
+                self._reported.add(kind)
+                self._fence.caught(part, error)
+
+    def _part(self, site: int) -> str:
+        name = self.table.names[site]
+        if site >= self.table.first_junction_site:
+            return f"the residual add {name}"
+        return f"the output of {name}" if site % len(ACTIVATION_KINDS) == 0 else f"the gradient at the output of {name}"

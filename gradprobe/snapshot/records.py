@@ -88,5 +88,6 @@ class Events:
         Returns:
             The events at sites with at least one element.
         """
-        sites = tuple(site for site in self.sites if numels[site] > 0)
-        return Events(sites, Measured(numels > 0, numels), self.smallest_normal)
+        present = self.measured.present & (numels > 0)
+        sites = tuple(site for site in self.sites if present[site])
+        return Events(sites, Measured(present, np.where(present, numels, 0)), self.smallest_normal)

@@ -347,7 +347,7 @@ def test_a_step_that_is_never_closed_does_not_fill_the_memory(monkeypatch: pytes
 
 def test_dropped_rows_are_not_remembered(any_hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_rows, "MOST_EVENTS", 2)
-    rows = event_rows.make_rows(torch.device("cpu"), "auto")
+    rows = event_rows.make_rows(torch.device("cpu"), "auto", n_sites=1)
     tensors = torch.ones(3, 1).unbind()
     for tensor in tensors:
         rows.remember(tensor, rows.next(0, tensor.numel(), 0.0))
