@@ -199,7 +199,8 @@ NodePtr owner_of(Made* node) {
   }
 }
 
-X
+// Returns y = x + f, or max(x + f, 0), recorded for autograd, and writes the raw row of y unless `row` is null; a row
+// needs an observer. Requires is_simple_pair() and the GIL, which it releases during the pass.
 inline at::Tensor residual_add(const at::Tensor& x, const at::Tensor& f, bool relu, double* row,
                                const std::shared_ptr<Observer>& observer) {
   RECORD_FUNCTION("gradprobe::residual_add", std::vector<c10::IValue>({x, f, relu}));
