@@ -143,7 +143,7 @@ class ActivationHooks:
     def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
         """Observes a gradient. Never raises an error of measuring, unless the buffer is strict."""
         try:
-            if self.buffer.enabled and is_measurable(gradient) and not self.buffer.is_off(site):
+            if self.buffer.enabled and is_measurable(gradient):
                 self.buffer.write(site, gradient)
         except Exception as error:  # noqa: BLE001
             self.buffer.fail(site, error)

@@ -176,13 +176,12 @@ class JunctionObserver:
 
 
 def _fenced(method: Callable[..., None]) -> Callable[..., None]:
-    """Makes a method of `_JunctionCall` switch off the residual add if it fails, and do nothing from then on."""
+    """Makes a method of `_JunctionCall` switch off the residual add if it fails."""
 
     @wraps(method)
     def fenced(call: _JunctionCall, *arguments: Any) -> None:
         try:
-            if call.is_on():
-                method(call, *arguments)
+            method(call, *arguments)
         except Exception as error:  # noqa: BLE001
             call.fail(error)
 

@@ -121,6 +121,8 @@ class SignalBuffer:
         if site >= self._first_junction_site:
             n_sites = len(JUNCTION_KINDS)
             site -= (site - self._first_junction_site) % n_sites
+        if self.rows.is_off(site):
+            return
         self.rows.switch_off(site, n_sites)
         self._errors.append((site, error.with_traceback(None)))  # a traceback holds the tensors of the training
 
