@@ -134,7 +134,7 @@ class StepRecorder:
             self._restart()
             if signals is not None:
                 device = next(iter(self._observer.meter.rows_on))
-                self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend)
+                self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend, self._fence)
             self.coverage = CoverageLog(self._observer, self._signal_observer, unobserved)
             optimizers = options.optimizers
             if optimizers and not any(any(stepped_by(each, self._observer.parameters())) for each in optimizers):
