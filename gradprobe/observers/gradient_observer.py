@@ -82,6 +82,11 @@ class GradientObserver:
         model = self._model()
         return [] if model is None else list(model.parameters())
 
+    def has_other_gradients(self) -> bool:
+        """Returns whether a parameter that is not observed, because it was frozen, still has a gradient."""
+        frozen = (place.parameter() for place in self._frozen_places)
+        return any(parameter is not None and parameter.grad is not None for parameter in frozen)
+
     def unmeasured(self) -> tuple[str, ...]:
         """Lists the parameters whose gradients cannot be measured."""
         return (*self._without_kernel, *(self.sites[k].name for k in sorted(self.meter.unmeasured)))
@@ -119,29 +124,20 @@ class GradientObserver:
         refuse_unsupported(model)  # it may have been sharded since
         found = find_parameters(model, self._known())
         self._replicas.forget()
-        has_same_names = [site.names for site in found.sites] == [site.names for site in self.sites]
-        is_same = has_same_names and [id(parameter) for parameter in found.parameters] == self._ids
-        if is_same and found.frozen_names == self.frozen and not self.hooks.is_outdated():
+        if self._is_same(found) and found.frozen_names == self.frozen and not self.hooks.is_outdated():
             return None
-        # tensors that were swapped into the same parameters have no hook
-        change = "" if is_same else self._describe(found)
-        self._take(found)
-        self._rehook(found)
-        return change
+        return self._follow(found)  # tensors that were swapped into the same parameters have no hook
 
-    def regroup_if_moved(self) -> bool:
-        """Groups the parameters anew if one has changed its device, dtype or shape; returns whether one has."""
+    def regroup_if_moved(self) -> str | None:
+        """Groups the parameters anew if one has changed its device, dtype or shape; returns what `look` does."""
         model = self._model()
         current = [
             known if parameter is None else Layout.of(parameter)
             for parameter, known in zip(self.hooks.parameters(), self.meter.layouts, strict=True)
         ]
         if model is None or tuple(current) == self.meter.layouts:
-            return False
-        found = find_parameters(model, self._known())
-        self._take(found)
-        self._rehook(found)
-        return True
+            return None
+        return self._follow(find_parameters(model, self._known()))
 
     def measure(self, rows: dict[torch.device, torch.Tensor]) -> tuple[Measured, int, int]:
         """Computes the statistics of the gradients as they are now.
@@ -182,6 +178,18 @@ class GradientObserver:
         self.hooks.remove()
         self._watch.remove()
 
+    def _is_same(self, found: ModelParameters) -> bool:
+        """Returns whether a model's parameters are those observed, under the same names."""
+        has_same_names = [site.names for site in found.sites] == [site.names for site in self.sites]
+        return has_same_names and [id(parameter) for parameter in found.parameters] == self._ids
+
+    def _follow(self, found: ModelParameters) -> str:
+        """Observes other parameters, or the same in another layout, from now on; returns what `look` does."""
+        change = "" if self._is_same(found) else self._describe(found)
+        self._take(found)
+        self._rehook(found)
+        return change
+
     def _take(self, found: ModelParameters) -> None:
         self.meter = GradientMeter(
             [Layout.of(parameter) for parameter in found.parameters],
@@ -191,6 +199,7 @@ class GradientObserver:
         )
         self._ids = [id(parameter) for parameter in found.parameters]
         self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
+        self._frozen_places = found.frozen_places
         self.table = SiteTable(
             names=tuple(site.name for site in self.sites),
             kinds=("parameter",) * len(self.sites),

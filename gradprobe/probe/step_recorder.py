@@ -267,7 +267,8 @@ class StepRecorder:
         if not is_capturing and (self._is_stale() or self._measured_at == "hook" or has_changed):
             self._measure()
         earlier = opened.clip_factor
-        if self._are_gradients_off or self._is_off or self._observer.unmeasured():
+        cannot_measure_all = self._observer.unmeasured() or self._observer.has_other_gradients()
+        if self._are_gradients_off or self._is_off or cannot_measure_all:
             parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
             return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
         meter, rows = self._observer.meter, self.history.ring.rows()
@@ -394,20 +395,18 @@ class StepRecorder:
 
     def _look(self, is_suspect: bool = False) -> bool:
         """Follows the model if there is a reason to and it has other parameters; returns whether it has."""
-        change = self._observer.look(is_suspect)
+        return self._take_change(self._observer.look(is_suspect))
+
+    def _regroup_if_moved(self) -> bool:
+        return self._take_change(self._observer.regroup_if_moved())
+
+    def _take_change(self, change: str | None) -> bool:
         if change is not None:
             self._open.has_changed = True
             self._restart()
             self.boundaries.forget_parameters()
             self.coverage.note_changed(self._open.number, change)
         return change is not None
-
-    def _regroup_if_moved(self) -> bool:
-        has_moved = self._observer.regroup_if_moved()
-        if has_moved:
-            self._open.has_changed = True
-            self._restart()
-        return has_moved
 
     def _restart(self) -> None:
         observer = self._observer
