@@ -240,6 +240,12 @@ std::vector<at::Tensor> living(HookState& state, size_t begin, size_t end) {
   return result;
 }
 
+// Drops a reference; leaks it in the last collections of an interpreter that ends, when nobody holds the GIL any more.
+void let_go(py::object& object) {
+  if (PyGILState_Check() == 0) object.release();
+  object = py::object();
+}
+
 }  // namespace
 
 GradientHooks::GradientHooks(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& frozen,
@@ -259,8 +265,8 @@ GradientHooks::GradientHooks(const std::vector<at::Tensor>& parameters, const st
 
 void GradientHooks::remove() {
   if (state_->is_removed.exchange(true)) return;
-  state_->on_backward_end = py::object();
-  state_->on_gradient = py::object();
+  let_go(state_->on_backward_end);
+  let_go(state_->on_gradient);
   std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> taken;
   for (const at::Tensor& parameter : living(*state_, 0, state_->slots.size() + state_->frozen.size())) {
     if (!parameter.defined()) continue;
@@ -284,7 +290,10 @@ void GradientHooks::remove() {
 void free_removed_hooks() { retired().free_older_than(Retired::Clock::time_point::max()); }
 
 void GradientHooks::start_step() {
-  for (GradientSlot& slot : state_->slots) slot.has_fired.store(false, std::memory_order_relaxed);
+  for (GradientSlot& slot : state_->slots) {
+    slot.has_fired.store(false, std::memory_order_relaxed);
+    slot.is_known.store(false, std::memory_order_relaxed);  // what was done to it since is no change of this step's
+  }
   state_->has_fired.store(false);
   state_->accumulates.store(false);
 }

@@ -142,6 +142,7 @@ class PythonGradientHooks:
     def start_step(self) -> None:
         """Begins a step: forgets which hooks have run."""
         self._fired = [False] * len(self._places)
+        self._known = [False] * len(self._places)  # what was done to gradients since is no change of this step's
         self._has_fired = self._accumulates = False
 
     def has_fired(self) -> bool:

@@ -138,16 +138,15 @@ class RingBuffer:
             ratios: As in `FinishedStep`.
         """
         position = self._next
-        self._slots[position] = slot
-        self._write(position, SCALE, scale)
-        self._write(position, SKIPPED, skipped)
-        self._write(position, SIGNAL_SCALE, signal_scale)
-        for column, ratio in zip((SMALLEST_RATIO, LARGEST_RATIO), ratios, strict=True):
-            self._write(position, column, ratio)
+        values = {SCALE: scale, SKIPPED: skipped, SIGNAL_SCALE: signal_scale}
+        values |= zip((SMALLEST_RATIO, LARGEST_RATIO), ratios, strict=True)
         if loss is not None:
             slot.has_loss = True
-            self._write(position, LOSS, loss)
-        self._publish(position)
+            values[LOSS] = loss
+        for column, value in values.items():
+            self._write(position, slot, column, value)
+        self._publish(position, slot)
+        self._slots[position] = slot  # now that it is complete: another thread may be reading
         self._next = (position + 1) % self._n_places
         self._slots.pop(self._next, None)  # the oldest step makes room for the open one
         self._rows = self._open_rows()
@@ -161,18 +160,18 @@ class RingBuffer:
         """
         slot = self._slots[self.newest]
         slot.has_loss = slot.has_loss or column == LOSS
-        self._write(self.newest, column, value)
+        self._write(self.newest, slot, column, value)
         if column not in slot.extras:
-            self._publish(self.newest)
+            self._publish(self.newest, slot)
 
     def supersede(self, step: int) -> None:
         """Drops the finished steps with this number or a larger one: they turned out to be part of the open step."""
-        for slot in self._slots.values():
+        for slot in list(self._slots.values()):
             slot.is_superseded = slot.is_superseded or slot.step >= step
 
     def positions(self) -> list[int]:
         """Returns the positions of the finished steps in the ring, oldest first."""
-        return [position for position, slot in self._slots.items() if not slot.is_superseded]
+        return [position for position, slot in list(self._slots.items()) if not slot.is_superseded]
 
     @property
     def newest(self) -> int:
@@ -189,10 +188,10 @@ class RingBuffer:
         Returns:
             None if the step has not arrived.
         """
-        if not self._has_arrived(position, wait):
+        slot = self._slots[position]
+        if not _has_arrived(slot, wait):
             return None
         # the row of a parameter without a gradient may hold old values; `Snapshot.first_nonfinite` ignores those
-        slot = self._slots[position]
         return not any(
             self._on_host(device, position)
             .numpy()[: self._n_rows[device] if slot.events is None else -1, N_NONFINITE]
@@ -208,12 +207,14 @@ class RingBuffer:
             wait: Wait for the device.
 
         Returns:
-            The step, or None if it has not arrived.
+            The step, or None if it has not arrived or another thread has dropped it.
         """
         slot = self._slots.get(position)
-        if slot is None or not self._has_arrived(position, wait):
+        if slot is None or not _has_arrived(slot, wait):
             return None
         copies = {device: self._on_host(device, position).numpy().copy() for device in self._n_rows}
+        if self._slots.get(position) is not slot:  # its place was given to the open step meanwhile
+            return None
         extra = copies[self._first][-1]  # [6]
         loss, scale, skipped, signal_scale, smallest, largest = (
             slot.extras.get(column, float(extra[column])) for column in range(len(extra))
@@ -230,15 +231,6 @@ class RingBuffer:
             skipped != 0,
             (smallest, largest),
         )
-
-    def _has_arrived(self, position: int, wait: bool) -> bool:
-        slot = self._slots[position]
-        for event in slot.ready.values():
-            if wait:
-                event.synchronize()
-            elif not event.query():
-                return False
-        return True
 
     def _open_rows(self) -> dict[torch.device, torch.Tensor]:
         return {device: self._on_device(device, self._next)[:n_rows] for device, n_rows in self._n_rows.items()}
@@ -257,8 +249,7 @@ class RingBuffer:
             blocks.append(torch.zeros(shape, dtype=torch.float64, device="cpu", pin_memory=device.type != "cpu"))
         return blocks[block].select(0, offset)
 
-    def _write(self, position: int, column: int, value: torch.Tensor | float) -> None:
-        slot = self._slots[position]
+    def _write(self, position: int, slot: Slot, column: int, value: torch.Tensor | float) -> None:
         if isinstance(value, torch.Tensor):
             slot.extras.pop(column, None)
             row = self._on_device(self._first, position)[-1]
@@ -266,10 +257,18 @@ class RingBuffer:
         else:
             slot.extras[column] = float(value)
 
-    def _publish(self, position: int) -> None:
-        slot = self._slots[position]
+    def _publish(self, position: int, slot: Slot) -> None:
         for device in self._in_flight:
             self._on_host(device, position).copy_(self._on_device(device, position), non_blocking=True)
             event = torch.Event(device)
             event.record()
             slot.ready[device] = event
+
+
+def _has_arrived(slot: Slot, wait: bool) -> bool:
+    for event in slot.ready.values():
+        if wait:
+            event.synchronize()
+        elif not event.query():
+            return False
+    return True

@@ -47,6 +47,7 @@ class OpenStep:
     Attributes:
         number: Number of the step.
         n_backwards: Backward passes that have ended.
+        accumulates: The first of them added to the gradients of the step before.
         measured: Which parameters were measured, None as long as none was.
         measured_after: How many backward passes had ended then.
         state: What was known of the gradients then.
@@ -63,6 +64,7 @@ class OpenStep:
 
     number: int
     n_backwards: int = 0
+    accumulates: bool = False
     measured: Measured | None = None
     measured_after: int = 0
     state: Literal["raw", "modified"] = "raw"
@@ -180,7 +182,7 @@ class StepRecorder:
         """
         is_closed = False
         with self._fence.around("a step", self.stop):
-            accumulates = self._observer.hooks.accumulates()
+            accumulates = self._open.accumulates
             if optimizer is None:
                 opened = self._open
                 if loss is not None:
@@ -332,6 +334,8 @@ class StepRecorder:
             self._close(None, 0.0, is_late=True)
         opened = self._open
         opened.n_backwards += 1
+        if opened.n_backwards == 1:
+            opened.accumulates = hooks.accumulates()
         opened.scales = self._scalers.read()
         if opened.n_backwards == _MANY_BACKWARDS:
             self.coverage.note_never_closed(opened.number, _MANY_BACKWARDS, self.boundaries.why_open())
