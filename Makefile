@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell f
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
 
-.PHONY: demo lesson test lint format build test-gpu bench clean help
+.PHONY: demo lesson test lint format build test-gpu bench real-models clean help
 
 demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and residual, 20 and 56 layers) and write its report
 	mkdir -p demo
@@ -55,6 +55,11 @@ test-gpu: $(DEV_STAMP)  ## run the tests that need a CUDA device; skipped withou
 
 bench: $(DEV_STAMP)  ## run every benchmark, one after another
 	for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# torch is named again so that pip does not move it. With these packages in .venv, `make test` runs the trainers too.
+real-models: $(DEV_STAMP)  ## install model libraries and trainers; compare trainings with and without a probe
+	$(BIN)/python -m pip install $(TORCH) torchvision timm transformers diffusers torch_geometric lightning accelerate
+	$(BIN)/python benchmarks/real_models.py
 
 clean:  ## remove the environment, the build and the demo's results
 	rm -rf .venv build dist demo *.egg-info gradprobe/*.so gradprobe/_build_info.json
