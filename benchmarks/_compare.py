@@ -190,10 +190,9 @@ def _wrong_numbers(truth: Truth, snapshot: gradprobe.Snapshot) -> Iterator[Diffe
         yield Difference("numbers", f"step {step}: {len(missing)} gradients missing, such as {min(missing)}")
     if invented := snapshot.sites.keys() - truth.gradients.keys():
         yield Difference("numbers", f"step {step}: {len(invented)} gradients invented, such as {min(invented)}")
-    for name in truth.gradients.keys() & snapshot.sites.keys():
-        exact, stats = truth.gradients[name], snapshot[name]
-        for column, value in exact.items():
-            got = getattr(stats, column)
+    for name, exact in truth.gradients.items():
+        for column, value in exact.items() if name in snapshot else ():
+            got = getattr(snapshot[name], column)
             if not _is_close(column, got, exact):
                 yield Difference("numbers", f"step {step}: {column} of {name}: needed {value!r}, got {got!r}")
     if not _is_near(snapshot.total_norm, truth.total_norm, TOLERANCE * truth.total_norm):
