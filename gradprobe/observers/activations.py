@@ -181,6 +181,8 @@ class _ForwardHook(ModuleHook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
         compiles = is_compiling()
+        if self._gate.on_forward is not None and not compiles:
+            self._gate.on_forward()
         if not compiles and not self._gate.is_open:
             return None
         hooks = self._hooks()

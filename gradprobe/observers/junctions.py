@@ -128,6 +128,8 @@ class JunctionObserver:
     def __call__(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Computes `residual_add(x, f, relu)`, and observes it if gradients are enabled."""
         compiles = is_compiling()
+        if self._gate.on_forward is not None and not compiles:
+            self._gate.on_forward()
         hooks = self._hooks() if compiles or self._gate.is_open else None
         if hooks is None:
             return residual_add(x, f, relu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,12 +22,14 @@ class Gate:
 
     Attributes:
         is_open: Whether anything may be observed now.
+        on_forward: Called before the next forward pass is observed, None if nobody wants to know.
     """
 
-    __slots__ = ("is_open",)
+    __slots__ = ("is_open", "on_forward")
 
     def __init__(self, is_open: bool) -> None:
         self.is_open = is_open
+        self.on_forward: Callable[[], None] | None = None
 
 
 class SignalBuffer:

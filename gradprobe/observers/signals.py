@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ class SignalObserver:
         """Turns the recording of signals on or off."""
         self._buffer.enabled = enabled
         self._activations.follow_gate()
+
+    def call_before_forward(self, callback: Callable[[], None] | None) -> None:
+        """Sets what is called before the next forward pass is observed: the step before it may be over."""
+        self._buffer.gate.on_forward = callback
 
     def close(self, rows: torch.Tensor | None) -> Events | None:
         """Ends a step.

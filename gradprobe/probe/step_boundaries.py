@@ -54,8 +54,8 @@ class Recorder(Protocol):
     def note_stepped(self) -> None:
         """Notes that the step that the user has closed was not skipped."""
 
-    def adopt(self, scaler: GradScaler) -> None:
-        """Takes a gradient scaler that steps an optimizer of the model."""
+    def note_scaler(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
+        """Called before an optimizer closes a step, with the gradient scaler that calls its step, if any does."""
 
     def end_closure(self, optimizer: Optimizer) -> None:
         """Called each time the closure of an optimizer's step returns."""
@@ -172,9 +172,7 @@ class StepBoundaries:
         # With a closure, backward runs inside the step: gradients exist only afterwards.
         has_closure = any(callable(value) for value in (*args[1:], *kwargs.values()))
         if has_closure == is_after:
-            if scaler is not None:
-                recorder.adopt(scaler)
-            self._close(recorder, optimizer)
+            self._close(recorder, optimizer, scaler)
         recorder.around(optimizer, is_after, has_closure and not is_after)
         if is_after or not has_closure:
             return None
@@ -197,7 +195,7 @@ class StepBoundaries:
 
         return closure
 
-    def _close(self, recorder: Recorder, optimizer: Optimizer) -> None:
+    def _close(self, recorder: Recorder, optimizer: Optimizer, scaler: GradScaler | None) -> None:
         is_new = self._observer.has_fired()
         if not is_new and self._closed_by == "user":
             recorder.note_stepped()
@@ -206,6 +204,7 @@ class StepBoundaries:
         if not is_new and self.has_stepped and self._closer is not None and self._closer() is not optimizer:
             return  # another optimizer of the same step
         self._closer = weakref.ref(optimizer)
+        recorder.note_scaler(optimizer, scaler)
         if recorder.close(optimizer):
             self._closed_by, self.has_stepped = "optimizer", True
 

@@ -102,13 +102,13 @@ class StepRecorder:
         self._updates_every = options.updates_every
         self._fence = Fence(options.strict)
         self._open = OpenStep(0)
-        self._n_expected = 1  # backward passes of a step, as in the step before
         self._n_pending = 0  # steps in a row that the user has closed while gradients accumulated
         self._pending_losses: list[torch.Tensor | float] = []
         self._last_losses: list[torch.Tensor | float] = []
         self._last_was_measured = False
         self._verdict: LossScale | None = None  # tells whether the step that the user has closed is skipped
         self._has_unknown_scaler: bool | None = None  # None: not looked for yet
+        self._before_forward = _weakly(self._settle_before_forward)
         self._pause_depth = 0
         self._is_clipped_in_graph = False
         self._is_whole = False  # another thread may be in a backward pass while the hooks are put on
@@ -217,11 +217,15 @@ class StepRecorder:
         """Notes that the optimizer has made the step that the user has closed."""
         self._verdict = None
 
-    def adopt(self, scaler: torch.amp.GradScaler) -> None:
-        """Takes a gradient scaler that steps an optimizer of the model."""
-        self._scalers.adopt(scaler)
-        if self._open.n_backwards > 0 and not self._open.scales:
-            self._open.scales = self._scalers.read()
+    def note_scaler(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+        """Learns which gradient scaler steps an optimizer of the model, None for the optimizer's own step."""
+        opened = self._open
+        if scaler is None:  # a loss that was scaled would not be stepped on like this, unless it was unscaled
+            opened.scales = [scale for scale in opened.scales if scale.is_removed_from(optimizer)]
+        else:
+            self._scalers.adopt(scaler)
+            if opened.n_backwards > 0 and not opened.scales:
+                opened.scales = self._scalers.read()
 
     def end_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Finds out what the closure of an optimizer did to the gradients, before the optimizer writes to them."""
@@ -321,6 +325,10 @@ class StepRecorder:
         with self._fence.around("gradients", self._stop_gradients):
             self._measure_ready(k, gradient)
 
+    def _settle_before_forward(self) -> None:
+        with self._fence.around("a step", self.stop):
+            self.settle()
+
     def _end_backward(self) -> None:
         hooks = self._observer.hooks
         if error := hooks.take_error():
@@ -339,11 +347,13 @@ class StepRecorder:
         opened.scales = self._scalers.read()
         if opened.n_backwards == _MANY_BACKWARDS:
             self.coverage.note_never_closed(opened.number, _MANY_BACKWARDS, self.boundaries.why_open())
-        if self._measured_at == "backward" and self._is_due() and opened.n_backwards >= self._n_expected:
-            self._measure()
+        if self._measured_at == "backward" and self._is_due():
+            self._measure()  # nobody knows whether it is the last one of the step
             opened.state = "raw"  # whatever wrote to gradients inside the backward pass belongs to it
         elif self._observer.are_averaged():
             hooks.mark()
+        if opened.scales and self._signal_observer is not None:  # the scaler may skip this step unnoticed
+            self._signal_observer.call_before_forward(self._before_forward)
 
     def _measure_ready(self, k: int, gradient: torch.Tensor) -> None:
         if self._observer.is_capturing() or not self._is_due():
@@ -459,10 +469,10 @@ class StepRecorder:
             self._finish(optimizer, 0.0 if skipped is None else skipped, is_late)
         if self._signal_observer is not None:
             self._signal_observer.close(None)
+            self._signal_observer.call_before_forward(None)
         closed = self._open
         self._last_was_measured = is_due and closed.measured is not None
         self._last_losses = closed.losses
-        self._n_expected = max(1, closed.n_backwards)
         self._open = OpenStep(closed.number + 1)
         if not is_late:
             self._observer.start_step()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -272,13 +271,13 @@ class Expected:
             return None
         return "wholly" if all(changed) else "partly" if any(changed) else "not"
 
-    def _holds(
-        self, snapshot: gradprobe.Snapshot, gradients: Gradients, scale: float, rounds: bool = False
-    ) -> bool:
+    def _holds(self, snapshot: gradprobe.Snapshot, gradients: Gradients, scale: float, rounds: bool = False) -> bool:
         sites = snapshot.sites
         if gradients is self.at_end and set(sites) != set(gradients):
             return False
-        return all(name in sites and self._is_site(sites[name], part, scale, rounds) for name, part in gradients.items())
+        return all(
+            name in sites and self._is_site(sites[name], part, scale, rounds) for name, part in gradients.items()
+        )
 
     def _is_site(self, stats: gradprobe.SiteStats, gradient: torch.Tensor, scale: float, rounds: bool) -> bool:
         n_nonfinite = _n_nonfinite(gradient)

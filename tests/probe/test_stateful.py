@@ -7,7 +7,6 @@ other runs: `STATEFUL_EXAMPLES=10000 STATEFUL_SEED=7 pytest tests/probe/test_sta
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from helpers.probe_twins import (
     KINDS,
-    Expected,
     Gradients,
     Kind,
     Twin,
@@ -28,9 +26,16 @@ from helpers.probe_twins import (
     pickled,
     versions_of,
 )
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -77,10 +82,17 @@ class Training(RuleBasedStateMachine):
         self.handle = register_optimizer_step_pre_hook(self._note_given)
 
     @initialize(
-        kind=st.sampled_from(KINDS), start=SEEDS, optimizer=st.sampled_from(["sgd", "adamw", "nesterov", "lbfgs"]),
-        n=st.sampled_from([1, 1, 2]), native=st.booleans(), reads=st.booleans(), options=OPTIONS,
+        kind=st.sampled_from(KINDS),
+        start=SEEDS,
+        optimizer=st.sampled_from(["sgd", "adamw", "nesterov", "lbfgs"]),
+        n=st.sampled_from([1, 1, 2]),
+        native=st.booleans(),
+        reads=st.booleans(),
+        options=OPTIONS,
     )
-    def begin(self, kind: Kind, start: int, optimizer: str, n: int, native: bool, reads: bool, options: dict[str, Any]) -> None:
+    def begin(
+        self, kind: Kind, start: int, optimizer: str, n: int, native: bool, reads: bool, options: dict[str, Any]
+    ) -> None:
         if not native:
             libraries.native_hooks = lambda: (None, "switched off by a test")
         self.bare, self.observed = Twin(kind, start), Twin(kind, start)
@@ -263,8 +275,13 @@ class Training(RuleBasedStateMachine):
         self._step(k, act, has_closure=True)
 
     @rule(
-        start=SEEDS, uses_extra=st.booleans(), overflows=st.booleans(), unscales=st.booleans(), clips=st.booleans(),
-        reads=st.booleans(), n=st.sampled_from([1, 1, 2]),
+        start=SEEDS,
+        uses_extra=st.booleans(),
+        overflows=st.booleans(),
+        unscales=st.booleans(),
+        clips=st.booleans(),
+        reads=st.booleans(),
+        n=st.sampled_from([1, 1, 2]),
     )
     def scaled_step(
         self, start: int, uses_extra: bool, overflows: bool, unscales: bool, clips: bool, reads: bool, n: int
@@ -309,8 +326,12 @@ class Training(RuleBasedStateMachine):
         watch.closed_by_user = True
 
     @rule(
-        start=SEEDS, uses_extra=st.booleans(), n=st.sampled_from([1, 1, 1, 2]), clip=st.sampled_from([0.0, 0.0, 0.01]),
-        loss=st.booleans(), to_none=st.booleans(),
+        start=SEEDS,
+        uses_extra=st.booleans(),
+        n=st.sampled_from([1, 1, 1, 2]),
+        clip=st.sampled_from([0.0, 0.0, 0.01]),
+        loss=st.booleans(),
+        to_none=st.booleans(),
     )
     def whole_step(self, start: int, uses_extra: bool, n: int, clip: float, loss: bool, to_none: bool) -> None:
         self.zero_grad(to_none)
@@ -416,7 +437,10 @@ class Training(RuleBasedStateMachine):
         module = self.observed.model.get_submodule(path)
         optimizers = self.observed.optimizers
         chosen = {
-            "none": None, "one": optimizers[0], "list": optimizers, "wrapped": Wrapped(optimizers[0]),
+            "none": None,
+            "one": optimizers[0],
+            "list": optimizers,
+            "wrapped": Wrapped(optimizers[0]),
         }[given]
         positions = {"none": (), "list": tuple(range(len(optimizers)))}.get(given, (0,))
         if path and options["activations"]:
@@ -447,7 +471,8 @@ class Training(RuleBasedStateMachine):
         self, before: list[tuple[int, int] | None], has_failed: bool = False, scale: float = 1.0, n: int = 1
     ) -> None:
         changed = {
-            id(p) for p, was, now in zip(self.bare.model.parameters(), before, versions_of(self.bare.model), strict=True)
+            id(p)
+            for p, was, now in zip(self.bare.model.parameters(), before, versions_of(self.bare.model), strict=True)
             if was != now
         }
         for watch in self.watches:
@@ -479,7 +504,14 @@ class Training(RuleBasedStateMachine):
             if not is_concerned and not has_closure:
                 assert n_closed == 0 or watch.is_murky, "an optimizer closed a step of a model that it does not step"
             merges = watch.closed_by_user and not watch.has_stepped  # what the user closed may belong to this step
-            if is_concerned and not merges and not watch.is_murky and watch.n_backwards and error is None and k in self.given:
+            if (
+                is_concerned
+                and not merges
+                and not watch.is_murky
+                and watch.n_backwards
+                and error is None
+                and k in self.given
+            ):
                 assert n_closed == 1, f"{n_closed} steps closed by one step of an optimizer"
             if n_closed == 0:
                 continue
