@@ -25,7 +25,8 @@ class Coverage:
         silent: Parameters that never had one, and observed modules that returned nothing.
         unhooked: Parameters with a gradient whose hook did not fire, as after a replayed CUDA graph.
         unmeasured: Parameters whose gradients the kernels cannot read, such as those of float8; modules that returned
-            such tensors; residual adds that work in place or that another probe observes.
+            such tensors; residual adds that work in place or that another probe observes; any of these whose measuring
+            has failed.
         frozen: Parameters that do not require a gradient.
         unstepped: Parameters that no optimizer steps, of those given to attach or seen so far.
         unknown: Parameters that require a gradient but are not observed yet; they are from the next measured step on.

@@ -51,9 +51,11 @@ def attach(
     """Attaches a probe to a model. The training and the random numbers stay as they are, bit for bit.
 
     Args:
-        model: Any module with at least one trainable parameter.
-        optimizer: The optimizer or optimizers of the training, wrapped or not; each step of one closes a step of the
-            probe. Without one, any optimizer that steps a parameter of the model does, or else `Probe.step()`.
+        model: Any module with at least one trainable parameter. If its parameters change later (layers are replaced,
+            unfrozen or added), the probe follows.
+        optimizer: The optimizer of the training, or a list of them, wrapped or not; their step closes the step of the
+            probe. Without one, the step of any optimizer that steps a parameter of the model does, or else
+            `Probe.step()`.
         params: Observe the gradients of the parameters. Only True is supported.
         activations: Which module outputs to observe, with the gradients at those outputs: True for every module without
             children except residual adds, a list of module name patterns such as `["layer1.*", "head"]`, or a
@@ -64,13 +66,14 @@ def attach(
         activations_every: Of the measured steps, observe activations and residual adds in those whose number is a
             multiple of this.
         updates_every: Of the measured steps, observe updates in those whose number is a multiple of this.
-        capacity: Number of measured steps to keep; the oldest are dropped first.
+        capacity: Number of measured steps to keep; the oldest are dropped first. Memory is taken as steps are recorded.
         backend: "auto", or a name from `gradprobe.backends()`.
-        when: When to measure the gradients: "auto" or "backward" at the end of the backward pass, before anything else
-            can change them; "step" just before the optimizer uses them, so after clipping; "hook" each one as soon as
-            it is ready, for optimizers that step inside backward.
-        grad_scaler: The gradient scaler or scalers in use. Numbers are then reported unscaled, and skipped steps are
-            marked. A scaler that steps an optimizer of the model is found without this from its first step on.
+        when: When to measure the gradients: "auto" or "backward" at the end of each backward pass, so before clipping;
+            "step" just before the optimizer uses them, so after clipping, except by `Probe.clip_grad_norm_`; "hook"
+            each one as soon as it is ready, for optimizers that step inside the backward pass: leave `optimizer` out
+            and close the steps with `Probe.step()`.
+        grad_scaler: The gradient scaler in use, or a list of them. Numbers are then reported unscaled, and skipped
+            steps are marked. A scaler that is not given is found at the first step that it does not skip.
         process_group: Not available yet.
         strict: Raise the errors of measuring. Otherwise whatever fails is reported once and no longer measured, and the
             training goes on as without a probe.
@@ -79,7 +82,8 @@ def attach(
         The probe. It is also a context manager that detaches on exit.
 
     Raises:
-        ArgumentError: An argument is invalid, or the model already has a probe.
+        ArgumentError: An argument is invalid, the model already has a probe, or its gradients cannot be measured: it
+            is on another device than the CPU or a GPU of type cuda, or sharded (FSDP, DTensor, DeepSpeed, Megatron).
         BackendError: The back end cannot run on the model's device.
         NotImplementedError: `process_group` was given.
 
@@ -130,7 +134,8 @@ class Probe:
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Closes a step that no optimizer closes and records it as a snapshot; otherwise only adds the loss.
 
-        Call it once per backward pass, before or after the optimizer's step.
+        Call it once per backward pass, best after the optimizer's step: if it comes first, it closes the very first
+        step, which then shows nothing of a clipping between the two calls.
 
         Args:
             loss: The loss, one element. A tensor on a device is not waited for. The losses of a step's micro-batches
@@ -207,7 +212,8 @@ class Probe:
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, reusing the norms that the probe measures.
 
-        The snapshot of the step holds the gradients before clipping.
+        The snapshot of the step holds the gradients before this clipping: those that were changed since the backward
+        pass are measured again.
 
         Args:
             max_norm: Largest total norm allowed.
@@ -234,7 +240,11 @@ class Probe:
 
     @contextmanager
     def paused(self) -> Iterator[Probe]:
-        """Pauses measuring inside the block. Steps are still counted, so step numbers stay those of the training."""
+        """Pauses measuring inside the block. Steps are still counted, so step numbers stay those of the training.
+
+        `torch.jit.script` needs a pause if activations are observed: it rejects their hooks, which are removed
+        meanwhile.
+        """
         self._recorder.pause(1)
         try:
             yield self

@@ -33,10 +33,14 @@ class Provenance(NamedTuple):
     """What the gradients of a snapshot are.
 
     Attributes:
-        scale: "unscaled", "scaled" by a gradient scaler, or "unknown": a scaler is in use that the probe was not given.
-        reduction: "local" to one process, "averaged" over the processes, of the whole ("global") or of a "shard".
-        state: What the optimizer got: these very gradients ("raw"), these times `Snapshot.clip_factor` ("clipped"), or
-            gradients that were changed in another way after they were measured ("modified").
+        scale: "unscaled", or "unknown": a scaler is in use that the probe does not know, or has unscaled only a part of
+            the gradients. "scaled" does not occur in this version.
+        reduction: "local" to one process, or "averaged" over the processes by DistributedDataParallel. "global" and
+            "shard" do not occur in this version, which refuses sharded models.
+        state: "raw": the optimizer got these very gradients; "clipped": it got these times `Snapshot.clip_factor`;
+            "modified": they were changed in another way, or before `when="step"` measured them. At most eight gradients
+            are compared to tell, by norm and largest magnitude; with `when="hook"`, only the probe's own clipping is
+            noticed.
     """
 
     scale: Literal["unscaled", "scaled", "unknown"]
@@ -45,7 +49,7 @@ class Provenance(NamedTuple):
 
     @property
     def clipping(self) -> Literal["pre-clip", "post-clip"]:
-        """Deprecated: "pre-clip", unless the gradients were measured after they had been changed."""
+        """Deprecated: "post-clip" if the state is "modified", else "pre-clip"."""
         warnings.warn("Provenance.clipping is deprecated; use state", DeprecationWarning, stacklevel=2)
         return "post-clip" if self.state == "modified" else "pre-clip"
 

@@ -84,7 +84,7 @@ class Snapshot:
 
     Attributes:
         step: Number of the step, counted from 0 at attach.
-        loss: The loss given to `Probe.step(loss=...)`, or None.
+        loss: The mean of the losses given to `Probe.step(loss=...)` in this step, or None.
         provenance: Scale, reduction and state of the gradients.
         skipped: The gradient scaler skipped the optimizer's step because a gradient was not finite.
         table: The parameters.
@@ -93,8 +93,8 @@ class Snapshot:
         scale: Factor that undoes loss scaling on the gradients.
         signals: Statistics of activations and residual adds, None if they were not observed in this step.
         parameter_updates: Statistics of the optimizer's updates, None if they were not observed in this step.
-        clip_factor: Factor by which the gradients were clipped after they were measured; 1.0 if they were not, None if
-            they were changed in another way.
+        clip_factor: Factor by which all gradients were multiplied after they were measured, as by clipping; 1.0 if they
+            were not changed, None if the state is "modified".
     """
 
     step: int
@@ -121,7 +121,11 @@ class Snapshot:
 
     @cached_property
     def total_norm(self) -> float:
-        """Euclidean norm of all gradients together, before clipping; tied parameters count once."""
+        """Euclidean norm of all gradients together, as they were measured; tied parameters count once.
+
+        That is before clipping, except with `when="step"`, and for gradients that fire no hook, such as those of
+        `torch.autograd.grad` and of compiled autograd.
+        """
         norms = self.columns["norm"][self.measured.present]  # [K']
         largest = float(norms.max(initial=0.0))
         if largest == 0.0 or not math.isfinite(largest):
