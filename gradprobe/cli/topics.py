@@ -29,7 +29,11 @@ _ATTACH_ALL = "probe = gradprobe.attach(model, optimizer=optimizer, activations=
 _FINDINGS = (_ATTACH, "probe.findings()")
 _FINDINGS_OF_ALL = (_ATTACH_ALL, "probe.findings()")
 _ZEROS = (_ATTACH_ALL, "{name: seen.output.zero_fraction for name, seen in probe.latest().activations.items()}")
-_LOSSES = (_ATTACH, "[(one.step, one.loss) for one in probe.history()]")
+_LOSSES = (
+    _ATTACH,
+    "probe.step(loss)  # after each optimizer.step()",
+    "[(one.step, one.loss) for one in probe.history()]",
+)
 _RATIOS = (
     "probe = gradprobe.attach(model, optimizer=optimizer, updates=True)",
     "{name: seen.ratio for name, seen in probe.latest().updates.items()}",
@@ -269,8 +273,9 @@ TOPICS: dict[str, Topic] = {
         _rule("not learning", "The loss does not fall, although nothing looks broken.", _FINDINGS),
         _rule(
             "spike",
-            "The gradient or the loss of one step is far above those before. A single step of that size can undo many.",
-            (_ATTACH, "[(one.step, one.total_norm) for one in probe.history()]"),
+            "The gradient or the loss of one step is far above those before. A single step of that size can undo many. "
+            "The norm is that before clipping; times the clip factor, it is what the optimizer got.",
+            (_ATTACH, "[(one.step, one.total_norm, one.clip_factor) for one in probe.history()]"),
             ("OLMo et al. 2024, 2 OLMo 2 Furious, arXiv 2501.00656, section 3.2",),
         ),
         _rule(

@@ -84,6 +84,7 @@ def test_its_code_runs(name: str) -> None:
         "gradprobe": gradprobe,
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loss": 0.5,
     }
     attach, *reading = TOPICS[name].code
     exec(attach, names)
