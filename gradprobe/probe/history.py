@@ -1,4 +1,4 @@
-"""The finished steps of a probe as snapshots: those in the ring buffer, and those from before the model moved."""
+"""The finished steps of a probe as snapshots: those in the ring buffer, and those from before the model changed."""
 
 from __future__ import annotations
 
