@@ -220,6 +220,7 @@ class Around final : public autograd::PostAccumulateGradHook {
 };
 
 void put_around(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& parameter) {
+  autograd::impl::materialize_autograd_meta(parameter);  // a copy of a frozen parameter has none
   auto& place = autograd::impl::post_acc_grad_hooks(parameter);
   std::unique_ptr<autograd::PostAccumulateGradHook> inner(place.release());
   place = std::make_unique<Around>(state, k, parameter.unsafeGetTensorImpl(), std::move(inner));
@@ -240,12 +241,6 @@ std::vector<at::Tensor> living(HookState& state, size_t begin, size_t end) {
   return result;
 }
 
-// Drops a reference; leaks it in the last collections of an interpreter that ends, when nobody holds the GIL any more.
-void let_go(py::object& object) {
-  if (PyGILState_Check() == 0) object.release();
-  object = py::object();
-}
-
 }  // namespace
 
 GradientHooks::GradientHooks(const std::vector<at::Tensor>& parameters, const std::vector<at::Tensor>& frozen,
@@ -259,14 +254,19 @@ GradientHooks::GradientHooks(const std::vector<at::Tensor>& parameters, const st
     slot.device = parameters[k].device();
     slot.numel = parameters[k].numel();
   }
-  for (size_t k = 0; k < parameters.size(); ++k) put_around(state_, k, parameters[k]);
-  for (size_t k = 0; k < frozen.size(); ++k) put_around(state_, parameters.size() + k, frozen[k]);
+  try {
+    for (size_t k = 0; k < parameters.size(); ++k) put_around(state_, k, parameters[k]);
+    for (size_t k = 0; k < frozen.size(); ++k) put_around(state_, parameters.size() + k, frozen[k]);
+  } catch (...) {
+    remove();  // no destructor runs after this
+    throw;
+  }
 }
 
 void GradientHooks::remove() {
   if (state_->is_removed.exchange(true)) return;
-  let_go(state_->on_backward_end);
-  let_go(state_->on_gradient);
+  state_->on_backward_end = py::object();
+  state_->on_gradient = py::object();
   std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> taken;
   for (const at::Tensor& parameter : living(*state_, 0, state_->slots.size() + state_->frozen.size())) {
     if (!parameter.defined()) continue;

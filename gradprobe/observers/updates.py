@@ -96,7 +96,7 @@ class UpdateObserver:
             for part in rows.values():
                 part[:, SUM].neg_()  # the difference is old minus new
             if len(self._steps) == self._capacity:
-                del self._position_of[self._steps.popleft()]
+                self._position_of.pop(self._steps.popleft(), None)  # a second optimizer may have moved in the same step
             self._ring.commit(Slot(self._step, _UNSCALED, self._measured), None, 1.0, 0.0, 1.0)
             self._position_of[self._step] = self._ring.newest
             self._steps.append(self._step)

@@ -418,7 +418,7 @@ class Training(RuleBasedStateMachine):
         bare, observed = self.bare.state(), self.observed.state()
         assert bare.keys() == observed.keys()
         different = [name for name, value in bare.items() if observed[name] != value]
-        assert different == []
+        assert different == [], f"not as without a probe: {different}"
 
     @invariant()
     def numbers_are_right(self) -> None:
