@@ -37,6 +37,7 @@ struct HookState {
   std::atomic<bool> is_removed{false};
   std::atomic<bool> has_fired{false};
   std::atomic<bool> accumulates{false};  // a gradient is the one that mark() saw, with one more write
+  std::atomic<bool> is_current{false};   // no hook has run since mark()
   std::atomic<bool> is_outdated{false};
   std::atomic<int> last_awaited{-1};  // graph tasks never get the same number twice
   py::object on_backward_end;         // null once removed, so that the last owner needs no GIL
@@ -105,6 +106,7 @@ void note(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& p
     return;
   }
   state->has_fired.store(true, std::memory_order_relaxed);
+  state->is_current.store(false, std::memory_order_relaxed);
   const at::Tensor& gradient = parameter.grad();
   GradientSlot& slot = state->slots[k];
   const GradientId now = GradientId::of(gradient), seen = slot.seen();
@@ -187,15 +189,15 @@ class Around final : public autograd::PostAccumulateGradHook {
   }
 
   void operator()(const at::Tensor& parameter) override {
-    const std::shared_ptr<HookState> state = state_;  // the hooks inside may take us off: no member after them
+    // the hooks inside may take us off, but we are not freed before the call has long returned
     autograd::PostAccumulateGradHook* inner = inner_.get();
-    if (!state->is_removed.load(std::memory_order_relaxed)) {
+    if (!state_->is_removed.load(std::memory_order_relaxed)) {
       try {
-        note(state, index_, parameter);
+        note(state_, index_, parameter);
       } catch (py::error_already_set&) {
         throw;  // the Python side lets nothing through unless it is told to
       } catch (const std::exception& error) {
-        state->fail(error.what());
+        state_->fail(error.what());
       }
     }
     if (inner != nullptr) (*inner)(parameter);
@@ -311,19 +313,31 @@ std::vector<bool> GradientHooks::fired() const {
 }
 
 void GradientHooks::mark() {
-  const std::vector<at::Tensor> current = parameters();
-  for (size_t k = 0; k < current.size(); ++k) {
-    state_->slots[k].see(GradientId::of(current[k].defined() ? current[k].grad() : at::Tensor()));
-  }
+  const auto held = lock();
+  for (size_t k = 0; k < slots().size(); ++k) state_->slots[k].see(GradientId::of(gradient(k)));
+  set_current();
 }
 
+bool GradientHooks::is_current() const { return state_->is_current.load(); }
+
+void GradientHooks::set_current() { state_->is_current.store(true); }
+
 int64_t GradientHooks::n_writes() const {
-  const std::vector<at::Tensor> current = parameters();
+  const auto held = lock();
   int64_t most = 0;
-  for (size_t k = 0; k < current.size(); ++k) {
-    if (current[k].defined()) most = std::max(most, slots()[k].n_writes(current[k].grad()));
+  for (size_t k = 0; k < slots().size(); ++k) {
+    if (slots()[k].parameter != nullptr) most = std::max(most, slots()[k].n_writes(gradient(k)));
   }
   return most;
+}
+
+// A parameter whose count has fallen to 0 waits for the lock in the destructor of our hook, its gradient still alive.
+std::unique_lock<std::mutex> GradientHooks::lock() const { return std::unique_lock<std::mutex>(state_->mutex); }
+
+const at::Tensor& GradientHooks::gradient(size_t k) const {
+  static const at::Tensor nothing;
+  const c10::TensorImpl* parameter = state_->slots[k].parameter;
+  return parameter == nullptr ? nothing : parameter->grad();
 }
 
 bool GradientHooks::accumulates() const { return state_->accumulates.load(); }

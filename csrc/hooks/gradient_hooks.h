@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -93,6 +94,10 @@ class GradientHooks {
   void mark();
   int64_t n_writes() const;
 
+  // Whether no hook has run since the gradients were marked; a backward pass that throws leaves some that are not.
+  bool is_current() const;
+  void set_current();
+
   // Whether a backward pass of this step added to the gradients that mark() saw, rather than begin new ones.
   bool accumulates() const;
 
@@ -103,6 +108,11 @@ class GradientHooks {
   std::string take_error();
 
   std::vector<at::Tensor> parameters() const;  // [K], undefined where the parameter is gone
+
+  // While it is held, no parameter dies, and gradient() may be called.
+  std::unique_lock<std::mutex> lock() const;
+  const at::Tensor& gradient(size_t k) const;  // undefined if there is none
+
   const std::vector<GradientSlot>& slots() const;
   std::vector<GradientSlot>& slots();
 

@@ -42,27 +42,30 @@ bool grad_stats_into(const std::vector<at::Tensor>& tensors, const at::Tensor& o
 }
 
 std::tuple<bool, int64_t, int64_t> measure(GradientHooks& hooks, const std::optional<at::Tensor>& rows) {
-  const std::vector<at::Tensor> parameters = hooks.parameters();
+  std::vector<GradientSlot>& slots = hooks.slots();
   bool is_measured = rows.has_value();
   int64_t n_writes = 0;
   int64_t n_fired = 0;
   const bool on_cpu = is_measured && rows->device().is_cpu();
-  cpu::Work work(on_cpu ? static_cast<int64_t>(parameters.size()) : 0);
+  cpu::Work work(on_cpu ? static_cast<int64_t>(slots.size()) : 0);
   std::vector<at::Tensor> gradients;
-  if (is_measured && !on_cpu) gradients.reserve(parameters.size());
-  static const at::Tensor nothing;
-  for (size_t k = 0; k < parameters.size(); ++k) {
-    GradientSlot& slot = hooks.slots()[k];
-    const at::Tensor& gradient = parameters[k].defined() ? parameters[k].grad() : nothing;
-    n_fired += slot.has_fired.load(std::memory_order_relaxed) ? 1 : 0;
-    n_writes = std::max(n_writes, slot.n_writes(gradient));
-    slot.see(GradientId::of(gradient));
-    is_measured = is_measured && is_regular(gradient, slot) && gradient.device() == rows->device();
-    if (!is_measured) continue;
-    if (on_cpu) {
-      is_measured = add_to(work, gradient);
-    } else {
-      gradients.push_back(gradient);
+  if (is_measured && !on_cpu) gradients.reserve(slots.size());
+  {
+    const auto held = hooks.lock();
+    hooks.set_current();
+    for (size_t k = 0; k < slots.size(); ++k) {
+      GradientSlot& slot = slots[k];
+      const at::Tensor& gradient = hooks.gradient(k);
+      n_fired += slot.has_fired.load(std::memory_order_relaxed) ? 1 : 0;
+      n_writes = std::max(n_writes, slot.n_writes(gradient));
+      slot.see(GradientId::of(gradient));
+      is_measured = is_measured && is_regular(gradient, slot) && gradient.device() == rows->device();
+      if (!is_measured) continue;
+      if (on_cpu) {
+        is_measured = add_to(work, gradient);
+      } else {
+        gradients.push_back(gradient);
+      }
     }
   }
   if (is_measured && on_cpu) {
@@ -81,13 +84,18 @@ std::tuple<bool, int64_t, int64_t> measure(GradientHooks& hooks, const std::opti
 }
 
 std::pair<py::list, bool> list_gradients(const GradientHooks& hooks) {
-  const std::vector<at::Tensor> parameters = hooks.parameters();
-  py::list result(parameters.size());
+  std::vector<at::Tensor> gradients(hooks.slots().size());
   bool regular = true;
-  for (size_t k = 0; k < parameters.size(); ++k) {
-    const at::Tensor gradient = parameters[k].defined() ? parameters[k].grad() : at::Tensor();
-    regular = regular && is_regular(gradient, hooks.slots()[k]);
-    result[k] = gradient.defined() ? py::cast(gradient) : py::none();
+  {
+    const auto held = hooks.lock();
+    for (size_t k = 0; k < gradients.size(); ++k) {
+      gradients[k] = hooks.gradient(k);
+      regular = regular && is_regular(gradients[k], hooks.slots()[k]);
+    }
+  }
+  py::list result(gradients.size());
+  for (size_t k = 0; k < gradients.size(); ++k) {
+    result[k] = gradients[k].defined() ? py::cast(gradients[k]) : py::none();
   }
   return {std::move(result), regular};
 }

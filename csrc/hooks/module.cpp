@@ -50,6 +50,7 @@ PYBIND11_MODULE(_hooks, module) {
       .def("fired", &GradientHooks::fired)
       .def("mark", &GradientHooks::mark)
       .def("n_writes", &GradientHooks::n_writes)
+      .def("is_current", &GradientHooks::is_current)
       .def("accumulates", &GradientHooks::accumulates)
       .def("is_outdated", &GradientHooks::is_outdated)
       .def("take_error", &GradientHooks::take_error)

@@ -43,6 +43,9 @@ class GradientHooks(Protocol):
         A gradient that is another tensor now counts as a very large number of writes.
         """
 
+    def is_current(self) -> bool:
+        """Returns whether no hook has run since the gradients were marked, as in a backward pass that throws."""
+
     def accumulates(self) -> bool:
         """Returns whether a backward pass of this step added to the gradients that `mark` saw."""
 
@@ -114,7 +117,7 @@ class PythonGradientHooks:
         self._layouts = [Layout.of(parameter) for parameter in found.parameters]
         self._on_backward_end = on_backward_end
         self._on_gradient = on_gradient
-        self._has_fired = self._accumulates = False
+        self._has_fired = self._accumulates = self._is_current = False
         self._task = -1  # whose end is awaited
         self._seen: list[tuple[int, int] | None] = [None] * len(self._places)  # id and version of each gradient
         self._known = [False] * len(self._places)
@@ -161,6 +164,7 @@ class PythonGradientHooks:
         """Notes the gradients as they are now."""
         self._seen = [_identity(gradient) for gradient in self.gradients()[0]]
         self._known = [True] * len(self._places)
+        self._is_current = True
 
     def n_writes(self) -> int:
         """Returns how often a gradient was written to since its hook or `mark` saw it."""
@@ -172,6 +176,10 @@ class PythonGradientHooks:
             ),
             default=0,
         )
+
+    def is_current(self) -> bool:
+        """Returns whether no hook has run since the gradients were marked."""
+        return self._is_current
 
     def accumulates(self) -> bool:
         """Returns whether a backward pass of this step added to the gradients that `mark` saw."""
@@ -208,7 +216,7 @@ class PythonGradientHooks:
         return [place.parameter() for place in self._places]
 
     def _on_ready(self, k: int, parameter: torch.Tensor) -> None:
-        self._has_fired = True
+        self._has_fired, self._is_current = True, False
         gradient = parameter.grad
         if gradient is not None:
             now, seen = _identity(gradient), self._seen[k]

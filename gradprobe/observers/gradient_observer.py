@@ -97,7 +97,7 @@ class GradientObserver:
 
     def are_averaged(self) -> bool:
         """Returns whether the backward pass that has just ended has averaged the gradients over processes."""
-        return self._replicas.average(self.parameters())
+        return self._replicas.average(self.parameters)
 
     def may_have_changed(self) -> bool:
         """Returns whether there is a sign that the model has other parameters than before."""
@@ -114,8 +114,9 @@ class GradientObserver:
             `meter` are new. None if nothing has changed.
         """
         self._n_measured += 1
-        is_due = self._n_measured % _LOOK_EVERY == 0
-        if not (is_due or is_suspect or self.may_have_changed()):
+        if self._n_measured % _LOOK_EVERY == 0:
+            is_suspect = is_suspect or [id(place.parameter()) for place in self._places] != self._ids
+        if not (is_suspect or self.may_have_changed()):
             return None
         self._watch.forget()
         model = self._model()
@@ -130,6 +131,8 @@ class GradientObserver:
 
     def regroup_if_moved(self) -> str | None:
         """Groups the parameters anew if one has changed its device, dtype or shape; returns what `look` does."""
+        if not self.meter.saw_irregular:
+            return None
         model = self._model()
         current = [
             known if parameter is None else Layout.of(parameter)
@@ -150,6 +153,8 @@ class GradientObserver:
             gradients became ready in this step.
         """
         done, n_writes, n_fired = self.hooks.measure(self.meter.native_rows(rows))
+        if done:
+            self.meter.saw_irregular = False
         measured = self.meter.all_present if done else self.meter.measure(*self.hooks.gradients(), rows)
         return measured, n_writes, n_fired
 
@@ -197,7 +202,7 @@ class GradientObserver:
             self._backend,
             self._fence,
         )
-        self._ids = [id(parameter) for parameter in found.parameters]
+        self._ids, self._places = [id(parameter) for parameter in found.parameters], found.places
         self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
         self._frozen_places = found.frozen_places
         self.table = SiteTable(

@@ -56,6 +56,7 @@ class GradientMeter:
     Attributes:
         layouts: Layouts of the K parameters.
         unmeasured: Positions of the parameters whose gradient could not be measured.
+        saw_irregular: The newest measurement met a gradient that was not a plain dense one of its parameter's layout.
 
     Args:
         layouts: The same, in model order.
@@ -71,6 +72,7 @@ class GradientMeter:
     def __init__(self, layouts: Sequence[Layout], names: Sequence[str], backend: str, fence: Fence) -> None:
         self.layouts = tuple(layouts)
         self.unmeasured: set[int] = set()
+        self.saw_irregular = False
         self._names = names
         self._backend_name = backend
         self._fence = fence
@@ -117,6 +119,7 @@ class GradientMeter:
         Returns:
             Which parameters had a gradient, and their sizes.
         """
+        self.saw_irregular = False
         with torch.no_grad():
             if regular:
                 for group in self.groups:
@@ -263,6 +266,7 @@ class GradientMeter:
             out = rows[group.device][group.first_row : group.first_row + len(group.positions)]
             there = {k: gradient for k in group.positions if (gradient := gradients[k]) is not None}
             regular = {k: gradient for k, gradient in there.items() if is_regular(gradient, self.layouts[k])}
+            self.saw_irregular = self.saw_irregular or len(regular) < len(there)
             if group.dtype.is_complex or not regular:
                 out.zero_()
             else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -36,19 +36,22 @@ class Replicas:
         """Notes that the parameters may have changed."""
         self._covering.clear()
 
-    def average(self, parameters: Sequence[torch.Tensor | None]) -> bool:
-        """Returns whether the backward pass that has just ended has averaged the gradients of these parameters."""
-        candidates = [*self._known, *self._watch.replicas]
-        return bool(candidates) and any(
-            # set by the forward pass: False inside no_sync()
-            each.require_forward_param_sync and self._covers(each, parameters)
-            for each in candidates
-        )
+    def average(self, parameters: Callable[[], Sequence[torch.Tensor | None]]) -> bool:
+        """Returns whether the backward pass that has just ended has averaged the gradients of some parameters.
 
-    def _covers(self, replica: DistributedDataParallel, parameters: Sequence[torch.Tensor | None]) -> bool:
+        Args:
+            parameters: Returns the parameters.
+        """
+        # `require_forward_param_sync` is set by the forward pass: False inside no_sync()
+        syncing = [each for each in (*self._known, *self._watch.replicas) if each.require_forward_param_sync]
+        return any(self._covers(each, parameters) for each in syncing)
+
+    def _covers(
+        self, replica: DistributedDataParallel, parameters: Callable[[], Sequence[torch.Tensor | None]]
+    ) -> bool:
         if id(replica) not in self._covering:
             averaged = {id(parameter) for parameter in replica._module_parameters}
             self._covering[id(replica)] = all(
-                id(parameter) in averaged for parameter in parameters if parameter is not None
+                id(parameter) in averaged for parameter in parameters() if parameter is not None
             )
         return self._covering[id(replica)]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from gradprobe.errors import warn_user
+from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.signals import SignalObserver
@@ -30,6 +31,7 @@ class Coverage:
         frozen: Parameters that do not require a gradient.
         unstepped: Parameters that no optimizer steps, of those given to attach or seen so far.
         unknown: Parameters that require a gradient but are not observed yet; they are from the next measured step on.
+        failures: What is no longer measured because an error occurred, and the error.
         tied: All names of each parameter that has more than one, by its first name.
         steps: Number of measured steps.
     """
@@ -41,6 +43,7 @@ class Coverage:
     frozen: tuple[str, ...]
     unstepped: tuple[str, ...]
     unknown: tuple[str, ...]
+    failures: dict[str, str]
     tied: dict[str, tuple[str, ...]]
     steps: int
 
@@ -52,9 +55,13 @@ class CoverageLog:
         observer: Knows the K parameters.
         signals: The observer of activations and residual adds, None if none are observed.
         unobserved: Names of residual adds that cannot be observed.
+        fence: Knows what has failed.
     """
 
-    def __init__(self, observer: GradientObserver, signals: SignalObserver | None, unobserved: tuple[str, ...]) -> None:
+    def __init__(
+        self, observer: GradientObserver, signals: SignalObserver | None, unobserved: tuple[str, ...], fence: Fence
+    ) -> None:
+        self._fence = fence
         self._observer = observer
         self._signal_observer = signals
         self._unobserved = unobserved
@@ -81,6 +88,10 @@ class CoverageLog:
         self._all_observed = bool(self._observed.all())
         if not self._all_observed:
             self._warn("silent", f"step {step}: no gradient for {self._listed(~self._observed)}")
+
+    def are_new(self, unhooked: npt.NDArray[np.bool_]) -> bool:
+        """Returns whether the hook of one of these parameters, [K], has always fired so far."""
+        return bool((unhooked & ~self._unhooked).any())
 
     def note_unhooked(self, step: int, unhooked: npt.NDArray[np.bool_]) -> None:
         """Notes gradients whose hooks did not fire.
@@ -214,6 +225,7 @@ class CoverageLog:
             frozen=observer.frozen,
             unstepped=tuple(names[~is_stepped]) if optimizers else (),
             unknown=observer.newly_trainable(),
+            failures=dict(self._fence.failures),
             tied={site.name: site.names for site in observer.sites if len(site.names) > 1},
             steps=self.n_measured,
         )

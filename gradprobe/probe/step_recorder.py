@@ -137,7 +137,7 @@ class StepRecorder:
             if signals is not None:
                 device = next(iter(self._observer.meter.rows_on))
                 self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend, self._fence)
-            self.coverage = CoverageLog(self._observer, self._signal_observer, unobserved)
+            self.coverage = CoverageLog(self._observer, self._signal_observer, unobserved, self._fence)
             optimizers = options.optimizers
             if optimizers and not any(any(stepped_by(each, self._observer.parameters())) for each in optimizers):
                 raise ArgumentError("optimizer: needed one that steps parameters of the model; it steps none of them")
@@ -269,18 +269,18 @@ class StepRecorder:
         """
         opened, hooks = self._open, self._observer.hooks
         is_capturing = self._observer.is_capturing()
-        has_changed = hooks.n_writes() > 0 or (any(self._are_unscaled(None)) and not opened.is_unscaled)
-        if not is_capturing and (self._is_stale() or self._measured_at == "hook" or has_changed):
+        if not is_capturing and (self._is_stale() or self._measured_at == "hook"):
             self._measure()
-        earlier = opened.clip_factor
+        is_written = hooks.n_writes() > 0
+        is_other = is_written or opened.clip_factor is not None or (any(self._are_unscaled(None)) > opened.is_unscaled)
         cannot_measure_all = self._observer.unmeasured() or self._observer.has_other_gradients()
         if self._are_gradients_off or self._is_off or cannot_measure_all:
             parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
             return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
         meter, rows = self._observer.meter, self.history.ring.rows()
         gradients, regular = self._observer.hooks.gradients()
-        if is_capturing or earlier is not None:
-            # a replay of the graph would write to the rows of a step that is over; the rows stay those before clipping
+        if is_capturing or is_other:
+            # the rows of the step stay those of the backward pass, and a replay would write to those of an old step
             rows = {device: torch.empty_like(part) for device, part in rows.items()}
             meter.measure(gradients, regular, rows)
         total = meter.total_norm(rows)
@@ -290,8 +290,8 @@ class StepRecorder:
         meter.scale_(gradients, regular, factor)
         if is_capturing:
             self._is_clipped_in_graph = True
-        else:
-            opened.clip_factor = factor if earlier is None else factor * earlier
+        elif not is_written:  # otherwise the comparison at the end of the step finds both changes
+            opened.clip_factor = factor if opened.clip_factor is None else factor * opened.clip_factor
             self._observer.hooks.mark()
         return total.to(meter.norm_dtype)
 
@@ -370,7 +370,8 @@ class StepRecorder:
 
     def _is_stale(self) -> bool:
         """Returns whether the gradients were not measured after the newest backward pass of this step."""
-        return self._open.measured is None or self._open.measured_after < self._open.n_backwards
+        is_old = self._open.measured is None or self._open.measured_after < self._open.n_backwards
+        return is_old or not self._observer.hooks.is_current()
 
     def _measure(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         if self._are_gradients_off:
@@ -393,7 +394,7 @@ class StepRecorder:
         opened.clip_factor = opened.change = None
         if self._is_due() and n_fired < self.n_parameters and not opened.has_changed:
             unhooked = measured.present & ~np.array(observer.hooks.fired(), dtype=np.bool_)
-            if unhooked.any() and self._look(is_suspect=True):
+            if self.coverage.are_new(unhooked) and self._look(is_suspect=True):
                 self._measure(optimizer)
                 return
             self.coverage.note_unhooked(opened.number, unhooked)
@@ -519,8 +520,7 @@ class StepRecorder:
     def _compare(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Change:
         """Finds out what was done to the gradients after they were measured."""
         opened, hooks = self._open, self._observer.hooks
-        n_writes = hooks.n_writes() if self._measured_at != "hook" and not self._are_gradients_off else 0
-        if n_writes == 0:  # unscaling counts no write
+        if self._are_gradients_off or hooks.n_writes() == 0:  # unscaling counts no write
             if opened.clip_factor is None:
                 return Change()
             return Change((opened.clip_factor, opened.clip_factor), tolerance=0.0)

@@ -353,6 +353,20 @@ class TestWhatWasDoneToTheGradients:
         assert snapshot.provenance.state == "clipped"
         assert snapshot.clip_factor == pytest.approx(0.05 / total, rel=2e-2)
 
+    def test_clipped_by_torch_and_then_by_the_probe(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, strict=True) as probe:
+            loss_of(model).backward()
+            truth = true_norms(model)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            assert probe.clip_grad_norm_(0.01).item() == pytest.approx(0.1, rel=1e-4)
+            assert probe.clip_grad_norm_(1.0).item() == pytest.approx(0.01, rel=1e-4)
+            optimizer.step()
+        snapshot = probe.latest()
+        assert norms_of(snapshot) == pytest.approx(truth, rel=1e-6)
+        assert snapshot.clip_factor == pytest.approx(0.01 / snapshot.total_norm, rel=1e-4)
+
     def test_one_bad_layer_is_not_smeared_by_clipping(self, any_hooks: str) -> None:
         model = mlp()
         optimizer = sgd(model)

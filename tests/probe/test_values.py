@@ -63,7 +63,7 @@ class TestNumbers:
 
     def test_nan_and_infinity_are_counted_and_named(self) -> None:
         model = mlp()
-        with gradprobe.attach(model) as probe:
+        with gradprobe.attach(model, when="step") as probe:
             loss_of(model).backward()
             model[2].weight.grad[0, :2] = torch.tensor([math.nan, math.inf])
             probe.clip_grad_norm_(1.0)
@@ -168,7 +168,7 @@ class TestExport:
     def test_jsonl_is_strict_and_never_overwrites(self, tmp_path: "object") -> None:
         model = mlp()
         path = tmp_path / "history.jsonl"  # type: ignore[operator]
-        with gradprobe.attach(model) as probe:
+        with gradprobe.attach(model, when="step") as probe:
             loss_of(model).backward()
             model[0].weight.grad[0, 0] = math.nan
             probe.clip_grad_norm_(1.0)
