@@ -182,8 +182,10 @@ class Probe:
         sinks.write_jsonl(self.history(), path)
 
     def findings(self) -> list[Finding]:
-        """Applies the rules of `gradprobe.diagnosis` to the history."""
-        return diagnose(self.history())
+        """Applies the rules of `gradprobe.diagnosis` to the history since the model last got other parameters."""
+        history = self.history()
+        names = history[-1].table.names if history else ()
+        return diagnose([snapshot for snapshot in history if snapshot.table.names == names])
 
     def first_nonfinite(self) -> NonFinite | None:
         """Returns where NaN or infinity was first seen since attach, in order of execution. Waits for the device.

@@ -267,6 +267,7 @@ class StepRecorder:
         Raises:
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
         """
+        self.follow()  # the rows may hold gradients of parameters that are gone
         opened, hooks = self._open, self._observer.hooks
         is_capturing = self._observer.is_capturing()
         if not is_capturing and (self._is_stale() or self._measured_at == "hook"):

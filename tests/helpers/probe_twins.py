@@ -317,6 +317,10 @@ class Watch:
         is_scale_unknown: A scaler is in use, and the gradients were not scaled by it.
         is_murky: Something happened in the open step after which its numbers depend on details.
         pauses: Open pauses.
+        has_stepped: An optimizer has closed a step.
+        n_skipped: Steps that a scaler may have skipped.
+        closed_by_user: The user has closed a step.
+        is_gone: The training goes on with another module than the observed one.
         expected: What is known of closed steps, by number.
         frozen: Every snapshot that was read, with a copy of its values.
     """
@@ -368,9 +372,6 @@ class Watch:
     def lose_optimizers(self) -> None:
         """Notes that the optimizers given to `attach` are gone."""
         self.given = (-1,) if self.given else ()
-
-    def check_number(self) -> None:
-        """Resynchronises after a loss was given."""
 
     def close(self, given: Gradients | None, given_scale: float, is_skipped: bool | None, number: int) -> None:
         """Notes the end of a step."""
