@@ -343,6 +343,7 @@ class StepRecorder:
             self._close(None, 0.0, is_late=True)
         opened = self._open
         opened.n_backwards += 1
+        opened.change = None
         if opened.n_backwards == 1:
             opened.accumulates = hooks.accumulates()
         opened.scales = self._scalers.read()

@@ -320,6 +320,7 @@ class Watch:
         has_stepped: An optimizer has closed a step.
         n_skipped: Steps that a scaler may have skipped.
         closed_by_user: The user has closed a step.
+        has_failed: The newest backward pass has raised, after some gradients had changed.
         is_gone: The training goes on with another module than the observed one.
         expected: What is known of closed steps, by number.
         frozen: Every snapshot that was read, with a copy of its values.
@@ -341,6 +342,7 @@ class Watch:
     n_skipped: int = 0
     closed_by_user: bool = False
     is_gone: bool = False
+    has_failed: bool = False
     is_scale_unknown: bool = False
 
     @property
@@ -353,12 +355,13 @@ class Watch:
         self.at_end = None if has_failed else gradients_of(module)
         self.scale = scale
         self.is_murky |= has_failed
+        self.has_failed = has_failed
         self.n_backwards += not has_failed
 
     def start_step(self) -> None:
         self.n_before = max(1, self.n_backwards)
         self.n_backwards, self.at_end, self.scale, self.is_murky = 0, None, 1.0, bool(self.pauses)
-        self.is_scale_unknown = False
+        self.is_scale_unknown = self.has_failed = False
 
     def forget(self) -> None:
         """Gives up the numbers of the open step."""

@@ -228,6 +228,10 @@ class Training(RuleBasedStateMachine):
     def clip_by_probe(self, which: int, max_norm: float) -> None:
         alive = [watch for watch in self.watches if not watch.is_gone]
         watch = alive[which % len(alive)]
+        if watch.has_failed:
+            return  # the probe does not know which gradients a failed backward pass has reached
+        if watch.at_end is None and not watch.is_murky:
+            watch.at_end = gradients_of(self.bare.model.get_submodule(watch.path))
         total = watch.probe.clip_grad_norm_(max_norm)
         bare, observed = self.bare.model.get_submodule(watch.path), self.observed.model.get_submodule(watch.path)
         expected = nn.utils.clip_grad_norm_(bare.parameters(), max_norm)

@@ -367,3 +367,100 @@ class TestScaler:
         gradprobe.attach(model, optimizer=optimizer, grad_scaler=scaler).detach()
         assert "step" not in vars(scaler)
         assert "unscale_" not in vars(scaler)
+
+
+class TestChangedModels:
+    def test_a_copy_of_a_partly_frozen_model_is_observed(self, any_hooks: str) -> None:
+        model = mlp()
+        model[0].requires_grad_(False)
+        copied = copy.deepcopy(model)  # its frozen parameters never had autograd metadata
+        with gradprobe.attach(copied, strict=True) as probe:
+            loss_of(copied).backward()
+            probe.step()
+        assert norms_of(probe.latest()) == pytest.approx(true_norms(copied), rel=1e-6)
+
+    def test_a_gradient_of_a_parameter_frozen_before_attach_is_clipped(self, any_hooks: str) -> None:
+        ours, torchs = mlp(), mlp()
+        for model in (ours, torchs):
+            loss_of(model).backward()
+            model[0].requires_grad_(False)
+        with gradprobe.attach(ours, strict=True) as probe:
+            for model in (ours, torchs):
+                loss_of(model, 2).backward()
+            total = probe.clip_grad_norm_(1e-3)
+        torch.testing.assert_close(total, torch.nn.utils.clip_grad_norm_(torchs.parameters(), 1e-3))
+        torch.testing.assert_close(ours[0].weight.grad, torchs[0].weight.grad)
+
+    def test_a_layer_that_goes_as_the_model_is_moved(self, any_hooks: str) -> None:
+        model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(3)))
+        with (
+            gradprobe.attach(model, strict=True) as probe,
+            pytest.warns(gradprobe.GradprobeWarning, match="others now"),
+        ):
+            model.double()
+            del model[1]
+            loss_of(model, dtype=torch.float64).backward()
+            probe.step()
+            assert probe.coverage().observed == tuple(true_norms(model))
+        assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
+
+    def test_a_step_the_user_has_closed_stays_if_the_next_accumulates(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, strict=True) as probe:
+            loss_of(model).backward()
+            probe.step()
+            optimizer.zero_grad()
+            for seed in range(2):
+                loss_of(model, seed).backward()
+            optimizer.step()
+        assert [snapshot.step for snapshot in probe.history()] == [0, 1]
+
+    def test_a_gradient_that_is_missing_in_one_step_is_no_modification(self, any_hooks: str) -> None:
+        model = torch.nn.ParameterDict({"often": torch.ones(2), "once": torch.ones(2)})
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer, strict=True) as probe:
+            for _ in range(2):
+                sum(parameter.sum() for parameter in model.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model["often"].sum().backward()
+            optimizer.step()
+        assert [snapshot.provenance.state for snapshot in probe.history()] == ["raw", "raw"]
+
+    def test_findings_are_of_the_steps_since_the_last_change(self) -> None:
+        model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1))
+        with gradprobe.attach(model) as probe:
+            loss_of(model).backward()
+            probe.step()
+            model.append(torch.nn.Linear(1, 1))
+            loss_of(model).backward()
+            with pytest.warns(gradprobe.GradprobeWarning, match="others now"):
+                probe.step()
+            assert {finding.steps for finding in probe.findings()} <= {(1, 1)}
+
+    def test_every_evaluation_of_a_closure_is_measured(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            for part in range(n_backwards):
+                loss = loss_of(model, part)
+                loss.backward()
+            return loss
+
+        with gradprobe.attach(model, optimizer=optimizer, strict=True) as probe:
+            for n_backwards in (2, 1):  # noqa: B007 (the closure reads it)
+                optimizer.step(closure)
+                assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
+
+    def test_updates_of_two_optimizers(self) -> None:
+        model = mlp()
+        optimizers = [torch.optim.SGD(model[k].parameters(), lr=0.1) for k in (0, 2)]
+        with gradprobe.attach(model, optimizer=optimizers, updates=True, capacity=1, strict=True) as probe:
+            for seed in range(3):
+                loss_of(model, seed).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+        assert [snapshot.step for snapshot in probe.history()] == [2]
