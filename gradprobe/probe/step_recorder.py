@@ -362,7 +362,11 @@ class StepRecorder:
             return
         opened = self._open
         if opened.measured is None:
-            self._look()
+            ready = self._observer.parameters()[k]
+            if self._look():  # k was its position among the parameters before
+                k = next((new for new, each in enumerate(self._observer.parameters()) if each is ready), -1)
+                if k < 0:
+                    return
             n_parameters = self.n_parameters
             opened.measured = Measured(np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64))
             opened.scales = self._scalers.read()

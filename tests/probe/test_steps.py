@@ -437,6 +437,15 @@ class TestChangedModels:
             probe.step()
             assert {finding.steps for finding in probe.findings()} <= {(1, 1)}
 
+    def test_gradients_measured_one_by_one_after_a_change(self, any_hooks: str) -> None:
+        model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(3)))
+        with gradprobe.attach(model, when="hook", strict=True) as probe:
+            model[2] = torch.nn.Identity()
+            with pytest.warns(gradprobe.GradprobeWarning, match="others now"):
+                loss_of(model).backward()
+            probe.step()
+        assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
+
     def test_every_evaluation_of_a_closure_is_measured(self, any_hooks: str) -> None:
         model = mlp()
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
