@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,60 +21,13 @@ from gradprobe.observers.updates import UpdateObserver
 from gradprobe.probe.coverage import CoverageLog
 from gradprobe.probe.grad_scaler import LossScale, Scalers, any_in_use
 from gradprobe.probe.history import History
+from gradprobe.probe.open_step import Change, OpenStep, kept, mean
 from gradprobe.probe.options import Options
 from gradprobe.probe.step_boundaries import StepBoundaries
 from gradprobe.snapshot.records import Measured, Provenance
 from gradprobe.snapshot.signals import SignalTable
 
 _MANY_BACKWARDS = 100  # that no step has closed
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What was done to gradients after they were measured, as `Slot` and `FinishedStep` describe it."""
-
-    ratios: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0)
-    tolerance: float | None = None
-    is_unscaled: bool = False
-
-
-@dataclass(slots=True)
-class OpenStep:
-    """What is known of the step that is not closed yet.
-
-    Attributes:
-        number: Number of the step.
-        n_backwards: Backward passes that have ended.
-        accumulates: The first of them added to the gradients of the step before.
-        measured: Which parameters were measured, None as long as none was.
-        measured_after: How many backward passes had ended then.
-        state: What was known of the gradients then.
-        is_averaged: They were averaged over processes.
-        scales: The loss scales at the end of the newest backward pass.
-        is_unscaled: Gradients were unscaled before they were measured.
-        is_partly_unscaled: Not those of all optimizers were.
-        clip_factor: Factor by which the probe has clipped the gradients, 0-d.
-        change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
-        losses: Losses given so far.
-        is_requested: The user has asked to close the step.
-        has_changed: The parameters have got other hooks in this step, so it is not known which gradients are ready.
-    """
-
-    number: int
-    n_backwards: int = 0
-    accumulates: bool = False
-    measured: Measured | None = None
-    measured_after: int = 0
-    state: Literal["raw", "modified"] = "raw"
-    is_averaged: bool = False
-    scales: list[LossScale] = field(default_factory=list)
-    is_unscaled: bool = False
-    is_partly_unscaled: bool = False
-    clip_factor: torch.Tensor | None = None
-    change: Change | None = None
-    losses: list[torch.Tensor | float] = field(default_factory=list)
-    is_requested: bool = False
-    has_changed: bool = False
 
 
 class StepRecorder:
@@ -186,7 +137,7 @@ class StepRecorder:
             if optimizer is None:
                 opened = self._open
                 if loss is not None:
-                    opened.losses.append(_kept(loss))
+                    opened.losses.append(kept(loss))
                 is_closed = self._close(None, 0.0)
                 if is_closed:
                     self._n_pending = self._n_pending + 1 if accumulates else 1
@@ -205,13 +156,13 @@ class StepRecorder:
         """Takes a loss of the open step, which an optimizer is expected to close; a step has the mean of its losses."""
         self._open.is_requested = True
         if loss is not None:
-            self._open.losses.append(_kept(loss))
+            self._open.losses.append(kept(loss))
 
     def add_loss(self, loss: torch.Tensor | float) -> None:
         """Adds a loss to the step that was closed last."""
         if self._last_was_measured:
-            self._last_losses.append(_kept(loss))
-            self._amend(LOSS, _mean(self._last_losses))
+            self._last_losses.append(kept(loss))
+            self._amend(LOSS, mean(self._last_losses))
 
     def note_stepped(self) -> None:
         """Notes that the optimizer has made the step that the user has closed."""
@@ -513,7 +464,7 @@ class StepRecorder:
         inverse: torch.Tensor | float = 1.0 if scale is None else scale.inverse
         self.history.ring.commit(
             slot,
-            _mean(opened.losses) if opened.losses else None,
+            mean(opened.losses) if opened.losses else None,
             1.0 if opened.is_unscaled else inverse,
             skipped,
             inverse,
@@ -575,12 +526,3 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
             alive(*arguments)
 
     return call
-
-
-def _kept(loss: torch.Tensor | float) -> torch.Tensor | float:
-    """Returns a loss without its graph, as it is now."""
-    return loss.detach().reshape(()).to(torch.float64, copy=True) if isinstance(loss, torch.Tensor) else float(loss)
-
-
-def _mean(losses: list[torch.Tensor | float]) -> torch.Tensor | float:
-    return sum(losses[1:], start=losses[0]) / len(losses)

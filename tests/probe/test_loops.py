@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import pickle
 from collections.abc import Callable
@@ -18,11 +17,6 @@ import gradprobe
 pytestmark = pytest.mark.usefixtures("probe_warnings_are_errors")
 
 Closure = Callable[[], torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def no_scaler_of_an_earlier_test() -> None:
-    gc.collect()
 
 
 def closure_of(model: nn.Module, optimizer: torch.optim.Optimizer, truths: list[dict[str, float]]) -> Closure:

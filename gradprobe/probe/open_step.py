@@ -1,0 +1,70 @@
+"""What is known of a step before it is closed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from gradprobe.probe.grad_scaler import LossScale
+from gradprobe.snapshot.records import Measured
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What was done to gradients after they were measured, as `Slot` and `FinishedStep` describe it."""
+
+    ratios: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0)
+    tolerance: float | None = None
+    is_unscaled: bool = False
+
+
+@dataclass(slots=True)
+class OpenStep:
+    """What is known of the step that is not closed yet.
+
+    Attributes:
+        number: Number of the step.
+        n_backwards: Backward passes that have ended.
+        accumulates: The first of them added to the gradients of the step before.
+        measured: Which parameters were measured, None as long as none was.
+        measured_after: How many backward passes had ended then.
+        state: What was known of the gradients then.
+        is_averaged: They were averaged over processes.
+        scales: The loss scales at the end of the newest backward pass.
+        is_unscaled: Gradients were unscaled before they were measured.
+        is_partly_unscaled: Not those of all optimizers were.
+        clip_factor: Factor by which the probe has clipped the gradients, 0-d.
+        change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
+        losses: Losses given so far.
+        is_requested: The user has asked to close the step.
+        has_changed: The parameters have got other hooks in this step, so it is not known which gradients are ready.
+    """
+
+    number: int
+    n_backwards: int = 0
+    accumulates: bool = False
+    measured: Measured | None = None
+    measured_after: int = 0
+    state: Literal["raw", "modified"] = "raw"
+    is_averaged: bool = False
+    scales: list[LossScale] = field(default_factory=list)
+    is_unscaled: bool = False
+    is_partly_unscaled: bool = False
+    clip_factor: torch.Tensor | None = None
+    change: Change | None = None
+    losses: list[torch.Tensor | float] = field(default_factory=list)
+    is_requested: bool = False
+    has_changed: bool = False
+
+
+def kept(loss: torch.Tensor | float) -> torch.Tensor | float:
+    """Returns a loss without its graph, as it is now."""
+    return loss.detach().reshape(()).to(torch.float64, copy=True) if isinstance(loss, torch.Tensor) else float(loss)
+
+
+def mean(losses: Sequence[torch.Tensor | float]) -> torch.Tensor | float:
+    """Returns the mean of at least one loss."""
+    return sum(losses[1:], start=losses[0]) / len(losses)
