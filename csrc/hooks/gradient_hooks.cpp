@@ -20,8 +20,8 @@ namespace gradprobe {
 
 namespace autograd = torch::autograd;
 
-// Outlives its GradientHooks while a hook is still on a parameter. It holds no parameter, so that no cycle keeps a model
-// alive.
+// Outlives its GradientHooks while a hook is still on a parameter. It holds no parameter, so that no cycle keeps a
+// model alive.
 struct HookState {
   HookState(size_t n_observed, size_t n_frozen) : slots(n_observed), frozen(n_frozen, nullptr) {}
 
@@ -159,13 +159,16 @@ Retired& retired() {
 }
 
 // A post-accumulate hook around whatever hook the parameter has. It lives in the parameter's own autograd metadata.
+// Places of hooks change under the GIL, by one store each: a backward pass in another thread, which needs no GIL, finds
+// a hook or the one around it, never an empty place.
 class Around final : public autograd::PostAccumulateGradHook {
  public:
-  Around(std::shared_ptr<HookState> state, size_t k, c10::TensorImpl* parameter,
-         std::unique_ptr<autograd::PostAccumulateGradHook> inner)
-      : state_(std::move(state)), index_(k), parameter_(parameter), inner_(std::move(inner)) {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->parameter(k) = parameter;
+  static void put(std::unique_ptr<autograd::PostAccumulateGradHook>& place, const std::shared_ptr<HookState>& state,
+                  size_t k, c10::TensorImpl* parameter) {
+    auto* around = new Around(state, k, parameter, place.get());
+    std::unique_ptr<autograd::PostAccumulateGradHook> other(around);
+    place.swap(other);
+    around->inner_ = std::move(other);
   }
   Around(const Around&) = delete;
   Around& operator=(const Around&) = delete;
@@ -184,13 +187,12 @@ class Around final : public autograd::PostAccumulateGradHook {
       }
     }
     auto& place = static_cast<autograd::AutogradMeta*>(parameter_->autograd_meta())->post_acc_grad_hooks_;
-    std::unique_ptr<autograd::PostAccumulateGradHook> newcomer(place.release());
-    place = std::make_unique<Around>(state_, index_, parameter_, std::move(newcomer));
+    put(place, state_, index_, parameter_);
   }
 
   void operator()(const at::Tensor& parameter) override {
     // the hooks inside may take us off, but we are not freed before the call has long returned
-    autograd::PostAccumulateGradHook* inner = inner_.get();
+    autograd::PostAccumulateGradHook* inner = called_.load();
     if (!state_->is_removed.load(std::memory_order_relaxed)) {
       try {
         note(state_, index_, parameter);
@@ -211,21 +213,40 @@ class Around final : public autograd::PostAccumulateGradHook {
     if (inner_) inner_->apply_with_saved(tensor, saved);
   }
 
-  bool belongs_to(const std::shared_ptr<HookState>& state) const { return state_ == state; }
-  std::unique_ptr<autograd::PostAccumulateGradHook>& inner() { return inner_; }
+  // Takes the state's hook out of a place; null if it is not there. The hooks of other probes may be around it.
+  static std::unique_ptr<autograd::PostAccumulateGradHook> take(
+      std::unique_ptr<autograd::PostAccumulateGradHook>& place, const std::shared_ptr<HookState>& state) {
+    auto* hook = dynamic_cast<Around*>(place.get());
+    if (hook == nullptr) return nullptr;
+    if (hook->state_ == state) {
+      std::unique_ptr<autograd::PostAccumulateGradHook> taken = std::move(hook->inner_);
+      place.swap(taken);
+      return taken;
+    }
+    auto taken = take(hook->inner_, state);
+    hook->called_.store(hook->inner_.get());
+    return taken;
+  }
 
  private:
+  Around(std::shared_ptr<HookState> state, size_t k, c10::TensorImpl* parameter,
+         autograd::PostAccumulateGradHook* called)
+      : state_(std::move(state)), index_(k), parameter_(parameter), called_(called) {
+    const std::lock_guard<std::mutex> lock(state_->mutex);
+    state_->parameter(k) = parameter;
+  }
+
   std::shared_ptr<HookState> state_;
   size_t index_;
   c10::TensorImpl* parameter_;
   std::unique_ptr<autograd::PostAccumulateGradHook> inner_;
+  // The hook inside; still so once we are taken off, when another owns it: a call that has begun passes on to it.
+  std::atomic<autograd::PostAccumulateGradHook*> called_;
 };
 
 void put_around(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& parameter) {
   autograd::impl::materialize_autograd_meta(parameter);  // a copy of a frozen parameter has none
-  auto& place = autograd::impl::post_acc_grad_hooks(parameter);
-  std::unique_ptr<autograd::PostAccumulateGradHook> inner(place.release());
-  place = std::make_unique<Around>(state, k, parameter.unsafeGetTensorImpl(), std::move(inner));
+  Around::put(autograd::impl::post_acc_grad_hooks(parameter), state, k, parameter.unsafeGetTensorImpl());
 }
 
 // The parameters that still have a hook of ours, owned for the moment. The lock keeps their memory: the destructor of
@@ -272,15 +293,9 @@ void GradientHooks::remove() {
   std::vector<std::unique_ptr<autograd::PostAccumulateGradHook>> taken;
   for (const at::Tensor& parameter : living(*state_, 0, state_->slots.size() + state_->frozen.size())) {
     if (!parameter.defined()) continue;
-    auto* place = &autograd::impl::post_acc_grad_hooks(parameter);
-    auto* hook = dynamic_cast<Around*>(place->get());
-    while (hook != nullptr && !hook->belongs_to(state_)) {  // another probe's hook is around ours
-      place = &hook->inner();
-      hook = dynamic_cast<Around*>(place->get());
+    if (auto hook = Around::take(autograd::impl::post_acc_grad_hooks(parameter), state_)) {
+      taken.push_back(std::move(hook));
     }
-    if (hook == nullptr) continue;
-    taken.emplace_back(place->release());
-    *place = std::move(hook->inner());
   }
   {
     const std::lock_guard<std::mutex> lock(state_->mutex);
