@@ -42,6 +42,7 @@ struct HookState {
   std::atomic<int> last_awaited{-1};  // graph tasks never get the same number twice
   py::object on_backward_end;         // null once removed, so that the last owner needs no GIL
   py::object on_gradient;
+  bool has_on_gradient = false;  // the object itself may be read with the GIL only
 
   std::mutex mutex;                      // guards what follows, and the slots' parameters
   std::vector<c10::TensorImpl*> frozen;  // parameters that needed no gradient
@@ -115,7 +116,7 @@ void note(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& p
   }
   slot.see(now);
   slot.has_fired.store(true, std::memory_order_relaxed);
-  if (state->on_gradient) {
+  if (state->has_on_gradient) {
     py::gil_scoped_acquire gil;
     const py::object on_gradient = state->on_gradient;
     if (on_gradient && gradient.defined()) on_gradient(k, gradient);
@@ -167,6 +168,7 @@ class Around final : public autograd::PostAccumulateGradHook {
                   size_t k, c10::TensorImpl* parameter) {
     auto* around = new Around(state, k, parameter, place.get());
     std::unique_ptr<autograd::PostAccumulateGradHook> other(around);
+    std::atomic_thread_fence(std::memory_order_release);  // torch reads the place without one: first the whole hook
     place.swap(other);
     around->inner_ = std::move(other);
   }
@@ -270,7 +272,10 @@ GradientHooks::GradientHooks(const std::vector<at::Tensor>& parameters, const st
                              py::object on_backward_end, py::object on_gradient)
     : state_(std::make_shared<HookState>(parameters.size(), frozen.size())) {
   if (!on_backward_end.is_none()) state_->on_backward_end = std::move(on_backward_end);
-  if (!on_gradient.is_none()) state_->on_gradient = std::move(on_gradient);
+  if (!on_gradient.is_none()) {
+    state_->on_gradient = std::move(on_gradient);
+    state_->has_on_gradient = true;
+  }
   for (size_t k = 0; k < parameters.size(); ++k) {
     GradientSlot& slot = state_->slots[k];
     slot.dtype = parameters[k].scalar_type();
