@@ -22,7 +22,7 @@ namespace autograd = torch::autograd;
 
 // Outlives its GradientHooks while a hook is still on a parameter. It holds no parameter, so that no cycle keeps a
 // model alive.
-struct HookState {
+struct HookState : std::enable_shared_from_this<HookState> {
   HookState(size_t n_observed, size_t n_frozen) : slots(n_observed), frozen(n_frozen, nullptr) {}
 
   // The parameter of slot k; the frozen ones come after the observed ones.
@@ -88,37 +88,37 @@ void notify(Awaiting& awaiting) {
 
 // Calls back at the end of the running backward pass: after the callbacks that others queue in it, e.g. those in which
 // DistributedDataParallel waits for its reductions. Hence the second round.
-void await_end(const std::shared_ptr<HookState>& state) {
+void await_end(HookState& state) {
   const int task = autograd::get_current_graph_task_id();
-  if (task == -1 || state->last_awaited.load(std::memory_order_relaxed) == task) return;
+  if (task == -1 || state.last_awaited.load(std::memory_order_relaxed) == task) return;
   {
-    const std::lock_guard<std::mutex> lock(state->mutex);
-    state->last_awaited.store(task, std::memory_order_relaxed);
-    if (std::find(state->awaited.begin(), state->awaited.end(), task) != state->awaited.end()) return;
-    state->awaited.push_back(task);
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    state.last_awaited.store(task, std::memory_order_relaxed);
+    if (std::find(state.awaited.begin(), state.awaited.end(), task) != state.awaited.end()) return;
+    state.awaited.push_back(task);
   }
-  const auto awaiting = std::make_shared<Awaiting>(state, task);
+  const auto awaiting = std::make_shared<Awaiting>(state.shared_from_this(), task);
   queue([awaiting] { queue([awaiting] { notify(*awaiting); }); });
 }
 
-void note(const std::shared_ptr<HookState>& state, size_t k, const at::Tensor& parameter) {
-  if (k >= state->slots.size()) {
-    state->is_outdated.store(true, std::memory_order_relaxed);
+void note(HookState& state, size_t k, const at::Tensor& parameter) {
+  if (k >= state.slots.size()) {
+    state.is_outdated.store(true, std::memory_order_relaxed);
     return;
   }
-  state->has_fired.store(true, std::memory_order_relaxed);
-  state->is_current.store(false, std::memory_order_relaxed);
+  state.has_fired.store(true, std::memory_order_relaxed);
+  state.is_current.store(false, std::memory_order_relaxed);
   const at::Tensor& gradient = parameter.grad();
-  GradientSlot& slot = state->slots[k];
+  GradientSlot& slot = state.slots[k];
   const GradientId now = GradientId::of(gradient), seen = slot.seen();
   if (now.gradient != nullptr && now.gradient == seen.gradient && now.version == seen.version + 1) {
-    state->accumulates.store(true, std::memory_order_relaxed);
+    state.accumulates.store(true, std::memory_order_relaxed);
   }
   slot.see(now);
   slot.has_fired.store(true, std::memory_order_relaxed);
-  if (state->has_on_gradient) {
+  if (state.has_on_gradient) {
     py::gil_scoped_acquire gil;
-    const py::object on_gradient = state->on_gradient;
+    const py::object on_gradient = state.on_gradient;
     if (on_gradient && gradient.defined()) on_gradient(k, gradient);
   }
   await_end(state);
@@ -193,15 +193,16 @@ class Around final : public autograd::PostAccumulateGradHook {
   }
 
   void operator()(const at::Tensor& parameter) override {
-    // the hooks inside may take us off, but we are not freed before the call has long returned
+    // A callback may put a hook in our place, which frees us, but not the state, which the hook around that one owns.
+    HookState& state = *state_;
     autograd::PostAccumulateGradHook* inner = called_.load();
-    if (!state_->is_removed.load(std::memory_order_relaxed)) {
+    if (!state.is_removed.load(std::memory_order_relaxed)) {
       try {
-        note(state_, index_, parameter);
+        note(state, index_, parameter);
       } catch (py::error_already_set&) {
         throw;  // the Python side lets nothing through unless it is told to
       } catch (const std::exception& error) {
-        state_->fail(error.what());
+        state.fail(error.what());
       }
     }
     if (inner != nullptr) (*inner)(parameter);

@@ -43,6 +43,23 @@ def test_users_hook_runs_although_all_around_it_are_removed_meanwhile(outer_firs
     assert not inner.has_fired()
 
 
+def test_users_first_hook_is_put_on_while_ours_runs() -> None:
+    """Torch frees the hook that was there before, in the middle of its call."""
+    parameter = torch.ones(3, requires_grad=True)
+    calls: list[str] = []
+
+    def register(k: int, gradient: torch.Tensor) -> None:
+        if not calls:
+            parameter.register_post_accumulate_grad_hook(lambda _: calls.append("user's"))
+        calls.append("ours")
+
+    hooks = hooks_on(parameter, register)
+    for _ in range(2):
+        parameter.sum().backward()
+    assert calls[-2:] == ["ours", "user's"]
+    hooks.remove()
+
+
 def test_no_call_of_a_users_hook_is_lost_beside_hooks_that_come_and_go() -> None:
     program = """
     import sys, threading, time, torch
