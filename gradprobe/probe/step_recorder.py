@@ -249,13 +249,15 @@ class StepRecorder:
 
     def release(self) -> None:
         """Removes every hook and lets go of the parameters; the history stays readable."""
-        self.settle()
-        self._is_released = True
-        self.coverage.release(self.boundaries.optimizers)
-        self._observer.release()
-        self.boundaries.remove()
-        if self._signal_observer is not None:
-            self._signal_observer.remove()
+        try:
+            self.settle()
+            self.coverage.release(self.boundaries.optimizers)
+        finally:
+            self._is_released = True
+            self._observer.release()
+            self.boundaries.remove()
+            if self._signal_observer is not None:
+                self._signal_observer.remove()
         self.history.archive()
         if self._updates is not None:
             self._updates.restart((), ())
