@@ -281,6 +281,7 @@ def run(program: str, seconds: float = 100.0) -> str:
 
 
 class TestThreads:
+    @pytest.mark.soak
     def test_attaching_and_detaching_beside_a_backward_pass_in_another_thread(self) -> None:
         """Frees of hooks that the engine was in, and hooks that ran before the probe was whole, crashed here."""
         assert (

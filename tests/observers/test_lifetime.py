@@ -175,6 +175,7 @@ sys.exit(bool(errors or left or leaves))
 
 
 @pytest.mark.parametrize("kind", ["native", "python"])
+@pytest.mark.soak
 def test_attach_and_detach_while_other_threads_run_the_model(kind: str) -> None:
     command = [sys.executable, "-c", STRESS, kind, "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

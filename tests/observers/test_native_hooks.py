@@ -60,6 +60,7 @@ def test_users_first_hook_is_put_on_while_ours_runs() -> None:
     hooks.remove()
 
 
+@pytest.mark.soak
 def test_no_call_of_a_users_hook_is_lost_beside_hooks_that_come_and_go() -> None:
     program = """
     import sys, threading, time, torch
@@ -153,6 +154,7 @@ def test_a_probe_is_removed_by_a_backward_pass_that_fails() -> None:
     assert probe.history() == []
 
 
+@pytest.mark.soak
 def test_models_that_two_threads_share_and_drop() -> None:
     program = """
     import sys, threading, time, torch, gradprobe
@@ -201,6 +203,7 @@ def test_models_that_two_threads_share_and_drop() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.soak
 def test_the_interpreter_ends_while_a_thread_is_in_a_backward_pass() -> None:
     """Torch itself may end with an abort then: its own guard takes the GIL while it unwinds."""
     program = """
