@@ -51,8 +51,7 @@ class Options:
                 raise ArgumentError(f"{name}: needed an integer of at least 1, got {value!r}")
         if self.when not in WHEN_CHOICES:
             raise ArgumentError(f"when: needed one of {', '.join(WHEN_CHOICES)}, got {self.when!r}")
-        self.optimizers  # noqa: B018 (checks them)
-        self.grad_scalers  # noqa: B018
+        _ = self.optimizers, self.grad_scalers  # raises if one is invalid
 
     @property
     def measured_at(self) -> When:

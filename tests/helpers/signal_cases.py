@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradprobe
@@ -30,13 +29,6 @@ class Block(nn.Module):
 def net(*more: nn.Module) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), Block(), *more)
-
-
-class Unchanged(TorchDispatchMode):
-    """A dispatch mode that changes nothing."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
 
 
 class InPlace(nn.Module):

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
+from helpers.modes import SeesFunctions, SeesOperators, default_dtype, deterministic
 from helpers.observed_signals import Observed, same_weights, step
-from helpers.signal_cases import Unchanged, net
+from helpers.signal_cases import net
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradprobe.snapshot.signals import Activation, Junction, Signals
 
 pytestmark = pytest.mark.usefixtures("any_hooks")
-
-
-class UnchangedFunctions(TorchFunctionMode):
-    """A function mode that changes nothing."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 CREATION: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -52,8 +26,8 @@ CREATION: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "half": lambda: default_dtype(torch.float16),
     "double": lambda: default_dtype(torch.float64),
     "deterministic": deterministic,
-    "function mode": UnchangedFunctions,
-    "dispatch mode": Unchanged,
+    "function mode": SeesFunctions,
+    "dispatch mode": SeesOperators,
 }
 RUNNING = CREATION | {
     "flop counter": lambda: FlopCounterMode(display=False),

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.modes import SeesOperators
 from helpers.observed_signals import Observed, names_of, same_weights, step
-from helpers.signal_cases import Block, Unchanged, net
+from helpers.signal_cases import Block, net
 from torch import nn
 
 import gradprobe
@@ -422,7 +423,7 @@ def test_an_output_of_an_unusual_dtype(dtype: torch.dtype) -> None:
     assert observed.observer.unmeasured() == (() if is_measured else ("2",))
 
 
-class Strange(Unchanged):
+class Strange(SeesOperators):
     """A dispatch mode that refuses the operators of gradprobe that measure."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]

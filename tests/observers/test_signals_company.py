@@ -7,7 +7,8 @@ import threading
 
 import pytest
 import torch
-from helpers.signal_cases import Unchanged, net
+from helpers.modes import SeesOperators
+from helpers.signal_cases import net
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,7 +39,7 @@ def test_a_hook_registered_later_changes_no_number(earlier: bool) -> None:
 def test_a_checkpointed_forward_under_a_dispatch_mode() -> None:
     model = net()
     with gradprobe.attach(model, activations=["1.branch"]) as probe:
-        with Unchanged():
+        with SeesOperators():
             loss = checkpoint(model, torch.ones(2, 3), use_reentrant=False).sum()
         loss.backward()
         probe.step()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.signal_cases import Block, Unchanged
+from helpers.modes import SeesOperators
+from helpers.signal_cases import Block
 from torch import nn
 
 import gradprobe
@@ -25,7 +26,7 @@ def backward(model: nn.Module, outside: bool = True) -> None:
     if outside:
         loss.backward()
     else:
-        with Unchanged():
+        with SeesOperators():
             loss.backward()
 
 
