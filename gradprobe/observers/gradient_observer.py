@@ -15,6 +15,7 @@ from gradprobe.observers.parameters import Layout, ModelParameters, find_paramet
 from gradprobe.observers.registrations import RegistrationWatch
 from gradprobe.observers.replicas import Replicas
 from gradprobe.observers.unsupported import refuse_unsupported
+from gradprobe.ops.rows import STATS
 from gradprobe.snapshot.records import Measured
 from gradprobe.snapshot.snapshot import SiteTable
 
@@ -157,6 +158,37 @@ class GradientObserver:
             self.meter.saw_irregular = False
         measured = self.meter.all_present if done else self.meter.measure(*self.hooks.gradients(), rows)
         return measured, n_writes, n_fired
+
+    def clip_(
+        self, max_norm: float, error_if_nonfinite: bool, rows: dict[torch.device, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales the gradients so that their total norm is at most `max_norm`.
+
+        Args:
+            max_norm: Largest total norm allowed.
+            error_if_nonfinite: Raise if the total norm is NaN or infinite. This waits for the device.
+            rows: What `measure` wrote of the gradients as they are now; None measures them.
+
+        Returns:
+            The total norm before clipping, 0-d, in the widest dtype of the gradients but at least float32; and the
+            factor, 0-d float64.
+
+        Raises:
+            RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
+        """
+        gradients, regular = self.hooks.gradients()
+        if rows is None:
+            rows = {
+                device: torch.empty(n_rows, len(STATS), dtype=torch.float64, device=device)
+                for device, n_rows in self.meter.rows_on.items()
+            }
+            self.meter.measure(gradients, regular, rows)
+        total = self.meter.total_norm(rows)
+        if error_if_nonfinite and not bool(torch.isfinite(total)):
+            raise RuntimeError(f"clip_grad_norm_: needed a finite total norm, got {total.item()}")
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        self.meter.scale_(gradients, regular, factor)
+        return total.to(self.meter.norm_dtype), factor
 
     def gradients_stepped_by(self, optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor | None]:
         """Returns the K gradients; None for those of parameters that the optimizer, if any, does not step."""

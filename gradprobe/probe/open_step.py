@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -58,6 +58,30 @@ class OpenStep:
     losses: list[torch.Tensor | float] = field(default_factory=list)
     is_requested: bool = False
     has_changed: bool = False
+
+    def scale_of(self, optimizer: torch.optim.Optimizer | None) -> LossScale | None:
+        """Returns the loss scale of the gradients that an optimizer steps, None if they are not scaled."""
+        scales = self.scales
+        if optimizer is not None and len(scales) > 1:
+            return next((scale for scale in scales if scale.belongs_to(optimizer)), scales[0])
+        return scales[0] if scales else None
+
+    def unscaled(
+        self, optimizers: Collection[torch.optim.Optimizer], stepping: torch.optim.Optimizer | None = None
+    ) -> list[bool]:
+        """Tells for each optimizer of the model whether the gradients that it steps have been unscaled.
+
+        Args:
+            optimizers: Those that are known to step the model; if none is, the one that steps now is asked about.
+            stepping: The optimizer that steps now, None if none does.
+
+        Returns:
+            One answer for each, none if the gradients are not scaled.
+        """
+        scale = self.scale_of(stepping)
+        if scale is None:
+            return []
+        return [scale.is_removed_from(each) for each in optimizers] or [scale.is_removed_from(stepping)]
 
 
 def kept(loss: torch.Tensor | float) -> torch.Tensor | float:

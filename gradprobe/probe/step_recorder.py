@@ -185,7 +185,7 @@ class StepRecorder:
         if self._must_measure():
             self._measure(optimizer)
         if self._open.measured is not None:
-            self._open.change = self._compare(optimizer, self._scale_of(optimizer))
+            self._open.change = self._compare(optimizer, self._open.scale_of(optimizer))
 
     def around(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
         """Measures the update that an optimizer makes."""
@@ -219,33 +219,26 @@ class StepRecorder:
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
         """
         self.follow()  # the rows may hold gradients of parameters that are gone
-        opened, hooks = self._open, self._observer.hooks
         is_capturing = self._observer.is_capturing()
         if not is_capturing and (self._is_stale() or self._measured_at == "hook"):
             self._measure()
+        opened, hooks = self._open, self._observer.hooks
         is_written = hooks.n_writes() > 0
-        is_other = is_written or opened.clip_factor is not None or (any(self._are_unscaled(None)) > opened.is_unscaled)
+        is_unscaled_since = any(opened.unscaled(self.boundaries.optimizers)) and not opened.is_unscaled
+        is_other = is_written or is_unscaled_since or opened.clip_factor is not None
         cannot_measure_all = self._observer.unmeasured() or self._observer.has_other_gradients()
         if self._are_gradients_off or self._is_off or cannot_measure_all:
             parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
             return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
-        meter, rows = self._observer.meter, self.history.ring.rows()
-        gradients, regular = self._observer.hooks.gradients()
-        if is_capturing or is_other:
-            # the rows of the step stay those of the backward pass, and a replay would write to those of an old step
-            rows = {device: torch.empty_like(part) for device, part in rows.items()}
-            meter.measure(gradients, regular, rows)
-        total = meter.total_norm(rows)
-        if error_if_nonfinite and not bool(torch.isfinite(total)):
-            raise RuntimeError(f"clip_grad_norm_: needed a finite total norm, got {total.item()}")
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        meter.scale_(gradients, regular, factor)
+        # The rows of the step stay those of the backward pass, and a replay would write to those of an old step.
+        rows = None if is_capturing or is_other else self.history.ring.rows()
+        total, factor = self._observer.clip_(max_norm, error_if_nonfinite, rows)
         if is_capturing:
             self._is_clipped_in_graph = True
         elif not is_written:  # otherwise the comparison at the end of the step finds both changes
             opened.clip_factor = factor if opened.clip_factor is None else factor * opened.clip_factor
-            self._observer.hooks.mark()
-        return total.to(meter.norm_dtype)
+            hooks.mark()
+        return total
 
     def release(self) -> None:
         """Removes every hook and lets go of the parameters; the history stays readable."""
@@ -344,7 +337,7 @@ class StepRecorder:
         if measured is not observer.meter.all_present and self._regroup_if_moved():
             measured, _, n_fired = observer.measure(self.history.ring.rows())
         opened.measured, opened.measured_after = measured, opened.n_backwards
-        unscaled = self._are_unscaled(optimizer)
+        unscaled = opened.unscaled(self.boundaries.optimizers, optimizer)
         opened.is_unscaled, opened.is_partly_unscaled = any(unscaled), any(unscaled) and not all(unscaled)
         # unscaling counts no write
         is_changed = n_writes > 0 or (n_fired == 0 and self._is_clipped_in_graph)
@@ -357,15 +350,6 @@ class StepRecorder:
                 self._measure(optimizer)
                 return
             self.coverage.note_unhooked(opened.number, unhooked)
-
-    def _are_unscaled(self, optimizer: torch.optim.Optimizer | None) -> list[bool]:
-        """Tells for each optimizer of the model whether the gradients that it steps have been unscaled."""
-        scale = self._scale_of(optimizer)
-        if scale is None:
-            return []
-        return [scale.is_removed_from(each) for each in self.boundaries.optimizers] or [
-            scale.is_removed_from(optimizer)
-        ]
 
     def _look(self, is_suspect: bool = False) -> bool:
         """Follows the model if there is a reason to and it has other parameters; returns whether it has."""
@@ -456,7 +440,7 @@ class StepRecorder:
             opened.measured = None
             self.coverage.note_no_gradient(opened.number)
             return
-        scale = self._scale_of(optimizer)
+        scale = self._open.scale_of(optimizer)
         slot = Slot(opened.number, self._provenance(optimizer, scale), measured)
         change = opened.change or (Change() if is_late else self._compare(optimizer, scale))
         slot.tolerance, slot.is_unscaled = change.tolerance, change.is_unscaled
@@ -489,12 +473,6 @@ class StepRecorder:
             return Change()
         is_unscaled = scale is not None and not opened.is_unscaled and scale.is_removed_from(optimizer)
         return Change((comparison.smallest, comparison.largest), comparison.tolerance, is_unscaled)
-
-    def _scale_of(self, optimizer: torch.optim.Optimizer | None) -> LossScale | None:
-        scales = self._open.scales
-        if optimizer is not None and len(scales) > 1:
-            return next((scale for scale in scales if scale.belongs_to(optimizer)), scales[0])
-        return scales[0] if scales else None
 
     def _provenance(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Provenance:
         opened = self._open
