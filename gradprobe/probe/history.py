@@ -77,6 +77,12 @@ class History:
         snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
         return snapshots[-self._capacity :]
 
+    def supersede(self, step: int) -> None:
+        """Drops the steps with this number or a larger one: they turned out to be part of the open step."""
+        self.ring.supersede(step)
+        kept = [snapshot for snapshot in self._archive if snapshot.step < step]
+        self._archive = deque(kept, maxlen=self._capacity)
+
     def look_for_nonfinite(self) -> None:
         """Queues the newest step, and from time to time searches the queue for non-finite values."""
         self._unseen.append(self.ring.newest)

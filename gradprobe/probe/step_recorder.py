@@ -488,7 +488,7 @@ class StepRecorder:
     def _take_back(self) -> None:
         """Makes the steps that the user has closed last part of the open one: their gradients accumulated."""
         self._open.number -= self._n_pending
-        self.history.ring.supersede(self._open.number)
+        self.history.supersede(self._open.number)
         self._open.losses = [*self._pending_losses, *self._open.losses]
 
     def _amend(self, column: int, value: torch.Tensor | float) -> None:
