@@ -11,6 +11,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from gradprobe.observers.parameters import Layout, ModelParameters, is_regular
+from gradprobe.observers.shards import local_of
 from gradprobe.ops import libraries
 
 _REPLACED = 1 << 30
@@ -66,7 +67,10 @@ class GradientHooks(Protocol):
         """
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
-        """Returns the K gradients, and whether all are present, dense and of their parameter's layout."""
+        """Returns the K gradients, and whether all are present, dense and of their parameter's layout.
+
+        Of a sharded one it is the part on this rank.
+        """
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Returns the K parameters, None for one that is gone."""
@@ -88,7 +92,7 @@ def install(
         The installed hooks.
     """
     module, _ = libraries.native_hooks()
-    if module is None:
+    if module is None or found.are_sharded:  # FSDP calls only hooks that Python sees
         return PythonGradientHooks(found, on_backward_end, on_gradient)
     hooks: GradientHooks = module.GradientHooks(
         list(found.parameters), list(found.frozen), on_backward_end, on_gradient
@@ -130,6 +134,8 @@ class PythonGradientHooks:
             handle = parameter.register_post_accumulate_grad_hook(partial(self._on_ready, k))
             _run_first(parameter._post_accumulate_grad_hooks, handle.id)
             self._handles.append(handle)
+        for tensor in found.triggers:
+            self._handles.append(tensor.register_post_accumulate_grad_hook(self._on_trigger))
 
     def remove(self) -> None:
         """Removes every hook, for good."""
@@ -162,7 +168,7 @@ class PythonGradientHooks:
 
     def mark(self) -> None:
         """Notes the gradients as they are now."""
-        self._seen = [_identity(gradient) for gradient in self.gradients()[0]]
+        self._seen = [_identity(gradient) for gradient in self._whole_gradients()]
         self._known = [True] * len(self._places)
         self._is_current = True
 
@@ -171,7 +177,7 @@ class PythonGradientHooks:
         return max(
             (
                 _n_writes(seen, _identity(gradient))
-                for gradient, seen, is_known in zip(self.gradients()[0], self._seen, self._known, strict=True)
+                for gradient, seen, is_known in zip(self._whole_gradients(), self._seen, self._known, strict=True)
                 if is_known
             ),
             default=0,
@@ -204,7 +210,7 @@ class PythonGradientHooks:
 
     def gradients(self) -> tuple[list[torch.Tensor | None], bool]:
         """Returns the K gradients, and whether all are regular."""
-        gradients = [None if parameter is None else parameter.grad for parameter in self.parameters()]
+        gradients = [_local_gradient(parameter) for parameter in self.parameters()]
         regular = all(
             gradient is not None and is_regular(gradient, layout)
             for gradient, layout in zip(gradients, self._layouts, strict=True)
@@ -215,6 +221,15 @@ class PythonGradientHooks:
         """Returns the K parameters."""
         return [place.parameter() for place in self._places]
 
+    def _whole_gradients(self) -> list[torch.Tensor | None]:
+        return [None if parameter is None else parameter.grad for parameter in self.parameters()]
+
+    def _on_trigger(self, _: torch.Tensor) -> None:
+        """Notes a backward pass of a flat parameter, whose parts have gradients only when it ends."""
+        self._has_fired, self._is_current = True, False
+        self._fired = [True] * len(self._fired)
+        self._await_end()
+
     def _on_ready(self, k: int, parameter: torch.Tensor) -> None:
         self._has_fired, self._is_current = True, False
         gradient = parameter.grad
@@ -224,7 +239,10 @@ class PythonGradientHooks:
                 self._accumulates = True
             self._seen[k], self._known[k], self._fired[k] = now, True, True
             if self._on_gradient is not None:
-                self._on_gradient(k, gradient)
+                self._on_gradient(k, local_of(gradient))
+        self._await_end()
+
+    def _await_end(self) -> None:
         task = torch._C._current_graph_task_id()
         if self._on_backward_end is not None and task != self._task:
             self._task = task
@@ -240,7 +258,14 @@ class PythonGradientHooks:
 def _identity(gradient: torch.Tensor | None) -> tuple[int, int] | None:
     if gradient is None:
         return None
-    return id(gradient), 0 if gradient.is_inference() else gradient._version
+    if gradient.is_inference():
+        return id(gradient), 0
+    local = local_of(gradient)
+    return id(gradient), gradient._version + (0 if local is gradient else local._version)
+
+
+def _local_gradient(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    return None if parameter is None or parameter.grad is None else local_of(parameter.grad)
 
 
 def _n_writes(before: tuple[int, int] | None, now: tuple[int, int] | None) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -19,6 +23,9 @@ from gradprobe.ops.rows import STATS
 from gradprobe.snapshot.records import Measured
 from gradprobe.snapshot.snapshot import SiteTable
 
+if TYPE_CHECKING:
+    from gradprobe.observers.sharding import PartialGradient, ProcessGroups, WholeGradients
+
 _LOOK_EVERY = 64  # measured steps; some changes, such as a direct write to `_parameters`, give no sign
 
 
@@ -30,7 +37,9 @@ class GradientObserver:
         meter: Computes the statistics.
         sites: The K parameters.
         frozen: Names of the parameters that do not require a gradient.
-        table: The same for snapshots.
+        table: The same for snapshots; of all ranks, if their parts are reduced.
+        whole: Reduces the rows of this rank's parts to rows of whole gradients, None if there is nothing to reduce.
+        partials: Gradients, as the newest measurement found them, that still have to be added up over ranks.
 
     Args:
         model: The model.
@@ -58,12 +67,57 @@ class GradientObserver:
         self._fence = fence
         self._n_measured = 0
         self._fired_before = False  # a hook that has been replaced in this step
+        self.whole: WholeGradients | None = None
+        self.partials: list[PartialGradient] = []
         found = find_parameters(model)
         self._take(found)
         self._watch = RegistrationWatch()
         self._replicas = Replicas(model, self._watch)
         # the very last: a backward pass may be running in another thread
         self.hooks = gradient_hooks.install(found, *self._callbacks)
+
+    def meet(self, process_group: ProcessGroups, options: dict[str, Any]) -> bool:
+        """Agrees with the other ranks on what to reduce together, if the gradients are to be reduced.
+
+        Args:
+            process_group: As for `attach`.
+            options: Options of `attach` that must be the same on all ranks.
+
+        Returns:
+            Whether they are reduced: `table` and `whole` are new.
+
+        Raises:
+            ArgumentError: The ranks do not agree, or some are missing.
+        """
+        if process_group is None and not any(site.piece.ranks for site in self.sites):
+            return False
+        from gradprobe.observers.sharding import WholeGradients, participants
+
+        found = participants(self.sites, process_group)
+        if found is None:
+            return False
+        ranks, group_sizes = found
+        self.whole = WholeGradients(self.sites, self.meter, group_sizes, ranks, options)
+        self._make_table()
+        return True
+
+    @property
+    def reduction(self) -> Literal["local", "global", "shard"]:
+        """What is reduced of the gradients, apart from the averaging of data-parallel replicas."""
+        if self.whole is not None:
+            return "global"
+        sizes = zip(self.sites, self.meter.layouts, strict=True)
+        return "shard" if any(layout.numel != math.prod(site.shape) for site, layout in sizes) else "local"
+
+    def are_elsewhere(self) -> npt.NDArray[np.bool_]:
+        """Returns which parameters have elements, but none on this rank, [K]."""
+        sizes = zip(self.sites, self.meter.layouts, strict=True)
+        return np.array([layout.numel == 0 < math.prod(site.shape) for site, layout in sizes], dtype=np.bool_)
+
+    def speaks(self) -> bool:
+        """Returns whether this rank warns: of those that train one model together, only the first does."""
+        is_one_of_many = self.whole is not None or self._replicas.are_known()
+        return not (is_one_of_many and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Returns the K parameters, None for one that is gone."""
@@ -157,6 +211,7 @@ class GradientObserver:
         if done:
             self.meter.saw_irregular = False
         measured = self.meter.all_present if done else self.meter.measure(*self.hooks.gradients(), rows)
+        self._find_partials()
         return measured, n_writes, n_fired
 
     def clip_(
@@ -177,12 +232,15 @@ class GradientObserver:
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
         """
         gradients, regular = self.hooks.gradients()
-        if rows is None:
+        measured = self.meter.all_present
+        if rows is None or self.whole is not None:
             rows = {
                 device: torch.empty(n_rows, len(STATS), dtype=torch.float64, device=device)
                 for device, n_rows in self.meter.rows_on.items()
             }
-            self.meter.measure(gradients, regular, rows)
+            measured = self.meter.measure(gradients, regular, rows)
+        if self.whole is not None:
+            rows = self._reduced(rows, measured)
         total = self.meter.total_norm(rows)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(f"clip_grad_norm_: needed a finite total norm, got {total.item()}")
@@ -209,6 +267,22 @@ class GradientObserver:
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if parameter.requires_grad and id(parameter) not in known and name not in self._without_kernel
         )
+
+    def _reduced(self, rows: dict[torch.device, torch.Tensor], measured: Measured) -> dict[torch.device, torch.Tensor]:
+        """Reduces the rows of this rank's parts, and waits for the other ranks."""
+        from gradprobe.observers.sharding import partial_gradients
+
+        assert self.whole is not None
+        out = torch.empty(self.whole.n_rows, len(STATS), dtype=torch.float64, device=self.whole.device)
+        self.whole.start(0, rows, measured, partial_gradients(self.parameters()))
+        self.whole.finish(out, keeps_incomplete=True)
+        return {self.whole.device: out[: len(self.whole.names)]}
+
+    def _find_partials(self) -> None:
+        if self.whole is not None:
+            from gradprobe.observers.sharding import partial_gradients
+
+            self.partials = partial_gradients(self.parameters())
 
     def release(self) -> None:
         """Removes every hook, for good."""
@@ -237,12 +311,18 @@ class GradientObserver:
         self._ids, self._places = [id(parameter) for parameter in found.parameters], found.places
         self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
         self._frozen_places = found.frozen_places
-        self.table = SiteTable(
-            names=tuple(site.name for site in self.sites),
-            kinds=("parameter",) * len(self.sites),
-            ndims=tuple(len(site.shape) for site in self.sites),
-            index={name: k for k, site in enumerate(self.sites) for name in site.names},
-        )
+        if self.whole is not None:
+            self.whole.regroup(self.sites, self.meter)
+        self._make_table()
+
+    def _make_table(self) -> None:
+        names = tuple(site.name for site in self.sites)
+        ndims = tuple(len(site.shape) for site in self.sites)
+        if self.whole is not None:
+            names, ndims = self.whole.names, self.whole.ndims
+        index = {name: k for k, name in enumerate(names)}
+        index |= {other: index[site.name] for site in self.sites for other in site.names}
+        self.table = SiteTable(names, ("parameter",) * len(names), ndims, index)
 
     def _known(self) -> dict[int, str]:
         """Returns the names of the observed parameters that are alive, by id."""
@@ -257,7 +337,7 @@ class GradientObserver:
 
     def _describe(self, now: ModelParameters) -> str:
         """Says what differs from the parameters so far, by kind."""
-        known = dict(zip(self.table.names, self._ids, strict=True))
+        known = {site.name: key for site, key in zip(self.sites, self._ids, strict=True)}
         found = {site.name: id(parameter) for site, parameter in zip(now.sites, now.parameters, strict=True)}
         kinds = {
             "replaced": [name for name in found if name in known and found[name] != known[name]],

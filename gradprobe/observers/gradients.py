@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gradprobe import ops
@@ -91,6 +92,12 @@ class GradientMeter:
         self.groups = tuple(groups)
         numels = np.asarray([layout.numel for layout in self.layouts], dtype=np.int64)
         self.all_present = Measured(np.ones(len(numels), dtype=np.bool_), numels)
+        self.none_present = Measured(np.zeros(len(numels), dtype=np.bool_), np.zeros_like(numels))
+
+    def positions_on(self, device: torch.device) -> npt.NDArray[np.int64]:
+        """Returns the positions of the parameters on a device, in the order of their rows."""
+        groups = [group.positions for group in self.groups if group.device == device]
+        return np.concatenate([np.asarray(positions, dtype=np.int64) for positions in groups])
 
     def native_rows(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor | None:
         """Returns the rows that a single call of the native kernel can write.

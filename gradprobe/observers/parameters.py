@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from gradprobe import ops
 from gradprobe.errors import ArgumentError
+from gradprobe.observers.shards import Piece, ShardedModel, local_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,17 @@ class ObservedParameter:
     Attributes:
         name: Its first name in the model.
         names: All its names; more than one for a tied parameter.
-        shape: Its shape.
+        piece: What it says of the whole that it is a part of; the whole is mostly itself.
     """
 
     name: str
     names: tuple[str, ...]
-    shape: tuple[int, ...]
+    piece: Piece
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole."""
+        return self.piece.shape
 
 
 class Layout(NamedTuple):
@@ -38,8 +44,9 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Layout:
-        """Returns the layout of a tensor."""
-        return cls(tensor.device, tensor.dtype, tuple(tensor.shape))
+        """Returns the layout of a tensor, or of the part of it that lies on this rank."""
+        local = local_of(tensor)
+        return cls(local.device, local.dtype, tuple(local.shape))
 
     @property
     def numel(self) -> int:
@@ -48,16 +55,25 @@ class Layout(NamedTuple):
 
 
 class ParameterPlace:
-    """Where a parameter is registered. Keeps neither the module nor the parameter alive."""
+    """Where a parameter is registered. Keeps neither the module nor the parameter alive.
 
-    __slots__ = ("_module", "_name")
+    Args:
+        module: The module.
+        name: Name of the parameter there.
+        find: Returns the parameter, if something takes it out of the module for a while.
+    """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    __slots__ = ("_find", "_module", "_name")
+
+    def __init__(self, module: nn.Module, name: str, find: Callable[[], nn.Parameter | None] | None = None) -> None:
         self._module = weakref.ref(module)
         self._name = name
+        self._find = find
 
     def parameter(self) -> nn.Parameter | None:
         """Returns the parameter that is registered there now, None if there is none."""
+        if self._find is not None:
+            return self._find()
         module = self._module()
         return None if module is None else module._parameters.get(self._name)
 
@@ -74,6 +90,7 @@ class ModelParameters:
         frozen_places: Where each of these is registered.
         frozen_names: All names of these.
         unmeasured: Names of the trainable ones that the kernels refuse, e.g. those of float8.
+        triggers: Tensors whose gradients tell that a backward pass runs, besides the parameters'.
     """
 
     sites: tuple[ObservedParameter, ...]
@@ -83,6 +100,12 @@ class ModelParameters:
     frozen_places: tuple[ParameterPlace, ...]
     frozen_names: tuple[str, ...]
     unmeasured: tuple[str, ...]
+    triggers: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def are_sharded(self) -> bool:
+        """Whether some of them are parts of a larger whole, by what they say themselves."""
+        return any(site.piece.ranks for site in self.sites)
 
 
 def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) -> ModelParameters:
@@ -97,8 +120,8 @@ def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) ->
         The trainable parameters, and the frozen ones.
 
     Raises:
-        ArgumentError: The model has no parameters, none that can be observed, or one without a shape yet (a lazy
-            module).
+        ArgumentError: The model has no parameters, none that can be observed, one without a shape yet (a lazy module),
+            or one that is sharded in a way that is not supported.
 
     Example:
         >>> found = find_parameters(nn.Linear(3, 2))
@@ -108,8 +131,12 @@ def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) ->
     names_of: dict[int, list[str]] = {}
     tensor_of: dict[int, nn.Parameter] = {}
     place_of: dict[int, ParameterPlace] = {}
+    piece_of: dict[int, Piece] = {}
+    sharded = ShardedModel(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
+        for key in (*module._parameters, *sharded.names(module)):
+            find = sharded.place(module, key)
+            parameter = module._parameters[key] if find is None else find()
             if parameter is None:
                 continue
             name = f"{prefix}.{key}" if prefix else key
@@ -117,16 +144,19 @@ def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) ->
                 raise ArgumentError(
                     f"model: parameter {name!r} has no shape yet (a lazy module); run one forward pass before attach"
                 )
+            if parameter.requires_grad and (reason := sharded.refusal(module, key, parameter)) is not None:
+                raise ArgumentError(f"parameter {name!r}: {reason}")
             if id(parameter) not in tensor_of:
                 tensor_of[id(parameter)] = parameter
-                place_of[id(parameter)] = ParameterPlace(module, key)
+                place_of[id(parameter)] = ParameterPlace(module, key, find)
+                piece_of[id(parameter)] = sharded.piece(module, key, parameter)
             names_of.setdefault(id(parameter), []).append(name)
     if not tensor_of:
         raise ArgumentError(f"model: needed at least one parameter; {type(model).__name__} has none")
     stays = {key for key, name in (known or {}).items() if key in names_of and names_of[key][0] == name}
     trainable = [key for key, parameter in tensor_of.items() if parameter.requires_grad or key in stays]
     frozen = [key for key, parameter in tensor_of.items() if not parameter.requires_grad and key not in stays]
-    refusals = {key: ops.refusal(tensor_of[key]) for key in trainable}
+    refusals = {key: ops.refusal(local_of(tensor_of[key])) for key in trainable}
     observed = [key for key in trainable if refusals[key] is None]
     if not trainable:
         raise ArgumentError(
@@ -136,15 +166,14 @@ def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) ->
     if not observed:
         raise ArgumentError(f"parameter {names_of[trainable[0]][0]!r}: {refusals[trainable[0]]}")
     return ModelParameters(
-        sites=tuple(
-            ObservedParameter(names_of[key][0], tuple(names_of[key]), tuple(tensor_of[key].shape)) for key in observed
-        ),
+        sites=tuple(ObservedParameter(names_of[key][0], tuple(names_of[key]), piece_of[key]) for key in observed),
         parameters=tuple(tensor_of[key] for key in observed),
         places=tuple(place_of[key] for key in observed),
         frozen=tuple(tensor_of[key] for key in frozen),
         frozen_places=tuple(place_of[key] for key in frozen),
         frozen_names=tuple(name for key in frozen for name in names_of[key]),
         unmeasured=tuple(names_of[key][0] for key in trainable if refusals[key] is not None),
+        triggers=tuple(sharded.triggers),
     )
 
 

@@ -36,6 +36,10 @@ class Replicas:
         """Notes that the parameters may have changed."""
         self._covering.clear()
 
+    def are_known(self) -> bool:
+        """Returns whether there is one."""
+        return bool(self._known) or bool(self._watch.replicas)
+
     def average(self, parameters: Callable[[], Sequence[torch.Tensor | None]]) -> bool:
         """Returns whether the backward pass that has just ended has averaged the gradients of some parameters.
 

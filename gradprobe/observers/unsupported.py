@@ -10,13 +10,10 @@ _SHARDED = "whole numbers of sharded gradients are not available in this version
 
 # Classes of modules and of parameters, by package and name: looked up in this way, none of them is imported.
 _MODULES = {
-    ("torch", "FSDPModule"): "FSDP2 (fully_shard)",
-    ("torch", "FullyShardedDataParallel"): "FSDP1 (FullyShardedDataParallel)",
     ("fairscale", "FullyShardedDataParallel"): "FSDP1 (FullyShardedDataParallel)",
     ("deepspeed", "DeepSpeedEngine"): "a DeepSpeed engine",
 }
 _TENSORS = {
-    ("torch", "DTensor"): f"needed a whole tensor, got a DTensor (FSDP2, tensor parallelism); {_SHARDED}",
     (
         "torch",
         "FakeTensor",
@@ -25,8 +22,6 @@ _TENSORS = {
 
 # What the libraries leave on a parameter. Their modules can also be reached without the wrapper around them.
 _MARKS = {
-    "_is_flat_param": "a flat parameter of FSDP1",
-    "_fsdp_flattened": "a part of a flat parameter of FSDP1",
     "ds_id": "a parameter partitioned by DeepSpeed (ZeRO-3)",
     "ds_tensor": "a parameter partitioned by DeepSpeed (ZeRO-3)",
     "_hp_mapping": "a parameter whose gradients DeepSpeed (ZeRO) partitions",

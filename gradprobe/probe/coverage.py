@@ -22,7 +22,7 @@ class Coverage:
     """What a probe observes of its model.
 
     Attributes:
-        observed: Parameters that had a gradient in at least one measured step.
+        observed: Parameters that had a gradient in at least one measured step; of sharded ones all ranks together.
         silent: Parameters that never had one, and observed modules that returned nothing.
         unhooked: Parameters with a gradient whose hook did not fire, as after a replayed CUDA graph.
         unmeasured: Parameters whose gradients the kernels cannot read, such as those of float8; modules that returned
@@ -67,7 +67,7 @@ class CoverageLog:
         self._unobserved = unobserved
         self._observed = np.zeros(len(observer.sites), dtype=np.bool_)  # [K]
         self._unhooked = np.zeros(len(observer.sites), dtype=np.bool_)  # [K]
-        self._names = observer.table.names
+        self._names = tuple(site.name for site in observer.sites)
         self._all_observed = False
         self._told: set[str] = set()
         self._final: Coverage | None = None
@@ -84,7 +84,7 @@ class CoverageLog:
         self.n_measured += 1
         if is_complete and self._all_observed:
             return
-        self._observed |= measured.present
+        self._observed |= measured.present | self._observer.are_elsewhere()
         self._all_observed = bool(self._observed.all())
         if not self._all_observed:
             self._warn("silent", f"step {step}: no gradient for {self._listed(~self._observed)}")
@@ -161,7 +161,7 @@ class CoverageLog:
         """
         observed = dict(zip(self._names, self._observed, strict=True))
         unhooked = dict(zip(self._names, self._unhooked, strict=True))
-        self._names = self._observer.table.names
+        self._names = tuple(site.name for site in self._observer.sites)
         self._observed = np.array([observed.get(name, False) for name in self._names], dtype=np.bool_)
         self._unhooked = np.array([unhooked.get(name, False) for name in self._names], dtype=np.bool_)
         self._all_observed = False
@@ -207,7 +207,10 @@ class CoverageLog:
         if self._final is not None:
             return self._final
         observer = self._observer
-        names = np.asarray(self._names, dtype=object)
+        names, is_observed = np.asarray(self._names, dtype=object), self._observed
+        if observer.whole is not None:
+            names, is_observed = np.asarray(observer.whole.names, dtype=object), observer.whole.seen.cpu().numpy()
+        mine = np.asarray(self._names, dtype=object)
         silent, unmeasured = (
             ((), ())
             if self._signal_observer is None
@@ -218,12 +221,12 @@ class CoverageLog:
         for optimizer in optimizers:
             is_stepped |= stepped_by(optimizer, parameters)
         return Coverage(
-            observed=tuple(names[self._observed]),
-            silent=(*names[~self._observed], *silent),
-            unhooked=tuple(names[self._unhooked]),
+            observed=tuple(names[is_observed]),
+            silent=(*names[~is_observed], *silent),
+            unhooked=tuple(mine[self._unhooked]),
             unmeasured=(*observer.unmeasured(), *unmeasured, *self._unobserved),
             frozen=observer.frozen,
-            unstepped=tuple(names[~is_stepped]) if optimizers else (),
+            unstepped=tuple(mine[~is_stepped]) if optimizers else (),
             unknown=observer.newly_trainable(),
             failures=dict(self._fence.failures),
             tied={site.name: site.names for site in observer.sites if len(site.names) > 1},
@@ -237,4 +240,5 @@ class CoverageLog:
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._told:
             self._told.add(topic)
-            warn_user(message)
+            if self._observer.speaks():
+                warn_user(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -15,6 +15,9 @@ from gradprobe.observers.updates import UpdateObserver
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
 from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
+
+if TYPE_CHECKING:
+    from gradprobe.observers.sharding import WholeGradients
 
 InModelOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
@@ -37,6 +40,7 @@ class History:
         self._updates = updates
         self._unseen: deque[int] = deque()  # positions in the ring not yet searched for non-finite values, oldest first
         self._first_nonfinite: NonFinite | None = None
+        self._whole: WholeGradients | None = None
         self.ring = RingBuffer(1, {})
 
     def archive(self) -> None:
@@ -47,15 +51,24 @@ class History:
         self._archive.extend(kept)
         self.ring = RingBuffer(1, {})
 
-    def restart(self, table: SiteTable, rows_on: Mapping[torch.device, int], in_model_order: InModelOrder) -> None:
+    def restart(
+        self,
+        table: SiteTable,
+        rows_on: Mapping[torch.device, int],
+        in_model_order: InModelOrder,
+        whole: WholeGradients | None,
+    ) -> None:
         """Opens a new ring.
 
         Args:
             table: Names of the parameters.
             rows_on: Number of parameter rows on each device.
             in_model_order: Puts the rows of all devices into the order of the table.
+            whole: Reads rows that it has reduced, None if they are not reduced.
         """
-        self._table, self._in_model_order = table, in_model_order
+        self._table, self._in_model_order, self._whole = table, in_model_order, whole
+        if whole is not None:
+            rows_on = {whole.device: whole.n_rows}
         n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
         self.ring = RingBuffer(self._capacity, rows_on, n_signals)
 
@@ -114,6 +127,11 @@ class History:
             if events.is_conditional:
                 events = events.seen(unpack_numels(finished.signals, n_sites))
             signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
+        if self._whole is None:
+            rows, measured = self._in_model_order(finished.rows), slot.measured
+        else:
+            reduced = self._whole.unpack(finished.rows[self._whole.device])
+            rows, measured = reduced.rows, reduced.measured
         provenance, clip_factor = slot.provenance, 1.0 if slot.provenance.state == "raw" else None
         if slot.tolerance is not None:
             # unscaling multiplies as clipping does
@@ -126,8 +144,8 @@ class History:
             provenance=provenance,
             skipped=finished.skipped,
             table=self._table,
-            rows=self._in_model_order(finished.rows),
-            measured=slot.measured,
+            rows=rows,
+            measured=measured,
             scale=finished.scale,
             signals=signals,
             parameter_updates=None if self._updates is None else self._updates.read(slot.step, wait=True),

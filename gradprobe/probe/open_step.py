@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from gradprobe.observers.ring_buffer import Slot
 from gradprobe.probe.grad_scaler import LossScale
 from gradprobe.snapshot.records import Measured
 
@@ -19,6 +20,20 @@ class Change:
     ratios: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0)
     tolerance: float | None = None
     is_unscaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A closed step whose gradients are being reduced over ranks; the other values are those of `RingBuffer.commit`.
+
+    Attributes:
+        slot: The part that the host knows, None for a step that this rank does not record.
+    """
+
+    slot: Slot | None
+    loss: torch.Tensor | float | None = None
+    scale: torch.Tensor | float = 1.0
+    signal_scale: torch.Tensor | float = 1.0
 
 
 @dataclass(slots=True)

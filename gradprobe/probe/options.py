@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from gradprobe.errors import ArgumentError
 from gradprobe.observers.activations import Selection
+
+if TYPE_CHECKING:
+    from gradprobe.observers.sharding import ProcessGroups
 
 When = Literal["auto", "step", "backward", "hook"]
 WHEN_CHOICES: tuple[When, ...] = ("auto", "step", "backward", "hook")
@@ -35,6 +39,7 @@ class Options:
     backend: str
     when: When
     grad_scaler: object
+    process_group: ProcessGroups = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -51,7 +56,25 @@ class Options:
                 raise ArgumentError(f"{name}: needed an integer of at least 1, got {value!r}")
         if self.when not in WHEN_CHOICES:
             raise ArgumentError(f"when: needed one of {', '.join(WHEN_CHOICES)}, got {self.when!r}")
+        self._check_process_group()
         _ = self.optimizers, self.grad_scalers  # raises if one is invalid
+
+    def _check_process_group(self) -> None:
+        given = self.process_group
+        groups = tuple(given.values()) if isinstance(given, Mapping) else (given,)
+        is_mapping = isinstance(given, Mapping) and all(isinstance(pattern, str) for pattern in given)
+        if given is None or given == "local":
+            return
+        if not (
+            torch.distributed.is_available()
+            and all(isinstance(group, torch.distributed.ProcessGroup) for group in groups)
+            and (is_mapping or not isinstance(given, Mapping))
+        ):
+            shown = {key: type(group).__name__ for key, group in given.items()} if isinstance(given, Mapping) else given
+            raise ArgumentError(
+                "process_group: needed None, 'local', a torch.distributed.ProcessGroup, or a mapping of name patterns "
+                f"to such groups, got {shown!r}"
+            )
 
     @property
     def measured_at(self) -> When:

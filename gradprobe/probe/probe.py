@@ -27,6 +27,8 @@ from gradprobe.snapshot.snapshot import NonFinite, Snapshot
 if TYPE_CHECKING:
     import pandas
 
+    from gradprobe.observers.sharding import ProcessGroups
+
 _attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
 
 
@@ -45,7 +47,7 @@ def attach(
     backend: str = "auto",
     when: When = "auto",
     grad_scaler: torch.amp.GradScaler | Sequence[torch.amp.GradScaler] | None = None,
-    process_group: object | None = None,
+    process_group: ProcessGroups = None,
     strict: bool = False,
 ) -> Probe:
     """Attaches a probe to a model. The training and the random numbers stay as they are, bit for bit.
@@ -74,7 +76,12 @@ def attach(
             and close the steps with `Probe.step()`.
         grad_scaler: The gradient scaler in use, or a list of them. Numbers are then reported unscaled, and skipped
             steps are marked. A scaler that is not given is found at the first step that it does not skip.
-        process_group: Not available yet.
+        process_group: Whose parts make up the gradients. None: what the parameters say; if they are DTensors (FSDP2,
+            tensor parallelism) or managed by FSDP1, the numbers are those of the whole gradient, the same on every
+            rank. All ranks that hold a part then have to attach, and detach, together. "local": this rank's part
+            alone. A process group: plain tensors, too, are pieces of a whole over this group, as in hand-made
+            sharding, expert or pipeline parallelism. A mapping of name patterns to groups, if only some of them are;
+            the first pattern that fits counts.
         strict: Raise the errors of measuring. Otherwise whatever fails is reported once and no longer measured, and the
             training goes on as without a probe.
 
@@ -83,9 +90,9 @@ def attach(
 
     Raises:
         ArgumentError: An argument is invalid, the model already has a probe, or its gradients cannot be measured: it
-            is on another device than the CPU or a GPU of type cuda, or sharded (FSDP, DTensor, DeepSpeed, Megatron).
+            is on another device than the CPU or a GPU of type cuda, or sharded in a way that is not supported
+            (DeepSpeed, Megatron). Or ranks that hold a part of the model did not attach, or with other options.
         BackendError: The back end cannot run on the model's device.
-        NotImplementedError: `process_group` was given.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -96,8 +103,6 @@ def attach(
         >>> probe.latest()["bias"].norm
         4.0
     """
-    if process_group is not None:
-        raise NotImplementedError("process_group: not available in this version; leave it out")
     check_model(model)
     options = Options(
         optimizer=optimizer,
@@ -112,6 +117,7 @@ def attach(
         backend=backend,
         when=when,
         grad_scaler=grad_scaler,
+        process_group=process_group,
         strict=strict,
     )
     with torch.inference_mode(False):  # otherwise no training could write to the rows

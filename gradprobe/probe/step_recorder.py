@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 
@@ -16,12 +17,13 @@ from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.junctions import junction_modules
 from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.ring_buffer import LOSS, SKIPPED, Slot
+from gradprobe.observers.shards import Shared
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.observers.updates import UpdateObserver
 from gradprobe.probe.coverage import CoverageLog
 from gradprobe.probe.grad_scaler import LossScale, Scalers, any_in_use
 from gradprobe.probe.history import History
-from gradprobe.probe.open_step import Change, OpenStep, kept, mean
+from gradprobe.probe.open_step import Change, OpenStep, PendingStep, kept, mean
 from gradprobe.probe.options import Options
 from gradprobe.probe.step_boundaries import StepBoundaries
 from gradprobe.snapshot.records import Measured, Provenance
@@ -62,6 +64,8 @@ class StepRecorder:
         self._before_forward = _weakly(self._settle_before_forward)
         self._pause_depth = 0
         self._is_clipped_in_graph = False
+        self._pending: PendingStep | None = None  # closed, and its gradients are being reduced
+        self._reduced_step = -1  # the newest one in which this rank took part
         self._is_whole = False  # another thread may be in a backward pass while the hooks are put on
         self._are_gradients_off = self._is_off = self._is_released = False
         joined, unobserved = junction_modules(model) if options.junctions else ({}, ())
@@ -95,9 +99,20 @@ class StepRecorder:
             self.boundaries = StepBoundaries(
                 optimizers, self._observer, self, self._fence, is_in_backward=self._measured_at == "hook"
             )
+            # the last of all: when the ranks have met, none may fail
+            common = {"every": options.every}
+            if self._observer.meet(options.process_group, common):
+                if options.updates:
+                    raise ArgumentError(
+                        "updates: needed False for parameters that are sharded over ranks, whose updates are not "
+                        "reduced in this version; process_group='local' observes those of this rank's part"
+                    )
+                self._restart()
             self._is_whole = True
         except BaseException:
             self._observer.release()
+            if hasattr(self, "boundaries"):
+                self.boundaries.remove()
             if self._signal_observer is not None:
                 self._signal_observer.remove()
             raise
@@ -113,12 +128,13 @@ class StepRecorder:
         Args:
             is_late: The next backward pass has already run.
         """
+        self._complete()
         if self._verdict is not None and self._verdict.was_updated():
             self._amend(SKIPPED, self._verdict.has_fallen())
             self._verdict = None
         updated = next((scale for scale in self._open.scales if scale.was_updated()), None)
         if updated is not None:
-            self._close(None, updated.has_fallen(), is_late=is_late)
+            self._close(None, updated.has_fallen(), is_late=is_late, is_skipped=True)
             self.boundaries.note_skipped()
 
     def close(self, optimizer: torch.optim.Optimizer | None, loss: torch.Tensor | float | None = None) -> bool:
@@ -188,7 +204,9 @@ class StepRecorder:
             self._open.change = self._compare(optimizer, self._open.scale_of(optimizer))
 
     def around(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
-        """Measures the update that an optimizer makes."""
+        """Measures the update that an optimizer makes, and takes what was reduced meanwhile."""
+        if is_after:
+            self._complete()
         if self._updates is None or self._observer.is_capturing():
             return
         with self._fence.around("updates", self._stop_updates):
@@ -227,11 +245,13 @@ class StepRecorder:
         is_unscaled_since = any(opened.unscaled(self.boundaries.optimizers)) and not opened.is_unscaled
         is_other = is_written or is_unscaled_since or opened.clip_factor is not None
         cannot_measure_all = self._observer.unmeasured() or self._observer.has_other_gradients()
-        if self._are_gradients_off or self._is_off or cannot_measure_all:
+        must_reduce = self._observer.whole is not None  # all ranks go the same way
+        if cannot_measure_all or ((self._are_gradients_off or self._is_off) and not must_reduce):
             parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
             return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
         # The rows of the step stay those of the backward pass, and a replay would write to those of an old step.
-        rows = None if is_capturing or is_other else self.history.ring.rows()
+        self._complete()
+        rows = None if is_capturing or is_other else self._rows()
         total, factor = self._observer.clip_(max_norm, error_if_nonfinite, rows)
         if is_capturing:
             self._is_clipped_in_graph = True
@@ -259,6 +279,11 @@ class StepRecorder:
     def n_parameters(self) -> int:
         """Number of observed parameters."""
         return len(self._observer.sites)
+
+    def _rows(self) -> dict[torch.device, torch.Tensor]:
+        """Returns the rows of this rank's gradients in the open step. Values of shape [K, 6]."""
+        whole = self._observer.whole
+        return self.history.ring.rows() if whole is None else whole.local_rows
 
     def _on_backward_end(self) -> None:
         if not self._is_whole:
@@ -317,7 +342,7 @@ class StepRecorder:
             opened.measured = Measured(np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64))
             opened.scales = self._scalers.read()
             opened.is_averaged = False
-        opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self.history.ring.rows())
+        opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self._rows())
         opened.measured.present[k] = True
 
     def _is_stale(self) -> bool:
@@ -333,9 +358,9 @@ class StepRecorder:
             scales = self._scalers.read()
             opened.scales = [scale for scale in scales if optimizer is None or scale.belongs_to(optimizer)]
         self._look()
-        measured, n_writes, n_fired = observer.measure(self.history.ring.rows())
+        measured, n_writes, n_fired = observer.measure(self._rows())
         if measured is not observer.meter.all_present and self._regroup_if_moved():
-            measured, _, n_fired = observer.measure(self.history.ring.rows())
+            measured, _, n_fired = observer.measure(self._rows())
         opened.measured, opened.measured_after = measured, opened.n_backwards
         unscaled = opened.unscaled(self.boundaries.optimizers, optimizer)
         opened.is_unscaled, opened.is_partly_unscaled = any(unscaled), any(unscaled) and not all(unscaled)
@@ -370,7 +395,8 @@ class StepRecorder:
         observer = self._observer
         self._open.measured = self._open.change = None
         self.history.archive()
-        self.history.restart(observer.table, observer.meter.rows_on, observer.meter.in_model_order)
+        meter = observer.meter
+        self.history.restart(observer.table, meter.rows_on, meter.in_model_order, observer.whole)
         if self._updates is not None:
             self._updates.restart(observer.table.names, observer.meter.layouts)
 
@@ -401,16 +427,22 @@ class StepRecorder:
         skipped: torch.Tensor | float | None,
         *,
         is_late: bool = False,
+        is_skipped: bool = False,
     ) -> bool:
         if self._observer.is_capturing():
             self.coverage.note_capture(self._open.number)
             self._observer.start_step()
             return False
+        self._complete()
         is_due = self._is_due()
-        if is_due:
-            if self._must_measure() and not is_late:
-                self._measure(optimizer)
-            self._finish(optimizer, 0.0 if skipped is None else skipped, is_late)
+        try:
+            if is_due:
+                if self._must_measure() and not is_late:
+                    self._measure(optimizer)
+                self._finish(optimizer, 0.0 if skipped is None else skipped, is_late, is_skipped)
+        finally:
+            if not is_skipped:
+                self._take_part()
         if self._signal_observer is not None:
             self._signal_observer.close(None)
             self._signal_observer.call_before_forward(None)
@@ -430,13 +462,44 @@ class StepRecorder:
             return opened.measured is None
         return self._is_stale() or (self._measured_at == "step" and opened.clip_factor is None)
 
-    def _finish(self, optimizer: torch.optim.Optimizer | None, skipped: torch.Tensor | float, is_late: bool) -> None:
-        opened = self._open
+    def _take_part(self) -> None:
+        """Joins the other ranks in a step that this one has not measured; the step's number alone decides."""
+        opened, whole = self._open, self._observer.whole
+        if whole is not None and opened.number % self._every == 0 and self._reduced_step != opened.number:
+            self._reduced_step = opened.number
+            whole.start(opened.number, None, None)
+            self._pending = PendingStep(None)
+
+    def _complete(self) -> None:
+        """Finishes the step whose gradients are being reduced."""
+        pending, self._pending = self._pending, None
+        whole = self._observer.whole
+        if pending is None or whole is None:
+            return
+        ring = self.history.ring
+        told = whole.finish(ring.rows()[whole.device])
+        if pending.slot is None:
+            return
+        ratios = (told.smallest, told.largest)
+        ring.commit(pending.slot, pending.loss, pending.scale, told.skipped, pending.signal_scale, ratios)
+        self.history.look_for_nonfinite()
+
+    def _finish(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        skipped: torch.Tensor | float,
+        is_late: bool,
+        is_skipped: bool,
+    ) -> None:
+        opened, whole = self._open, self._observer.whole
         if self._are_gradients_off:  # signals and losses are still recorded
             nothing = np.zeros(self.n_parameters, dtype=np.int64)
             opened.measured = Measured(nothing.astype(np.bool_), nothing)
+        if whole is not None and opened.measured is None:  # other ranks may have gradients
+            opened.measured = self._observer.meter.none_present
         measured, is_complete = opened.measured, opened.measured is self._observer.meter.all_present
-        if measured is None or not (is_complete or measured.present.any() or self._are_gradients_off):
+        has_gradients = is_complete or (measured is not None and bool(measured.present.any()))
+        if measured is None or not (has_gradients or self._are_gradients_off or whole is not None):
             opened.measured = None
             self.coverage.note_no_gradient(opened.number)
             return
@@ -448,15 +511,24 @@ class StepRecorder:
             slot.events = self._signal_observer.close(self.history.ring.signal_rows())
             self.coverage.note_silent_modules(opened.number)
         inverse: torch.Tensor | float = 1.0 if scale is None else scale.inverse
-        self.history.ring.commit(
-            slot,
-            mean(opened.losses) if opened.losses else None,
-            1.0 if opened.is_unscaled else inverse,
-            skipped,
-            inverse,
-            change.ratios,
-        )
-        self.history.look_for_nonfinite()
+        loss = mean(opened.losses) if opened.losses else None
+        gradient_scale = 1.0 if opened.is_unscaled else inverse
+        if whole is not None and not is_skipped:
+            slot.tolerance = whole.tolerance
+            self._reduced_step = opened.number
+            whole.start(
+                opened.number,
+                self._rows() if has_gradients else None,
+                measured,
+                self._observer.partials,
+                Shared(*change.ratios, skipped),
+            )
+            self._pending = PendingStep(slot, loss, gradient_scale, inverse)
+        else:
+            if whole is not None:
+                self.history.ring.rows()[whole.device].zero_()
+            self.history.ring.commit(slot, loss, gradient_scale, skipped, inverse, change.ratios)
+            self.history.look_for_nonfinite()
         if not self._are_gradients_off:
             self.coverage.note(opened.number, measured, is_complete)
 
@@ -468,9 +540,9 @@ class StepRecorder:
                 return Change()
             return Change((opened.clip_factor, opened.clip_factor), tolerance=0.0)
         gradients = self._observer.gradients_stepped_by(optimizer)
-        comparison = self._observer.meter.compare(gradients, self.history.ring.rows())
+        comparison = self._observer.meter.compare(gradients, self._rows())
         if comparison is None:
-            return Change()
+            return Change((math.inf, -math.inf)) if self._observer.whole is not None else Change()
         is_unscaled = scale is not None and not opened.is_unscaled and scale.is_removed_from(optimizer)
         return Change((comparison.smallest, comparison.largest), comparison.tolerance, is_unscaled)
 
@@ -482,7 +554,9 @@ class StepRecorder:
                 self.coverage.note_unknown_scaler(opened.number)
         is_unknown = opened.is_partly_unscaled or (scale is None and optimizer is None and self._has_unknown_scaler)
         return Provenance(
-            "unknown" if is_unknown else "unscaled", "averaged" if opened.is_averaged else "local", opened.state
+            "unknown" if is_unknown else "unscaled",
+            "averaged" if opened.is_averaged and self._observer.whole is None else self._observer.reduction,
+            opened.state,
         )
 
     def _take_back(self) -> None:

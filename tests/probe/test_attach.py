@@ -3,6 +3,7 @@
 import gc
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -190,9 +191,12 @@ class TestBadInput:
         assert all(module.observer is None for module in residual_adds)
         gradprobe.attach(model, capacity=10**13).detach()  # memory grows with the steps
 
-    def test_what_is_not_there_yet_says_so(self) -> None:
-        with pytest.raises(NotImplementedError, match="process_group: not available"):
-            gradprobe.attach(mlp(), process_group=object())
+    @pytest.mark.parametrize("given", ["global", 3, {3: None}, {"0.*": "local"}])
+    def test_process_groups(self, given: Any) -> None:
+        with pytest.raises(gradprobe.ArgumentError, match=r"process_group: needed None, 'local', a torch\.dist.*got "):
+            gradprobe.attach(mlp(), process_group=given)
+        with gradprobe.attach(mlp(), process_group="local") as probe:
+            assert not probe.findings()
 
     def test_models(self) -> None:
         with pytest.raises(gradprobe.ArgumentError, match=r"needed a torch\.nn\.Module, got int"):

@@ -1,0 +1,140 @@
+"""Ranks that attach to parts of one model agree on what they reduce together, through the store: no rank can hang."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from gradprobe.errors import ArgumentError
+
+_POLL_S = 0.02
+_MOST_NAMED = 8  # ranks in a message
+_meetings: dict[tuple[int, ...], int] = {}  # by the ranks: attaches so far, the same number on all of them
+
+
+class Part(NamedTuple):
+    """What one rank tells of a parameter of which it holds a part.
+
+    Attributes:
+        name: Its name.
+        shape: Shape of the whole; of the part if `group_size` is not 0.
+        group_size: Number of ranks whose parts make up one whole, 0 if the parameter says its shape itself.
+        is_wide: It is float64, whose sums may need an exponent.
+        n_padding: Number of zeros at the end of the whole that are no elements of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group_size: int
+    is_wide: bool
+    n_padding: int
+
+
+def meet(ranks: Sequence[int], options: dict[str, Any], parts: Sequence[Part]) -> list[Part]:
+    """Waits until all ranks have attached, and tells each which parameters all of them hold.
+
+    A rank writes and reads as much as there are different lists of parts, however many ranks there are.
+
+    Args:
+        ranks: The ranks, in order; this one is among them.
+        options: Options of `attach` that must be the same on all.
+        parts: The parameters of this rank.
+
+    Returns:
+        The parameters of all ranks, each once, in the same order on every rank.
+
+    Raises:
+        ArgumentError: Some ranks did not come in time (the environment variable GRADPROBE_MEET_TIMEOUT_S, 30 s by
+            default), came with other options, or give the same parameter another shape. The message names them.
+    """
+    timeout_s = float(os.environ.get("GRADPROBE_MEET_TIMEOUT_S", "30"))
+    key, me = tuple(ranks), dist.get_rank()
+    _meetings[key] = _meetings.get(key, -1) + 1
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    store = dist.distributed_c10d._get_default_store()
+    at = f"gradprobe/{digest}/{_meetings[key]}/"
+
+    mine = json.dumps(options, sort_keys=True)
+    first = store.compare_set(at + "options", "", mine).decode()
+    if first != mine:
+        store.set(at + "disagree", f"rank {me} has {mine}, another rank has {first}")
+    packed = zlib.compress(json.dumps(parts).encode())
+    name = hashlib.sha256(packed).hexdigest()
+    if store.add(at + "n/" + name, 1) == 1:  # the first with these parts
+        store.set(at + "parts/" + name, packed)  # type: ignore[arg-type]
+        store.append(at + "names", name)  # type: ignore[attr-defined]
+    store.set(at + f"here/{me}", "1")
+    if store.add(at + "count", 1) == len(ranks):
+        store.set(at + "complete", "1")
+    end = time.monotonic() + timeout_s
+    while not store.check([at + "complete"]):  # `store.wait` writes warnings of its own when the time is over
+        if time.monotonic() > end:
+            missing = [rank for rank in ranks if not store.check([at + f"here/{rank}"])]
+            store.add(at + "count", -1)  # a later attach may still meet the others
+            store.delete_key(at + f"here/{me}")
+            _meetings[key] -= 1
+            shown = ", ".join(map(str, missing[:_MOST_NAMED])) + (", …" if len(missing) > _MOST_NAMED else "")
+            raise ArgumentError(
+                f"model: its parameters are sharded, so needed attach on all {len(ranks)} ranks that hold a part of "
+                f"it; within {timeout_s:g} s, {len(missing)} did not attach: {shown}. With process_group='local' a "
+                "rank measures its own part alone"
+            )
+        time.sleep(_POLL_S)
+    if store.check([at + "disagree"]):
+        raise ArgumentError(f"options: needed the same on all ranks; {store.get(at + 'disagree').decode()}")
+    found = store.get(at + "names").decode()
+    names = sorted(found[k : k + len(name)] for k in range(0, len(found), len(name)))
+    return _merged([_unpacked(store.get(at + "parts/" + name)) for name in names])
+
+
+def _unpacked(packed: bytes) -> list[Part]:
+    return [Part(name, tuple(shape), *rest) for name, shape, *rest in json.loads(zlib.decompress(packed))]
+
+
+def _merged(lists: list[list[Part]]) -> list[Part]:
+    """Merges the parameters of all ranks, in the natural order of the first name of each list."""
+    merged: dict[str, Part] = {}
+    for parts in sorted(lists, key=lambda parts: _natural(parts[0].name) if parts else []):
+        for part in parts:
+            known = merged.setdefault(part.name, part)
+            if part.group_size != known.group_size or (part.group_size == 0 and part.shape != known.shape):
+                raise ArgumentError(
+                    f"parameter {part.name!r}: needed the same on all ranks, got the shapes {known.shape} and "
+                    f"{part.shape}, in pieces over {known.group_size or 'no'} and {part.group_size or 'no'} ranks"
+                )
+            if part.is_wide and not known.is_wide:
+                merged[part.name] = part
+    return list(merged.values())
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def communicator(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """Returns a process group of these ranks, which all of them ask for."""
+    if len(ranks) == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def device_of(group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
+    """Returns a device on which a group can reduce, the preferred one if possible."""
+    kinds = {device.type for device in group._device_types}
+    if preferred.type in kinds or not kinds:
+        return preferred
+    kind = next(iter(sorted(kinds, reverse=True)))
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -1,0 +1,368 @@
+"""Statistics of whole gradients from those of their parts: two collectives per measured step.
+
+Each rank reduces its own part of every gradient to a row. A MAX takes the largest magnitudes as integers (a MAX of
+floats may lose a NaN), a SUM the other five statistics and the number of elements. What several ranks hold in copies is
+added as often, and divided by the number of copies after the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from gradprobe.errors import ArgumentError, GradprobeError
+from gradprobe.observers.gradients import GradientMeter
+from gradprobe.observers.meeting import Part, communicator, device_of, meet
+from gradprobe.observers.parameters import ObservedParameter
+from gradprobe.observers.shards import Shared, local_of, partial_dims
+from gradprobe.ops.rows import ABS_MAX, N_NONFINITE, N_ZERO, STATS, SUM, SUM_ABS, SUM_SQ, range_exponent
+from gradprobe.snapshot.records import FloatArray, Measured
+
+_PACKED = N_NONFINITE  # values packed into a row: one in the last column would be read as non-finite elements
+_SUMMED = [SUM, SUM_ABS, SUM_SQ, N_ZERO, N_NONFINITE]
+_WIDE = (torch.float64, torch.complex128)
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+ProcessGroups: TypeAlias = Literal["local"] | dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None
+
+
+class PartialGradient(NamedTuple):
+    """A gradient that still has to be added up over some dimensions of its mesh.
+
+    Attributes:
+        k: Position of its parameter on this rank.
+        value: A copy of the local part, since others may clip before it is added up.
+        gradient: The gradient, for its mesh and placements.
+    """
+
+    k: int
+    value: torch.Tensor
+    gradient: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """A step as the host reads it.
+
+    Attributes:
+        rows: Rows of the K whole gradients. [K, 6]
+        measured: Which were measured on all ranks that hold a part, and their sizes.
+        differ: Which are not the same on all ranks that hold a copy. [K]
+    """
+
+    rows: FloatArray
+    measured: Measured
+    differ: npt.NDArray[np.bool_]
+
+
+class WholeGradients:
+    """Reduces the rows of local parts to rows of whole gradients.
+
+    Attributes:
+        names: Names of the K parameters that the ranks hold together.
+        ndims: Number of dimensions of each. Length K.
+        device: Where the rows are reduced.
+        n_rows: Number of rows that `finish` writes: K and some with packed values.
+        local_rows: For each device, rows for this rank's parts of the open step. Values of shape [K of this rank, 6].
+        seen: Which were measured in some step. [K]
+        tolerance: Relative difference of two factors that the rounding of a gradient explains.
+
+    Args:
+        sites: The parameters of this rank.
+        meter: Measures their gradients.
+        group_sizes: For each, the number of ranks whose tensors are the pieces of a whole, 0 if its piece tells.
+        ranks: The ranks that take part.
+        options: Options of `attach` that must be the same on all.
+
+    Raises:
+        ArgumentError: The ranks do not agree, or some are missing.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[ObservedParameter],
+        meter: GradientMeter,
+        group_sizes: Sequence[int],
+        ranks: Sequence[int],
+        options: dict[str, Any],
+    ) -> None:
+        parts = meet(
+            ranks,
+            options,
+            [
+                Part(site.name, layout.shape if size else site.shape, size, layout.dtype in _WIDE, site.piece.n_padding)
+                for site, layout, size in zip(sites, meter.layouts, group_sizes, strict=True)
+            ],
+        )
+        self._group = communicator(ranks)
+        self.device = device_of(self._group, next(iter(meter.rows_on)))
+        self.names = tuple(part.name for part in parts)
+        self.ndims = tuple(len(part.shape) for part in parts)
+        self.n_rows = len(parts) + math.ceil(2 * len(parts) / _PACKED)
+        self.tolerance = 4.0 * max(float(torch.finfo(layout.dtype).eps) for layout in meter.layouts)
+        self._is_chained = any(part.is_wide for part in parts)
+        self._n = len(parts)
+        self.seen = torch.zeros(self._n, dtype=torch.bool, device=self.device)
+        self.regroup(sites, meter)
+        self._count(parts, len(ranks))
+        self._elements = torch.zeros(self._n, dtype=torch.float64, device=self.device)
+        self._signs = torch.tensor([-1, 1], device=self.device)
+        self._top = self._sums = torch.empty(0)
+        self._work: list[Any] = []
+
+    def regroup(self, sites: Sequence[ObservedParameter], meter: GradientMeter) -> None:
+        """Takes the same parameters of this rank in another layout, e.g. of another dtype.
+
+        Args:
+            sites: The parameters.
+            meter: Measures their gradients.
+
+        Raises:
+            GradprobeError: They are other parameters, which all ranks would have to agree on.
+        """
+        position = {name: k for k, name in enumerate(self.names)}
+        needs_exponent = any(layout.dtype in _WIDE for layout in meter.layouts)
+        if any(site.name not in position for site in sites) or (needs_exponent and not self._is_chained):
+            raise GradprobeError("the parameters of a sharded model have changed; detach and attach again on all ranks")
+        slots = np.array([position[site.name] for site in sites], dtype=np.int64)  # [K of this rank]
+        self._meter = meter
+        self._slots = torch.from_numpy(slots).to(self.device)
+        self._slots_of_rows = {
+            device: torch.from_numpy(slots[meter.positions_on(device)]).to(self.device) for device in meter.rows_on
+        }
+        self._elements_of: Measured | None = None  # what `_elements` was computed from
+        self.local_rows = {
+            device: torch.zeros(n_rows, len(STATS), dtype=torch.float64, device=device)
+            for device, n_rows in meter.rows_on.items()
+        }
+
+    def start(
+        self,
+        step: int,
+        rows: Mapping[torch.device, torch.Tensor] | None,
+        measured: Measured | None,
+        partials: Sequence[PartialGradient] = (),
+        shared: Shared | None = None,
+    ) -> None:
+        """Starts the collectives of a step, in the same order on every rank.
+
+        Args:
+            step: Number of the step.
+            rows: For each device, the rows of this rank's parts; None if it has measured nothing.
+            measured: Which parts were measured.
+            partials: Gradients that still have to be added up; their rows are written first.
+            shared: What else the ranks tell each other.
+        """
+        shared = shared or Shared()
+        with torch.no_grad():
+            self._add_up(partials, rows)
+            local = self._collect(rows, measured)  # [K, 6]
+            magnitudes = _bits(local[:, ABS_MAX].abs())
+            copied = _bits(local[self._copied, SUM_SQ].abs())  # [C]
+            has_copy = self._elements[self._copied] > 0
+            ratios = torch.stack([_on(shared.smallest, self.device), _on(shared.largest, self.device)])
+            ratios = torch.where(ratios.isnan(), math.nan, ratios)  # a NaN with a minus sign would be the smallest
+            clock = torch.full((2,), step, dtype=torch.int64, device=self.device)
+            self._top = torch.cat(
+                (
+                    magnitudes,
+                    copied,
+                    torch.where(has_copy, -copied, torch.iinfo(torch.int64).min),
+                    _bits(ratios) * self._signs,
+                    clock * self._signs,
+                    (_on(shared.skipped, self.device) != 0).to(torch.int64).view(1),
+                )
+            )
+            top = dist.all_reduce(self._top, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+            sums = local[:, _SUMMED]  # [K, 5]
+            if self._is_chained:  # the sums need the exponent of the largest magnitude
+                top.wait()
+                common = range_exponent(self._top[: self._n].view(torch.float64))
+                shift = (range_exponent(local[:, ABS_MAX]) - common).clamp(max=0).double()
+                factor = torch.where(local[:, ABS_MAX] == 0, 1.0, torch.exp2(shift))
+                sums[:, :2] *= factor.unsqueeze(1)
+                sums[:, 2] *= factor * factor
+            self._sums = torch.cat((sums, self._elements.unsqueeze(1)), dim=1)  # [K, 6]
+            added = dist.all_reduce(self._sums, group=self._group, async_op=True)
+            self._work = [top, added]
+
+    def finish(self, out: torch.Tensor, keeps_incomplete: bool = False) -> Shared:
+        """Waits for the collectives and writes the rows of the wholes.
+
+        Args:
+            out: Rows to write. [n_rows, 6]
+            keeps_incomplete: Write also what is known of gradients of which a rank has not measured its part.
+
+        Returns:
+            What the ranks have told each other.
+        """
+        for work in self._work:
+            work.wait()  # on a GPU this orders the stream, and the host goes on
+        self._work = []
+        n, n_copied = self._n, len(self._copied)
+        with torch.no_grad():
+            magnitudes, high, low, ratios, clock, skipped = self._top.split([n, n_copied, n_copied, 2, 2, 1])
+            sums, elements = self._sums[:, :5], self._sums[:, 5]
+            is_complete = (elements == self._held) & (elements > 0) & (clock.sum() == 0)
+            self.seen |= is_complete
+            sums[:, 3] -= self._padding
+            copies = self._copies.unsqueeze(1)
+            differs = (torch.remainder(sums[:, 3:], copies) != 0).any(dim=1)
+            largest, smallest = high.view(torch.float64), (-low).view(torch.float64)
+            differs[self._copied] |= largest - smallest > self.tolerance * largest
+            whole = torch.empty(n, len(STATS), dtype=torch.float64, device=self.device)
+            whole[:, [SUM, SUM_ABS, SUM_SQ]] = sums[:, :3] / copies
+            whole[:, [N_ZERO, N_NONFINITE]] = torch.ceil(sums[:, 3:] / copies)
+            whole[:, ABS_MAX] = magnitudes.view(torch.float64)
+            out[:n] = whole if keeps_incomplete else torch.where(is_complete.unsqueeze(1), whole, 0.0)
+            out[n:] = 0.0
+            flags = torch.cat((is_complete, differs & is_complete))
+            padded = torch.nn.functional.pad(flags, (0, (self.n_rows - n) * _PACKED - 2 * n))
+            out[n:, :_PACKED] = padded.view(-1, _PACKED)
+            factors = (ratios * self._signs).view(torch.float64)
+            factors = torch.where(factors[1] < 0, 1.0, factors)  # no rank had a gradient large enough to tell
+        return Shared(factors[0], factors[1], skipped)
+
+    def unpack(self, rows: FloatArray) -> Reduced:
+        """Reads on the host what `finish` has written.
+
+        Args:
+            rows: [n_rows, 6]
+        """
+        flags = rows[self._n :, :_PACKED].reshape(-1) != 0
+        present, differ = flags[: self._n], flags[self._n : 2 * self._n]
+        return Reduced(rows[: self._n], Measured(present, np.where(present, self._numels, 0)), differ)
+
+    def _count(self, parts: Sequence[Part], n_ranks: int) -> None:
+        """Counts the elements that the ranks hold together, and so the copies of each whole. One collective."""
+        held = torch.zeros(2, self._n, dtype=torch.int64, device=self.device)  # elements, and ranks that have some
+        numels = torch.from_numpy(self._meter.all_present.numels).to(self.device)
+        held[0, self._slots] = numels
+        held[1, self._slots] = (numels > 0).to(torch.int64)
+        dist.all_reduce(held, group=self._group)
+        elements, holders = held.cpu().numpy()
+        padding = np.array([part.n_padding for part in parts], dtype=np.int64)
+        sizes = np.array([part.group_size for part in parts], dtype=np.int64)
+        stated = np.array([math.prod(part.shape) for part in parts], dtype=np.int64)
+        self._numels = np.where(sizes > 0, elements * sizes // n_ranks, stated)
+        padded = np.maximum(self._numels + padding, 1)
+        for k in np.flatnonzero(elements % padded):
+            raise ArgumentError(
+                f"parameter {self.names[k]!r}: needed pieces that make up whole copies of it, got {elements[k]} "
+                f"elements on {n_ranks} ranks of a whole of {self._numels[k]}"
+            )
+        copies = np.maximum(elements // padded, 1)
+        self._held = torch.from_numpy(elements.astype(np.float64)).to(self.device)
+        self._padding = torch.from_numpy((padding * copies).astype(np.float64)).to(self.device)
+        self._copies = torch.from_numpy(copies.astype(np.float64)).to(self.device)
+        is_copied = (copies > 1) & (holders == copies)  # each of these ranks holds the whole
+        self._copied = torch.from_numpy(np.flatnonzero(is_copied)).to(self.device)  # [C]
+
+    def _collect(self, rows: Mapping[torch.device, torch.Tensor] | None, measured: Measured | None) -> torch.Tensor:
+        """Returns this rank's rows in the order of the wholes, zeros where it has none; of shape [K, 6]."""
+        local = torch.zeros(self._n, len(STATS), dtype=torch.float64, device=self.device)
+        if rows is None or measured is None:
+            self._elements_of, self._elements = None, torch.zeros_like(self._elements)
+            return local
+        if self._elements_of is not measured:
+            numels = np.where(measured.present, measured.numels, 0).astype(np.float64)
+            elements = torch.zeros_like(self._elements)
+            elements[self._slots] = torch.from_numpy(numels).to(self.device, non_blocking=True)
+            self._elements_of, self._elements = measured, elements
+        for device, part in rows.items():
+            local[self._slots_of_rows[device]] = part.to(self.device, non_blocking=True)
+        return torch.where(self._elements.unsqueeze(1) > 0, local, 0.0)
+
+    def _add_up(self, partials: Sequence[PartialGradient], rows: Mapping[torch.device, torch.Tensor] | None) -> None:
+        """Adds up gradients over the dimensions of their meshes, one collective for each, and measures them."""
+        members: dict[tuple[Any, int, str, torch.dtype], list[int]] = {}
+        values = [partial.value for partial in partials]
+        for k, partial in enumerate(partials):
+            gradient: Any = partial.gradient
+            for dim in partial_dims(gradient):
+                operation = gradient.placements[dim].reduce_op
+                members.setdefault((gradient.device_mesh, dim, operation, partial.value.dtype), []).append(k)
+        for (mesh, dim, operation, _), chosen in members.items():
+            flat = torch.cat([values[k].reshape(-1) for k in chosen])
+            dist.all_reduce(flat, op=_OPERATIONS[operation], group=mesh.get_group(dim))
+            if operation == "avg":
+                flat /= mesh.size(dim)
+            for k, part in zip(chosen, flat.split([values[k].numel() for k in chosen]), strict=True):
+                values[k] = part.view_as(values[k])
+        if rows is not None:
+            for partial, value in zip(partials, values, strict=True):
+                self._meter.measure_one(partial.k, value, dict(rows))
+
+
+def participants(
+    sites: Sequence[ObservedParameter], process_group: ProcessGroups
+) -> tuple[tuple[int, ...], list[int]] | None:
+    """Tells which ranks hold the whole gradients of a model between them.
+
+    Args:
+        sites: The parameters of this rank.
+        process_group: As for `attach`.
+
+    Returns:
+        The ranks, in order; and for each parameter the number of ranks whose tensors are the pieces of a whole, 0 if
+        the parameter tells itself. None if nothing is to be reduced.
+
+    Raises:
+        ArgumentError: This rank is not in a group.
+    """
+    if process_group == "local":
+        return None
+    groups = process_group if isinstance(process_group, Mapping) else {"*": process_group}
+    sizes, found = [], {site.piece.ranks for site in sites if site.piece.ranks}
+    for site in sites:
+        group = next((group for pattern, group in groups.items() if fnmatchcase(site.name, pattern)), None)
+        if site.piece.ranks or group is None:
+            sizes.append(0)
+            continue
+        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+        sizes.append(len(ranks))
+        found.add(ranks)
+    for group in groups.values():
+        if group is not None and dist.get_rank(group) < 0:
+            raise ArgumentError(f"process_group: needed a group of this rank, {dist.get_rank()}; it is in none of it")
+    if not found:
+        return None
+    widest = max(found, key=len)
+    if not all(set(ranks) <= set(widest) for ranks in found):
+        widest = tuple(range(dist.get_world_size()))
+    return widest, sizes
+
+
+def partial_gradients(parameters: Sequence[torch.Tensor | None]) -> list[PartialGradient]:
+    """Copies the gradients that still have to be added up over ranks.
+
+    Args:
+        parameters: The parameters, None for one that is gone.
+    """
+    gradients = ((k, parameter.grad) for k, parameter in enumerate(parameters) if parameter is not None)
+    return [
+        PartialGradient(k, local_of(gradient).detach().clone(), gradient)
+        for k, gradient in gradients
+        if gradient is not None and partial_dims(gradient)
+    ]
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Returns float64 values as integers, which are in the same order if the values are not negative."""
+    return values.contiguous().view(torch.int64)
+
+
+def _on(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """Returns a value as float64 tensor on a device, 0-d."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
