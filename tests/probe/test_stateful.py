@@ -321,6 +321,8 @@ class Training(RuleBasedStateMachine):
         watch = alive[which % len(alive)]
         number, module = watch.number, self.bare.model.get_submodule(watch.path)
         given = gradients_of(module)
+        # gradients of an earlier backward pass: nobody knows whether its loss was scaled
+        watch.is_scale_unknown |= watch.at_end is None and self.bare.scaler._scale is not None
         watch.probe.step(torch.tensor(0.25) if loss == "tensor" else loss)
         if watch.number == number + 1 and not watch.has_stepped and watch.n_skipped == 0:
             watch.close(given, watch.scale, None, number)
@@ -520,6 +522,9 @@ class Training(RuleBasedStateMachine):
             ):
                 assert n_closed == 1, f"{n_closed} steps closed by one step of an optimizer"
             if n_closed == 0:
+                if is_concerned and merges:  # the steps that the user closed were a part of this one
+                    watch.forget_superseded()
+                    watch.forget()
                 continue
             if error is not None and has_closure:
                 watch.forget()
