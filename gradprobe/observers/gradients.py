@@ -168,7 +168,7 @@ class GradientMeter:
         with torch.no_grad():
             now = torch.empty(len(chosen), len(ops.STATS), dtype=torch.float64, device=group.device)  # [P, 6]
             self._backends[group.device].grad_stats_into([gradients[k] for k in chosen], now)
-            before = torch.stack([rows[group.device][int(self._row_of[k])] for k in chosen])  # [P, 6]
+            before = torch.stack(self.rows_of(chosen, rows))  # [P, 6]
             sizes = [torch.stack((ops.norms(part), part[:, ABS_MAX])) for part in (before, now)]  # [2, P] each
             ratios = sizes[1] / sizes[0]
             # Scaling rounds small numbers more coarsely at the lower end of the dtype's range.
@@ -236,6 +236,18 @@ class GradientMeter:
             (only,) = rows.values()
             return only[self._row_of]
         return np.stack([rows[layout.device][row] for layout, row in zip(self.layouts, self._row_of, strict=True)])
+
+    def rows_of(self, positions: Sequence[int], rows: dict[torch.device, torch.Tensor]) -> list[torch.Tensor]:
+        """Returns the row of each of P parameters, on its device.
+
+        Args:
+            positions: Positions of the parameters in model order. Length P.
+            rows: As for `measure`.
+
+        Returns:
+            Views of `rows`. P of shape [6]
+        """
+        return [rows[self.layouts[k].device][int(self._row_of[k])] for k in positions]
 
     def measure_one(self, k: int, gradient: torch.Tensor, rows: dict[torch.device, torch.Tensor]) -> int:
         """Computes the raw statistics of one gradient.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -163,6 +163,21 @@ class RingBuffer:
         self._write(self.newest, slot, column, value)
         if column not in slot.extras:
             self._publish(self.newest, slot)
+
+    def newest_rows(self) -> dict[torch.device, torch.Tensor]:
+        """Returns the parameter rows of the newest finished step, for each device; changed ones need `republish`."""
+        return {device: self._on_device(device, self.newest)[:n_rows] for device, n_rows in self._n_rows.items()}
+
+    def republish(self, measured: Measured) -> None:
+        """Takes the changed rows of the newest finished step.
+
+        Args:
+            measured: Which parameters the rows now hold, and their sizes.
+        """
+        # a new slot: a thread that reads the old one meanwhile drops what it has read
+        slot = replace(self._slots[self.newest], measured=measured, ready={})
+        self._publish(self.newest, slot)
+        self._slots[self.newest] = slot
 
     def supersede(self, step: int) -> None:
         """Drops the finished steps with this number or a larger one: they turned out to be part of the open step."""

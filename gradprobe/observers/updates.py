@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from gradprobe.observers.fence import Fence
@@ -19,7 +20,10 @@ _UNSCALED = Provenance("unscaled", "local", "raw")
 
 
 class UpdateObserver:
-    """Keeps the updates that the optimizer made to K parameters in the last steps.
+    """Keeps the updates that the optimizers made to K parameters in the last steps.
+
+    If several optimizers step in one step of the training, the step has the updates of all; of a parameter that two of
+    them step, it has the last.
 
     The parameters are copied before the optimizer's step and the copy is dropped after it. Half-precision parameters
     are copied to float32, so that the differences are not rounded to half precision.
@@ -49,7 +53,7 @@ class UpdateObserver:
         self._layouts = tuple(layouts)
         copies = [layout._replace(dtype=torch.promote_types(layout.dtype, torch.float32)) for layout in layouts]
         self._meter = GradientMeter(copies, names, self._backend, self._fence)
-        self._measured = self._meter.all_present
+        self._measured = self._newest = self._meter.all_present  # of the open and of the newest finished step
         self._ring = RingBuffer(self._capacity, {device: 2 * n for device, n in self._meter.rows_on.items()})
         self._position_of: dict[int, int] = {}
         self._steps: deque[int] = deque()  # the keys of `_position_of`, oldest first
@@ -83,7 +87,7 @@ class UpdateObserver:
             return
         torch._foreach_copy_([copy for _, copy, _ in self._pairs], [parameter for _, _, parameter in self._pairs])
         self._step = step
-        self._measured = self._measure(self._half(0))
+        self._measured = self._measure(self._half(self._ring.rows(), 0))
 
     def end(self) -> None:
         """Measures the difference of the parameters from the copy, and drops the copy."""
@@ -91,15 +95,14 @@ class UpdateObserver:
             return
         if all(Layout.of(parameter) == self._layouts[k] for k, _, parameter in self._pairs):
             torch._foreach_sub_([copy for _, copy, _ in self._pairs], [parameter for _, _, parameter in self._pairs])
-            rows = self._half(1)
+            rows = self._half(self._ring.rows(), 1)
             self._measure(rows)
             for part in rows.values():
                 part[:, SUM].neg_()  # the difference is old minus new
-            if len(self._steps) == self._capacity:
-                self._position_of.pop(self._steps.popleft(), None)  # a second optimizer may have moved in the same step
-            self._ring.commit(Slot(self._step, _UNSCALED, self._measured), None, 1.0, 0.0, 1.0)
-            self._position_of[self._step] = self._ring.newest
-            self._steps.append(self._step)
+            if self._steps and self._steps[-1] == self._step:
+                self._merge()
+            else:
+                self._commit()
         self._pairs = []
 
     def read(self, step: int, wait: bool) -> Updates | None:
@@ -122,9 +125,33 @@ class UpdateObserver:
         in_order = self._meter.in_model_order
         return Updates(self._names, in_order(weights), in_order(updates), finished.slot.measured)
 
-    def _half(self, half: int) -> dict[torch.device, torch.Tensor]:
-        """Returns the open step's rows of the parameters (0) or updates (1). Values of shape [K, 6]."""
-        return {device: rows.view(2, -1, rows.shape[1])[half] for device, rows in self._ring.rows().items()}
+    def _commit(self) -> None:
+        if len(self._steps) == self._capacity:
+            self._position_of.pop(self._steps.popleft(), None)
+        self._ring.commit(Slot(self._step, _UNSCALED, self._measured), None, 1.0, 0.0, 1.0)
+        self._position_of[self._step] = self._ring.newest
+        self._steps.append(self._step)
+        self._newest = self._measured
+
+    def _merge(self) -> None:
+        """Adds the updates of another optimizer in the newest finished step to that step."""
+        earlier, added = self._newest, self._measured
+        positions = np.flatnonzero(added.present).tolist()
+        if not positions:
+            return
+        open_rows, newest_rows = self._ring.rows(), self._ring.newest_rows()
+        for half in (0, 1):
+            torch._foreach_copy_(
+                self._meter.rows_of(positions, self._half(newest_rows, half)),
+                self._meter.rows_of(positions, self._half(open_rows, half)),
+            )
+        numels = np.where(added.present, added.numels, earlier.numels)
+        self._newest = Measured(earlier.present | added.present, numels)
+        self._ring.republish(self._newest)
+
+    def _half(self, rows: dict[torch.device, torch.Tensor], half: int) -> dict[torch.device, torch.Tensor]:
+        """Returns those of a step's rows that hold the parameters (0) or the updates (1). Values of shape [K, 6]."""
+        return {device: part.view(2, -1, part.shape[1])[half] for device, part in rows.items()}
 
     def _measure(self, rows: dict[torch.device, torch.Tensor]) -> Measured:
         copies: list[torch.Tensor | None] = [None] * len(self._layouts)

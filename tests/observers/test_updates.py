@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.errors import ArgumentError
+from gradprobe.snapshot import Snapshot
 
 
 def net() -> nn.Sequential:
@@ -229,6 +231,70 @@ def test_tables_and_files_contain_updates(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     (norm,) = [line["norm"] for line in lines if (line["step"], line["site"], line["kind"]) == (1, "2.bias", "update")]
     assert norm == probe.latest().updates["2.bias"].update.norm
+
+
+@dataclass
+class TwoOptimizers:
+    """Trains a model with one optimizer for some parameters and another for the others; knows the true updates."""
+
+    model: nn.Sequential
+    of_first: Sequence[str]
+    truths: list[dict[str, tuple[float, float]]] = field(default_factory=list)  # norms of weight and update, by step
+
+    def __post_init__(self) -> None:
+        parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for name, parameter in self.model.named_parameters():
+            parts[name not in self.of_first].append(parameter)
+        self.optimizers = torch.optim.SGD(parts[0], lr=0.1), torch.optim.Adam(parts[1], lr=0.01)
+
+    def train(self, *turns: Sequence[int]) -> None:
+        """Makes one step for each turn, with the optimizers at these positions."""
+        for turn in turns:
+            self.model.zero_grad()
+            self.model(torch.ones(2, 5, dtype=self.model[0].weight.dtype)).abs().square().sum().backward()
+            self.truths.append({})
+            for k in turn:
+                before = copies(self.model)
+                self.optimizers[k].step()
+                for name, parameter in self.model.named_parameters():
+                    if (name in self.of_first) == (k == 0):
+                        change = parameter.detach() - before[name]
+                        self.truths[-1][name] = before[name].norm().item(), change.norm().item()
+
+
+def update_norms(snapshot: Snapshot) -> dict[str, object]:
+    """Returns the norms of weight and update, for comparison with those of `TwoOptimizers`."""
+    return {
+        name: pytest.approx((update.weight.norm, update.update.norm), rel=1e-5)
+        for name, update in snapshot.updates.items()
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("capacity", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("of_first", [("0.weight", "0.bias"), ("0.weight", "2.weight"), ("2.bias",)], ids=str)
+def test_two_optimizers_in_each_step(of_first: Sequence[str], dtype: torch.dtype, capacity: int) -> None:
+    training = TwoOptimizers(net().to(dtype), of_first)
+    with gradprobe.attach(training.model, updates=True, capacity=capacity) as probe:
+        training.train((0, 1), (1, 0), (0, 1))
+    assert [snapshot.step for snapshot in probe.history()] == [0, 1, 2][-capacity:]
+    for snapshot in probe.history():
+        assert list(snapshot.updates) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+        assert training.truths[snapshot.step] == update_norms(snapshot)
+
+
+def test_two_optimizers_that_take_turns() -> None:
+    training = TwoOptimizers(net(), ("0.weight", "2.bias"))
+    with gradprobe.attach(training.model, updates=True, capacity=3) as probe:
+        training.train((0,), (1,), (0, 1), (0,), (1,))
+    assert [list(snapshot.updates) for snapshot in probe.history()] == [
+        ["0.weight", "0.bias", "2.weight", "2.bias"],
+        ["0.weight", "2.bias"],
+        ["0.bias", "2.weight"],
+    ]
+    for snapshot in probe.history():
+        assert training.truths[snapshot.step] == update_norms(snapshot)
 
 
 def test_bad_arguments_are_rejected() -> None:
