@@ -414,6 +414,18 @@ class TestChangedModels:
             optimizer.step()
         assert [snapshot.step for snapshot in probe.history()] == [0, 1]
 
+    def test_a_step_the_user_has_closed_before_the_dtype_changed_is_kept_once(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        with gradprobe.attach(model, strict=True) as probe:
+            loss_of(model).backward()
+            probe.step()
+            model.double()
+            loss_of(model, 2, torch.float64).backward()  # accumulates
+            optimizer.step()
+            assert [snapshot.step for snapshot in probe.history()] == [0]
+            assert norms_of(probe.latest()) == pytest.approx(true_norms(model), rel=1e-6)
+
     def test_a_gradient_that_is_missing_in_one_step_is_no_modification(self, any_hooks: str) -> None:
         model = torch.nn.ParameterDict({"often": torch.ones(2), "once": torch.ones(2)})
         optimizer = sgd(model)
