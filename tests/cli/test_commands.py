@@ -192,16 +192,16 @@ def test_bad_usage_ends_with_2_and_no_traceback(gradprobe, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_foreign_file_is_one_line_and_stays_as_it_is(tmp_path):
+@pytest.mark.parametrize("command", [["report"], pytest.param(["sweep", "--out"], marks=pytest.mark.soak)])
+def test_a_foreign_file_is_one_line_and_stays_as_it_is(tmp_path, command):
     """Runs the command line in its own process, where an uncaught exception would show."""
     path = tmp_path / "thesis.sqlite"
     path.write_text("not a database at all")
-    for command in (["sweep", "--out", str(path)], ["report", str(path)]):
-        ended = subprocess.run([sys.executable, "-m", "gradprobe.cli", *command], capture_output=True, text=True)
-        assert (ended.returncode, ended.stdout) == (2, "")
-        assert ended.stderr == (
-            f"gradprobe: {path}: needed a file written by gradprobe sweep, found one that is not an SQLite database\n"
-        )
+    ended = subprocess.run([sys.executable, "-m", "gradprobe.cli", *command, path], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        f"gradprobe: {path}: needed a file written by gradprobe sweep, found one that is not an SQLite database\n"
+    )
     assert path.read_text() == "not a database at all"
 
 

@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set, without torch, under the address and undefined-behaviour sanitizers."""
+"""The CPU kernels of every instruction set, without torch; in the long run under sanitizers."""
 
 import math
 import os
@@ -16,17 +16,23 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPILER = next(
     (path for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if (path := shutil.which(name))), None
 )
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1")
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("-O0",), id="plain"),  # twice as fast to compile and run
+        pytest.param(SANITIZERS, id="sanitized", marks=pytest.mark.soak),
+    ],
+)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The check program, compiled with the kernels; skips without a compiler or its sanitizers."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("cpu_core") / "check"
     sources = [ROOT / "tests/csrc/cpu_core/check.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", *SANITIZERS, f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", *request.param, f"-I{ROOT / 'csrc'}"]
     objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
     compilers = [
         subprocess.Popen([COMPILER, *flags, "-c", str(source), "-o", target], stderr=subprocess.PIPE, text=True)
@@ -35,7 +41,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for compiler in compilers:
         _, errors = compiler.communicate()
         assert compiler.returncode == 0, errors
-    command = [COMPILER, *SANITIZERS, *objects, "-o", str(path)]
+    command = [COMPILER, *request.param, *objects, "-o", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0 and "asan" in done.stderr and "cannot find" in done.stderr:
         pytest.skip(f"{COMPILER} has no sanitizers: {done.stderr.splitlines()[-1]}")
@@ -56,6 +62,8 @@ def test_kernels_of_every_instruction_set_are_right_and_stay_in_bounds(program: 
     assert " 0 failures" in checked.stdout
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("program", [pytest.param(SANITIZERS, id="sanitized")], indirect=True)
 def test_the_sanitizer_sees_a_read_beyond_the_end(program: Path) -> None:
     done = run(str(program), "beyond")
     assert done.returncode != 0

@@ -7,27 +7,14 @@ import pytest
 from emulation.building import build, compiler, keep_objects, run_sweep, session_build
 from emulation.mutants import Mutant, plant
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None or sys.platform != "linux", reason="the emulation needs g++ on Linux"
-)
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(compiler() is None or sys.platform != "linux", reason="the emulation needs g++ on Linux"),
+]
 
 SHORT = ("--short", "--exact-ends")
 
 
-@pytest.mark.parametrize("mode", ["address", "thread"])
-def test_no_report_in_the_short_checks(mode: str) -> None:
-    prefixes = (
-        "grad_stats/boundaries/f16",
-        "grad_stats/misaligned",
-        "scale/boundaries/f32",
-        "residual_add/backward/f64",
-    )
-    only = [argument for prefix in prefixes for argument in ("--only", prefix)]
-    done = run_sweep(session_build(mode), mode, *SHORT, *only)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.soak
 @pytest.mark.parametrize("mode", ["address", "thread"])
 def test_no_report_in_all_checks(mode: str) -> None:
     done = run_sweep(session_build(mode), mode, *SHORT)
@@ -50,7 +37,7 @@ MISSING_BARRIER = Mutant(
     ("mode", "mutant", "report"),
     [
         pytest.param("address", READS_PAST_THE_END, "heap-buffer-overflow", id="address"),
-        pytest.param("thread", MISSING_BARRIER, "data race", id="thread", marks=pytest.mark.soak),
+        pytest.param("thread", MISSING_BARRIER, "data race", id="thread"),
     ],
 )
 def test_a_planted_bug_is_reported(mode: str, mutant: Mutant, report: str, tmp_path: Path) -> None:

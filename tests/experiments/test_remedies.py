@@ -150,7 +150,7 @@ def test_a_sigmoid_network_by_hand_vanishes_as_measured() -> None:
     assert cell.factor == pytest.approx(0.14, abs=0.01)
 
 
-@pytest.mark.parametrize("depth", [20, 50])
+@pytest.mark.parametrize("depth", [20, pytest.param(50, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("remedy", "activation", "factor", "tolerance"),
     [

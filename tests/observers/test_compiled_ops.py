@@ -12,7 +12,13 @@ from torch import nn
 import gradprobe
 
 # Not the LSTM: dynamo skips its frame, but compiles around a module with hooks.
-COMPILED = ["in place", "dense", "transformer, checkpointed", "dataclass and frozen", "resnet"]
+COMPILED = [
+    "in place",
+    "dense",
+    "transformer, checkpointed",
+    "dataclass and frozen",
+    pytest.param("resnet", marks=pytest.mark.soak),
+]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

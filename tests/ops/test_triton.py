@@ -22,6 +22,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 Target = tuple[str, int | str, int]
 TARGETS: list[Target] = [("cuda", 75, 32), ("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+ALWAYS = {("cuda", 90, 32), ("hip", "gfx942", 64)}  # the others run with the long tests
 TABLE = {"addresses": "*i64", "numel": "*i64", "first_chunk": "*i64", "n_tensors": "i32"}
 
 
@@ -111,7 +112,13 @@ def compile_for(
 
 
 @needs_triton
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target[0]}-{target[1]}")
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, id=f"{target[0]}-{target[1]}", marks=() if target in ALWAYS else pytest.mark.soak)
+        for target in TARGETS
+    ],
+)
 class TestCompilesAheadOfTime:
     @pytest.mark.parametrize(
         ("kernel", "operation", "dtype"),

@@ -72,8 +72,9 @@ class TestCoverage:
 
 
 class TestAttachChangesNothing:
+    @pytest.mark.parametrize("n_steps", [10, pytest.param(50, marks=pytest.mark.soak)])
     @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
-    def test_resnet_20_trains_to_the_same_bits(self, clip: bool, any_hooks: str) -> None:
+    def test_resnet_20_trains_to_the_same_bits(self, clip: bool, n_steps: int, any_hooks: str) -> None:
         x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
         y = torch.arange(16) % 10
 
@@ -82,7 +83,7 @@ class TestAttachChangesNothing:
             model = gradprobe.networks.resnet(20)
             optimizer = sgd(model, momentum=0.9, weight_decay=1e-4)
             probe = gradprobe.attach(model, optimizer=optimizer) if probed else None
-            for _ in range(50):
+            for _ in range(n_steps):
                 optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(model(x + 0.1 * torch.randn_like(x)), y)
                 loss.backward()
@@ -92,7 +93,7 @@ class TestAttachChangesNothing:
                 if probe is not None:
                     probe.step(loss=loss)
             if probe is not None:
-                assert len(probe.history()) == 50
+                assert len(probe.history()) == n_steps
                 probe.detach()
             return model.state_dict(), torch.get_rng_state()
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def violations(package: Path) -> list[str]:
     return found
 
 
+@cache
+def known_violations() -> set[str]:
+    return set(violations(PACKAGE))
+
+
 def test_the_table_has_no_cycle_and_names_folders_that_exist() -> None:
     tuple(TopologicalSorter({folder: may.split() for folder, may in MAY_IMPORT.items()}).static_order())
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
@@ -90,7 +96,7 @@ def test_folders_without_torch_load_without_it() -> None:
 
 
 def test_folders_import_only_what_the_table_allows() -> None:
-    assert violations(PACKAGE) == []
+    assert known_violations() == set()
 
 
 def test_no_module_is_in_an_import_cycle() -> None:
@@ -133,4 +139,4 @@ def test_a_planted_import_is_found(tmp_path: Path, path: str, line: str, fault: 
     with (package / path).open("a") as module:
         module.write(f"\n{line}\n")
 
-    assert sorted(set(violations(package)) - set(violations(PACKAGE))) == [f"{path}: {fault}"]
+    assert sorted(set(violations(package)) - known_violations()) == [f"{path}: {fault}"]

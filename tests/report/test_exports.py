@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.full_disk import full_disk
-from helpers.report_cases import degraded
+from helpers.report_cases import Recorded, degraded
 
 from gradprobe.errors import StoreError
 from gradprobe.report import html, remedies_chart, sweep_charts
@@ -22,9 +22,9 @@ def chart(suffix: str) -> Callable[[Path], object]:
 
 
 EXPORTS: dict[str, Callable[[Path], object]] = {
-    "html": lambda folder: html.write(degraded(), folder / "page.html"),
+    "html": lambda folder: html.write(Recorded().add("plain", 20), folder / "page.html"),
     "csv": lambda folder: write_csv(degraded(), folder),
-    "png": lambda folder: sweep_charts.write_png(degraded(), folder),
+    "png": lambda folder: sweep_charts.write_png(Recorded().add("plain", 20), folder),
     "chart-html": chart(".html"),
     "chart-svg": chart(".svg"),
     "chart-png": chart(".png"),
