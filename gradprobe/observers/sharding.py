@@ -7,6 +7,7 @@ added as often, and divided by the number of copies after the sum.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -195,12 +196,42 @@ class WholeGradients:
             added = dist.all_reduce(self._sums, group=self._group, async_op=True)
             self._work = [top, added]
 
-    def finish(self, out: torch.Tensor, keeps_incomplete: bool = False) -> Shared:
+    def twice(self, meter: GradientMeter) -> WholeGradients:
+        """Returns one for two rows of each parameter, of which all first ones come before all second ones.
+
+        Args:
+            meter: Measures the parts of this rank.
+        """
+        both = copy.copy(self)
+        both._n = 2 * self._n
+        both.n_rows = both._n + math.ceil(2 * both._n / _PACKED)
+        both._numels = np.tile(self._numels, 2)
+        both._held, both._padding, both._copies = (
+            values.repeat(2) for values in (self._held, self._padding, self._copies)
+        )
+        both._copied = torch.cat((self._copied, self._copied + self._n))
+        both._slots = torch.cat((self._slots, self._slots + self._n))
+        slots = self._slots.cpu().numpy()
+        both._slots_of_rows = {}
+        for device in meter.rows_on:
+            first = torch.from_numpy(slots[meter.positions_on(device)]).to(self.device)
+            both._slots_of_rows[device] = torch.cat((first, first + self._n))
+        both.local_rows = {
+            device: torch.zeros(2 * n_rows, len(STATS), dtype=torch.float64, device=device)
+            for device, n_rows in meter.rows_on.items()
+        }
+        both._elements_of, both._work = None, []
+        both._elements = torch.zeros(both._n, dtype=torch.float64, device=self.device)
+        both.seen = torch.zeros(both._n, dtype=torch.bool, device=self.device)
+        return both
+
+    def finish(self, out: torch.Tensor, keeps_incomplete: bool = False, adds: bool = False) -> Shared:
         """Waits for the collectives and writes the rows of the wholes.
 
         Args:
             out: Rows to write. [n_rows, 6]
             keeps_incomplete: Write also what is known of gradients of which a rank has not measured its part.
+            adds: Leave what an earlier call has written of others.
 
         Returns:
             What the ranks have told each other.
@@ -223,11 +254,12 @@ class WholeGradients:
             whole[:, [SUM, SUM_ABS, SUM_SQ]] = sums[:, :3] / copies
             whole[:, [N_ZERO, N_NONFINITE]] = torch.ceil(sums[:, 3:] / copies)
             whole[:, ABS_MAX] = magnitudes.view(torch.float64)
-            out[:n] = whole if keeps_incomplete else torch.where(is_complete.unsqueeze(1), whole, 0.0)
-            out[n:] = 0.0
+            if not adds:
+                out.zero_()
+            out[:n] = whole if keeps_incomplete else torch.where(is_complete.unsqueeze(1), whole, out[:n])
             flags = torch.cat((is_complete, differs & is_complete))
             padded = torch.nn.functional.pad(flags, (0, (self.n_rows - n) * _PACKED - 2 * n))
-            out[n:, :_PACKED] = padded.view(-1, _PACKED)
+            out[n:, :_PACKED] += padded.view(-1, _PACKED)
             factors = (ratios * self._signs).view(torch.float64)
             factors = torch.where(factors[1] < 0, 1.0, factors)  # no rank had a gradient large enough to tell
         return Shared(factors[0], factors[1], skipped)

@@ -100,13 +100,8 @@ class StepRecorder:
                 optimizers, self._observer, self, self._fence, is_in_backward=self._measured_at == "hook"
             )
             # the last of all: when the ranks have met, none may fail
-            common = {"every": options.every}
+            common = {"every": options.every, "updates": options.updates, "updates_every": options.updates_every}
             if self._observer.meet(options.process_group, common):
-                if options.updates:
-                    raise ArgumentError(
-                        "updates: needed False for parameters that are sharded over ranks, whose updates are not "
-                        "reduced in this version; process_group='local' observes those of this rank's part"
-                    )
                 self._restart()
             self._is_whole = True
         except BaseException:
@@ -215,8 +210,9 @@ class StepRecorder:
                 return
             step = self._open.number if is_open else self._open.number - 1
             is_measured = self._is_due() if is_open else self._last_was_measured
-            is_due = is_measured and step % self._updates_every == 0
-            self._updates.begin(optimizer, self._observer.parameters(), step if is_due else None)
+            is_due = step % self._updates_every == 0
+            must_join = is_due and step % self._every == 0
+            self._updates.begin(optimizer, self._observer.parameters(), step, is_measured and is_due, must_join)
 
     def pause(self, by: int) -> None:
         """Begins a pause (1) or ends one (-1); pauses may be nested."""
@@ -398,7 +394,8 @@ class StepRecorder:
         meter = observer.meter
         self.history.restart(observer.table, meter.rows_on, meter.in_model_order, observer.whole)
         if self._updates is not None:
-            self._updates.restart(observer.table.names, observer.meter.layouts)
+            names = tuple(site.name for site in observer.sites)
+            self._updates.restart(names, observer.meter.layouts, observer.whole)
 
     def _is_due(self) -> bool:
         return self._pause_depth == 0 and self._open.number % self._every == 0 and not self._is_off
@@ -419,7 +416,8 @@ class StepRecorder:
         self._are_gradients_off = True
 
     def _stop_updates(self) -> None:
-        self._updates = None
+        if self._updates is not None:
+            self._updates.stop()
 
     def _close(
         self,
