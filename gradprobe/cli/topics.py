@@ -203,6 +203,12 @@ TOPICS: dict[str, Topic] = {
             ("Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740",),
         ),
         _rule(
+            "replicas differ",
+            "Ranks that hold copies of one parameter have different gradients for it. Their copies drift apart, "
+            "without any error, and each rank trains another network.",
+            (_ATTACH + "  # on every rank", "probe.findings()"),
+        ),
+        _rule(
             "dead ReLU",
             "A ReLU returns zero for every input. A large step has pushed its input below zero for all examples; there "
             "the derivative is zero, so no gradient gets through to pull it back.",

@@ -17,7 +17,8 @@ from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
 from gradprobe.snapshot.snapshot import SiteTable, Snapshot
 
-Need = Literal["loss", "activations=True", "updates=True"]  # Probe.step(loss=...) and arguments of attach
+# Probe.step(loss=...), arguments of attach, and what only a sharded model has
+Need = Literal["loss", "activations=True", "updates=True", "copies on several ranks"]
 
 _MIN_LAYERS = 3  # that a comparison over depth needs
 
@@ -49,6 +50,8 @@ class RunHistory:
         """Returns whether the run recorded what a rule needs."""
         if need == "loss":
             return bool(self.losses)
+        if need == "copies on several ranks":
+            return any(one.differ is not None for one in self.snapshots)
         return bool(self.observed if need == "activations=True" else self.updates.steps)
 
     @property

@@ -128,10 +128,10 @@ class History:
                 events = events.seen(unpack_numels(finished.signals, n_sites))
             signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
         if self._whole is None:
-            rows, measured = self._in_model_order(finished.rows), slot.measured
+            rows, measured, differ = self._in_model_order(finished.rows), slot.measured, None
         else:
             reduced = self._whole.unpack(finished.rows[self._whole.device])
-            rows, measured = reduced.rows, reduced.measured
+            rows, measured, differ = reduced.rows, reduced.measured, reduced.differ
         provenance, clip_factor = slot.provenance, 1.0 if slot.provenance.state == "raw" else None
         if slot.tolerance is not None:
             # unscaling multiplies as clipping does
@@ -150,6 +150,7 @@ class History:
             signals=signals,
             parameter_updates=None if self._updates is None else self._updates.read(slot.step, wait=True),
             clip_factor=clip_factor,
+            differ=differ,
         )
 
 

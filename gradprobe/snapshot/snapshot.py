@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
 from gradprobe.snapshot.signals import Activation, Junction, Signals
@@ -95,6 +96,8 @@ class Snapshot:
         parameter_updates: Statistics of the optimizer's updates, None if they were not observed in this step.
         clip_factor: Factor by which all gradients were multiplied after they were measured, as by clipping; 1.0 if they
             were not changed, None if the state is "modified".
+        differ: For each parameter, whether ranks that hold a copy of its gradient hold different ones; None if the
+            gradients were not reduced over ranks. [K]
     """
 
     step: int
@@ -108,6 +111,7 @@ class Snapshot:
     signals: Signals | None = None
     parameter_updates: Updates | None = None
     clip_factor: float | None = 1.0
+    differ: npt.NDArray[np.bool_] | None = None
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
@@ -195,7 +199,9 @@ class Snapshot:
         take = np.asarray(order, dtype=np.int64)
         measured = Measured(self.measured.present[take], self.measured.numels[take])
         updates = None if self.parameter_updates is None else self.parameter_updates.reordered(order)
-        return replace(self, table=table, rows=self.rows[take], measured=measured, parameter_updates=updates)
+        differ = None if self.differ is None else self.differ[take]
+        rows = self.rows[take]
+        return replace(self, table=table, rows=rows, measured=measured, parameter_updates=updates, differ=differ)
 
     def __getitem__(self, name: str) -> SiteStats:
         k = self.table.index.get(name)

@@ -4,11 +4,13 @@ from gradprobe.diagnosis.rules.activations import DEAD_RELU, EXPLODING_FORWARD, 
 from gradprobe.diagnosis.rules.gradients import DRIFT, DYING, EXPLODING, NON_FINITE, SILENT, VANISHING
 from gradprobe.diagnosis.rules.loss import LOSS_BLOW_UP, NOT_LEARNING, SPIKE, UNSTABLE_LOSS
 from gradprobe.diagnosis.rules.precision import PRECISION_LOSS
+from gradprobe.diagnosis.rules.replicas import REPLICAS_DIFFER
 from gradprobe.diagnosis.rules.rule import Rule
 from gradprobe.diagnosis.rules.updates import UPDATES_TOO_LARGE, UPDATES_TOO_SMALL
 
 RULES: tuple[Rule, ...] = (
     NON_FINITE,
+    REPLICAS_DIFFER,
     LOSS_BLOW_UP,
     EXPLODING,
     EXPLODING_FORWARD,
