@@ -76,12 +76,13 @@ class GradientObserver:
         # the very last: a backward pass may be running in another thread
         self.hooks = gradient_hooks.install(found, *self._callbacks)
 
-    def meet(self, process_group: ProcessGroups, options: dict[str, Any]) -> bool:
+    def meet(self, process_group: ProcessGroups, options: dict[str, Any], n_signals: int = 0) -> bool:
         """Agrees with the other ranks on what to reduce together, if the gradients are to be reduced.
 
         Args:
             process_group: As for `attach`.
             options: Options of `attach` that must be the same on all ranks.
+            n_signals: Number of sites of activations and residual adds to reduce as well.
 
         Returns:
             Whether they are reduced: `table` and `whole` are new.
@@ -89,21 +90,29 @@ class GradientObserver:
         Raises:
             ArgumentError: The ranks do not agree, or some are missing.
         """
-        if process_group is None and not any(site.piece.ranks for site in self.sites):
+        is_sharded = any(site.piece.ranks for site in self.sites)
+        if process_group is None and not is_sharded and n_signals == 0:
             return False
         from gradprobe.observers.sharding import WholeGradients, participants
 
-        found = participants(self.sites, process_group)
+        found = participants(self.sites, process_group, n_signals > 0)
         if found is None:
             return False
         ranks, group_sizes = found
-        self.whole = WholeGradients(self.sites, self.meter, group_sizes, ranks, options)
+        self.whole = WholeGradients(self.sites, self.meter, group_sizes, ranks, options, n_signals)
         self._make_table()
         return True
 
-    @property
-    def reduction(self) -> Literal["local", "global", "shard"]:
-        """What is reduced of the gradients, apart from the averaging of data-parallel replicas."""
+    def reduction(self, is_averaged: bool) -> Literal["local", "averaged", "global", "shard"]:
+        """Returns over what the numbers are reduced, as `Provenance` describes it.
+
+        Args:
+            is_averaged: Replicas have averaged the gradients.
+        """
+        if self.whole is not None and self.whole.has_pieces:
+            return "global"
+        if is_averaged:
+            return "averaged"
         if self.whole is not None:
             return "global"
         sizes = zip(self.sites, self.meter.layouts, strict=True)

@@ -25,7 +25,7 @@ from gradprobe.observers.meeting import Part, communicator, device_of, meet
 from gradprobe.observers.parameters import ObservedParameter
 from gradprobe.observers.shards import Shared, local_of, partial_dims
 from gradprobe.ops.rows import ABS_MAX, N_NONFINITE, N_ZERO, STATS, SUM, SUM_ABS, SUM_SQ, range_exponent
-from gradprobe.snapshot.records import FloatArray, Measured
+from gradprobe.snapshot.records import FloatArray, IntArray, Measured
 
 _PACKED = N_NONFINITE  # values packed into a row: one in the last column would be read as non-finite elements
 _SUMMED = [SUM, SUM_ABS, SUM_SQ, N_ZERO, N_NONFINITE]
@@ -58,11 +58,13 @@ class Reduced:
         rows: Rows of the K whole gradients. [K, 6]
         measured: Which were measured on all ranks that hold a part, and their sizes.
         differ: Which are not the same on all ranks that hold a copy. [K]
+        signal_numels: Number of elements observed at each site of activations and residual adds, on all ranks. [S]
     """
 
     rows: FloatArray
     measured: Measured
     differ: npt.NDArray[np.bool_]
+    signal_numels: IntArray
 
 
 class WholeGradients:
@@ -73,8 +75,10 @@ class WholeGradients:
         ndims: Number of dimensions of each. Length K.
         device: Where the rows are reduced.
         n_rows: Number of rows that `finish` writes: K and some with packed values.
+        n_signals: Number of sites of activations and residual adds, S; 0 if these are not reduced.
         local_rows: For each device, rows for this rank's parts of the open step. Values of shape [K of this rank, 6].
         seen: Which were measured in some step. [K]
+        has_pieces: Not every rank that holds a part of a parameter holds the whole.
         tolerance: Relative difference of two factors that the rounding of a gradient explains.
 
     Args:
@@ -83,6 +87,7 @@ class WholeGradients:
         group_sizes: For each, the number of ranks whose tensors are the pieces of a whole, 0 if its piece tells.
         ranks: The ranks that take part.
         options: Options of `attach` that must be the same on all.
+        n_signals: Number of sites of activations and residual adds to reduce, S.
 
     Raises:
         ArgumentError: The ranks do not agree, or some are missing.
@@ -95,6 +100,7 @@ class WholeGradients:
         group_sizes: Sequence[int],
         ranks: Sequence[int],
         options: dict[str, Any],
+        n_signals: int = 0,
     ) -> None:
         parts = meet(
             ranks,
@@ -108,14 +114,15 @@ class WholeGradients:
         self.device = device_of(self._group, next(iter(meter.rows_on)))
         self.names = tuple(part.name for part in parts)
         self.ndims = tuple(len(part.shape) for part in parts)
-        self.n_rows = len(parts) + math.ceil(2 * len(parts) / _PACKED)
+        self._n, self.n_signals = len(parts), n_signals
+        self.n_rows = self._count_rows()
         self.tolerance = 4.0 * max(float(torch.finfo(layout.dtype).eps) for layout in meter.layouts)
         self._is_chained = any(part.is_wide for part in parts)
-        self._n = len(parts)
         self.seen = torch.zeros(self._n, dtype=torch.bool, device=self.device)
         self.regroup(sites, meter)
         self._count(parts, len(ranks))
         self._elements = torch.zeros(self._n, dtype=torch.float64, device=self.device)
+        self._signal_elements = torch.zeros(n_signals, dtype=torch.float64, device=self.device)
         self._signs = torch.tensor([-1, 1], device=self.device)
         self._top = self._sums = torch.empty(0)
         self._work: list[Any] = []
@@ -153,6 +160,7 @@ class WholeGradients:
         measured: Measured | None,
         partials: Sequence[PartialGradient] = (),
         shared: Shared | None = None,
+        signals: tuple[torch.Tensor, Measured] | None = None,
     ) -> None:
         """Starts the collectives of a step, in the same order on every rank.
 
@@ -162,11 +170,14 @@ class WholeGradients:
             measured: Which parts were measured.
             partials: Gradients that still have to be added up; their rows are written first.
             shared: What else the ranks tell each other.
+            signals: This rank's rows of activations and residual adds, [S, 6], and which had an event; None if it has
+                observed nothing.
         """
         shared = shared or Shared()
         with torch.no_grad():
             self._add_up(partials, rows)
-            local = self._collect(rows, measured)  # [K, 6]
+            local = torch.cat((self._collect(rows, measured), self._collect_signals(signals)))  # [K + S, 6]
+            elements = torch.cat((self._elements, self._signal_elements))  # [K + S]
             magnitudes = _bits(local[:, ABS_MAX].abs())
             copied = _bits(local[self._copied, SUM_SQ].abs())  # [C]
             has_copy = self._elements[self._copied] > 0
@@ -184,15 +195,15 @@ class WholeGradients:
                 )
             )
             top = dist.all_reduce(self._top, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-            sums = local[:, _SUMMED]  # [K, 5]
+            sums = local[:, _SUMMED]  # [K + S, 5]
             if self._is_chained:  # the sums need the exponent of the largest magnitude
                 top.wait()
-                common = range_exponent(self._top[: self._n].view(torch.float64))
+                common = range_exponent(self._top[: len(local)].view(torch.float64))
                 shift = (range_exponent(local[:, ABS_MAX]) - common).clamp(max=0).double()
                 factor = torch.where(local[:, ABS_MAX] == 0, 1.0, torch.exp2(shift))
                 sums[:, :2] *= factor.unsqueeze(1)
                 sums[:, 2] *= factor * factor
-            self._sums = torch.cat((sums, self._elements.unsqueeze(1)), dim=1)  # [K, 6]
+            self._sums = torch.cat((sums, elements.unsqueeze(1)), dim=1)  # [K + S, 6]
             added = dist.all_reduce(self._sums, group=self._group, async_op=True)
             self._work = [top, added]
 
@@ -203,8 +214,9 @@ class WholeGradients:
             meter: Measures the parts of this rank.
         """
         both = copy.copy(self)
-        both._n = 2 * self._n
-        both.n_rows = both._n + math.ceil(2 * both._n / _PACKED)
+        both._n, both.n_signals = 2 * self._n, 0
+        both.n_rows = both._count_rows()
+        both._signal_elements = self._signal_elements[:0]
         both._numels = np.tile(self._numels, 2)
         both._held, both._padding, both._copies = (
             values.repeat(2) for values in (self._held, self._padding, self._copies)
@@ -225,11 +237,19 @@ class WholeGradients:
         both.seen = torch.zeros(both._n, dtype=torch.bool, device=self.device)
         return both
 
-    def finish(self, out: torch.Tensor, keeps_incomplete: bool = False, adds: bool = False) -> Shared:
+    def finish(
+        self,
+        out: torch.Tensor,
+        signal_rows: torch.Tensor | None = None,
+        *,
+        keeps_incomplete: bool = False,
+        adds: bool = False,
+    ) -> Shared:
         """Waits for the collectives and writes the rows of the wholes.
 
         Args:
             out: Rows to write. [n_rows, 6]
+            signal_rows: Rows to write for activations and residual adds. [S, 6]
             keeps_incomplete: Write also what is known of gradients of which a rank has not measured its part.
             adds: Leave what an earlier call has written of others.
 
@@ -239,28 +259,31 @@ class WholeGradients:
         for work in self._work:
             work.wait()  # on a GPU this orders the stream, and the host goes on
         self._work = []
-        n, n_copied = self._n, len(self._copied)
+        n, n_signals, n_copied = self._n, self.n_signals, len(self._copied)
         with torch.no_grad():
-            magnitudes, high, low, ratios, clock, skipped = self._top.split([n, n_copied, n_copied, 2, 2, 1])
-            sums, elements = self._sums[:, :5], self._sums[:, 5]
+            sizes = [n, n_signals, n_copied, n_copied, 2, 2, 1]
+            magnitudes, signal_magnitudes, high, low, ratios, clock, skipped = self._top.split(sizes)
+            sums, elements = self._sums[:n, :5], self._sums[:n, 5]
             is_complete = (elements == self._held) & (elements > 0) & (clock.sum() == 0)
             self.seen |= is_complete
             sums[:, 3] -= self._padding
             copies = self._copies.unsqueeze(1)
             differs = (torch.remainder(sums[:, 3:], copies) != 0).any(dim=1)
-            largest, smallest = high.view(torch.float64), (-low).view(torch.float64)
+            largest, smallest = _floats(high), _floats(-low)
             differs[self._copied] |= largest - smallest > self.tolerance * largest
-            whole = torch.empty(n, len(STATS), dtype=torch.float64, device=self.device)
-            whole[:, [SUM, SUM_ABS, SUM_SQ]] = sums[:, :3] / copies
-            whole[:, [N_ZERO, N_NONFINITE]] = torch.ceil(sums[:, 3:] / copies)
-            whole[:, ABS_MAX] = magnitudes.view(torch.float64)
+            counts = torch.ceil(sums[:, 3:] / copies)
+            whole = torch.cat((sums[:, :3] / copies, _floats(magnitudes).unsqueeze(1), counts), dim=1)  # [K, 6]
             if not adds:
                 out.zero_()
             out[:n] = whole if keeps_incomplete else torch.where(is_complete.unsqueeze(1), whole, out[:n])
-            flags = torch.cat((is_complete, differs & is_complete))
-            padded = torch.nn.functional.pad(flags, (0, (self.n_rows - n) * _PACKED - 2 * n))
+            signals = self._sums[n:]  # [S, 6]
+            flags = torch.cat((is_complete, differs & is_complete, signals[:, 5] * (clock.sum() == 0)))
+            padded = torch.nn.functional.pad(flags, (0, (self.n_rows - n) * _PACKED - len(flags)))
             out[n:, :_PACKED] += padded.view(-1, _PACKED)
-            factors = (ratios * self._signs).view(torch.float64)
+            if signal_rows is not None and n_signals > 0:
+                largest = _floats(signal_magnitudes).unsqueeze(1)
+                signal_rows[:n_signals] = torch.cat((signals[:, :3], largest, signals[:, 3:5]), dim=1)
+            factors = _floats(ratios * self._signs)
             factors = torch.where(factors[1] < 0, 1.0, factors)  # no rank had a gradient large enough to tell
         return Shared(factors[0], factors[1], skipped)
 
@@ -270,9 +293,14 @@ class WholeGradients:
         Args:
             rows: [n_rows, 6]
         """
-        flags = rows[self._n :, :_PACKED].reshape(-1) != 0
-        present, differ = flags[: self._n], flags[self._n : 2 * self._n]
-        return Reduced(rows[: self._n], Measured(present, np.where(present, self._numels, 0)), differ)
+        n = self._n
+        packed = rows[n:, :_PACKED].reshape(-1)
+        present, differ = packed[:n] != 0, packed[n : 2 * n] != 0
+        signal_numels = packed[2 * n : 2 * n + self.n_signals].astype(np.int64)
+        return Reduced(rows[:n], Measured(present, np.where(present, self._numels, 0)), differ, signal_numels)
+
+    def _count_rows(self) -> int:
+        return self._n + math.ceil((2 * self._n + self.n_signals) / _PACKED)
 
     def _count(self, parts: Sequence[Part], n_ranks: int) -> None:
         """Counts the elements that the ranks hold together, and so the copies of each whole. One collective."""
@@ -298,6 +326,7 @@ class WholeGradients:
         self._copies = torch.from_numpy(copies.astype(np.float64)).to(self.device)
         is_copied = (copies > 1) & (holders == copies)  # each of these ranks holds the whole
         self._copied = torch.from_numpy(np.flatnonzero(is_copied)).to(self.device)  # [C]
+        self.has_pieces = bool((~is_copied & (holders > 0)).any())
 
     def _collect(self, rows: Mapping[torch.device, torch.Tensor] | None, measured: Measured | None) -> torch.Tensor:
         """Returns this rank's rows in the order of the wholes, zeros where it has none; of shape [K, 6]."""
@@ -313,6 +342,16 @@ class WholeGradients:
         for device, part in rows.items():
             local[self._slots_of_rows[device]] = part.to(self.device, non_blocking=True)
         return torch.where(self._elements.unsqueeze(1) > 0, local, 0.0)
+
+    def _collect_signals(self, signals: tuple[torch.Tensor, Measured] | None) -> torch.Tensor:
+        """Returns this rank's rows of activations and residual adds, of shape [S, 6]."""
+        if signals is None or self.n_signals == 0:
+            self._signal_elements = torch.zeros_like(self._signal_elements)
+            return torch.zeros(self.n_signals, len(STATS), dtype=torch.float64, device=self.device)
+        rows, measured = signals
+        numels = torch.from_numpy(measured.numels.astype(np.float64))
+        self._signal_elements = numels.to(self.device, non_blocking=True)
+        return rows[: self.n_signals].to(self.device, non_blocking=True)
 
     def _add_up(self, partials: Sequence[PartialGradient], rows: Mapping[torch.device, torch.Tensor] | None) -> None:
         """Adds up gradients over the dimensions of their meshes, one collective for each, and measures them."""
@@ -336,13 +375,14 @@ class WholeGradients:
 
 
 def participants(
-    sites: Sequence[ObservedParameter], process_group: ProcessGroups
+    sites: Sequence[ObservedParameter], process_group: ProcessGroups, reduces_signals: bool = False
 ) -> tuple[tuple[int, ...], list[int]] | None:
     """Tells which ranks hold the whole gradients of a model between them.
 
     Args:
         sites: The parameters of this rank.
         process_group: As for `attach`.
+        reduces_signals: All ranks have something to reduce, even if each holds all parameters.
 
     Returns:
         The ranks, in order; and for each parameter the number of ranks whose tensors are the pieces of a whole, 0 if
@@ -366,6 +406,8 @@ def participants(
     for group in groups.values():
         if group is not None and dist.get_rank(group) < 0:
             raise ArgumentError(f"process_group: needed a group of this rank, {dist.get_rank()}; it is in none of it")
+    if not found and reduces_signals and dist.is_initialized():
+        found.add(tuple(range(dist.get_world_size())))
     if not found:
         return None
     widest = max(found, key=len)
@@ -391,6 +433,10 @@ def partial_gradients(parameters: Sequence[torch.Tensor | None]) -> list[Partial
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Returns float64 values as integers, which are in the same order if the values are not negative."""
     return values.contiguous().view(torch.int64)
+
+
+def _floats(bits: torch.Tensor) -> torch.Tensor:
+    return bits.view(torch.float64)
 
 
 def _on(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

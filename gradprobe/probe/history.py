@@ -126,7 +126,11 @@ class History:
             n_sites, events = self._signals.n_sites, slot.events
             if events.is_conditional:
                 events = events.seen(unpack_numels(finished.signals, n_sites))
-            signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale)
+            reduction: Literal["local", "global"] = "local"
+            if self._whole is not None and self._whole.n_signals > 0:
+                reduced = self._whole.unpack(finished.rows[self._whole.device])
+                events, reduction = events.seen(reduced.signal_numels), "global"
+            signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale, reduction)
         if self._whole is None:
             rows, measured, differ = self._in_model_order(finished.rows), slot.measured, None
         else:

@@ -40,6 +40,7 @@ class Options:
     when: When
     grad_scaler: object
     process_group: ProcessGroups = None
+    reduce_activations: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class Options:
             raise ArgumentError(
                 f"params: needed True, since the gradients of parameters mark the steps, got {self.params!r}"
             )
-        for name in ("junctions", "updates", "strict"):
+        for name in ("junctions", "updates", "reduce_activations", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: needed True or False, got {getattr(self, name)!r}")
         for name in ("every", "activations_every", "updates_every", "capacity"):

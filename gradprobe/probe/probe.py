@@ -48,6 +48,7 @@ def attach(
     when: When = "auto",
     grad_scaler: torch.amp.GradScaler | Sequence[torch.amp.GradScaler] | None = None,
     process_group: ProcessGroups = None,
+    reduce_activations: bool = False,
     strict: bool = False,
 ) -> Probe:
     """Attaches a probe to a model. The training and the random numbers stay as they are, bit for bit.
@@ -82,6 +83,8 @@ def attach(
             alone. A process group: plain tensors, too, are pieces of a whole over this group, as in hand-made
             sharding, expert or pipeline parallelism. A mapping of name patterns to groups, if only some of them are;
             the first pattern that fits counts.
+        reduce_activations: Reduce activations and residual adds over the same ranks: their statistics are then those of
+            the elements on all ranks together, copies included. Otherwise they are those of this rank.
         strict: Raise the errors of measuring. Otherwise whatever fails is reported once and no longer measured, and the
             training goes on as without a probe.
 
@@ -118,6 +121,7 @@ def attach(
         when=when,
         grad_scaler=grad_scaler,
         process_group=process_group,
+        reduce_activations=reduce_activations,
         strict=strict,
     )
     with torch.inference_mode(False):  # otherwise no training could write to the rows

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,8 +102,15 @@ class StepRecorder:
                 optimizers, self._observer, self, self._fence, is_in_backward=self._measured_at == "hook"
             )
             # the last of all: when the ranks have met, none may fail
-            common = {"every": options.every, "updates": options.updates, "updates_every": options.updates_every}
-            if self._observer.meet(options.process_group, common):
+            common: dict[str, Any] = {
+                "every": options.every,
+                "updates": options.updates,
+                "updates_every": options.updates_every,
+            }
+            n_signals = 0 if signals is None or not options.reduce_activations else signals.n_sites
+            if n_signals > 0 and signals is not None:
+                common["signals"] = hashlib.sha256(repr(signals.names).encode()).hexdigest()[:16]
+            if self._observer.meet(options.process_group, common, n_signals):
                 self._restart()
             self._is_whole = True
         except BaseException:
@@ -475,7 +484,7 @@ class StepRecorder:
         if pending is None or whole is None:
             return
         ring = self.history.ring
-        told = whole.finish(ring.rows()[whole.device])
+        told = whole.finish(ring.rows()[whole.device], ring.signal_rows() if whole.n_signals > 0 else None)
         if pending.slot is None:
             return
         ratios = (told.smallest, told.largest)
@@ -520,6 +529,7 @@ class StepRecorder:
                 measured,
                 self._observer.partials,
                 Shared(*change.ratios, skipped),
+                None if slot.events is None else (self.history.ring.signal_rows(), slot.events.measured),
             )
             self._pending = PendingStep(slot, loss, gradient_scale, inverse)
         else:
@@ -553,7 +563,7 @@ class StepRecorder:
         is_unknown = opened.is_partly_unscaled or (scale is None and optimizer is None and self._has_unknown_scaler)
         return Provenance(
             "unknown" if is_unknown else "unscaled",
-            "averaged" if opened.is_averaged and self._observer.whole is None else self._observer.reduction,
+            self._observer.reduction(opened.is_averaged),
             opened.state,
         )
 

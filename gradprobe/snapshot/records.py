@@ -35,8 +35,8 @@ class Provenance(NamedTuple):
     Attributes:
         scale: "unscaled", or "unknown": a scaler is in use that the probe does not know, or has unscaled only a part of
             the gradients. "scaled" does not occur in this version.
-        reduction: "local" to one process, or "averaged" over the processes by DistributedDataParallel. "global" and
-            "shard" do not occur in this version, which refuses sharded models.
+        reduction: "local" to one process; "averaged" over the processes by DistributedDataParallel; "global": of the
+            whole gradient, reduced over the ranks that hold a part; "shard": of this rank's part of it.
         state: "raw": the optimizer got these very gradients; "clipped": it got these times `Snapshot.clip_factor`;
             "modified": they were changed in another way, or before `when="step"` measured them. At most eight gradients
             are compared to tell, by norm and largest magnitude; with `when="hook"`, only the probe's own clipping is

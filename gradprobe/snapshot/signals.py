@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -130,12 +131,14 @@ class Signals:
         rows: Raw statistics in the order of `gradprobe.STATS`. [S, 6]
         events: The events, in order of execution.
         scale: Factor that undoes loss scaling on the gradients.
+        reduction: "local": of this process; "global": of the elements on all ranks together, copies included.
     """
 
     table: SignalTable
     rows: FloatArray
     events: Events
     scale: float
+    reduction: Literal["local", "global"] = "local"
 
     @property
     def scaled_abs_mean(self) -> FloatArray:
