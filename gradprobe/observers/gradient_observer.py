@@ -220,7 +220,7 @@ class GradientObserver:
         if done:
             self.meter.saw_irregular = False
         measured = self.meter.all_present if done else self.meter.measure(*self.hooks.gradients(), rows)
-        self._find_partials()
+        self.find_partials()
         return measured, n_writes, n_fired
 
     def clip_(
@@ -287,7 +287,8 @@ class GradientObserver:
         self.whole.finish(out, keeps_incomplete=True)
         return {self.whole.device: out[: len(self.whole.names)]}
 
-    def _find_partials(self) -> None:
+    def find_partials(self) -> None:
+        """Copies the gradients that still have to be added up over ranks."""
         if self.whole is not None:
             from gradprobe.observers.sharding import partial_gradients
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 
-from gradprobe.observers.ring_buffer import Slot
 from gradprobe.probe.grad_scaler import LossScale
 from gradprobe.snapshot.records import Measured
 
@@ -20,20 +19,6 @@ class Change:
     ratios: tuple[torch.Tensor | float, torch.Tensor | float] = (1.0, 1.0)
     tolerance: float | None = None
     is_unscaled: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PendingStep:
-    """A closed step whose gradients are being reduced over ranks; the other values are those of `RingBuffer.commit`.
-
-    Attributes:
-        slot: The part that the host knows, None for a step that this rank does not record.
-    """
-
-    slot: Slot | None
-    loss: torch.Tensor | float | None = None
-    scale: torch.Tensor | float = 1.0
-    signal_scale: torch.Tensor | float = 1.0
 
 
 @dataclass(slots=True)
@@ -55,6 +40,7 @@ class OpenStep:
         change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
         losses: Losses given so far.
         is_requested: The user has asked to close the step.
+        is_shared: The ranks reduce its gradients.
         has_changed: The parameters have got other hooks in this step, so it is not known which gradients are ready.
     """
 
@@ -72,6 +58,7 @@ class OpenStep:
     change: Change | None = None
     losses: list[torch.Tensor | float] = field(default_factory=list)
     is_requested: bool = False
+    is_shared: bool = False
     has_changed: bool = False
 
     def scale_of(self, optimizer: torch.optim.Optimizer | None) -> LossScale | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -59,6 +60,16 @@ class Options:
             raise ArgumentError(f"when: needed one of {', '.join(WHEN_CHOICES)}, got {self.when!r}")
         self._check_process_group()
         _ = self.optimizers, self.grad_scalers  # raises if one is invalid
+
+    def common(self, signals: Sequence[str]) -> dict[str, object]:
+        """Returns what must be the same on all ranks that reduce their numbers together.
+
+        Args:
+            signals: Names of the activations and residual adds that are reduced.
+        """
+        digest = hashlib.sha256(repr(tuple(signals)).encode()).hexdigest()[:16]
+        common: dict[str, object] = {name: getattr(self, name) for name in ("every", "updates", "updates_every")}
+        return {**common, "activations": digest}
 
     def _check_process_group(self) -> None:
         given = self.process_group

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +17,15 @@ from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.junctions import junction_modules
 from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.ring_buffer import LOSS, SKIPPED, Slot
-from gradprobe.observers.shards import Shared
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.observers.updates import UpdateObserver
 from gradprobe.probe.coverage import CoverageLog
 from gradprobe.probe.grad_scaler import LossScale, Scalers, any_in_use
 from gradprobe.probe.history import History
-from gradprobe.probe.open_step import Change, OpenStep, PendingStep, kept, mean
+from gradprobe.probe.open_step import Change, OpenStep, kept, mean
 from gradprobe.probe.options import Options
 from gradprobe.probe.step_boundaries import StepBoundaries
+from gradprobe.probe.step_reduction import ClosedStep, StepReduction
 from gradprobe.snapshot.records import Measured, Provenance
 from gradprobe.snapshot.signals import SignalTable
 
@@ -66,8 +64,6 @@ class StepRecorder:
         self._before_forward = _weakly(self._settle_before_forward)
         self._pause_depth = 0
         self._is_clipped_in_graph = False
-        self._pending: PendingStep | None = None  # closed, and its gradients are being reduced
-        self._reduced_step = -1  # the newest one in which this rank took part
         self._is_whole = False  # another thread may be in a backward pass while the hooks are put on
         self._are_gradients_off = self._is_off = self._is_released = False
         joined, unobserved = junction_modules(model) if options.junctions else ({}, ())
@@ -89,6 +85,7 @@ class StepRecorder:
             _weakly(self._on_gradient) if self._measured_at == "hook" else None,
             self._fence,
         )
+        self._reduction = StepReduction(self.history, self._observer, self._every)
         try:
             self._restart()
             if signals is not None:
@@ -102,15 +99,8 @@ class StepRecorder:
                 optimizers, self._observer, self, self._fence, is_in_backward=self._measured_at == "hook"
             )
             # the last of all: when the ranks have met, none may fail
-            common: dict[str, Any] = {
-                "every": options.every,
-                "updates": options.updates,
-                "updates_every": options.updates_every,
-            }
-            n_signals = 0 if signals is None or not options.reduce_activations else signals.n_sites
-            if n_signals > 0 and signals is not None:
-                common["signals"] = hashlib.sha256(repr(signals.names).encode()).hexdigest()[:16]
-            if self._observer.meet(options.process_group, common, n_signals):
+            names = signals.names if signals is not None and options.reduce_activations else ()
+            if self._observer.meet(options.process_group, options.common(names), len(names)):
                 self._restart()
             self._is_whole = True
         except BaseException:
@@ -132,7 +122,7 @@ class StepRecorder:
         Args:
             is_late: The next backward pass has already run.
         """
-        self._complete()
+        self._reduction.complete()
         if self._verdict is not None and self._verdict.was_updated():
             self._amend(SKIPPED, self._verdict.has_fallen())
             self._verdict = None
@@ -210,7 +200,7 @@ class StepRecorder:
     def around(self, optimizer: torch.optim.Optimizer, is_after: bool, is_open: bool) -> None:
         """Measures the update that an optimizer makes, and takes what was reduced meanwhile."""
         if is_after:
-            self._complete()
+            self._reduction.complete()
         if self._updates is None or self._observer.is_capturing():
             return
         with self._fence.around("updates", self._stop_updates):
@@ -255,8 +245,8 @@ class StepRecorder:
             parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
             return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
         # The rows of the step stay those of the backward pass, and a replay would write to those of an old step.
-        self._complete()
-        rows = None if is_capturing or is_other else self._rows()
+        self._reduction.complete()
+        rows = None if is_capturing or is_other else self._reduction.rows()
         total, factor = self._observer.clip_(max_norm, error_if_nonfinite, rows)
         if is_capturing:
             self._is_clipped_in_graph = True
@@ -284,11 +274,6 @@ class StepRecorder:
     def n_parameters(self) -> int:
         """Number of observed parameters."""
         return len(self._observer.sites)
-
-    def _rows(self) -> dict[torch.device, torch.Tensor]:
-        """Returns the rows of this rank's gradients in the open step. Values of shape [K, 6]."""
-        whole = self._observer.whole
-        return self.history.ring.rows() if whole is None else whole.local_rows
 
     def _on_backward_end(self) -> None:
         if not self._is_whole:
@@ -347,7 +332,7 @@ class StepRecorder:
             opened.measured = Measured(np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64))
             opened.scales = self._scalers.read()
             opened.is_averaged = False
-        opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self._rows())
+        opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self._reduction.rows())
         opened.measured.present[k] = True
 
     def _is_stale(self) -> bool:
@@ -363,9 +348,9 @@ class StepRecorder:
             scales = self._scalers.read()
             opened.scales = [scale for scale in scales if optimizer is None or scale.belongs_to(optimizer)]
         self._look()
-        measured, n_writes, n_fired = observer.measure(self._rows())
+        measured, n_writes, n_fired = observer.measure(self._reduction.rows())
         if measured is not observer.meter.all_present and self._regroup_if_moved():
-            measured, _, n_fired = observer.measure(self._rows())
+            measured, _, n_fired = observer.measure(self._reduction.rows())
         opened.measured, opened.measured_after = measured, opened.n_backwards
         unscaled = opened.unscaled(self.boundaries.optimizers, optimizer)
         opened.is_unscaled, opened.is_partly_unscaled = any(unscaled), any(unscaled) and not all(unscaled)
@@ -440,16 +425,16 @@ class StepRecorder:
             self.coverage.note_capture(self._open.number)
             self._observer.start_step()
             return False
-        self._complete()
         is_due = self._is_due()
         try:
+            self._reduction.complete()
             if is_due:
                 if self._must_measure() and not is_late:
                     self._measure(optimizer)
                 self._finish(optimizer, 0.0 if skipped is None else skipped, is_late, is_skipped)
         finally:
             if not is_skipped:
-                self._take_part()
+                self._reduction.take_part(self._open)
         if self._signal_observer is not None:
             self._signal_observer.close(None)
             self._signal_observer.call_before_forward(None)
@@ -468,28 +453,6 @@ class StepRecorder:
         if opened.measured is None or self._measured_at == "hook" or opened.change is not None:
             return opened.measured is None
         return self._is_stale() or (self._measured_at == "step" and opened.clip_factor is None)
-
-    def _take_part(self) -> None:
-        """Joins the other ranks in a step that this one has not measured; the step's number alone decides."""
-        opened, whole = self._open, self._observer.whole
-        if whole is not None and opened.number % self._every == 0 and self._reduced_step != opened.number:
-            self._reduced_step = opened.number
-            whole.start(opened.number, None, None)
-            self._pending = PendingStep(None)
-
-    def _complete(self) -> None:
-        """Finishes the step whose gradients are being reduced."""
-        pending, self._pending = self._pending, None
-        whole = self._observer.whole
-        if pending is None or whole is None:
-            return
-        ring = self.history.ring
-        told = whole.finish(ring.rows()[whole.device], ring.signal_rows() if whole.n_signals > 0 else None)
-        if pending.slot is None:
-            return
-        ratios = (told.smallest, told.largest)
-        ring.commit(pending.slot, pending.loss, pending.scale, told.skipped, pending.signal_scale, ratios)
-        self.history.look_for_nonfinite()
 
     def _finish(
         self,
@@ -520,23 +483,8 @@ class StepRecorder:
         inverse: torch.Tensor | float = 1.0 if scale is None else scale.inverse
         loss = mean(opened.losses) if opened.losses else None
         gradient_scale = 1.0 if opened.is_unscaled else inverse
-        if whole is not None and not is_skipped:
-            slot.tolerance = whole.tolerance
-            self._reduced_step = opened.number
-            whole.start(
-                opened.number,
-                self._rows() if has_gradients else None,
-                measured,
-                self._observer.partials,
-                Shared(*change.ratios, skipped),
-                None if slot.events is None else (self.history.ring.signal_rows(), slot.events.measured),
-            )
-            self._pending = PendingStep(slot, loss, gradient_scale, inverse)
-        else:
-            if whole is not None:
-                self.history.ring.rows()[whole.device].zero_()
-            self.history.ring.commit(slot, loss, gradient_scale, skipped, inverse, change.ratios)
-            self.history.look_for_nonfinite()
+        closed = ClosedStep(slot, loss, gradient_scale, skipped, inverse, change.ratios)
+        self._reduction.commit(opened, closed, has_gradients, is_skipped)
         if not self._are_gradients_off:
             self.coverage.note(opened.number, measured, is_complete)
 
@@ -548,7 +496,7 @@ class StepRecorder:
                 return Change()
             return Change((opened.clip_factor, opened.clip_factor), tolerance=0.0)
         gradients = self._observer.gradients_stepped_by(optimizer)
-        comparison = self._observer.meter.compare(gradients, self._rows())
+        comparison = self._observer.meter.compare(gradients, self._reduction.rows())
         if comparison is None:
             return Change((math.inf, -math.inf)) if self._observer.whole is not None else Change()
         is_unscaled = scale is not None and not opened.is_unscaled and scale.is_removed_from(optimizer)
