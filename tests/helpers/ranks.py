@@ -1,0 +1,147 @@
+"""Runs cases in several processes that talk to each other with gloo over the loopback device."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Case = Callable[[int, int], object]
+"""Takes the rank and the number of ranks; both it and what it returns can be pickled."""
+
+_COLLECTIVE_S = 20.0
+_CASE_S = 45.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank made of one case.
+
+    Attributes:
+        value: What the case returned, None if it failed.
+        error: The traceback, or why the case was not run; None if it succeeded.
+    """
+
+    value: Any = None
+    error: str | None = None
+
+
+def run_ranks(
+    n_ranks: int, cases: Mapping[str, Case], folder: Path, limit_s: float = 240.0
+) -> dict[str, list[Outcome]]:
+    """Runs cases one after another in the same processes, each with a process group of its own.
+
+    A case that raises on some ranks ends on the others with an error of their next collective, and the next case starts
+    afresh. If a process ends or hangs, the cases left are not run.
+
+    Args:
+        n_ranks: Number of processes.
+        cases: Cases by name.
+        folder: Folder for files of this run.
+        limit_s: Processes that still run after this time are killed.
+
+    Returns:
+        For each case, the outcome of each rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_run_rank, args=(rank, n_ranks, store.port, dict(cases), folder), daemon=True)
+        for rank in range(n_ranks)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + limit_s
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        time.sleep(0.1)
+        if any(process.exitcode for process in processes):
+            store.set("over", "")
+    killed = [process.is_alive() for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    by_rank = []
+    for rank, process in enumerate(processes):
+        found = _read(_results(folder, rank))
+        end_of_log = _log(folder, rank).read_text(errors="replace")[-3000:] if _log(folder, rank).exists() else ""
+        how = f"was killed after {limit_s} s" if killed[rank] else f"ended with exit code {process.exitcode}"
+        missing = Outcome(error=f"not run to its end: rank {rank} {how}\n{end_of_log}")
+        by_rank.append({name: found.get(name, missing) for name in cases})
+    return {name: [outcomes[name] for outcomes in by_rank] for name in cases}
+
+
+def _results(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.pickle"
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+def _read(path: Path) -> dict[str, Outcome]:
+    found: dict[str, Outcome] = {}
+    if path.exists():
+        with path.open("rb") as file:
+            while True:
+                try:
+                    name, outcome = pickle.load(file)
+                except (EOFError, pickle.UnpicklingError):
+                    break
+                found[name] = outcome
+    return found
+
+
+def _run_rank(rank: int, n_ranks: int, port: int, cases: dict[str, Case], folder: Path) -> None:
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", GRADPROBE_MEET_TIMEOUT_S="10")
+    torch.set_num_threads(1)
+    log = _log(folder, rank).open("w")
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    gc.collect()
+    gc.freeze()  # later collections pass over what the imports have made
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=_CASE_S))
+    with _results(folder, rank).open("wb") as results:
+        for name, case in cases.items():
+            store.set(f"start/{name}/{rank}", "")
+            while not store.check([f"start/{name}/{other}" for other in range(n_ranks)]):
+                if store.check(["over"]):
+                    print("another rank has ended", flush=True)
+                    os._exit(1)
+                time.sleep(0.005)
+            faulthandler.dump_traceback_later(_CASE_S, exit=True, file=log)
+            outcome = _run_case(case, rank, n_ranks, dist.PrefixStore(f"case/{name}", store))
+            gc.collect()  # groups that a model or an error still holds keep their connections open
+            faulthandler.cancel_dump_traceback_later()
+            pickle.dump((name, outcome), results)
+            results.flush()
+    log.flush()
+    os._exit(0)  # what a failed case left must not delay the end
+
+
+def _run_case(case: Case, rank: int, n_ranks: int, store: dist.Store) -> Outcome:
+    try:
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=n_ranks, timeout=timedelta(seconds=_COLLECTIVE_S)
+        )
+        value = case(rank, n_ranks)
+        pickle.dumps(value)
+        return Outcome(value)
+    except Exception:  # noqa: BLE001
+        return Outcome(error=traceback.format_exc())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch._dynamo.reset()

@@ -1,0 +1,207 @@
+"""Trainings of a layout with and without a probe, reduced to what can be sent to the process of the tests."""
+
+from __future__ import annotations
+
+import math
+import traceback
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from helpers.layouts import LAYOUTS, Gradients, Layout, Part
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import gradprobe
+
+Statistics = dict[str, float]
+"""As the fields of `SiteStats`."""
+
+MAX_NORM = 0.02
+_N_STEPS = 3
+_SEED = 7
+
+
+@dataclass
+class Truth:
+    """One step of a training without a probe.
+
+    Attributes:
+        sites: Statistics of the whole gradients before clipping, by name.
+        total: Their norm together.
+        returned: What torch's clipping returned, if it clipped.
+        weights: The bytes of this rank's parameters after the step.
+        values: The same as numbers.
+    """
+
+    sites: dict[str, Statistics]
+    total: float
+    returned: float | None = None
+    weights: dict[str, bytes] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass
+class Seen:
+    """One snapshot."""
+
+    step: int
+    sites: dict[str, Statistics]
+    total_norm: float
+    reduction: str
+    state: str
+    clip_factor: float | None
+
+
+@dataclass
+class Trained:
+    """What one rank saw.
+
+    Attributes:
+        bare: The steps without a probe.
+        alone: The steps in one process, on the batches of all ranks together.
+        parts: Which parameters of the one process make up a parameter.
+        snapshots: What the probe recorded.
+        returned: What `Probe.clip_grad_norm_` returned.
+        weights: The bytes of this rank's parameters after each step with the probe.
+        values: The same as numbers.
+        warned: Warnings while the probe was attached.
+        error: The traceback if the training with the probe failed.
+    """
+
+    bare: list[Truth]
+    alone: list[Truth]
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    snapshots: list[Seen] = field(default_factory=list)
+    returned: list[float] = field(default_factory=list)
+    weights: list[dict[str, bytes]] = field(default_factory=list)
+    values: list[dict[str, list[float]]] = field(default_factory=list)
+    warned: list[str] = field(default_factory=list)
+    error: str | None = None
+
+
+def statistics(gradient: torch.Tensor) -> Statistics:
+    """Computes in float64 what a snapshot should say of a gradient."""
+    x = gradient.detach().double().flatten()
+    n = max(1, x.numel())
+    largest = x.abs().max().item() if x.numel() else 0.0
+    unit = largest if math.isfinite(largest) and largest > 0 else 1.0
+    x = x / unit
+    mean = x.sum().item() / n
+    return {
+        "norm": x.square().sum().sqrt().item() * unit,
+        "rms": (x.square().sum() / n).sqrt().item() * unit,
+        "abs_max": largest,
+        "abs_mean": x.abs().sum().item() / n * unit,
+        "mean": mean * unit,
+        "std": (x - mean).square().mean().sqrt().item() * unit if x.numel() > 1 else 0.0,
+        "zero_fraction": (x == 0).sum().item() / n,
+        "nonfinite": int((~torch.isfinite(x)).sum()),
+        "numel": x.numel(),
+    }
+
+
+def train_case(layout: str, variant: str, rank: int, n_ranks: int) -> Trained:
+    """Trains a layout without and with a probe."""
+    one = LAYOUTS[layout]
+    alone_model = _fresh(one)
+    alone = _train_bare(one, Part(alone_model, alone_model), variant, clips_by_hand=True)
+    bare_part = one.build(_fresh(one), rank, n_ranks, variant == "bfloat16")
+    trained = Trained(_train_bare(one, bare_part, variant), alone, dict(bare_part.parts or {}))
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _train_probed(one, one.build(_fresh(one), rank, n_ranks, variant == "bfloat16"), variant, trained)
+        trained.warned = [str(each.message) for each in caught if issubclass(each.category, gradprobe.GradprobeWarning)]
+    except Exception:  # noqa: BLE001
+        trained.error = traceback.format_exc()
+    return trained
+
+
+def _fresh(layout: Layout) -> nn.Module:
+    torch.manual_seed(_SEED)
+    return layout.model()
+
+
+def _backward(layout: Layout, part: Part, step: int, variant: str) -> None:
+    n = 2 if variant == "accumulated" else 1
+    for k in range(n):
+        batch = layout.batch(torch.Generator().manual_seed(100 * step + k))
+        part.backward(batch, 1.0 / n, k == n - 1)
+
+
+def _train_bare(layout: Layout, part: Part, variant: str, clips_by_hand: bool = False) -> list[Truth]:
+    optimizer = torch.optim.SGD(part.model.parameters(), lr=0.1)
+    steps = []
+    for step in range(_N_STEPS):
+        optimizer.zero_grad()
+        _backward(layout, part, step, variant)
+        truth = _truth_of(part.gradients())
+        if variant in ("torch clip", "probe clip"):
+            if part.clip is not None and not clips_by_hand:
+                truth.returned = float(part.clip(MAX_NORM))
+            else:
+                _scale(part.model, min(1.0, MAX_NORM / (truth.total + 1e-6)))
+        optimizer.step()
+        truth.weights, truth.values = _weights(part.model)
+        steps.append(truth)
+    return steps
+
+
+def _train_probed(layout: Layout, part: Part, variant: str, trained: Trained) -> None:
+    optimizer = torch.optim.SGD(part.model.parameters(), lr=0.1)
+    probe = gradprobe.attach(part.model, optimizer=optimizer, process_group=part.process_group, strict=True)
+    with probe:
+        for step in range(_N_STEPS):
+            optimizer.zero_grad()
+            _backward(layout, part, step, variant)
+            if variant == "probe clip":
+                # the two ways of clipping may round the weights before differently
+                truth = _truth_of(part.gradients())
+                trained.bare[step].sites, trained.bare[step].total = truth.sites, truth.total
+                trained.returned.append(float(_plain(probe.clip_grad_norm_(MAX_NORM))))
+            elif variant == "torch clip":
+                assert part.clip is not None
+                part.clip(MAX_NORM)
+            optimizer.step()
+            bits, values = _weights(part.model)
+            trained.weights.append(bits)
+            trained.values.append(values)
+        trained.snapshots = [_seen(snapshot) for snapshot in probe.history()]
+
+
+def _seen(snapshot: gradprobe.Snapshot) -> Seen:
+    sites = {}
+    for name, stats in snapshot.sites.items():
+        values: dict[str, Any] = asdict(stats)
+        assert values.pop("name") == name
+        values.pop("kind")
+        sites[name] = values
+    provenance = snapshot.provenance
+    return Seen(snapshot.step, sites, snapshot.total_norm, provenance.reduction, provenance.state, snapshot.clip_factor)
+
+
+def _truth_of(gradients: Gradients) -> Truth:
+    sites = {name: statistics(gradient) for name, gradient in gradients.items()}
+    return Truth(sites, math.hypot(*(site["norm"] for site in sites.values())))
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _scale(model: nn.Module, factor: float) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            _local(parameter.grad).mul_(factor)
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, bytes], dict[str, list[float]]]:
+    local = {name: _local(parameter).contiguous().flatten() for name, parameter in model.named_parameters()}
+    bits = {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in local.items()}
+    return bits, {name: tensor.tolist() for name, tensor in local.items()}
