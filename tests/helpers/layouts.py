@@ -33,6 +33,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 Gradients = dict[str, torch.Tensor]
+LossOf = Callable[[torch.Tensor], torch.Tensor]
+"""Returns the loss of an output, a mean over its rows."""
 Reduction = Literal["local", "averaged", "global", "shard"]
 
 
@@ -122,17 +124,17 @@ class Part:
     around: Callable[[bool], AbstractContextManager[Any]] = lambda _: contextlib.nullcontext()
     gather: Callable[[], Gradients] | None = None
     clip: Callable[[float], torch.Tensor] | None = None
-    run: Callable[[torch.Tensor, float], None] | None = None
+    run: Callable[[torch.Tensor, LossOf], None] | None = None
     parts: Mapping[str, tuple[str, ...]] | None = None
 
-    def backward(self, batch: torch.Tensor, factor: float, is_last: bool) -> None:
-        """Adds to the gradients those of the mean square of the outputs, times a factor."""
+    def backward(self, batch: torch.Tensor, loss_of: LossOf, is_last: bool) -> None:
+        """Adds to the gradients those of the loss of this rank's rows of a batch."""
         rows = batch[self.share[0] :: self.share[1]]
         with self.around(is_last):
             if self.run is not None:
-                self.run(rows, factor)
+                self.run(rows, loss_of)
             else:
-                (self.call(rows).float().square().mean() * factor).backward()
+                loss_of(self.call(rows)).backward()
 
     def gradients(self) -> Gradients:
         """Returns the whole gradients, by the name of the parameter. Every rank must call it."""
@@ -298,9 +300,8 @@ def replicated(how: str) -> Callable[..., Part]:
             return Part(model, model, (rank, n_ranks), clip=clipper(model))
         distribute_module(model, mesh)
 
-        def run(rows: torch.Tensor, factor: float) -> None:
-            y = model(DTensor.from_local(rows, mesh, [Shard(0)], run_check=False))
-            (y.square().mean() * factor).backward()
+        def run(rows: torch.Tensor, loss_of: LossOf) -> None:
+            loss_of(model(DTensor.from_local(rows, mesh, [Shard(0)], run_check=False))).backward()
 
         return Part(model, model, (rank, n_ranks), run=run)
 
@@ -404,7 +405,7 @@ def pipeline(scheduled: bool = False) -> Callable[..., Part]:
 
         module = Stage()
 
-        def by_hand(rows: torch.Tensor, factor: float) -> None:
+        def by_hand(rows: torch.Tensor, loss_of: LossOf) -> None:
             if rank == 0:
                 y = module(rows)
                 dist.send(y.detach(), 1)
@@ -415,14 +416,14 @@ def pipeline(scheduled: bool = False) -> Callable[..., Part]:
                 x = torch.empty(len(rows), 12)
                 dist.recv(x, 0)
                 x.requires_grad_()
-                (module(x).square().mean() * factor).backward()
+                loss_of(module(x)).backward()
                 dist.send(x.grad, 0)
 
-        def by_schedule(rows: torch.Tensor, factor: float) -> None:
+        def by_schedule(rows: torch.Tensor, loss_of: LossOf) -> None:
             schedule = Schedule1F1B(
                 PipelineStage(module, rank, n_ranks, torch.device("cpu")),
                 n_microbatches=2,
-                loss_fn=lambda y, _: y.square().mean() * factor / 2,
+                loss_fn=lambda y, _: loss_of(y) / 2,
                 scale_grads=False,
             )
             if rank == 0:
@@ -471,11 +472,13 @@ def plain_name(name: str) -> str:
     return name
 
 
-_CLIPS = ("plain", "accumulated", "probe clip")
-_HALF = ("plain", "accumulated", "torch clip", "probe clip", "bfloat16")
+_BASIC = ("plain", "accumulated", "probe clip")
+_CLIPS = ("plain", "accumulated", "torch clip", "probe clip")
+_RANGE = ("nonfinite", "tiny")
+_ALL = (*_CLIPS, *_RANGE, "wide", "bfloat16", "scaler")
 
 LAYOUTS: dict[str, Layout] = {
-    "ddp": Layout(2, ddp(), reduction="averaged", variants=_HALF),
+    "ddp": Layout(2, ddp(), reduction="averaged", variants=_ALL),
     "ddp bucket view": Layout(2, ddp(gradient_as_bucket_view=True), reduction="averaged"),
     "ddp static graph": Layout(2, ddp(static_graph=True), reduction="averaged", variants=("plain", "torch clip")),
     "ddp unused": Layout(
@@ -490,35 +493,35 @@ LAYOUTS: dict[str, Layout] = {
     "ddp.module": Layout(2, ddp("module"), reduction="averaged"),
     "ddp compiled": Layout(2, ddp("compiled"), reduction="averaged", variants=("plain",)),
     "ddp no_sync": Layout(2, ddp(sync=False), reduction="local", variants=("plain",), is_exact=False, is_same=False),
-    "fsdp2": Layout(2, fsdp2(), variants=_HALF),
-    "fsdp2 nested": Layout(2, fsdp2(nested=True), variants=_HALF),
-    "fsdp2 uneven": Layout(2, fsdp2(nested=True), uneven),
+    "fsdp2": Layout(2, fsdp2(), variants=_ALL),
+    "fsdp2 nested": Layout(2, fsdp2(nested=True), variants=(*_CLIPS, "bfloat16")),
+    "fsdp2 uneven": Layout(2, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE)),
     "fsdp2 tied": Layout(2, fsdp2(), Tied, tokens),
     "fsdp2 local": Layout(2, local_of(fsdp2()), reduction="shard", variants=("plain",), is_exact=False, is_same=False),
-    "fsdp1": Layout(2, fsdp1(), variants=_HALF),
-    "fsdp1 flat": Layout(2, fsdp1(orig=False), uneven, variants=_HALF),
+    "fsdp1": Layout(2, fsdp1(), variants=(*_CLIPS, *_RANGE, "bfloat16")),
+    "fsdp1 flat": Layout(2, fsdp1(orig=False), uneven, variants=(*_CLIPS, *_RANGE, "bfloat16")),
     "fsdp1 shard_grad_op": Layout(2, fsdp1(ShardingStrategy.SHARD_GRAD_OP), uneven),
     "fsdp1 no_shard": Layout(2, fsdp1(ShardingStrategy.NO_SHARD)),
-    "tensor parallel": Layout(2, tensor_parallel(head=True), variants=_HALF),
-    "tensor parallel beside plain": Layout(2, tensor_parallel(), variants=_CLIPS),
+    "tensor parallel": Layout(2, tensor_parallel(head=True), variants=_ALL),
+    "tensor parallel beside plain": Layout(2, tensor_parallel(), variants=(*_BASIC, *_RANGE)),
     "tensor parallel local": Layout(
         2, local_of(tensor_parallel(head=True)), reduction="shard", variants=("plain",), is_exact=False, is_same=False
     ),
-    "sequence parallel": Layout(2, sequence_parallel, Normed, sequences),
+    "sequence parallel": Layout(2, sequence_parallel, Normed, sequences, variants=(*_CLIPS, *_RANGE)),
     "replicate": Layout(2, replicated("replicate")),
-    "distribute_module": Layout(2, replicated("distribute"), variants=_CLIPS),
-    "hand-made": Layout(2, hand_made(), uneven, variants=_CLIPS),
-    "hand-made beside replicas": Layout(2, hand_made(beside_replicas=True), variants=_CLIPS),
-    "pipeline": Layout(2, pipeline(), variants=_CLIPS),
-    "pipeline 1F1B": Layout(2, pipeline(scheduled=True), variants=_CLIPS),
-    "fsdp2 on 4": Layout(4, fsdp2(nested=True), uneven),
-    "hsdp": Layout(4, fsdp2(nested=True, shape=(2, 2)), variants=_HALF),
-    "hsdp uneven": Layout(4, fsdp2(shape=(2, 2)), uneven, variants=_CLIPS),
-    "fsdp2 x tensor parallel": Layout(4, fsdp2_and_tensor_parallel, variants=_CLIPS),
-    "two meshes": Layout(4, two_meshes, variants=_CLIPS),
+    "distribute_module": Layout(2, replicated("distribute"), variants=(*_BASIC, *_RANGE)),
+    "hand-made": Layout(2, hand_made(), uneven, variants=(*_BASIC, *_RANGE)),
+    "hand-made beside replicas": Layout(2, hand_made(beside_replicas=True), variants=_BASIC),
+    "pipeline": Layout(2, pipeline(), variants=_BASIC),
+    "pipeline 1F1B": Layout(2, pipeline(scheduled=True), variants=_BASIC),
+    "fsdp2 on 4": Layout(4, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE)),
+    "hsdp": Layout(4, fsdp2(nested=True, shape=(2, 2)), variants=_ALL),
+    "hsdp uneven": Layout(4, fsdp2(shape=(2, 2)), uneven, variants=_BASIC),
+    "fsdp2 x tensor parallel": Layout(4, fsdp2_and_tensor_parallel, variants=(*_BASIC, *_RANGE, "wide")),
+    "two meshes": Layout(4, two_meshes, variants=_BASIC),
     "fsdp1 on 4": Layout(4, fsdp1(), uneven),
-    "fsdp1 hybrid": Layout(4, fsdp1(ShardingStrategy.HYBRID_SHARD), uneven, variants=_CLIPS),
-    "tensor parallel on 4": Layout(4, tensor_parallel(), variants=_CLIPS),
-    "sequence parallel on 4": Layout(4, sequence_parallel, Normed, sequences, variants=_CLIPS),
-    "hand-made on 4": Layout(4, hand_made(), uneven, variants=_CLIPS),
+    "fsdp1 hybrid": Layout(4, fsdp1(ShardingStrategy.HYBRID_SHARD), uneven, variants=_BASIC),
+    "tensor parallel on 4": Layout(4, tensor_parallel(), variants=(*_BASIC, *_RANGE)),
+    "sequence parallel on 4": Layout(4, sequence_parallel, Normed, sequences, variants=_BASIC),
+    "hand-made on 4": Layout(4, hand_made(), uneven, variants=(*_BASIC, *_RANGE)),
 }

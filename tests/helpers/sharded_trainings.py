@@ -52,6 +52,8 @@ class Seen:
     reduction: str
     state: str
     clip_factor: float | None
+    skipped: bool
+    scale: str
 
 
 @dataclass
@@ -85,6 +87,7 @@ def statistics(gradient: torch.Tensor) -> Statistics:
     """Computes in float64 what a snapshot should say of a gradient."""
     x = gradient.detach().double().flatten()
     n = max(1, x.numel())
+    n_zero = int((x == 0).sum())
     largest = x.abs().max().item() if x.numel() else 0.0
     unit = largest if math.isfinite(largest) and largest > 0 else 1.0
     x = x / unit
@@ -96,7 +99,7 @@ def statistics(gradient: torch.Tensor) -> Statistics:
         "abs_mean": x.abs().sum().item() / n * unit,
         "mean": mean * unit,
         "std": (x - mean).square().mean().sqrt().item() * unit if x.numel() > 1 else 0.0,
-        "zero_fraction": (x == 0).sum().item() / n,
+        "zero_fraction": n_zero / n,
         "nonfinite": int((~torch.isfinite(x)).sum()),
         "numel": x.numel(),
     }
@@ -105,57 +108,85 @@ def statistics(gradient: torch.Tensor) -> Statistics:
 def train_case(layout: str, variant: str, rank: int, n_ranks: int) -> Trained:
     """Trains a layout without and with a probe."""
     one = LAYOUTS[layout]
-    alone_model = _fresh(one)
+    alone_model = _fresh(one, variant)
     alone = _train_bare(one, Part(alone_model, alone_model), variant, clips_by_hand=True)
-    bare_part = one.build(_fresh(one), rank, n_ranks, variant == "bfloat16")
+    bare_part = one.build(_fresh(one, variant), rank, n_ranks, variant == "bfloat16")
     trained = Trained(_train_bare(one, bare_part, variant), alone, dict(bare_part.parts or {}))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            _train_probed(one, one.build(_fresh(one), rank, n_ranks, variant == "bfloat16"), variant, trained)
+            _train_probed(one, one.build(_fresh(one, variant), rank, n_ranks, variant == "bfloat16"), variant, trained)
         trained.warned = [str(each.message) for each in caught if issubclass(each.category, gradprobe.GradprobeWarning)]
     except Exception:  # noqa: BLE001
         trained.error = traceback.format_exc()
     return trained
 
 
-def _fresh(layout: Layout) -> nn.Module:
+def _fresh(layout: Layout, variant: str) -> nn.Module:
     torch.manual_seed(_SEED)
-    return layout.model()
+    model = layout.model()
+    return model.double() if variant == "wide" else model
 
 
-def _backward(layout: Layout, part: Part, step: int, variant: str) -> None:
+def _optimizer(part: Part, variant: str) -> torch.optim.SGD:
+    return torch.optim.SGD(part.model.parameters(), lr=0.0 if variant == "wide" else 0.1)
+
+
+def _scaler(variant: str) -> torch.amp.GradScaler | None:
+    return torch.amp.GradScaler("cpu", init_scale=1024.0) if variant == "scaler" else None
+
+
+def _backward(layout: Layout, part: Part, step: int, variant: str, scaler: torch.amp.GradScaler | None) -> None:
     n = 2 if variant == "accumulated" else 1
+
+    def loss_of(y: torch.Tensor) -> torch.Tensor:
+        if variant == "wide":
+            # the rows of the last weight, which ranks share out, have gradients of every size
+            return (y * torch.logspace(-140.0, 80.0, y.shape[-1], dtype=y.dtype)).square().mean()
+        loss = y.float().square().mean() / n
+        if variant == "tiny":
+            return loss * 1e-25
+        if scaler is not None:
+            return scaler.scale(loss * (math.inf if step == 1 else 1.0))
+        return loss
+
     for k in range(n):
         batch = layout.batch(torch.Generator().manual_seed(100 * step + k))
-        part.backward(batch, 1.0 / n, k == n - 1)
+        if variant == "wide":
+            batch = batch.double()
+        if variant == "nonfinite" and step == _N_STEPS - 1:
+            batch[0, ..., 0] = math.inf
+        part.backward(batch, loss_of, k == n - 1)
 
 
 def _train_bare(layout: Layout, part: Part, variant: str, clips_by_hand: bool = False) -> list[Truth]:
-    optimizer = torch.optim.SGD(part.model.parameters(), lr=0.1)
+    optimizer, scaler = _optimizer(part, variant), _scaler(variant)
     steps = []
     for step in range(_N_STEPS):
         optimizer.zero_grad()
-        _backward(layout, part, step, variant)
-        truth = _truth_of(part.gradients())
+        _backward(layout, part, step, variant, scaler)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        truth = _truth_of({name: gradient / scale for name, gradient in part.gradients().items()})
         if variant in ("torch clip", "probe clip"):
             if part.clip is not None and not clips_by_hand:
                 truth.returned = float(part.clip(MAX_NORM))
             else:
                 _scale(part.model, min(1.0, MAX_NORM / (truth.total + 1e-6)))
-        optimizer.step()
+        _step(optimizer, scaler)
         truth.weights, truth.values = _weights(part.model)
         steps.append(truth)
     return steps
 
 
 def _train_probed(layout: Layout, part: Part, variant: str, trained: Trained) -> None:
-    optimizer = torch.optim.SGD(part.model.parameters(), lr=0.1)
-    probe = gradprobe.attach(part.model, optimizer=optimizer, process_group=part.process_group, strict=True)
+    optimizer, scaler = _optimizer(part, variant), _scaler(variant)
+    probe = gradprobe.attach(
+        part.model, optimizer=optimizer, grad_scaler=scaler, process_group=part.process_group, strict=True
+    )
     with probe:
         for step in range(_N_STEPS):
             optimizer.zero_grad()
-            _backward(layout, part, step, variant)
+            _backward(layout, part, step, variant, scaler)
             if variant == "probe clip":
                 # the two ways of clipping may round the weights before differently
                 truth = _truth_of(part.gradients())
@@ -164,11 +195,19 @@ def _train_probed(layout: Layout, part: Part, variant: str, trained: Trained) ->
             elif variant == "torch clip":
                 assert part.clip is not None
                 part.clip(MAX_NORM)
-            optimizer.step()
+            _step(optimizer, scaler)
             bits, values = _weights(part.model)
             trained.weights.append(bits)
             trained.values.append(values)
         trained.snapshots = [_seen(snapshot) for snapshot in probe.history()]
+
+
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def _seen(snapshot: gradprobe.Snapshot) -> Seen:
@@ -179,12 +218,22 @@ def _seen(snapshot: gradprobe.Snapshot) -> Seen:
         values.pop("kind")
         sites[name] = values
     provenance = snapshot.provenance
-    return Seen(snapshot.step, sites, snapshot.total_norm, provenance.reduction, provenance.state, snapshot.clip_factor)
+    return Seen(
+        snapshot.step,
+        sites,
+        snapshot.total_norm,
+        provenance.reduction,
+        provenance.state,
+        snapshot.clip_factor,
+        snapshot.skipped,
+        provenance.scale,
+    )
 
 
 def _truth_of(gradients: Gradients) -> Truth:
     sites = {name: statistics(gradient) for name, gradient in gradients.items()}
-    return Truth(sites, math.hypot(*(site["norm"] for site in sites.values())))
+    norms = torch.tensor([site["norm"] for site in sites.values()], dtype=torch.float64)
+    return Truth(sites, statistics(norms)["norm"])
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -203,5 +252,7 @@ def _scale(model: nn.Module, factor: float) -> None:
 
 def _weights(model: nn.Module) -> tuple[dict[str, bytes], dict[str, list[float]]]:
     local = {name: _local(parameter).contiguous().flatten() for name, parameter in model.named_parameters()}
-    bits = {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in local.items()}
+    # the bits of NaN may differ from run to run
+    plain = {name: torch.where(tensor.isnan(), math.nan, tensor) for name, tensor in local.items()}
+    bits = {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in plain.items()}
     return bits, {name: tensor.tolist() for name, tensor in local.items()}
