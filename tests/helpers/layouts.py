@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
@@ -208,7 +209,7 @@ def ddp(pick: str = "ddp", hook: Any = None, sync: bool = True, **options: Any) 
     return build
 
 
-def fsdp2(nested: bool = False, shape: tuple[int, ...] | None = None) -> Callable[..., Part]:
+def fsdp2(nested: bool = False, shape: tuple[int, ...] | None = None, by_columns: bool = False) -> Callable[..., Part]:
     def build(model: nn.Module, rank: int, n_ranks: int, half: bool) -> Part:
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
         names = None if shape is None else ("copies", "shards")
@@ -216,7 +217,8 @@ def fsdp2(nested: bool = False, shape: tuple[int, ...] | None = None) -> Callabl
         for layer in model.children() if nested else ():
             if list(layer.parameters()):
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
-        whole: Any = fully_shard(model, mesh=mesh, mp_policy=policy)
+        placement = (lambda parameter: Shard(parameter.ndim - 1)) if by_columns else None
+        whole: Any = fully_shard(model, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
 
         @contextlib.contextmanager
         def around(is_last: bool) -> Iterator[None]:
@@ -272,7 +274,9 @@ def two_meshes(model: Any, rank: int, n_ranks: int, half: bool) -> Part:
     return Part(model, model)
 
 
-def fsdp1(strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD, orig: bool = True) -> Callable[..., Part]:
+def fsdp1(
+    strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD, orig: bool = True, nested: bool = False
+) -> Callable[..., Part]:
     def build(model: nn.Module, rank: int, n_ranks: int, half: bool) -> Part:
         shape = (2, 2) if strategy is ShardingStrategy.HYBRID_SHARD else (n_ranks,)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
@@ -280,12 +284,12 @@ def fsdp1(strategy: ShardingStrategy = ShardingStrategy.FULL_SHARD, orig: bool =
             model,
             sharding_strategy=strategy,
             device_mesh=mesh,
+            auto_wrap_policy=ModuleWrapPolicy({nn.Linear}) if nested else None,
             use_orig_params=orig,
             device_id=torch.device("cpu"),
             mixed_precision=MixedPrecision(torch.bfloat16, torch.float32) if half else None,
         )
-        fqns = tuple(wrapped._flat_param._fqns)  # type: ignore[attr-defined]
-        parts = None if orig else {name: fqns for name, _ in wrapped.named_parameters()}
+        parts = None if orig else {name: tuple(flat._fqns) for name, flat in wrapped.named_parameters()}
         gather = (lambda: _summoned(wrapped)) if orig else (lambda: _unflattened(wrapped))
         return Part(wrapped, wrapped, (rank, n_ranks), gather=gather, clip=wrapped.clip_grad_norm_, parts=parts)
 
@@ -475,7 +479,8 @@ def plain_name(name: str) -> str:
 _BASIC = ("plain", "accumulated", "probe clip")
 _CLIPS = ("plain", "accumulated", "torch clip", "probe clip")
 _RANGE = ("nonfinite", "tiny")
-_ALL = (*_CLIPS, *_RANGE, "wide", "bfloat16", "scaler")
+_WAYS = ("activations", "by hand", "at step")
+_ALL = (*_CLIPS, *_RANGE, *_WAYS, "wide", "bfloat16", "scaler")
 
 LAYOUTS: dict[str, Layout] = {
     "ddp": Layout(2, ddp(), reduction="averaged", variants=_ALL),
@@ -493,31 +498,33 @@ LAYOUTS: dict[str, Layout] = {
     "ddp.module": Layout(2, ddp("module"), reduction="averaged"),
     "ddp compiled": Layout(2, ddp("compiled"), reduction="averaged", variants=("plain",)),
     "ddp no_sync": Layout(2, ddp(sync=False), reduction="local", variants=("plain",), is_exact=False, is_same=False),
-    "fsdp2": Layout(2, fsdp2(), variants=_ALL),
+    "fsdp2": Layout(2, fsdp2(), variants=(*_ALL, "in hooks")),
     "fsdp2 nested": Layout(2, fsdp2(nested=True), variants=(*_CLIPS, "bfloat16")),
     "fsdp2 uneven": Layout(2, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE)),
+    "fsdp2 by columns": Layout(2, fsdp2(by_columns=True)),
     "fsdp2 tied": Layout(2, fsdp2(), Tied, tokens),
     "fsdp2 local": Layout(2, local_of(fsdp2()), reduction="shard", variants=("plain",), is_exact=False, is_same=False),
-    "fsdp1": Layout(2, fsdp1(), variants=(*_CLIPS, *_RANGE, "bfloat16")),
-    "fsdp1 flat": Layout(2, fsdp1(orig=False), uneven, variants=(*_CLIPS, *_RANGE, "bfloat16")),
+    "fsdp1": Layout(2, fsdp1(), variants=(*_CLIPS, *_RANGE, *_WAYS, "in hooks", "bfloat16")),
+    "fsdp1 nested": Layout(2, fsdp1(nested=True), uneven),
+    "fsdp1 flat": Layout(2, fsdp1(orig=False), uneven, variants=(*_CLIPS, *_RANGE, *_WAYS, "bfloat16")),
     "fsdp1 shard_grad_op": Layout(2, fsdp1(ShardingStrategy.SHARD_GRAD_OP), uneven),
     "fsdp1 no_shard": Layout(2, fsdp1(ShardingStrategy.NO_SHARD)),
-    "tensor parallel": Layout(2, tensor_parallel(head=True), variants=_ALL),
+    "tensor parallel": Layout(2, tensor_parallel(head=True), variants=(*_ALL, "in hooks")),
     "tensor parallel beside plain": Layout(2, tensor_parallel(), variants=(*_BASIC, *_RANGE)),
     "tensor parallel local": Layout(
         2, local_of(tensor_parallel(head=True)), reduction="shard", variants=("plain",), is_exact=False, is_same=False
     ),
-    "sequence parallel": Layout(2, sequence_parallel, Normed, sequences, variants=(*_CLIPS, *_RANGE)),
+    "sequence parallel": Layout(2, sequence_parallel, Normed, sequences, variants=(*_CLIPS, *_RANGE, *_WAYS)),
     "replicate": Layout(2, replicated("replicate")),
-    "distribute_module": Layout(2, replicated("distribute"), variants=(*_BASIC, *_RANGE)),
+    "distribute_module": Layout(2, replicated("distribute"), variants=(*_BASIC, *_RANGE, *_WAYS)),
     "hand-made": Layout(2, hand_made(), uneven, variants=(*_BASIC, *_RANGE)),
     "hand-made beside replicas": Layout(2, hand_made(beside_replicas=True), variants=_BASIC),
-    "pipeline": Layout(2, pipeline(), variants=_BASIC),
+    "pipeline": Layout(2, pipeline(), variants=(*_BASIC, *_WAYS)),
     "pipeline 1F1B": Layout(2, pipeline(scheduled=True), variants=_BASIC),
     "fsdp2 on 4": Layout(4, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE)),
     "hsdp": Layout(4, fsdp2(nested=True, shape=(2, 2)), variants=_ALL),
     "hsdp uneven": Layout(4, fsdp2(shape=(2, 2)), uneven, variants=_BASIC),
-    "fsdp2 x tensor parallel": Layout(4, fsdp2_and_tensor_parallel, variants=(*_BASIC, *_RANGE, "wide")),
+    "fsdp2 x tensor parallel": Layout(4, fsdp2_and_tensor_parallel, variants=(*_BASIC, *_RANGE, "wide", "activations")),
     "two meshes": Layout(4, two_meshes, variants=_BASIC),
     "fsdp1 on 4": Layout(4, fsdp1(), uneven),
     "fsdp1 hybrid": Layout(4, fsdp1(ShardingStrategy.HYBRID_SHARD), uneven, variants=_BASIC),

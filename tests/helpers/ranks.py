@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +45,39 @@ def run_ranks(
     """Runs cases one after another in the same processes, each with a process group of its own.
 
     A case that raises on some ranks ends on the others with an error of their next collective, and the next case starts
-    afresh. If a process ends or hangs, the cases left are not run.
+    afresh. After a case in which a process ends, the others run in new processes.
 
     Args:
         n_ranks: Number of processes.
         cases: Cases by name.
         folder: Folder for files of this run.
-        limit_s: Processes that still run after this time are killed.
+        limit_s: Processes that still run after this time are killed, and the cases left are not run.
 
     Returns:
         For each case, the outcome of each rank.
     """
+    end = time.monotonic() + limit_s
+    found: dict[str, list[Outcome]] = {}
+    while len(found) < len(cases):
+        left = {name: case for name, case in cases.items() if name not in found}
+        ran = _run_until_one_ends(n_ranks, left, folder / f"{len(found)}", end)
+        found.update(ran)
+        if time.monotonic() > end:
+            found.update({name: [Outcome(error="not run: out of time")] * n_ranks for name in left if name not in ran})
+    return found
+
+
+def _run_until_one_ends(n_ranks: int, cases: dict[str, Case], folder: Path, end: float) -> dict[str, list[Outcome]]:
+    """Returns the outcomes of the cases up to the first that a process did not survive."""
     folder.mkdir(parents=True, exist_ok=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_run_rank, args=(rank, n_ranks, store.port, dict(cases), folder), daemon=True)
+        context.Process(target=_run_rank, args=(rank, n_ranks, store.port, cases, folder), daemon=True)
         for rank in range(n_ranks)
     ]
     for process in processes:
         process.start()
-    end = time.monotonic() + limit_s
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         time.sleep(0.1)
         if any(process.exitcode for process in processes):
@@ -73,14 +86,22 @@ def run_ranks(
     for process in processes:
         process.kill()
         process.join()
-    by_rank = []
-    for rank, process in enumerate(processes):
-        found = _read(_results(folder, rank))
-        end_of_log = _log(folder, rank).read_text(errors="replace")[-3000:] if _log(folder, rank).exists() else ""
-        how = f"was killed after {limit_s} s" if killed[rank] else f"ended with exit code {process.exitcode}"
-        missing = Outcome(error=f"not run to its end: rank {rank} {how}\n{end_of_log}")
-        by_rank.append({name: found.get(name, missing) for name in cases})
-    return {name: [outcomes[name] for outcomes in by_rank] for name in cases}
+    by_rank = [_read(_results(folder, rank)) for rank in range(n_ranks)]
+    found = {}
+    for name in cases:
+        found[name] = [outcomes.get(name) for outcomes in by_rank]
+        if None in found[name]:
+            break
+    return {
+        name: [outcome or _lost(folder, rank, processes[rank], killed[rank]) for rank, outcome in enumerate(outcomes)]
+        for name, outcomes in found.items()
+    }
+
+
+def _lost(folder: Path, rank: int, process: SpawnProcess, was_killed: bool) -> Outcome:
+    log = _log(folder, rank).read_text(errors="replace")[-3000:] if _log(folder, rank).exists() else ""
+    how = "was killed, out of time" if was_killed else f"ended with exit code {process.exitcode}"
+    return Outcome(error=f"not run to its end: rank {rank} {how}\n{log}")
 
 
 def _results(folder: Path, rank: int) -> Path:

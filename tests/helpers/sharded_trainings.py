@@ -21,6 +21,11 @@ Statistics = dict[str, float]
 MAX_NORM = 0.02
 _N_STEPS = 3
 _SEED = 7
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "activations": {"activations": True},
+    "at step": {"when": "step"},
+    "in hooks": {"when": "hook"},
+}
 
 
 @dataclass
@@ -173,15 +178,21 @@ def _train_bare(layout: Layout, part: Part, variant: str, clips_by_hand: bool = 
             else:
                 _scale(part.model, min(1.0, MAX_NORM / (truth.total + 1e-6)))
         _step(optimizer, scaler)
-        truth.weights, truth.values = _weights(part.model)
+        truth.weights, truth.values = weights_of(part.model)
         steps.append(truth)
     return steps
 
 
 def _train_probed(layout: Layout, part: Part, variant: str, trained: Trained) -> None:
     optimizer, scaler = _optimizer(part, variant), _scaler(variant)
+    is_closed_by_hand = variant in ("by hand", "in hooks")
     probe = gradprobe.attach(
-        part.model, optimizer=optimizer, grad_scaler=scaler, process_group=part.process_group, strict=True
+        part.model,
+        optimizer=None if is_closed_by_hand else optimizer,
+        grad_scaler=scaler,
+        process_group=part.process_group,
+        strict=True,
+        **_OPTIONS.get(variant, {}),
     )
     with probe:
         for step in range(_N_STEPS):
@@ -195,8 +206,15 @@ def _train_probed(layout: Layout, part: Part, variant: str, trained: Trained) ->
             elif variant == "torch clip":
                 assert part.clip is not None
                 part.clip(MAX_NORM)
-            _step(optimizer, scaler)
-            bits, values = _weights(part.model)
+            if is_closed_by_hand:
+                with torch.no_grad():
+                    for parameter in part.model.parameters():
+                        if parameter.grad is not None:
+                            parameter.add_(parameter.grad, alpha=-0.1)
+                probe.step()
+            else:
+                _step(optimizer, scaler)
+            bits, values = weights_of(part.model)
             trained.weights.append(bits)
             trained.values.append(values)
         trained.snapshots = [_seen(snapshot) for snapshot in probe.history()]
@@ -250,7 +268,7 @@ def _scale(model: nn.Module, factor: float) -> None:
             _local(parameter.grad).mul_(factor)
 
 
-def _weights(model: nn.Module) -> tuple[dict[str, bytes], dict[str, list[float]]]:
+def weights_of(model: nn.Module) -> tuple[dict[str, bytes], dict[str, list[float]]]:
     local = {name: _local(parameter).contiguous().flatten() for name, parameter in model.named_parameters()}
     # the bits of NaN may differ from run to run
     plain = {name: torch.where(tensor.isnan(), math.nan, tensor) for name, tensor in local.items()}

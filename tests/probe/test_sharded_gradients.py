@@ -60,11 +60,14 @@ def test_statistics_are_those_of_the_whole_gradient(layout: str, variant: str, r
     for rank in found:
         assert [seen.step for seen in rank.snapshots] == list(range(len(rank.bare)))
         for seen, truth in zip(rank.snapshots, rank.bare, strict=True):
+            if seen.skipped and one.reduction == "global":  # without a step of the optimizer, nothing is reduced
+                assert seen.sites == {}
+                continue
             assert seen.sites.keys() == truth.sites.keys()
             for name, stats in seen.sites.items():
                 _assert_close(name, stats, truth.sites[name], 1e-6)
             assert seen.total_norm == pytest.approx(truth.total, rel=1e-6, nan_ok=True)
-        if one.is_exact and variant != "bfloat16":
+        if one.is_exact and variant not in ("bfloat16", "scaler"):
             for seen, alone in zip(rank.snapshots, rank.alone, strict=True):
                 _assert_close_to_one_process(seen.sites, alone, rank.parts)
     if one.is_same:

@@ -1,0 +1,350 @@
+"""Cases in which the ranks of a training do not do the same, and counters of what they do."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from helpers.layouts import LAYOUTS, Part
+from helpers.sharded_trainings import weights_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradprobe
+from gradprobe.observers.gradients import GradientMeter
+
+_N_STEPS = 5
+_FAULT_AT = 2
+
+Summary = dict[str, Any]
+
+
+def build(layout: str, rank: int, n_ranks: int) -> tuple[Part, torch.optim.SGD]:
+    torch.manual_seed(0)
+    one = LAYOUTS[layout]
+    part = one.build(one.model(), rank, n_ranks, False)
+    return part, torch.optim.SGD(part.model.parameters(), lr=0.1)
+
+
+def backward(layout: str, part: Part, step: int) -> None:
+    batch = LAYOUTS[layout].batch(torch.Generator().manual_seed(step))
+    part.backward(batch, lambda y: y.square().mean(), True)
+
+
+def bare(layout: str, rank: int, n_ranks: int) -> list[dict[str, bytes]]:
+    """Trains without a probe and returns the weights after each step."""
+    part, optimizer = build(layout, rank, n_ranks)
+    found = []
+    for step in range(_N_STEPS):
+        optimizer.zero_grad()
+        backward(layout, part, step)
+        optimizer.step()
+        found.append(weights_of(part.model)[0])
+    return found
+
+
+def train(
+    layout: str,
+    rank: int,
+    n_ranks: int,
+    attaches: bool = True,
+    around: Callable[[gradprobe.Probe | None, int], contextlib.AbstractContextManager[object]] | None = None,
+    **options: Any,
+) -> Summary:
+    """Trains, and tells whether the weights are those without a probe and what the probe recorded."""
+    expected = bare(layout, rank, n_ranks)
+    part, optimizer = build(layout, rank, n_ranks)
+    options = {"process_group": part.process_group, **options}
+    summary: Summary = {"same": [], "steps": {}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = gradprobe.attach(part.model, optimizer=optimizer, **options) if attaches else None
+        for step in range(_N_STEPS):
+            with around(probe, step) if around is not None else contextlib.nullcontext():
+                optimizer.zero_grad()
+                backward(layout, part, step)
+                optimizer.step()
+            summary["same"].append(weights_of(part.model)[0] == expected[step])
+        if probe is not None:
+            summary["steps"] = {s.step: {name: each.norm for name, each in s.sites.items()} for s in probe.history()}
+            summary["reduction"] = [s.provenance.reduction for s in probe.history()]
+            probe.detach()
+    summary["warned"] = [str(w.message) for w in caught if issubclass(w.category, gradprobe.GradprobeWarning)]
+    return summary
+
+
+def attached_alone(layout: str, rank: int, n_ranks: int) -> Summary:
+    """Attaches on the first rank only, where this is an error, then trains, then attaches on all."""
+    os.environ["GRADPROBE_MEET_TIMEOUT_S"] = "1"
+    part, _ = build(layout, rank, n_ranks)
+    message, waited = "", 0.0
+    if rank == 0:
+        start = time.monotonic()
+        try:
+            gradprobe.attach(part.model, process_group=part.process_group)
+        except gradprobe.ArgumentError as error:
+            message = str(error)
+        waited = time.monotonic() - start
+    dist.barrier()
+    os.environ["GRADPROBE_MEET_TIMEOUT_S"] = "10"
+    return {"message": message, "waited": waited, "later": train(layout, rank, n_ranks)}
+
+
+def attached_on_one(layout: str, options: dict[str, Any], rank: int, n_ranks: int) -> Summary:
+    """Trains with a probe on the first rank only."""
+    return train(layout, rank, n_ranks, attaches=rank == 0, **options)
+
+
+def other_options(layout: str, rank: int, n_ranks: int) -> str:
+    """Attaches with other options on each rank."""
+    part, _ = build(layout, rank, n_ranks)
+    try:
+        gradprobe.attach(part.model, process_group=part.process_group, every=1 + rank)
+    except gradprobe.ArgumentError as error:
+        return str(error)
+    return ""
+
+
+def other_models(rank: int, n_ranks: int) -> str:
+    """Attaches to models of other sizes on each rank."""
+    model = nn.Linear(4, 4 + 2 * rank)
+    fully_shard(model, mesh=init_device_mesh("cpu", (n_ranks,)))
+    try:
+        gradprobe.attach(model)
+    except gradprobe.ArgumentError as error:
+        return str(error)
+    return ""
+
+
+def failing(layout: str, rank: int, n_ranks: int) -> Summary:
+    """Measuring fails on the second rank in one step."""
+
+    @contextlib.contextmanager
+    def around(probe: gradprobe.Probe | None, step: int) -> Iterator[None]:
+        original = GradientMeter.measure
+
+        def measure(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("planted")
+
+        if rank == 1 and step == _FAULT_AT:
+            GradientMeter.measure = measure  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            GradientMeter.measure = original  # type: ignore[method-assign]
+
+    return train(layout, rank, n_ranks, around=around)
+
+
+def paused(layout: str, rank: int, n_ranks: int) -> Summary:
+    """The second rank pauses for a step."""
+
+    def around(probe: gradprobe.Probe | None, step: int) -> contextlib.AbstractContextManager[object]:
+        assert probe is not None
+        return probe.paused() if rank == 1 and step == _FAULT_AT else contextlib.nullcontext()
+
+    return train(layout, rank, n_ranks, around=around)
+
+
+def in_hooks(layout: str, rank: int, n_ranks: int) -> Summary:
+    """Measures each gradient in its hook, if `attach` does not refuse that."""
+    part, _ = build(layout, rank, n_ranks)
+    try:
+        probe = gradprobe.attach(part.model, process_group=part.process_group, when="hook", strict=True)
+    except gradprobe.ArgumentError as error:
+        return {"refused": str(error)}
+    backward(layout, part, 0)
+    probe.step()
+    snapshot = probe.latest(wait=True)
+    truth = {name: float(gradient.norm()) for name, gradient in part.gradients().items()}
+    found = {} if snapshot is None else {name: each.norm for name, each in snapshot.sites.items()}
+    return {"refused": None, "truth": truth, "found": found}
+
+
+def read_on_one(layout: str, rank: int, n_ranks: int) -> Summary:
+    """The first rank reads what the probe has, after every step."""
+
+    @contextlib.contextmanager
+    def around(probe: gradprobe.Probe | None, step: int) -> Iterator[None]:
+        assert probe is not None
+        yield
+        if rank == 0:
+            for read in (probe.latest, probe.history, probe.findings, probe.coverage, probe.first_nonfinite):
+                read()
+            probe.latest(wait=True)
+
+    return train(layout, rank, n_ranks, around=around)
+
+
+def killed(layout: str, rank: int, n_ranks: int) -> Summary:
+    """A rank dies between its backward pass and its step."""
+    part, optimizer = build(layout, rank, n_ranks)
+    gradprobe.attach(part.model, optimizer=optimizer, process_group=part.process_group)
+    start = time.monotonic()
+    for step in range(_N_STEPS):
+        start = time.monotonic()
+        try:
+            optimizer.zero_grad()
+            backward(layout, part, step)
+            if rank == 1 and step == _FAULT_AT:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimizer.step()
+        except Exception as error:  # noqa: BLE001
+            return {"step": step, "error": type(error).__module__, "waited": time.monotonic() - start}
+    return {}
+
+
+def differing_replicas(rank: int, n_ranks: int) -> list[str]:
+    """One rank's copy of a gradient is another."""
+    layout = "tensor parallel beside plain"
+    part, optimizer = build(layout, rank, n_ranks)
+    with torch.no_grad():
+        part.model.get_parameter("4.bias").add_(0.5 * rank)
+    with gradprobe.attach(part.model, optimizer=optimizer) as probe:
+        for step in range(_N_STEPS):
+            optimizer.zero_grad()
+            backward(layout, part, step)
+            optimizer.step()
+        return [f"{finding.rule}: {finding}" for finding in probe.findings()]
+
+
+def healthy(layout: str, rank: int, n_ranks: int) -> Summary:
+    """Trains for a while, and tells what the probe has found and not seen."""
+    part, optimizer = build(layout, rank, n_ranks)
+    with gradprobe.attach(part.model, optimizer=optimizer, process_group=part.process_group) as probe:
+        for step in range(12):
+            optimizer.zero_grad()
+            backward(layout, part, step)
+            optimizer.step()
+        return {"findings": [str(each) for each in probe.findings()], "silent": list(probe.coverage().silent)}
+
+
+class CountsCollectives(TorchDispatchMode):
+    """Counts collectives and their bytes; fails where the value of a tensor is read on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func)
+        assert "_local_scalar_dense" not in name, "a value was read on the host"
+        if name.startswith(("c10d.", "_c10d_functional.")) and "wait" not in name:
+            self.counts[name] += 1
+            if name.startswith("c10d.allreduce_"):
+                self.n_bytes += sum(tensor.nbytes for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(layout: str, options: dict[str, Any], clips: bool, rank: int, n_ranks: int) -> Summary:
+    """Counts per step what the probe adds to the collectives of a training."""
+    counted = []
+    for attaches in (False, True):
+        part, optimizer = build(layout, rank, n_ranks)
+        probe = (
+            gradprobe.attach(
+                part.model, optimizer=optimizer, strict=True, **{"process_group": part.process_group, **options}
+            )
+            if attaches
+            else None
+        )
+        steps = []
+        for step in range(_N_STEPS):
+            with CountsCollectives() as mode:
+                optimizer.zero_grad()
+                backward(layout, part, step)
+                if clips and probe is not None:
+                    probe.clip_grad_norm_(0.1)
+                optimizer.step()
+            steps.append((mode.counts, mode.n_bytes))
+        counted.append(steps)
+        if probe is not None:
+            probe.detach()
+    return _added(*counted)
+
+
+def collectives_of_many(n_parameters: int, rank: int, n_ranks: int) -> Summary:
+    """Counts as `collectives` does, for a number of parameters."""
+    counted = []
+    for attaches in (False, True):
+        torch.manual_seed(0)
+        model = Many(n_parameters)
+        fully_shard(model, mesh=init_device_mesh("cpu", (n_ranks,)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = gradprobe.attach(model, optimizer=optimizer, strict=True) if attaches else None
+        steps = []
+        for _ in range(3):
+            with CountsCollectives() as mode:
+                optimizer.zero_grad()
+                model(torch.ones(2)).backward()
+                optimizer.step()
+            steps.append((mode.counts, mode.n_bytes))
+        counted.append(steps)
+        if probe is not None:
+            assert len(probe.history()) == 3
+            probe.detach()
+    return _added(*counted)
+
+
+def collectives_of_skipped(rank: int, n_ranks: int) -> Summary:
+    """Counts as `collectives` does, with a scaler that skips the second step."""
+    layout, counted = "fsdp2", []
+    for attaches in (False, True):
+        part, optimizer = build(layout, rank, n_ranks)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        probe = gradprobe.attach(part.model, optimizer=optimizer, grad_scaler=scaler, strict=True) if attaches else None
+        steps = []
+        for step in range(3):
+            with CountsAll() as mode:
+                optimizer.zero_grad()
+                factor = float("inf") if step == 1 else 1.0
+                batch = LAYOUTS[layout].batch(torch.Generator().manual_seed(step))
+                scaler.scale(part.call(batch).square().mean() * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            steps.append((mode.counts, mode.n_bytes))
+        counted.append(steps)
+        if probe is not None:
+            probe.detach()
+    return _added(*counted)
+
+
+class CountsAll(CountsCollectives):
+    """Lets a scaler read whether its gradients were finite."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "_local_scalar_dense" in str(func):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Many(nn.Module):
+    """A model of many small parameters."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList(nn.Parameter(torch.randn(2)) for _ in range(n))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (torch.stack(list(self.gains)) * x).square().mean()
+
+
+def _added(bare: list[Any], probed: list[Any]) -> Summary:
+    return {
+        "counts": [sum((with_ - without).values()) for (without, _), (with_, _) in zip(bare, probed, strict=True)],
+        "names": sorted(
+            {name for (without, _), (with_, _) in zip(bare, probed, strict=True) for name in with_ - without}
+        ),
+        "n_bytes": [with_ - without for (_, without), (_, with_) in zip(bare, probed, strict=True)],
+    }

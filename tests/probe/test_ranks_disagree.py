@@ -1,0 +1,168 @@
+"""Ranks that do not do the same: nobody hangs, and whoever can tell says so. Collectives are counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from helpers import rank_faults
+from helpers.ranks import Case, Outcome, run_ranks
+
+_SHARDED = ("fsdp2", "tensor parallel beside plain", "sequence parallel", "hand-made", "fsdp1 flat")
+_HEALTHY = ("fsdp1", "fsdp2 uneven", "tensor parallel beside plain", "pipeline")
+_IN_HOOKS = ("fsdp2", "fsdp1 flat", "sequence parallel", "distribute_module")
+_WHOLE_ON_ONE = {"4.weight", "4.bias"}  # of the hand-made layout, on the first rank
+_FREE: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("ddp", {}),
+    "local numbers of fsdp2": ("fsdp2", {"process_group": "local"}),
+    "local numbers of tensor parallel": ("tensor parallel", {"process_group": "local"}),
+}
+_COUNTED: dict[str, tuple[str, dict[str, Any], bool, list[int]]] = {
+    "ddp": ("ddp", {}, False, [0] * 5),
+    "ddp, clipped": ("ddp", {}, True, [0] * 5),
+    "fsdp2": ("fsdp2", {}, False, [2] * 5),
+    "fsdp2, clipped": ("fsdp2", {}, True, [4] * 5),
+    "fsdp2, every second step": ("fsdp2", {"every": 2}, False, [2, 0, 2, 0, 2]),
+    "fsdp2, local": ("fsdp2", {"process_group": "local"}, False, [0] * 5),
+    "fsdp1 flat": ("fsdp1 flat", {}, False, [2] * 5),
+    "tensor parallel beside plain": ("tensor parallel beside plain", {}, False, [2] * 5),
+    "sequence parallel": ("sequence parallel", {}, False, [3] * 5),
+}
+_MANY = (10, 2000)
+
+CASES: dict[str, Case] = {
+    **{f"alone {each}": partial(rank_faults.attached_alone, each) for each in _SHARDED},
+    **{f"on one: {name}": partial(rank_faults.attached_on_one, *each) for name, each in _FREE.items()},
+    **{f"options {each}": partial(rank_faults.other_options, each) for each in _SHARDED},
+    "models": rank_faults.other_models,
+    **{f"failing {each}": partial(rank_faults.failing, each) for each in _SHARDED},
+    **{f"paused {each}": partial(rank_faults.paused, each) for each in _SHARDED},
+    **{f"read {each}": partial(rank_faults.read_on_one, each) for each in _SHARDED},
+    **{f"counts {name}": partial(rank_faults.collectives, *each[:3]) for name, each in _COUNTED.items()},
+    **{f"many {n}": partial(rank_faults.collectives_of_many, n) for n in _MANY},
+    "skipped": rank_faults.collectives_of_skipped,
+    "differing": rank_faults.differing_replicas,
+    **{f"healthy {each}": partial(rank_faults.healthy, each) for each in _HEALTHY},
+    **{f"in hooks {each}": partial(rank_faults.in_hooks, each) for each in _IN_HOOKS},
+    "killed": partial(rank_faults.killed, "hand-made"),
+}
+Found = Callable[[str], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    return run_ranks(2, CASES, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture
+def found(outcomes: dict[str, list[Outcome]]) -> Found:
+    def values(name: str) -> list[Any]:
+        errors = [outcome.error for outcome in outcomes[name] if outcome.error is not None]
+        assert not errors, "\n".join(errors)
+        return [outcome.value for outcome in outcomes[name]]
+
+    return values
+
+
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_attaching_on_one_rank_names_the_missing(layout: str, found: Found) -> None:
+    first, second = found(f"alone {layout}")
+    assert "1 did not attach: 1" in first["message"]
+    assert 0.9 < first["waited"] < 5.0
+    for rank in (first, second):
+        assert rank["later"]["same"] == [True] * 5
+        assert list(rank["later"]["steps"]) == list(range(5))
+
+
+@pytest.mark.parametrize("name", _FREE)
+def test_where_nothing_is_reduced_one_rank_may_attach_alone(name: str, found: Found) -> None:
+    first, second = found(f"on one: {name}")
+    assert list(first["steps"]) == list(range(5))
+    assert first["same"] == second["same"] == [True] * 5
+    assert first["warned"] == []
+
+
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_other_options_are_refused_on_every_rank(layout: str, found: Found) -> None:
+    assert all("every" in message and "rank" in message for message in found(f"options {layout}"))
+
+
+def test_other_models_are_refused_on_every_rank(found: Found) -> None:
+    assert all(
+        "weight" in message and "[6, 4]" in message.replace("(", "[").replace(")", "]") for message in found("models")
+    )
+
+
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_a_failure_on_one_rank_hangs_nobody(layout: str, found: Found) -> None:
+    first, second = found(f"failing {layout}")
+    assert first["same"] == second["same"] == [True] * 5
+    assert first["steps"].keys() >= {0, 1}
+    assert all(not math.isnan(norm) for norms in first["steps"].values() for norm in norms.values())
+    for step in (2, 3, 4):
+        assert first["steps"].get(step, {}).keys() <= _WHOLE_ON_ONE, "a part of the gradient stands for the whole"
+    assert any("planted" in warning for warning in second["warned"] + first["warned"])
+
+
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_a_paused_rank_hangs_nobody(layout: str, found: Found) -> None:
+    first, second = found(f"paused {layout}")
+    assert first["same"] == second["same"] == [True] * 5
+    assert first["steps"].get(2, {}).keys() <= _WHOLE_ON_ONE, "a part of the gradient stands for the whole"
+    for step in (0, 1, 3, 4):
+        assert first["steps"][step] == second["steps"][step] != {}
+
+
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_one_rank_may_read_alone(layout: str, found: Found) -> None:
+    first, second = found(f"read {layout}")
+    assert first["steps"] == second["steps"]
+    assert first["same"] == second["same"] == [True] * 5
+
+
+@pytest.mark.parametrize("name", _COUNTED)
+def test_collectives_per_step(name: str, found: Found) -> None:
+    for rank in found(f"counts {name}"):
+        assert rank["counts"] == _COUNTED[name][3], rank["names"]
+
+
+def test_collectives_do_not_grow_with_the_parameters(found: Found) -> None:
+    for n in _MANY:
+        for rank in found(f"many {n}"):
+            assert rank["counts"] == [2] * 3, rank["names"]
+            assert all(n_bytes <= 72 * n + 1024 for n_bytes in rank["n_bytes"])
+
+
+def test_a_step_that_the_scaler_skips_needs_no_collective(found: Found) -> None:
+    assert [rank["counts"] for rank in found("skipped")] == [[2, 0, 2]] * 2
+
+
+def test_replicas_that_differ_are_a_finding(found: Found) -> None:
+    for findings in found("differing"):
+        assert any("replicas differ" in each.lower() and "4.bias" in each for each in findings), findings
+
+
+@pytest.mark.parametrize("layout", _HEALTHY)
+def test_a_healthy_training_is_found_healthy_on_every_rank(layout: str, found: Found) -> None:
+    assert found(f"healthy {layout}") == [{"findings": [], "silent": []}] * 2
+
+
+@pytest.mark.parametrize("layout", _IN_HOOKS)
+def test_gradients_in_hooks_are_whole_or_refused(layout: str, found: Found) -> None:
+    for rank in found(f"in hooks {layout}"):
+        if rank["refused"] is not None:
+            assert "when" in rank["refused"]
+        else:
+            assert rank["found"] == pytest.approx(rank["truth"], rel=1e-6)
+
+
+def test_a_killed_rank_ends_in_an_error_of_torch(outcomes: dict[str, list[Outcome]]) -> None:
+    first, second = outcomes["killed"]
+    assert second.error is not None
+    assert first.error is None
+    assert first.value["error"] != "gradprobe.errors"
+    assert first.value["step"] <= 3
+    assert first.value["waited"] < 5.0
