@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradprobe
-from gradprobe.observers.gradients import GradientMeter
+from gradprobe.observers.gradient_observer import GradientObserver
 
 _N_STEPS = 5
 _FAULT_AT = 2
@@ -126,22 +126,22 @@ def other_models(rank: int, n_ranks: int) -> str:
     return ""
 
 
-def failing(layout: str, rank: int, n_ranks: int) -> Summary:
+def failing(layout: str, at: int, rank: int, n_ranks: int) -> Summary:
     """Measuring fails on the second rank in one step."""
 
     @contextlib.contextmanager
     def around(probe: gradprobe.Probe | None, step: int) -> Iterator[None]:
-        original = GradientMeter.measure
+        original = GradientObserver.measure
 
         def measure(*args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("planted")
 
-        if rank == 1 and step == _FAULT_AT:
-            GradientMeter.measure = measure  # type: ignore[method-assign]
+        if rank == 1 and step == at:
+            GradientObserver.measure = measure  # type: ignore[method-assign]
         try:
             yield
         finally:
-            GradientMeter.measure = original  # type: ignore[method-assign]
+            GradientObserver.measure = original  # type: ignore[method-assign]
 
     return train(layout, rank, n_ranks, around=around)
 
