@@ -479,7 +479,7 @@ def plain_name(name: str) -> str:
 _BASIC = ("plain", "accumulated", "probe clip")
 _CLIPS = ("plain", "accumulated", "torch clip", "probe clip")
 _RANGE = ("nonfinite", "tiny")
-_WAYS = ("activations", "by hand", "at step")
+_WAYS = ("activations", "updates", "by hand", "at step")
 _ALL = (*_CLIPS, *_RANGE, *_WAYS, "wide", "bfloat16", "scaler")
 
 LAYOUTS: dict[str, Layout] = {
@@ -500,7 +500,8 @@ LAYOUTS: dict[str, Layout] = {
     "ddp no_sync": Layout(2, ddp(sync=False), reduction="local", variants=("plain",), is_exact=False, is_same=False),
     "fsdp2": Layout(2, fsdp2(), variants=(*_ALL, "in hooks")),
     "fsdp2 nested": Layout(2, fsdp2(nested=True), variants=(*_CLIPS, "bfloat16")),
-    "fsdp2 uneven": Layout(2, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE)),
+    "fsdp2 uneven": Layout(2, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE, "updates")),
+    "fsdp2 unused": Layout(2, fsdp2(nested=True), Unused, variants=_CLIPS, warning="no gradient for 2 of 8 parameters"),
     "fsdp2 by columns": Layout(2, fsdp2(by_columns=True)),
     "fsdp2 tied": Layout(2, fsdp2(), Tied, tokens),
     "fsdp2 local": Layout(2, local_of(fsdp2()), reduction="shard", variants=("plain",), is_exact=False, is_same=False),
@@ -510,21 +511,23 @@ LAYOUTS: dict[str, Layout] = {
     "fsdp1 shard_grad_op": Layout(2, fsdp1(ShardingStrategy.SHARD_GRAD_OP), uneven),
     "fsdp1 no_shard": Layout(2, fsdp1(ShardingStrategy.NO_SHARD)),
     "tensor parallel": Layout(2, tensor_parallel(head=True), variants=(*_ALL, "in hooks")),
-    "tensor parallel beside plain": Layout(2, tensor_parallel(), variants=(*_BASIC, *_RANGE)),
+    "tensor parallel beside plain": Layout(2, tensor_parallel(), variants=(*_BASIC, *_RANGE, "updates")),
     "tensor parallel local": Layout(
         2, local_of(tensor_parallel(head=True)), reduction="shard", variants=("plain",), is_exact=False, is_same=False
     ),
     "sequence parallel": Layout(2, sequence_parallel, Normed, sequences, variants=(*_CLIPS, *_RANGE, *_WAYS)),
     "replicate": Layout(2, replicated("replicate")),
     "distribute_module": Layout(2, replicated("distribute"), variants=(*_BASIC, *_RANGE, *_WAYS)),
-    "hand-made": Layout(2, hand_made(), uneven, variants=(*_BASIC, *_RANGE)),
+    "hand-made": Layout(2, hand_made(), uneven, variants=(*_BASIC, *_RANGE, "updates")),
     "hand-made beside replicas": Layout(2, hand_made(beside_replicas=True), variants=_BASIC),
     "pipeline": Layout(2, pipeline(), variants=(*_BASIC, *_WAYS)),
     "pipeline 1F1B": Layout(2, pipeline(scheduled=True), variants=_BASIC),
     "fsdp2 on 4": Layout(4, fsdp2(nested=True), uneven, variants=(*_CLIPS, *_RANGE)),
     "hsdp": Layout(4, fsdp2(nested=True, shape=(2, 2)), variants=_ALL),
     "hsdp uneven": Layout(4, fsdp2(shape=(2, 2)), uneven, variants=_BASIC),
-    "fsdp2 x tensor parallel": Layout(4, fsdp2_and_tensor_parallel, variants=(*_BASIC, *_RANGE, "wide", "activations")),
+    "fsdp2 x tensor parallel": Layout(
+        4, fsdp2_and_tensor_parallel, variants=(*_BASIC, *_RANGE, "wide", "activations", "updates")
+    ),
     "two meshes": Layout(4, two_meshes, variants=_BASIC),
     "fsdp1 on 4": Layout(4, fsdp1(), uneven),
     "fsdp1 hybrid": Layout(4, fsdp1(ShardingStrategy.HYBRID_SHARD), uneven, variants=_BASIC),

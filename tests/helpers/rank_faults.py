@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import signal
 import time
@@ -348,3 +349,79 @@ def _added(bare: list[Any], probed: list[Any]) -> Summary:
         ),
         "n_bytes": [with_ - without for (_, without), (_, with_) in zip(bare, probed, strict=True)],
     }
+
+
+def other_experts(rank: int, n_ranks: int) -> Summary:
+    """Each half of the ranks shards another expert under the same name, which the mesh does not tell."""
+    mesh = init_device_mesh("cpu", (2, n_ranks // 2), mesh_dim_names=("experts", "shards"))
+    torch.manual_seed(rank // (n_ranks // 2))
+    expert = nn.Linear(8, 4)
+    fully_shard(expert, mesh=mesh["shards"])
+    optimizer = torch.optim.SGD(expert.parameters(), lr=0.1)
+    try:
+        probe = gradprobe.attach(expert, optimizer=optimizer)
+    except gradprobe.ArgumentError as error:
+        return {"refused": str(error)}
+    expert(torch.ones(2, 8)).square().mean().backward()
+    optimizer.step()
+    snapshot = probe.latest(wait=True)
+    assert snapshot is not None
+    norm = torch.tensor(float(expert.weight.grad.full_tensor().norm()) ** 2)  # type: ignore[union-attr, operator]
+    dist.all_reduce(norm)
+    return {"refused": None, "norm": snapshot["weight"].norm, "truth": math.sqrt(norm.item() / (n_ranks // 2))}
+
+
+def attached_late(layout: str, when: str, rank: int, n_ranks: int) -> Summary:
+    """Attaches after a step, or between a forward and a backward pass, when FSDP holds whole parameters."""
+    part, optimizer = build(layout, rank, n_ranks)
+    backward(layout, part, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if when == "between":
+        batch = LAYOUTS[layout].batch(torch.Generator().manual_seed(1))[part.share[0] :: part.share[1]]
+        loss = part.call(batch).square().mean()
+        probe = gradprobe.attach(part.model, optimizer=optimizer, strict=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        probe = gradprobe.attach(part.model, optimizer=optimizer, strict=True)
+    backward(layout, part, 2)
+    truth = {name: float(gradient.norm()) for name, gradient in part.gradients().items()}
+    optimizer.step()
+    snapshot = probe.latest(wait=True)
+    assert snapshot is not None
+    return {"truth": truth, "found": {name: each.norm for name, each in snapshot.sites.items()}}
+
+
+def converted(layout: str, rank: int, n_ranks: int) -> Summary:
+    """Moves the model to float64 between two steps, of which the ranks know nothing when they meet."""
+    part, optimizer = build(layout, rank, n_ranks)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = gradprobe.attach(part.model, optimizer=optimizer, process_group=part.process_group)
+        backward(layout, part, 0)
+        optimizer.step()
+        optimizer.zero_grad()
+        part.model.double()
+        batch = LAYOUTS[layout].batch(torch.Generator().manual_seed(1)).double()
+        part.backward(batch, lambda y: y.square().mean(), True)
+        truth = {name: float(gradient.norm()) for name, gradient in part.gradients().items()}
+        optimizer.step()
+        steps = {s.step: {name: each.norm for name, each in s.sites.items()} for s in probe.history()}
+    warned = [str(w.message) for w in caught if issubclass(w.category, gradprobe.GradprobeWarning)]
+    return {"truth": truth, "found": steps.get(1, {}), "warned": warned}
+
+
+def over_a_file_store(folder: str, rank: int, n_ranks: int) -> list[str]:
+    """Meets through a store in a file."""
+    dist.destroy_process_group()
+    store = dist.FileStore(f"{folder}/store", n_ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=n_ranks)
+    part, optimizer = build("fsdp2", rank, n_ranks)
+    with gradprobe.attach(part.model, optimizer=optimizer, strict=True) as probe:
+        backward("fsdp2", part, 0)
+        optimizer.step()
+        snapshot = probe.latest(wait=True)
+    assert snapshot is not None
+    return list(snapshot.sites)

@@ -25,6 +25,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "activations": {"activations": True},
     "at step": {"when": "step"},
     "in hooks": {"when": "hook"},
+    "updates": {"updates": True},
 }
 
 
@@ -49,7 +50,7 @@ class Truth:
 
 @dataclass
 class Seen:
-    """One snapshot."""
+    """One snapshot. Of the weights and updates, the norms."""
 
     step: int
     sites: dict[str, Statistics]
@@ -59,6 +60,8 @@ class Seen:
     clip_factor: float | None
     skipped: bool
     scale: str
+    weights: dict[str, float]
+    updates: dict[str, float]
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Trained:
     Attributes:
         bare: The steps without a probe.
         alone: The steps in one process, on the batches of all ranks together.
+        initial: Norms of the weights at the start, by the names in one process.
         parts: Which parameters of the one process make up a parameter.
         snapshots: What the probe recorded.
         returned: What `Probe.clip_grad_norm_` returned.
@@ -79,6 +83,7 @@ class Trained:
 
     bare: list[Truth]
     alone: list[Truth]
+    initial: dict[str, float]
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     snapshots: list[Seen] = field(default_factory=list)
     returned: list[float] = field(default_factory=list)
@@ -114,9 +119,10 @@ def train_case(layout: str, variant: str, rank: int, n_ranks: int) -> Trained:
     """Trains a layout without and with a probe."""
     one = LAYOUTS[layout]
     alone_model = _fresh(one, variant)
+    initial = {name: statistics(parameter)["norm"] for name, parameter in alone_model.named_parameters()}
     alone = _train_bare(one, Part(alone_model, alone_model), variant, clips_by_hand=True)
     bare_part = one.build(_fresh(one, variant), rank, n_ranks, variant == "bfloat16")
-    trained = Trained(_train_bare(one, bare_part, variant), alone, dict(bare_part.parts or {}))
+    trained = Trained(_train_bare(one, bare_part, variant), alone, initial, dict(bare_part.parts or {}))
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -245,6 +251,8 @@ def _seen(snapshot: gradprobe.Snapshot) -> Seen:
         snapshot.clip_factor,
         snapshot.skipped,
         provenance.scale,
+        {name: update.weight.norm for name, update in snapshot.updates.items()},
+        {name: update.update.norm for name, update in snapshot.updates.items()},
     )
 
 

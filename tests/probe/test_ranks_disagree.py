@@ -14,6 +14,8 @@ from helpers.ranks import Case, Outcome, run_ranks
 _SHARDED = ("fsdp2", "tensor parallel beside plain", "sequence parallel", "hand-made", "fsdp1 flat")
 _HEALTHY = ("fsdp1", "fsdp2 uneven", "tensor parallel beside plain", "pipeline")
 _IN_HOOKS = ("fsdp2", "fsdp1 flat", "sequence parallel", "distribute_module")
+_LATE = ("fsdp2", "fsdp2 nested", "fsdp1", "fsdp1 flat", "tensor parallel")
+_CONVERTED = ("tensor parallel", "hand-made")
 _WHOLE_ON_ONE = {"4.weight", "4.bias"}  # of the hand-made layout, on the first rank
 _FREE: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
@@ -47,6 +49,13 @@ CASES: dict[str, Case] = {
     "differing": rank_faults.differing_replicas,
     **{f"healthy {each}": partial(rank_faults.healthy, each) for each in _HEALTHY},
     **{f"in hooks {each}": partial(rank_faults.in_hooks, each) for each in _IN_HOOKS},
+    **{
+        f"{when} {each}": partial(rank_faults.attached_late, each, when)
+        for each in _LATE
+        for when in ("after", "between")
+    },
+    **{f"converted {each}": partial(rank_faults.converted, each) for each in _CONVERTED},
+    "experts": rank_faults.other_experts,
     "killed": partial(rank_faults.killed, "hand-made"),
 }
 Found = Callable[[str], list[Any]]
@@ -54,7 +63,10 @@ Found = Callable[[str], list[Any]]
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    return run_ranks(2, CASES, tmp_path_factory.mktemp("ranks"))
+    folder = tmp_path_factory.mktemp("ranks")
+    file_store = {"file store": partial(rank_faults.over_a_file_store, str(folder))}
+    experts = run_ranks(4, {"experts on 4": rank_faults.other_experts}, folder / "4")
+    return experts | run_ranks(2, CASES | file_store, folder / "2")
 
 
 @pytest.fixture
@@ -158,6 +170,34 @@ def test_gradients_in_hooks_are_whole_or_refused(layout: str, found: Found) -> N
             assert "when" in rank["refused"]
         else:
             assert rank["found"] == pytest.approx(rank["truth"], rel=1e-6)
+
+
+@pytest.mark.parametrize("when", ["after", "between"])
+@pytest.mark.parametrize("layout", _LATE)
+def test_attaching_late_sees_the_sharded_parameters(layout: str, when: str, found: Found) -> None:
+    for rank in found(f"{when} {layout}"):
+        assert rank["found"] == pytest.approx(rank["truth"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", _CONVERTED)
+def test_a_model_of_another_dtype_is_measured_or_said_not_to_be(layout: str, found: Found) -> None:
+    first, second = found(f"converted {layout}")
+    for rank in (first, second):
+        assert rank["found"] in ({}, pytest.approx(rank["truth"], rel=1e-6))
+    assert first["found"] or first["warned"]
+
+
+def test_ranks_meet_through_a_store_in_a_file(found: Found) -> None:
+    assert [len(names) for names in found("file store")] == [6, 6]
+
+
+@pytest.mark.parametrize("name", ["experts", "experts on 4"])
+def test_other_experts_of_one_name_are_no_copies(name: str, found: Found) -> None:
+    for rank in found(name):
+        if rank["refused"] is not None:
+            assert "weight" in rank["refused"]
+        else:
+            assert rank["norm"] == pytest.approx(rank["truth"], rel=1e-6)
 
 
 def test_a_killed_rank_ends_in_an_error_of_torch(outcomes: dict[str, list[Outcome]]) -> None:

@@ -103,7 +103,26 @@ def test_the_training_goes_on_as_without_a_probe(layout: str, variant: str, rank
             assert [name for name in weights if weights[name] != truth.weights[name]] == [], f"step {step}"
 
 
+UPDATED = [layout for layout, variant in CASES if variant == "updates"]
 CLIPPED = [layout for layout, variant in CASES if variant == "probe clip"]
+
+
+@pytest.mark.parametrize("layout", UPDATED)
+@pytest.mark.parametrize("variant", ["updates"])
+def test_updates_are_those_of_the_whole_parameter(layout: str, variant: str, ranks: Ranks) -> None:
+    found = _without_errors(ranks(layout, variant))
+    for rank in found:
+        for seen, truth in zip(rank.snapshots, rank.bare, strict=True):
+            expected = {name: 0.1 * site["norm"] for name, site in truth.sites.items()}
+            assert seen.updates == pytest.approx(expected, rel=1e-4)
+        expected = {
+            name: math.hypot(*(rank.initial[each] for each in rank.parts.get(name, (plain_name(name),))))
+            for name in rank.bare[0].sites
+        }
+        assert rank.snapshots[0].weights == pytest.approx(expected, rel=1e-6)
+    assert all(
+        [seen.updates for seen in rank.snapshots] == [seen.updates for seen in found[0].snapshots] for rank in found
+    )
 
 
 @pytest.mark.parametrize("layout", CLIPPED)
