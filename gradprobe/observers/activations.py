@@ -21,7 +21,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.observers.compiled_ops import observe_output, register_signal_buffer
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.module_hooks import ModuleHook, ModuleHooks
-from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable, tensors_in
+from gradprobe.observers.observable import ForwardPasses, in_transform, measurable_part, tensors_in
 from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 
@@ -143,8 +143,9 @@ class ActivationHooks:
     def on_gradient(self, site: int, gradient: torch.Tensor) -> None:
         """Observes a gradient. Never raises an error of measuring, unless the buffer is strict."""
         try:
-            if self.buffer.enabled and is_measurable(gradient):
-                self.buffer.write(site, gradient)
+            part = measurable_part(gradient) if self.buffer.enabled else None
+            if part is not None:
+                self.buffer.write(site, part)
         except Exception as error:  # noqa: BLE001
             self.buffer.fail(site, error)
 
@@ -153,12 +154,13 @@ class ActivationHooks:
             return
         is_repeat = (self._native or self._passes).is_repeat(m)
         for tensor in tensors_in(output):
-            if not is_measurable(tensor):
+            part = measurable_part(tensor)
+            if part is None:
                 self.unmeasured.add(m)
                 continue
             if not is_repeat and not self.buffer.is_off(2 * m):
                 try:
-                    self.buffer.write(2 * m, tensor)
+                    self.buffer.write(2 * m, part)
                 except Exception as error:  # noqa: BLE001
                     self.buffer.fail(2 * m, error)
             if tensor.requires_grad and not self.buffer.is_off(2 * m + 1):

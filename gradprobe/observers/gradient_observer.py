@@ -155,6 +155,11 @@ class GradientObserver:
         """Lists the parameters whose gradients cannot be measured."""
         return (*self._without_kernel, *(self.sites[k].name for k in sorted(self.meter.unmeasured)))
 
+    @property
+    def hides_writes(self) -> bool:
+        """Whether writes may not be counted: those of `torch._foreach` operators to DTensors are not."""
+        return any(site.piece.ranks for site in self.sites)
+
     def is_capturing(self) -> bool:
         """Returns whether a CUDA graph is being captured on a device of the parameters."""
         return any(cuda_graphs.is_capturing(device) for device in self.meter.rows_on)

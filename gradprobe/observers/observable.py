@@ -12,6 +12,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from gradprobe.observers.shards import local_of, partial_dims
 from gradprobe.ops.statistics import PLAIN, refusal
 
 _DEEPEST = 16  # nested containers; one may contain itself
@@ -56,6 +57,14 @@ def in_transform() -> bool:
 def is_measurable(tensor: torch.Tensor) -> bool:
     """Returns whether the operators accept a tensor, and would not run code of its class inside a hook."""
     return type(tensor) in PLAIN and refusal(tensor) is None
+
+
+def measurable_part(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Returns the part of a tensor on this rank, mostly the tensor itself; None if the operators do not accept it."""
+    part = tensor if type(tensor) in PLAIN else local_of(tensor)
+    if not is_measurable(part) or (part is not tensor and partial_dims(tensor)):  # a summand says nothing of the sum
+        return None
+    return part
 
 
 def tensors_in(output: Any, depth: int = 0) -> Iterator[torch.Tensor]:

@@ -17,12 +17,10 @@ from torch import nn
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the part of a tensor that lies on this rank: of a DTensor its local tensor, otherwise the tensor itself.
 
-    Unlike `DTensor.to_local`, this adds no node to the graph.
+    Waits for a tensor that a collective is writing. Unlike `DTensor.to_local`, this adds no node to the graph.
     """
-    local = getattr(tensor, "_local_tensor", None)
-    if local is None:
-        return tensor
-    if hasattr(local, "trigger_wait"):  # the result of a collective that is under way
+    local = getattr(tensor, "_local_tensor", tensor)
+    if hasattr(local, "trigger_wait"):
         local = local.trigger_wait()
     return local if isinstance(local, torch.Tensor) else tensor
 

@@ -491,7 +491,8 @@ class StepRecorder:
     def _compare(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Change:
         """Finds out what was done to the gradients after they were measured."""
         opened, hooks = self._open, self._observer.hooks
-        if self._are_gradients_off or hooks.n_writes() == 0:  # unscaling counts no write
+        is_unwritten = hooks.n_writes() == 0 and not self._observer.hides_writes  # unscaling counts no write
+        if self._are_gradients_off or is_unwritten:
             if opened.clip_factor is None:
                 return Change()
             return Change((opened.clip_factor, opened.clip_factor), tolerance=0.0)
