@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import settings
 
 import gradprobe
 from gradprobe.ops import libraries
+from gradprobe.probe import step_recorder
 
 # A shared runner stalls now and then: time limits belong to benchmarks.
 settings.register_profile("gradprobe", deadline=None, print_blob=True)
@@ -49,10 +51,31 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def scalers() -> Iterator[weakref.WeakSet[torch.amp.GradScaler]]:
+    """All gradient scalers. A probe searches the objects of the process for them, which takes 0.1 s in a test run."""
+    made: weakref.WeakSet[torch.amp.GradScaler] = weakref.WeakSet()
+
+    def new(cls: type[torch.amp.GradScaler], *_: object, **__: object) -> torch.amp.GradScaler:
+        scaler = object.__new__(cls)
+        made.add(scaler)
+        return scaler
+
+    def any_in_use() -> bool:
+        return any(scaler.is_enabled() and scaler._scale is not None for scaler in made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp.GradScaler, "__new__", staticmethod(new))
+        patch.setattr(step_recorder, "any_in_use", any_in_use)
+        yield made
+
+
 @pytest.fixture
-def probe_warnings_are_errors(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def probe_warnings_are_errors(
+    caplog: pytest.LogCaptureFixture, scalers: weakref.WeakSet[torch.amp.GradScaler]
+) -> Iterator[None]:
     """Fails a test in which the probe warns unexpectedly; a warning that is an error is logged, never raised."""
-    if any(issubclass(type(one), torch.amp.GradScaler) for one in gc.get_objects()):
+    if len(scalers) > 0:
         gc.collect()  # one that is left from an earlier test could be in use
     with warnings.catch_warnings():
         warnings.simplefilter("error", gradprobe.GradprobeWarning)

@@ -363,6 +363,7 @@ def test_ten_kills_change_nothing(images, tmp_path, seed):
 
 
 @linux_only
+@pytest.mark.soak
 def test_a_killed_worker_is_an_error_that_keeps_recorded_epochs(images, tmp_path):
     command = Command(tmp_path / "run.sqlite", images)
     process = command.start()

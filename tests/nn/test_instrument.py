@@ -347,7 +347,15 @@ def test_a_residual_add_pickled_by_an_earlier_version_loads() -> None:
     assert torch.equal(loaded(TOKENS, TOKENS), 2 * TOKENS)
 
 
-@pytest.mark.parametrize("name", ["torchvision-basic", "timm", "transformers", "torch-norm-last"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision-basic",
+        "transformers",
+        pytest.param("timm", marks=pytest.mark.soak),
+        pytest.param("torch-norm-last", marks=pytest.mark.soak),
+    ],
+)
 def test_it_compiles_without_a_graph_break(name: str) -> None:
     batch = MODELS[name][1]
     model = built(name)
