@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(
     compiler() is None or sys.platform != "linux", reason="the emulation needs g++ on Linux"
 )
 
-# One of each kernel and some of the common kinds; the others run with the long tests.
+# Some of different kinds always run; the others run with the long tests.
 ALWAYS = {"missing_barrier", "tail_off_by_one", "nan_lost_in_max", "scale_rounds_coefficient", "mask_of_wrong_operand"}
 
 
