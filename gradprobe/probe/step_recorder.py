@@ -313,8 +313,8 @@ class StepRecorder:
         if self._measured_at == "backward" and self._is_due():
             self._measure()  # nobody knows whether it is the last one of the step
             opened.state = "raw"  # whatever wrote to gradients inside the backward pass belongs to it
-        elif self._observer.are_averaged():
-            hooks.mark()
+        elif self._measured_at == "step" or self._observer.are_averaged():
+            hooks.mark()  # also gradients that this backward pass did not reach may have been zeroed before it
         if opened.scales and self._signal_observer is not None:  # the scaler may skip this step unnoticed
             self._signal_observer.call_before_forward(self._before_forward)
 

@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -205,6 +205,10 @@ def _n_nonfinite(gradient: torch.Tensor) -> int:
     return int((~torch.isfinite(gradient)).sum())
 
 
+def _without(gradients: Gradients | None, names: Collection[str]) -> Gradients | None:
+    return None if gradients is None else {name: part for name, part in gradients.items() if name not in names}
+
+
 def _rounding(gradient: torch.Tensor) -> float:
     return 8.0 * float(torch.finfo(gradient.dtype).eps)
 
@@ -378,6 +382,8 @@ class Watch:
 
     def close(self, given: Gradients | None, given_scale: float, is_skipped: bool | None, number: int) -> None:
         """Notes the end of a step."""
+        frozen = self.probe._recorder._observer.frozen  # these may hold gradients from before, which nobody observes
+        self.at_end, given = _without(self.at_end, frozen), _without(given, frozen)
         if number % self.options["every"] == 0 and not self.pauses and not self.is_scale_unknown:
             is_exact = (
                 not self.is_murky

@@ -438,6 +438,17 @@ class TestChangedModels:
             optimizer.step()
         assert [snapshot.provenance.state for snapshot in probe.history()] == ["raw", "raw"]
 
+    @pytest.mark.parametrize("when", ["auto", "step"])
+    def test_zeroing_before_the_last_backward_is_no_modification(self, when: str, any_hooks: str) -> None:
+        model = torch.nn.ParameterDict({"often": torch.ones(2), "once": torch.ones(2)})
+        optimizer = sgd(model)
+        with gradprobe.attach(model, optimizer=optimizer, when=when, strict=True) as probe:  # type: ignore[arg-type]
+            sum(parameter.sum() for parameter in model.values()).backward()
+            optimizer.zero_grad(set_to_none=False)
+            model["often"].sum().backward()
+            optimizer.step()
+        assert probe.latest().provenance.state == "raw"
+
     def test_findings_are_of_the_steps_since_the_last_change(self) -> None:
         model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1))
         with gradprobe.attach(model) as probe:
