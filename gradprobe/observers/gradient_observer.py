@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from gradprobe.errors import ArgumentError
 from gradprobe.observers import cuda_graphs, gradient_hooks
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradients import GradientMeter
@@ -24,7 +25,8 @@ from gradprobe.snapshot.records import Measured
 from gradprobe.snapshot.snapshot import SiteTable
 
 if TYPE_CHECKING:
-    from gradprobe.observers.sharding import PartialGradient, ProcessGroups, WholeGradients
+    from gradprobe.observers.agreement import ProcessGroups
+    from gradprobe.observers.sharding import PartialGradient, WholeGradients
 
 _LOOK_EVERY = 64  # measured steps; some changes, such as a direct write to `_parameters`, give no sign
 
@@ -70,6 +72,11 @@ class GradientObserver:
         self.whole: WholeGradients | None = None
         self.partials: list[PartialGradient] = []
         found = find_parameters(model)
+        if on_gradient is not None and {id(each) for each in found.triggers} & {id(each) for each in found.parameters}:
+            raise ArgumentError(
+                "when: needed 'auto', 'backward' or 'step' for flat parameters of FSDP1, whose gradients are reduced "
+                "after their hooks; got 'hook'"
+            )
         self._take(found)
         self._watch = RegistrationWatch()
         self._replicas = Replicas(model, self._watch)
@@ -93,13 +100,15 @@ class GradientObserver:
         is_sharded = any(site.piece.ranks for site in self.sites)
         if process_group is None and not is_sharded and n_signals == 0:
             return False
-        from gradprobe.observers.sharding import WholeGradients, participants
+        from gradprobe.observers.agreement import agree, participants
+        from gradprobe.observers.sharding import WholeGradients
 
         found = participants(self.sites, process_group, n_signals > 0)
         if found is None:
             return False
         ranks, group_sizes = found
-        self.whole = WholeGradients(self.sites, self.meter, group_sizes, ranks, options, n_signals)
+        agreed = agree(self.sites, self.parameters(), group_sizes, ranks, options)
+        self.whole = WholeGradients(agreed, self.sites, self.meter, n_signals)
         self._make_table()
         return True
 
@@ -109,7 +118,7 @@ class GradientObserver:
         Args:
             is_averaged: Replicas have averaged the gradients.
         """
-        if self.whole is not None and self.whole.has_pieces:
+        if self.whole is not None and not self.whole.are_copies:
             return "global"
         if is_averaged:
             return "averaged"
@@ -291,6 +300,14 @@ class GradientObserver:
         self.whole.start(0, rows, measured, partial_gradients(self.parameters()))
         self.whole.finish(out, keeps_incomplete=True)
         return {self.whole.device: out[: len(self.whole.names)]}
+
+    def note_ready(self, k: int) -> None:
+        """Notes that gradient k has been measured by itself; it may still have to be added up over ranks."""
+        if self.whole is not None:
+            from gradprobe.observers.sharding import partial_gradients
+
+            only = [parameter if each == k else None for each, parameter in enumerate(self.parameters())]
+            self.partials += partial_gradients(only)
 
     def find_partials(self) -> None:
         """Copies the gradients that still have to be added up over ranks."""

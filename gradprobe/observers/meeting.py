@@ -1,4 +1,4 @@
-"""Ranks that attach to parts of one model agree on what they reduce together, through the store: no rank can hang."""
+"""Ranks that attach to parts of one model meet in the store: each learns what the others hold, and none can hang."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 
 from gradprobe.errors import ArgumentError
@@ -118,23 +117,3 @@ def _merged(lists: list[list[Part]]) -> list[Part]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def communicator(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """Returns a process group of these ranks, which all of them ask for."""
-    if len(ranks) == dist.get_world_size():
-        world = dist.group.WORLD
-        assert world is not None
-        return world
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
-
-
-def device_of(group: dist.ProcessGroup, preferred: torch.device) -> torch.device:
-    """Returns a device on which a group can reduce, the preferred one if possible."""
-    kinds = {device.type for device in group._device_types}
-    if preferred.type in kinds or not kinds:
-        return preferred
-    kind = next(iter(sorted(kinds, reverse=True)))
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -11,17 +11,16 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from gradprobe.errors import ArgumentError, GradprobeError
+from gradprobe.errors import GradprobeError
+from gradprobe.observers.agreement import WIDE, Agreement
 from gradprobe.observers.gradients import GradientMeter
-from gradprobe.observers.meeting import Part, communicator, device_of, meet
 from gradprobe.observers.parameters import ObservedParameter
 from gradprobe.observers.shards import Shared, local_of, partial_dims
 from gradprobe.ops.rows import ABS_MAX, N_NONFINITE, N_ZERO, STATS, SUM, SUM_ABS, SUM_SQ, range_exponent
@@ -29,11 +28,7 @@ from gradprobe.snapshot.records import FloatArray, IntArray, Measured
 
 _PACKED = N_NONFINITE  # values packed into a row: one in the last column would be read as non-finite elements
 _SUMMED = [SUM, SUM_ABS, SUM_SQ, N_ZERO, N_NONFINITE]
-_WIDE = (torch.float64, torch.complex128)
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-
-
-ProcessGroups: TypeAlias = Literal["local"] | dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None
 
 
 class PartialGradient(NamedTuple):
@@ -78,49 +73,32 @@ class WholeGradients:
         n_signals: Number of sites of activations and residual adds, S; 0 if these are not reduced.
         local_rows: For each device, rows for this rank's parts of the open step. Values of shape [K of this rank, 6].
         seen: Which were measured in some step. [K]
-        has_pieces: Not every rank that holds a part of a parameter holds the whole.
+        are_copies: Every parameter is held whole by several ranks, as in data parallelism.
         tolerance: Relative difference of two factors that the rounding of a gradient explains.
 
     Args:
+        agreed: What the ranks have agreed on.
         sites: The parameters of this rank.
         meter: Measures their gradients.
-        group_sizes: For each, the number of ranks whose tensors are the pieces of a whole, 0 if its piece tells.
-        ranks: The ranks that take part.
-        options: Options of `attach` that must be the same on all.
         n_signals: Number of sites of activations and residual adds to reduce, S.
-
-    Raises:
-        ArgumentError: The ranks do not agree, or some are missing.
     """
 
     def __init__(
-        self,
-        sites: Sequence[ObservedParameter],
-        meter: GradientMeter,
-        group_sizes: Sequence[int],
-        ranks: Sequence[int],
-        options: dict[str, Any],
-        n_signals: int = 0,
+        self, agreed: Agreement, sites: Sequence[ObservedParameter], meter: GradientMeter, n_signals: int = 0
     ) -> None:
-        parts = meet(
-            ranks,
-            options,
-            [
-                Part(site.name, layout.shape if size else site.shape, size, layout.dtype in _WIDE, site.piece.n_padding)
-                for site, layout, size in zip(sites, meter.layouts, group_sizes, strict=True)
-            ],
-        )
-        self._group = communicator(ranks)
-        self.device = device_of(self._group, next(iter(meter.rows_on)))
-        self.names = tuple(part.name for part in parts)
-        self.ndims = tuple(len(part.shape) for part in parts)
-        self._n, self.n_signals = len(parts), n_signals
+        self._agreed, self._group, self.device = agreed, agreed.group, agreed.device
+        self.names, self.ndims, self.are_copies = agreed.names, agreed.ndims, bool(agreed.is_copied.all())
+        self._n, self.n_signals = len(self.names), n_signals
         self.n_rows = self._count_rows()
         self.tolerance = 4.0 * max(float(torch.finfo(layout.dtype).eps) for layout in meter.layouts)
-        self._is_chained = any(part.is_wide for part in parts)
+        self._numels = agreed.numels
+        self._held, self._padding, self._copies = (
+            torch.from_numpy(counts.astype(np.float64)).to(self.device)
+            for counts in (agreed.held, agreed.padding, agreed.copies)
+        )
+        self._copied = torch.from_numpy(np.flatnonzero(agreed.is_copied)).to(self.device)  # [C]
         self.seen = torch.zeros(self._n, dtype=torch.bool, device=self.device)
         self.regroup(sites, meter)
-        self._count(parts, len(ranks))
         self._elements = torch.zeros(self._n, dtype=torch.float64, device=self.device)
         self._signal_elements = torch.zeros(n_signals, dtype=torch.float64, device=self.device)
         self._signs = torch.tensor([-1, 1], device=self.device)
@@ -138,8 +116,8 @@ class WholeGradients:
             GradprobeError: They are other parameters, which all ranks would have to agree on.
         """
         position = {name: k for k, name in enumerate(self.names)}
-        needs_exponent = any(layout.dtype in _WIDE for layout in meter.layouts)
-        if any(site.name not in position for site in sites) or (needs_exponent and not self._is_chained):
+        needs_exponent = any(layout.dtype in WIDE for layout in meter.layouts)
+        if any(site.name not in position for site in sites) or (needs_exponent and not self._agreed.is_wide):
             raise GradprobeError("the parameters of a sharded model have changed; detach and attach again on all ranks")
         slots = np.array([position[site.name] for site in sites], dtype=np.int64)  # [K of this rank]
         self._meter = meter
@@ -196,7 +174,7 @@ class WholeGradients:
             )
             top = dist.all_reduce(self._top, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
             sums = local[:, _SUMMED]  # [K + S, 5]
-            if self._is_chained:  # the sums need the exponent of the largest magnitude
+            if self._agreed.is_wide:  # the sums need the exponent of the largest magnitude
                 top.wait()
                 common = range_exponent(self._top[: len(local)].view(torch.float64))
                 shift = (range_exponent(local[:, ABS_MAX]) - common).clamp(max=0).double()
@@ -302,32 +280,6 @@ class WholeGradients:
     def _count_rows(self) -> int:
         return self._n + math.ceil((2 * self._n + self.n_signals) / _PACKED)
 
-    def _count(self, parts: Sequence[Part], n_ranks: int) -> None:
-        """Counts the elements that the ranks hold together, and so the copies of each whole. One collective."""
-        held = torch.zeros(2, self._n, dtype=torch.int64, device=self.device)  # elements, and ranks that have some
-        numels = torch.from_numpy(self._meter.all_present.numels).to(self.device)
-        held[0, self._slots] = numels
-        held[1, self._slots] = (numels > 0).to(torch.int64)
-        dist.all_reduce(held, group=self._group)
-        elements, holders = held.cpu().numpy()
-        padding = np.array([part.n_padding for part in parts], dtype=np.int64)
-        sizes = np.array([part.group_size for part in parts], dtype=np.int64)
-        stated = np.array([math.prod(part.shape) for part in parts], dtype=np.int64)
-        self._numels = np.where(sizes > 0, elements * sizes // n_ranks, stated)
-        padded = np.maximum(self._numels + padding, 1)
-        for k in np.flatnonzero(elements % padded):
-            raise ArgumentError(
-                f"parameter {self.names[k]!r}: needed pieces that make up whole copies of it, got {elements[k]} "
-                f"elements on {n_ranks} ranks of a whole of {self._numels[k]}"
-            )
-        copies = np.maximum(elements // padded, 1)
-        self._held = torch.from_numpy(elements.astype(np.float64)).to(self.device)
-        self._padding = torch.from_numpy((padding * copies).astype(np.float64)).to(self.device)
-        self._copies = torch.from_numpy(copies.astype(np.float64)).to(self.device)
-        is_copied = (copies > 1) & (holders == copies)  # each of these ranks holds the whole
-        self._copied = torch.from_numpy(np.flatnonzero(is_copied)).to(self.device)  # [C]
-        self.has_pieces = bool((~is_copied & (holders > 0)).any())
-
     def _collect(self, rows: Mapping[torch.device, torch.Tensor] | None, measured: Measured | None) -> torch.Tensor:
         """Returns this rank's rows in the order of the wholes, zeros where it has none; of shape [K, 6]."""
         local = torch.zeros(self._n, len(STATS), dtype=torch.float64, device=self.device)
@@ -372,48 +324,6 @@ class WholeGradients:
         if rows is not None:
             for partial, value in zip(partials, values, strict=True):
                 self._meter.measure_one(partial.k, value, dict(rows))
-
-
-def participants(
-    sites: Sequence[ObservedParameter], process_group: ProcessGroups, reduces_signals: bool = False
-) -> tuple[tuple[int, ...], list[int]] | None:
-    """Tells which ranks hold the whole gradients of a model between them.
-
-    Args:
-        sites: The parameters of this rank.
-        process_group: As for `attach`.
-        reduces_signals: All ranks have something to reduce, even if each holds all parameters.
-
-    Returns:
-        The ranks, in order; and for each parameter the number of ranks whose tensors are the pieces of a whole, 0 if
-        the parameter tells itself. None if nothing is to be reduced.
-
-    Raises:
-        ArgumentError: This rank is not in a group.
-    """
-    if process_group == "local":
-        return None
-    groups = process_group if isinstance(process_group, Mapping) else {"*": process_group}
-    sizes, found = [], {site.piece.ranks for site in sites if site.piece.ranks}
-    for site in sites:
-        group = next((group for pattern, group in groups.items() if fnmatchcase(site.name, pattern)), None)
-        if site.piece.ranks or group is None:
-            sizes.append(0)
-            continue
-        ranks = tuple(sorted(dist.get_process_group_ranks(group)))
-        sizes.append(len(ranks))
-        found.add(ranks)
-    for group in groups.values():
-        if group is not None and dist.get_rank(group) < 0:
-            raise ArgumentError(f"process_group: needed a group of this rank, {dist.get_rank()}; it is in none of it")
-    if not found and reduces_signals and dist.is_initialized():
-        found.add(tuple(range(dist.get_world_size())))
-    if not found:
-        return None
-    widest = max(found, key=len)
-    if not all(set(ranks) <= set(widest) for ranks in found):
-        widest = tuple(range(dist.get_world_size()))
-    return widest, sizes
 
 
 def partial_gradients(parameters: Sequence[torch.Tensor | None]) -> list[PartialGradient]:

@@ -14,7 +14,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.observers.activations import Selection
 
 if TYPE_CHECKING:
-    from gradprobe.observers.sharding import ProcessGroups
+    from gradprobe.observers.agreement import ProcessGroups
 
 When = Literal["auto", "step", "backward", "hook"]
 WHEN_CHOICES: tuple[When, ...] = ("auto", "step", "backward", "hook")

@@ -27,7 +27,7 @@ from gradprobe.snapshot.snapshot import NonFinite, Snapshot
 if TYPE_CHECKING:
     import pandas
 
-    from gradprobe.observers.sharding import ProcessGroups
+    from gradprobe.observers.agreement import ProcessGroups
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
 

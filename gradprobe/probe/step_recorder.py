@@ -332,8 +332,10 @@ class StepRecorder:
             opened.measured = Measured(np.zeros(n_parameters, dtype=np.bool_), np.zeros(n_parameters, dtype=np.int64))
             opened.scales = self._scalers.read()
             opened.is_averaged = False
+            self._observer.partials = []
         opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self._reduction.rows())
         opened.measured.present[k] = True
+        self._observer.note_ready(k)
 
     def _is_stale(self) -> bool:
         """Returns whether the gradients were not measured after the newest backward pass of this step."""
