@@ -73,11 +73,12 @@ def participants(
     """
     if process_group == "local":
         return None
+    are_named = isinstance(process_group, Mapping)
     groups = process_group if isinstance(process_group, Mapping) else {"*": process_group}
     sizes, found = [], {site.piece.ranks for site in sites if site.piece.ranks}
     for site in sites:
         group = next((group for pattern, group in groups.items() if fnmatchcase(site.name, pattern)), None)
-        if site.piece.ranks or group is None:
+        if group is None or (site.piece.ranks and not are_named):
             sizes.append(0)
             continue
         ranks = tuple(sorted(dist.get_process_group_ranks(group)))

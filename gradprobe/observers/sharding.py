@@ -23,11 +23,10 @@ from gradprobe.observers.agreement import WIDE, Agreement
 from gradprobe.observers.gradients import GradientMeter
 from gradprobe.observers.parameters import ObservedParameter
 from gradprobe.observers.shards import Shared, local_of, partial_dims
-from gradprobe.ops.rows import ABS_MAX, N_NONFINITE, N_ZERO, STATS, SUM, SUM_ABS, SUM_SQ, range_exponent
+from gradprobe.ops.rows import ABS_MAX, N_NONFINITE, N_ZERO, STATS, SUM_SQ, range_exponent
 from gradprobe.snapshot.records import FloatArray, IntArray, Measured
 
 _PACKED = N_NONFINITE  # values packed into a row: one in the last column would be read as non-finite elements
-_SUMMED = [SUM, SUM_ABS, SUM_SQ, N_ZERO, N_NONFINITE]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -173,7 +172,7 @@ class WholeGradients:
                 )
             )
             top = dist.all_reduce(self._top, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-            sums = local[:, _SUMMED]  # [K + S, 5]
+            sums = torch.cat((local[:, :ABS_MAX], local[:, N_ZERO:]), dim=1)  # [K + S, 5]
             if self._agreed.is_wide:  # the sums need the exponent of the largest magnitude
                 top.wait()
                 common = range_exponent(self._top[: len(local)].view(torch.float64))

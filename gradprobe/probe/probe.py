@@ -81,8 +81,8 @@ def attach(
             tensor parallelism) or managed by FSDP1, the numbers are those of the whole gradient, the same on every
             rank. All ranks that hold a part then have to attach, and detach, together. "local": this rank's part
             alone. A process group: plain tensors, too, are pieces of a whole over this group, as in hand-made
-            sharding, expert or pipeline parallelism. A mapping of name patterns to groups, if only some of them are;
-            the first pattern that fits counts.
+            sharding, expert or pipeline parallelism. A mapping of name patterns to groups says so of the parameters
+            that fit, whatever they say themselves; the first pattern that fits counts.
         reduce_activations: Reduce activations and residual adds over the same ranks: their statistics are then those of
             the elements on all ranks together, copies included. Otherwise they are those of this rank.
         strict: Raise the errors of measuring. Otherwise whatever fails is reported once and no longer measured, and the
