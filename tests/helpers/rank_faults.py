@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.layouts import LAYOUTS, Part
+from helpers.layout_parts import Part
+from helpers.layouts import LAYOUTS
 from helpers.sharded_trainings import weights_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

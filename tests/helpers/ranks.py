@@ -24,6 +24,7 @@ Case = Callable[[int, int], object]
 
 _COLLECTIVE_S = 20.0
 _CASE_S = 45.0
+_CASES_PER_COLLECTION = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ def _run_rank(rank: int, n_ranks: int, port: int, cases: dict[str, Case], folder
     gc.freeze()  # later collections pass over what the imports have made
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=_CASE_S))
     with _results(folder, rank).open("wb") as results:
-        for name, case in cases.items():
+        for n, (name, case) in enumerate(cases.items()):
             store.set(f"start/{name}/{rank}", "")
             while not store.check([f"start/{name}/{other}" for other in range(n_ranks)]):
                 if store.check(["over"]):
@@ -144,7 +145,8 @@ def _run_rank(rank: int, n_ranks: int, port: int, cases: dict[str, Case], folder
                 time.sleep(0.005)
             faulthandler.dump_traceback_later(_CASE_S, exit=True, file=log)
             outcome = _run_case(case, rank, n_ranks, dist.PrefixStore(f"case/{name}", store))
-            gc.collect()  # groups that a model or an error still holds keep their connections open
+            if outcome.error is not None or n % _CASES_PER_COLLECTION == 0:
+                gc.collect()  # groups that a model or an error still holds keep their connections open
             faulthandler.cancel_dump_traceback_later()
             pickle.dump((name, outcome), results)
             results.flush()

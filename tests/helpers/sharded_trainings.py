@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from helpers.layouts import LAYOUTS, Gradients, Layout, Part
+from helpers.layout_parts import Gradients, Part
+from helpers.layouts import LAYOUTS, Layout
 from torch import nn
 from torch.distributed.tensor import DTensor
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from helpers.layouts import LAYOUTS, plain_name
+from helpers.layout_parts import plain_name
+from helpers.layouts import LAYOUTS
 from helpers.ranks import Outcome, run_ranks
 from helpers.sharded_trainings import MAX_NORM, Statistics, Trained, Truth, train_case
 
