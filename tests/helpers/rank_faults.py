@@ -168,6 +168,7 @@ def in_hooks(layout: str, rank: int, n_ranks: int) -> Summary:
     backward(layout, part, 0)
     probe.step()
     snapshot = probe.latest(wait=True)
+    probe.detach()
     truth = {name: float(gradient.norm()) for name, gradient in part.gradients().items()}
     found = {} if snapshot is None else {name: each.norm for name, each in snapshot.sites.items()}
     return {"refused": None, "truth": truth, "found": found}
@@ -366,6 +367,7 @@ def other_experts(rank: int, n_ranks: int) -> Summary:
     expert(torch.ones(2, 8)).square().mean().backward()
     optimizer.step()
     snapshot = probe.latest(wait=True)
+    probe.detach()
     assert snapshot is not None
     norm = torch.tensor(float(expert.weight.grad.full_tensor().norm()) ** 2)  # type: ignore[union-attr, operator]
     dist.all_reduce(norm)
@@ -391,6 +393,7 @@ def attached_late(layout: str, when: str, rank: int, n_ranks: int) -> Summary:
     truth = {name: float(gradient.norm()) for name, gradient in part.gradients().items()}
     optimizer.step()
     snapshot = probe.latest(wait=True)
+    probe.detach()
     assert snapshot is not None
     return {"truth": truth, "found": {name: each.norm for name, each in snapshot.sites.items()}}
 
@@ -410,6 +413,7 @@ def converted(layout: str, rank: int, n_ranks: int) -> Summary:
         truth = {name: float(gradient.norm()) for name, gradient in part.gradients().items()}
         optimizer.step()
         steps = {s.step: {name: each.norm for name, each in s.sites.items()} for s in probe.history()}
+        probe.detach()
     warned = [str(w.message) for w in caught if issubclass(w.category, gradprobe.GradprobeWarning)]
     return {"truth": truth, "found": steps.get(1, {}), "warned": warned}
 
