@@ -11,6 +11,7 @@ import pytest
 from helpers import rank_faults
 from helpers.ranks import Case, Outcome, run_ranks
 
+pytestmark = pytest.mark.soak  # ranks wait for each other
 _SHARDED = ("fsdp2", "tensor parallel beside plain", "sequence parallel", "hand-made", "fsdp1 flat")
 _HEALTHY = ("fsdp1", "fsdp2 uneven", "tensor parallel beside plain", "pipeline")
 _IN_HOOKS = ("fsdp2", "fsdp1 flat", "sequence parallel", "distribute_module")

@@ -13,9 +13,39 @@ from helpers.ranks import Outcome, run_ranks
 from helpers.sharded_trainings import MAX_NORM, Statistics, Trained, Truth, train_case
 
 CASES = [(layout, variant) for layout, one in LAYOUTS.items() for variant in one.variants]
+# The others take minutes.
+QUICK = {
+    "ddp": ("plain", "accumulated"),
+    "ddp bucket view": ("plain",),
+    "fsdp2": ("plain", "accumulated", "torch clip", "probe clip", "activations"),
+    "fsdp2 uneven": ("plain", "torch clip", "updates"),
+    "fsdp1": ("plain", "probe clip"),
+    "fsdp1 flat": ("plain",),
+    "tensor parallel": ("plain", "probe clip"),
+    "tensor parallel beside plain": ("plain", "probe clip"),
+    "sequence parallel": ("plain", "probe clip"),
+    "hand-made": ("plain", "updates"),
+    "pipeline": ("plain",),
+}
 Ranks = Callable[[str, str], list[Trained]]
 
-every_case = pytest.mark.parametrize(("layout", "variant"), CASES, ids=[" - ".join(case) for case in CASES])
+
+def cases_of(*variants: str) -> pytest.MarkDecorator:
+    """Parametrizes a test by the layouts with one of the variants, or by all cases."""
+    cases = [
+        pytest.param(
+            layout,
+            variant,
+            id=f"{layout} - {variant}",
+            marks=() if variant in QUICK.get(layout, ()) else (pytest.mark.soak,),
+        )
+        for layout, variant in CASES
+        if variant in variants or not variants
+    ]
+    return pytest.mark.parametrize(("layout", "variant"), cases)
+
+
+every_case = cases_of()
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +134,7 @@ def test_the_training_goes_on_as_without_a_probe(layout: str, variant: str, rank
             assert [name for name in weights if weights[name] != truth.weights[name]] == [], f"step {step}"
 
 
-UPDATED = [layout for layout, variant in CASES if variant == "updates"]
-CLIPPED = [layout for layout, variant in CASES if variant == "probe clip"]
-
-
-@pytest.mark.parametrize("layout", UPDATED)
-@pytest.mark.parametrize("variant", ["updates"])
+@cases_of("updates")
 def test_updates_are_those_of_the_whole_parameter(layout: str, variant: str, ranks: Ranks) -> None:
     found = _without_errors(ranks(layout, variant))
     for rank in found:
@@ -126,8 +151,7 @@ def test_updates_are_those_of_the_whole_parameter(layout: str, variant: str, ran
     )
 
 
-@pytest.mark.parametrize("layout", CLIPPED)
-@pytest.mark.parametrize("variant", ["probe clip"])
+@cases_of("probe clip")
 def test_clipping_is_that_of_the_whole_gradient(layout: str, variant: str, ranks: Ranks) -> None:
     found = _without_errors(ranks(layout, variant))
     for rank in found:
