@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
+from gradprobe.diagnosis.diagnosis import Diagnosis
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules import RULES
 from gradprobe.diagnosis.rules.activations import EXPLODING_FORWARD, POOR_INITIALISATION
 from gradprobe.diagnosis.rules.loss import LOSS_BLOW_UP
+from gradprobe.diagnosis.rules.replicas import REPLICAS_DIFFER
 from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
 from gradprobe.snapshot.snapshot import Snapshot
@@ -16,7 +18,7 @@ from gradprobe.snapshot.snapshot import Snapshot
 Verdict: TypeAlias = str  # the name of a rule, or "healthy"
 
 
-def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -> list[Finding]:
+def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -> Diagnosis:
     """Applies the rules to the steps of a run.
 
     A single non-finite element, huge loss or spike is enough for a finding; most other faults must persist. Most count
@@ -28,7 +30,7 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
         thresholds: Limits of the rules.
 
     Returns:
-        At most one finding per rule, the most severe first; empty for a healthy run.
+        At most one finding per rule, the most severe first, with the rules that were judged and those that were not.
 
     Raises:
         ArgumentError: The snapshots are of different probes.
@@ -37,15 +39,24 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
         `Rule.source` of each rule in `gradprobe.diagnosis.rules`.
     """
     history = RunHistory(snapshots, thresholds)
-    findings = []
-    for rule in RULES:
-        if history.is_converging and not rule.judges_converging:
-            continue
-        if all(history.provides(need) for need in rule.needs):
+    findings: list[Finding] = []
+    judged: list[str] = []
+    unjudged: dict[str, str] = {}
+    for rule in RULES if snapshots else ():
+        lacks = rule.lacks(history)
+        if lacks is None:
+            judged.append(rule.title)
+        elif rule is not REPLICAS_DIFFER:  # most runs have no copies
+            unjudged[rule.title] = lacks
+        if all(history.provides(need) for need in rule.needs) and (rule.judges_converging or not history.is_converging):
             found = rule.check(history)
             if found is not None:
                 findings.append(found)
-    return _without_explained(findings, history)
+    findings = _without_explained(findings, history)
+    n_steps = history.count(None) if snapshots else 0
+    is_known = n_steps >= thresholds.window  # the rules on gradients that need some steps were judged
+    healthy = False if findings else (True if is_known else None)
+    return Diagnosis(tuple(findings), n_steps, tuple(judged), unjudged, healthy)
 
 
 def _without_explained(findings: list[Finding], history: RunHistory) -> list[Finding]:

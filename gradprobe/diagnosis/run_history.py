@@ -54,6 +54,14 @@ class RunHistory:
             return any(one.differ is not None for one in self.snapshots)
         return bool(self.observed if need == "activations=True" else self.updates.steps)
 
+    def count(self, need: Need | None) -> int:
+        """Counts the steps that provide what a rule needs; None counts those with a gradient."""
+        if need == "loss":
+            return len(self.losses)
+        if need == "activations=True":
+            return len(self.observed)
+        return len(self.updates.steps) if need == "updates=True" else int(self.present.any(axis=1).sum())
+
     @property
     def table(self) -> SiteTable:
         """Names and dimensions of the K parameters."""

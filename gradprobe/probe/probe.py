@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from torch import nn
 
 from gradprobe import sinks
 from gradprobe.diagnosis.diagnose import diagnose
-from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.diagnosis import Diagnosis
 from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.observers.activations import Selection
 from gradprobe.observers.unsupported import refuse_unsupported
@@ -191,11 +192,21 @@ class Probe:
         """
         sinks.write_jsonl(self.history(), path)
 
-    def findings(self) -> list[Finding]:
-        """Applies the rules of `gradprobe.diagnosis` to the history since the model last got other parameters."""
+    def findings(self) -> Diagnosis:
+        """Applies the rules of `gradprobe.diagnosis` to the history since the model last got other parameters.
+
+        Returns:
+            The findings, the most severe first, and how much was judged; print it to read it.
+
+        Example:
+            >>> probe = attach(nn.Linear(3, 1))
+            >>> print(probe.findings())
+            No gradient was measured, so nothing is known: no backward pass has reached the model since attach.
+        """
         history = self.history()
         names = history[-1].table.names if history else ()
-        return diagnose([snapshot for snapshot in history if snapshot.table.names == names])
+        diagnosis = diagnose([snapshot for snapshot in history if snapshot.table.names == names])
+        return replace(diagnosis, note=self._recorder.why_blind(has_steps=bool(history)))
 
     def first_nonfinite(self) -> NonFinite | None:
         """Returns where NaN or infinity was first seen since attach, in order of execution. Waits for the device.

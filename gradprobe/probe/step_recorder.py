@@ -255,6 +255,19 @@ class StepRecorder:
             hooks.mark()
         return total
 
+    def why_blind(self, has_steps: bool) -> str:
+        """Says what keeps the probe from measuring, or if it has no steps why not; empty if nothing does."""
+        if self._fence.failures:
+            part, error = next(iter(self._fence.failures.items()))
+            return f"measuring {part} has failed: {error}"
+        if has_steps:
+            return ""
+        if self._open.number > 0:
+            return f"{self._open.number} steps have ended, in none of them was a gradient measured"
+        if not self._observer.has_fired():
+            return "no backward pass has reached the model since attach"
+        return self.boundaries.why_open()
+
     def release(self) -> None:
         """Removes every hook and lets go of the parameters; the history stays readable."""
         try:

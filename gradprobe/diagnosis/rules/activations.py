@@ -106,6 +106,7 @@ POOR_INITIALISATION = Rule(
     remedies=(INITIALISE, "normalisation", "residual connections"),
     check=_poor_initialisation,
     needs=("activations=True", "loss"),
+    n_steps=lambda limits: 2 * limits.window,
 )
 
 
@@ -144,6 +145,7 @@ SATURATION = Rule(
     remedies=("normalise the data", "Xavier initialisation", "normalisation before the activation", "ReLU or GELU"),
     check=_saturation,
     needs=("activations=True",),
+    n_steps=lambda limits: limits.window,
 )
 
 
@@ -179,6 +181,7 @@ DEAD_RELU = Rule(
     remedies=REVIVE_UNITS,
     check=_dead_relu,
     needs=("activations=True",),
+    n_steps=lambda limits: limits.window,
 )
 
 

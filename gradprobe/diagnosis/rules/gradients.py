@@ -179,6 +179,7 @@ DYING = Rule(
     cause=DEAD_UNITS,
     remedies=REVIVE_UNITS,
     check=_dying,
+    n_steps=lambda limits: limits.window,
 )
 
 
@@ -205,6 +206,7 @@ SILENT = Rule(
     remedies=("look at how its output is used", "set requires_grad=False if that is intended"),
     check=_silent,
     judges_converging=True,
+    n_steps=lambda limits: limits.window,
 )
 
 
@@ -267,4 +269,5 @@ DRIFT = Rule(
     ),
     check=_drift,
     judges_converging=True,
+    n_steps=lambda limits: limits.spike_warm_up + limits.window,
 )

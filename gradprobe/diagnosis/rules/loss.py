@@ -119,6 +119,7 @@ UNSTABLE_LOSS = Rule(
     ),
     check=_unstable,
     needs=("loss",),
+    n_steps=lambda limits: 3 * limits.window,
 )
 
 
@@ -158,6 +159,7 @@ NOT_LEARNING = Rule(
     ),
     check=_not_learning,
     needs=("loss",),
+    n_steps=lambda limits: 2 * limits.window,
 )
 
 
@@ -192,4 +194,5 @@ SPIKE = Rule(
     remedies=("look at the batch of that step", CLIP, "a lower learning rate"),
     check=_spike,
     judges_converging=True,
+    n_steps=lambda limits: limits.spike_warm_up + 1,
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gradprobe.diagnosis.finding import Finding, Where, title
 from gradprobe.diagnosis.run_history import Need, RunHistory
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.errors import printable
 
 AUTOTRAINER = "AUTOTRAINER (Zhang et al., ICSE 2021)"
@@ -14,6 +15,13 @@ SAGEMAKER = "SageMaker Debugger"
 
 CLIP = "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step"
 INITIALISE = "an initialisation that suits the activation: He for ReLU, Xavier for tanh"
+
+
+_HOW: dict[Need, str] = {
+    "loss": "probe.step(loss)",
+    "activations=True": "attach(activations=True)",
+    "updates=True": "attach(updates=True)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,7 @@ class Rule:
         where: The pass that the rule is about, or "" if it is about neither in particular.
         needs: What the run must record for the rule to be judged.
         judges_converging: Whether the fault counts in a run that converges, too.
+        n_steps: Number of steps needed to judge the rule, of those that provide what it needs.
     """
 
     name: str
@@ -41,11 +50,21 @@ class Rule:
     where: Where = ""
     needs: tuple[Need, ...] = ()
     judges_converging: bool = False
+    n_steps: Callable[[Thresholds], int] = lambda _: 1
 
     @property
     def title(self) -> str:
         """The name, followed by the pass in brackets if there is one."""
         return title(self.name, self.where)
+
+    def lacks(self, history: RunHistory) -> str | None:
+        """Returns what a history lacks to judge the rule, None if it can be judged."""
+        for need in self.needs:
+            if not history.provides(need):
+                return _HOW.get(need, need)
+        needed, seen = self.n_steps(history.limits), min(history.count(need) for need in self.needs or (None,))
+        steps = "1 step" if needed == 1 else f"{needed} steps"
+        return f"{steps} (seen: {seen})" if seen < needed else None
 
     def finding(
         self, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str

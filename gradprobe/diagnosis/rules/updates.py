@@ -40,6 +40,7 @@ UPDATES_TOO_LARGE = Rule(
     remedies=("a lower learning rate or a warm-up", CLIP, INITIALISE),
     check=_too_large,
     needs=("updates=True",),
+    n_steps=lambda limits: limits.window,
 )
 
 
@@ -80,4 +81,5 @@ UPDATES_TOO_SMALL = Rule(
     ),
     check=_too_small,
     needs=("updates=True",),
+    n_steps=lambda limits: limits.window,
 )

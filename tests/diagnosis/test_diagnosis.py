@@ -1,0 +1,98 @@
+"""What a diagnosis says of a run, and of how much it could judge."""
+
+import json
+
+import pytest
+import torch
+from helpers.diagnose_cases import FALLING, course, snapshot
+from helpers.probe_cases import loss_of, mlp
+
+import gradprobe
+from gradprobe.diagnosis.diagnose import diagnose
+
+
+class TestHealth:
+    def test_nothing_seen_is_not_healthy(self) -> None:
+        diagnosis = diagnose([])
+        assert (len(diagnosis), bool(diagnosis), diagnosis.healthy, diagnosis.judged) == (0, False, None, ())
+
+    def test_a_few_steps_are_too_early(self) -> None:
+        diagnosis = diagnose([snapshot(step, [1.0, 1.0]) for step in range(9)])
+        assert diagnosis.healthy is None
+        assert str(diagnosis).startswith("No fault so far, but too little was seen to call it healthy: 9 steps, ")
+
+    def test_steps_without_a_fault_are_healthy(self) -> None:
+        diagnosis = diagnose(course(FALLING))
+        assert (diagnosis.healthy, diagnosis.n_steps, list(diagnosis)) == (True, len(FALLING), [])
+
+    def test_a_fault_is_not_healthy_however_early(self) -> None:
+        diagnosis = diagnose([snapshot(0, [1.0, 1.0], nonfinite=1)])
+        assert (bool(diagnosis), diagnosis.healthy, diagnosis[0].rule) == (True, False, "non-finite")
+
+
+class TestUnjudgedRules:
+    def test_rules_that_lack_something_say_what(self) -> None:
+        diagnosis = diagnose([snapshot(step, [1.0, 1.0]) for step in range(12)])
+        assert diagnosis.unjudged["not learning"] == "probe.step(loss)"
+        assert diagnosis.unjudged["dead ReLU"] == "attach(activations=True)"
+        assert diagnosis.unjudged["updates too large"] == "attach(updates=True)"
+        assert diagnosis.unjudged["spike"] == "21 steps (seen: 12)"
+        assert "vanishing (backward)" in diagnosis.judged
+        assert not set(diagnosis.judged) & set(diagnosis.unjudged)
+
+    def test_losses_count_for_the_rules_on_losses(self) -> None:
+        assert diagnose(course(FALLING[:15])).unjudged["not learning"] == "20 steps (seen: 15)"
+        assert "not learning" in diagnose(course(FALLING[:20])).judged
+
+    def test_the_text_lists_them_by_what_they_need(self) -> None:
+        text = str(diagnose([snapshot(step, [1.0, 1.0]) for step in range(40)]))
+        assert "Not judged without probe.step(loss): loss blow-up, unstable loss, not learning." in text
+
+
+class TestForms:
+    def test_the_text_names_fault_cause_and_first_remedy(self) -> None:
+        text = str(diagnose([snapshot(0, [1.0, 1.0], nonfinite=3)]))
+        lines = text.splitlines()
+        assert lines[0].startswith("1 fault. 1 step, ")
+        assert "1. non-finite" in lines
+        assert "   Try first: find the first layer and step with probe.first_nonfinite()." in lines
+        assert "   More: gradprobe explain non-finite" in lines
+        assert max(map(len, lines)) <= 100
+
+    def test_json_and_html(self) -> None:
+        diagnosis = diagnose([snapshot(0, [1.0, 1.0], nonfinite=3)])
+        read = json.loads(json.dumps(diagnosis.to_dict()))
+        assert (read["healthy"], read["steps"], read["findings"][0]["rule"]) == (False, 1, "non-finite")
+        assert "1. non-finite" in diagnosis._repr_html_()
+
+    def test_it_equals_a_list_of_its_findings(self) -> None:
+        diagnosis = diagnose([snapshot(0, [1.0, 1.0], nonfinite=3)])
+        assert diagnosis == list(diagnosis)
+        assert diagnosis != []
+        assert diagnose([]) == []
+        assert diagnosis[:1] == tuple(diagnosis)
+
+
+class TestOfAProbe:
+    def test_a_probe_says_why_it_has_measured_nothing(self) -> None:
+        model = mlp()
+        with gradprobe.attach(model, strict=True) as probe:
+            assert "no backward pass has reached the model" in str(probe.findings())
+            loss_of(model).backward()
+            assert "no optimizer has stepped the model's parameters" in str(probe.findings())
+            assert probe.findings().healthy is None
+
+    def test_measuring_that_has_failed_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = mlp()
+        with gradprobe.attach(model) as probe:
+            recorder = probe._recorder
+            monkeypatch.setattr(recorder._observer, "measure", _fail)
+            with pytest.warns(gradprobe.GradprobeWarning, match="no memory"):
+                loss_of(model).backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+            assert probe.findings().healthy is None
+            assert "no memory" in str(probe.findings())
+
+
+def _fail(*_: object) -> None:
+    raise MemoryError("no memory")
