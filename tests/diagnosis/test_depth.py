@@ -117,8 +117,9 @@ class TestDrift:
 
     def test_most_layers_may_die(self) -> None:
         history = [snapshot(step, [1.0, *[float(step < 30)] * 4, 1.0]) for step in range(45)]
-        (finding,) = diagnose(history)
-        assert finding.sites == tuple(f"layer{k}.weight" for k in range(1, 5))
+        silent, drift = diagnose(history)
+        assert (silent.rule, silent.steps, drift.rule) == ("silent parameter", (30, 44), "layer drift")
+        assert silent.sites == drift.sites == tuple(f"layer{k}.weight" for k in range(1, 5))
 
     @pytest.mark.parametrize(
         "norm",
@@ -142,4 +143,4 @@ class TestDrift:
         assert history(FLAT, 0.0) == ["not learning"]  # a weight whose gradient starts later has no mean before
 
     def test_two_weights_have_no_others_to_compare_with(self) -> None:
-        assert rules_of([snapshot(step, [1.0, float(step < 30)]) for step in range(45)]) == []
+        assert rules_of([snapshot(step, [1.0, 1.0 if step < 30 else 1e-5]) for step in range(45)]) == []

@@ -171,3 +171,13 @@ class TestCourse:
         (finding,) = diagnose([snapshot(step, [1.0, 0.0, 1.0, 1.0, 1.0]) for step in range(12)])
         assert (finding.rule, finding.sites, finding.steps) == ("silent parameter", ("layer1.weight",), (0, 11))
         assert rules_of([snapshot(step, [1.0, float(step > 0), 1.0]) for step in range(12)]) == []
+
+    def test_a_parameter_whose_gradient_stops_is_silent_although_the_loss_falls(self) -> None:
+        history = [snapshot(step, [1.0, float(step < 20)], loss=loss) for step, loss in enumerate(FALLING)]
+        (finding,) = diagnose(history)
+        assert (finding.rule, finding.sites, finding.steps) == ("silent parameter", ("layer1.weight",), (20, 39))
+        assert rules_of(history[:29]) == []
+
+    def test_a_gradient_that_is_zero_everywhere_is_compared_with_nothing(self) -> None:
+        (finding, *_) = diagnose([snapshot(step, [0.0, 0.0, 0.0]) for step in range(12)])
+        assert finding.message.startswith("step 11: no gradient at all reaches layer0.weight: it is exactly zero there")

@@ -81,7 +81,7 @@ def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) ->
     hits, limits = history.flows[flow], history.limits
     newest = hits[-1]
     names, norms = weight_names(newest), weight_norms(newest)
-    ratio = norms[0] / norms[-1] if norms[-1] else math.inf
+    ratio = norms[0] / norms[-1] if norms[-1] else (math.inf if norms[0] else 0.0)
     evidence = {"norm_first": norms[0], "norm_last": norms[-1], "ratio": ratio}
     line = inner_trend(norms)
     if math.isfinite(line.std_error):
@@ -100,6 +100,11 @@ def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) ->
             f"{line.factor:.3g} ± {line.std_error:.2g} per layer, and {first / last:.2e}"
         )
     message = f"step {newest.step}: {message} is {limit}: {flow} towards the input"
+    if norms[0] == 0.0:
+        message = (
+            f"step {newest.step}: no gradient at all reaches {names[0]}: it is exactly zero there, and {norms[-1]:.2e} "
+            f"at {names[-1]}"
+        )
     rule = EXPLODING if flow == "exploding" else VANISHING
     return rule.finding(concerned, (hits[0].step, newest.step), evidence, message)
 
@@ -187,11 +192,14 @@ def _silent(history: RunHistory) -> Finding | None:
     if len(history.snapshots) < history.limits.window:
         return None
     always = history.present.all(axis=0)  # [K]
-    is_zero = (history.column("abs_max") == 0.0).all(axis=0)  # [K]
-    if not (always & is_zero).any() or not (always & ~is_zero).any():
+    is_zero = history.column("abs_max") == 0.0  # [T, K]
+    is_silent = always & is_zero[-history.limits.window :].all(axis=0)  # [K]
+    if not is_silent.any() or not (always & ~is_silent).any():
         return None
-    names = tuple(history.table.names[k] for k in np.flatnonzero(always & is_zero))
-    steps = (history.snapshots[0].step, history.snapshots[-1].step)
+    names = tuple(history.table.names[k] for k in np.flatnonzero(is_silent))
+    moved = np.flatnonzero(~is_zero[:, is_silent].all(axis=1))
+    first = int(moved[-1]) + 1 if len(moved) else 0  # from here on all of them are zero
+    steps = (history.snapshots[first].step, history.snapshots[-1].step)
     others = f", and so are those of {len(names) - 1} other parameters" if len(names) > 1 else ""
     message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}"
     return SILENT.finding(names, steps, {"silent": float(len(names))}, message)
@@ -199,9 +207,9 @@ def _silent(history: RunHistory) -> Finding | None:
 
 SILENT = Rule(
     "silent parameter",
-    formula="a gradient that is exactly zero in every step, over at least `window` steps, while other parameters have "
-    "one that is not",
-    source="arithmetic: such a parameter never moves",
+    formula="a gradient that is exactly zero in each of the last `window` steps or more, while other parameters have "
+    "one that is not; also in a run that converges",
+    source="arithmetic: such a parameter no longer moves",
     cause="the parameter does not reach the loss: multiplied by zero, detached, or behind dead units",
     remedies=("look at how its output is used", "set requires_grad=False if that is intended"),
     check=_silent,
