@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from helpers.layout_parts import Part
 from helpers.layouts import LAYOUTS
-from helpers.sharded_trainings import weights_of
+from helpers.sharded_trainings import local_of, weights_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -430,3 +430,69 @@ def over_a_file_store(folder: str, rank: int, n_ranks: int) -> list[str]:
         snapshot = probe.latest(wait=True)
     assert snapshot is not None
     return list(snapshot.sites)
+
+
+def clipping(layout: str, how: str, rank: int, n_ranks: int) -> list[Any]:
+    """Clips with the probe while one rank is paused, fails to measure, or has a gradient that is not finite.
+
+    Returns:
+        For each step, the returned norm over the true one and the true norm after clipping, or the error.
+    """
+    part, optimizer = build(layout, rank, n_ranks)
+    found: list[Any] = []
+    original = GradientObserver.measure
+
+    def measure(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("planted")
+
+    with (
+        warnings.catch_warnings(),
+        gradprobe.attach(part.model, optimizer=optimizer, process_group=part.process_group) as probe,
+    ):
+        warnings.simplefilter("ignore")
+        for step in range(_N_STEPS):
+            is_at = rank == 1 and step == _FAULT_AT
+            with probe.paused() if is_at and how == "paused" else contextlib.nullcontext():
+                if is_at and how == "failing":
+                    GradientObserver.measure = measure  # type: ignore[method-assign]
+                optimizer.zero_grad()
+                backward(layout, part, step)
+                if is_at and how == "nonfinite":
+                    local_of(next(each.grad for each in part.model.parameters() if each.grad is not None)).fill_(
+                        math.nan
+                    )
+                before = _total(part)
+                try:
+                    total = float(probe.clip_grad_norm_(0.05, error_if_nonfinite=True))
+                    found.append((total / before, _total(part)))
+                except RuntimeError as error:
+                    found.append(str(error))
+                    optimizer.zero_grad()
+                optimizer.step()
+                GradientObserver.measure = original  # type: ignore[method-assign]
+    return found
+
+
+def _total(part: Part) -> float:
+    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in part.gradients().values()))
+
+
+def two_models(rank: int, n_ranks: int) -> list[bool]:
+    """Trains two models in turn, each with a probe, and tells whether the numbers are those of its gradients."""
+    layouts = ("fsdp2", "tensor parallel beside plain")
+    found = []
+    with contextlib.ExitStack() as stack:
+        trainings = []
+        for layout in layouts:
+            part, optimizer = build(layout, rank, n_ranks)
+            trainings.append((part, optimizer, stack.enter_context(gradprobe.attach(part.model, strict=True))))
+        for step in range(3):
+            for layout, (part, optimizer, probe) in zip(layouts, trainings, strict=True):
+                optimizer.zero_grad()
+                backward(layout, part, step)
+                truth = _total(part)
+                optimizer.step()
+                snapshot = probe.latest(wait=True)
+                assert snapshot is not None
+                found.append(math.isclose(snapshot.total_norm, truth, rel_tol=1e-6))
+    return found

@@ -267,18 +267,18 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _scale(model: nn.Module, factor: float) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
-            _local(parameter.grad).mul_(factor)
+            local_of(parameter.grad).mul_(factor)
 
 
 def weights_of(model: nn.Module) -> tuple[dict[str, bytes], dict[str, list[float]]]:
-    local = {name: _local(parameter).contiguous().flatten() for name, parameter in model.named_parameters()}
+    local = {name: local_of(parameter).contiguous().flatten() for name, parameter in model.named_parameters()}
     # the bits of NaN may differ from run to run
     plain = {name: torch.where(tensor.isnan(), math.nan, tensor) for name, tensor in local.items()}
     bits = {name: tensor.view(torch.uint8).numpy().tobytes() for name, tensor in plain.items()}

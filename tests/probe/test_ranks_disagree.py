@@ -57,6 +57,12 @@ CASES: dict[str, Case] = {
     },
     **{f"converted {each}": partial(rank_faults.converted, each) for each in _CONVERTED},
     "experts": rank_faults.other_experts,
+    **{
+        f"clipping {how} {each}": partial(rank_faults.clipping, each, how)
+        for each in _SHARDED
+        for how in ("paused", "failing", "nonfinite")
+    },
+    "two models": rank_faults.two_models,
     "killed": partial(rank_faults.killed, "hand-made"),
 }
 Found = Callable[[str], list[Any]]
@@ -199,6 +205,22 @@ def test_other_experts_of_one_name_are_no_copies(name: str, found: Found) -> Non
             assert "weight" in rank["refused"]
         else:
             assert rank["norm"] == pytest.approx(rank["truth"], rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["paused", "failing", "nonfinite"])
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_all_ranks_clip_alike_whatever_happens_to_one(layout: str, how: str, found: Found) -> None:
+    first, second = found(f"clipping {how} {layout}")
+    assert first == second
+    for step, each in enumerate(first):
+        if how == "nonfinite" and step == 2:
+            assert "finite" in each
+        else:
+            assert each == (pytest.approx(1.0, rel=1e-6), pytest.approx(0.05, rel=1e-4))
+
+
+def test_two_models_in_turn(found: Found) -> None:
+    assert found("two models") == [[True] * 6] * 2
 
 
 def test_a_killed_rank_ends_in_an_error_of_torch(outcomes: dict[str, list[Outcome]]) -> None:
