@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -153,11 +154,16 @@ def check_loss(loss: object) -> None:
             raise ArgumentError(
                 f"loss: needed one real number, got a tensor of shape {tuple(loss.shape)}, {loss.dtype}"
             )
-    elif loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float))):
+    elif loss is not None and not _is_number(loss):
         raise ArgumentError(f"loss: needed a number or a tensor of one element, got {type(loss).__name__}")
 
 
 def check_max_norm(max_norm: object) -> None:
-    """Raises ArgumentError if `max_norm` is not a number."""
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)):
-        raise ArgumentError(f"max_norm: needed a number, got {max_norm!r}")
+    """Raises ArgumentError if `max_norm` is not a number above zero: a negative one would turn the gradients round."""
+    if not _is_number(max_norm) or not max_norm > 0:  # type: ignore[operator]
+        raise ArgumentError(f"max_norm: needed a number above 0, got {max_norm!r}")
+
+
+def _is_number(value: object) -> bool:
+    """Returns whether a value is a real number of Python or NumPy."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

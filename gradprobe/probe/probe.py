@@ -246,7 +246,7 @@ class Probe:
             The total norm before clipping, 0-d, in the widest dtype of the gradients but at least float32.
 
         Raises:
-            ArgumentError: `max_norm` is not a number.
+            ArgumentError: `max_norm` is not a number above zero.
             GradprobeError: The probe is detached.
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
 

@@ -1,10 +1,12 @@
 """Attaching: coverage and its warnings, an unchanged training, invalid input."""
 
 import gc
+import math
 import warnings
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.probe_cases import RejectReads, loss_of, mlp, norms_of, run_through, sgd, true_norms
@@ -243,6 +245,24 @@ class TestBadInput:
     def test_losses(self, loss: object) -> None:
         with gradprobe.attach(mlp()) as probe, pytest.raises(gradprobe.ArgumentError, match=r"^loss: need"):
             probe.step(loss=loss)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("loss", [0.5, np.float32(0.5), np.float64(0.5), torch.tensor([0.5])], ids=repr)
+    def test_a_loss_may_come_from_metrics_code(self, loss: Any) -> None:
+        model = mlp()
+        with gradprobe.attach(model) as probe:
+            loss_of(model).backward()
+            probe.step(loss)
+            assert probe.history()[0].loss == 0.5
+
+    @pytest.mark.parametrize("max_norm", [-5.0, 0, math.nan, "1", True, None], ids=repr)
+    def test_clipping_takes_a_number_above_zero(self, max_norm: Any) -> None:
+        model = mlp()
+        with gradprobe.attach(model) as probe:
+            loss_of(model).backward()
+            before = true_norms(model)
+            with pytest.raises(gradprobe.ArgumentError, match="max_norm: needed a number above 0, got"):
+                probe.clip_grad_norm_(max_norm)
+            assert true_norms(model) == before
 
     def test_use_after_detach(self) -> None:
         probe = gradprobe.attach(mlp())
