@@ -17,7 +17,6 @@ from gradprobe.errors import ArgumentError
 
 _POLL_S = 0.02
 _MOST_NAMED = 8  # ranks in a message
-_meetings: dict[tuple[int, ...], int] = {}  # by the ranks: attaches so far, the same number on all of them
 
 
 class Part(NamedTuple):
@@ -56,11 +55,10 @@ def meet(ranks: Sequence[int], options: dict[str, Any], parts: Sequence[Part]) -
             default), came with other options, or give the same parameter another shape. The message names them.
     """
     timeout_s = float(os.environ.get("GRADPROBE_MEET_TIMEOUT_S", "30"))
-    key, me = tuple(ranks), dist.get_rank()
-    _meetings[key] = _meetings.get(key, -1) + 1
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    store = dist.distributed_c10d._get_default_store()
-    at = f"gradprobe/{digest}/{_meetings[key]}/"
+    me, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    among = f"gradprobe/{hashlib.sha256(repr(tuple(ranks)).encode()).hexdigest()[:16]}/"
+    turn = store.add(f"{among}turn/{me}", 1)  # the same on all ranks that attach together
+    at = f"{among}{turn}/"
 
     mine = json.dumps(options, sort_keys=True)
     first = store.compare_set(at + "options", "", mine).decode()
@@ -80,7 +78,7 @@ def meet(ranks: Sequence[int], options: dict[str, Any], parts: Sequence[Part]) -
             missing = [rank for rank in ranks if not store.check([at + f"here/{rank}"])]
             store.add(at + "count", -1)  # a later attach may still meet the others
             store.delete_key(at + f"here/{me}")
-            _meetings[key] -= 1
+            store.add(f"{among}turn/{me}", -1)
             shown = ", ".join(map(str, missing[:_MOST_NAMED])) + (", …" if len(missing) > _MOST_NAMED else "")
             raise ArgumentError(
                 f"model: its parameters are sharded, so needed attach on all {len(ranks)} ranks that hold a part of "

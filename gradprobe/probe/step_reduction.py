@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class StepReduction:
         self._history = history
         self._observer = observer
         self._every = every
+        self._lock = threading.RLock()  # another thread may read
         self._is_under_way = False
         self._pending: ClosedStep | None = None  # whose gradients are being reduced
 
@@ -74,7 +76,6 @@ class StepReduction:
             step,
             None if events is None else (ring.signal_rows(), events.measured),
         )
-        self._pending = step
 
     def take_part(self, opened: OpenStep) -> None:
         """Joins the other ranks in a step of which this one has nothing to tell."""
@@ -87,12 +88,15 @@ class StepReduction:
         whole = self._observer.whole
         if whole is None or not self._is_under_way:
             return
-        self._is_under_way = False
-        step, self._pending = self._pending, None
-        ring = self._history.ring
-        told = whole.finish(ring.rows()[whole.device], ring.signal_rows() if whole.n_signals > 0 else None)
-        if step is not None:
-            self._write(step._replace(skipped=told.skipped, ratios=(told.smallest, told.largest)))
+        with self._lock:
+            if not self._is_under_way:
+                return
+            self._is_under_way = False
+            step, self._pending = self._pending, None
+            ring = self._history.ring
+            told = whole.finish(ring.rows()[whole.device], ring.signal_rows() if whole.n_signals > 0 else None)
+            if step is not None:
+                self._write(step._replace(skipped=told.skipped, ratios=(told.smallest, told.largest)))
 
     def _start(
         self,
@@ -103,12 +107,13 @@ class StepReduction:
     ) -> None:
         whole = self._observer.whole
         assert whole is not None
-        self._is_under_way = True
         if rows is None:
             self._observer.find_partials()
         measured = None if step is None else step.slot.measured
         shared = Shared() if step is None else Shared(*step.ratios, step.skipped)
-        whole.start(number, rows, measured, self._observer.partials, shared, signals)
+        with self._lock:
+            whole.start(number, rows, measured, self._observer.partials, shared, signals)
+            self._is_under_way, self._pending = True, step
 
     def _write(self, step: ClosedStep) -> None:
         self._history.ring.commit(*step)
