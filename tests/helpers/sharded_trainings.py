@@ -22,6 +22,7 @@ Statistics = dict[str, float]
 MAX_NORM = 0.02
 _N_STEPS = 3
 _SEED = 7
+_SIZES = ((1e-73, 1.0), (1.0, 1e73), (1e-140, 1e80))
 _OPTIONS: dict[str, dict[str, Any]] = {
     "activations": {"activations": True},
     "at step": {"when": "step"},
@@ -153,8 +154,11 @@ def _backward(layout: Layout, part: Part, step: int, variant: str, scaler: torch
 
     def loss_of(y: torch.Tensor) -> torch.Tensor:
         if variant == "wide":
-            # the rows of the last weight, which ranks share out, have gradients of every size
-            return (y * torch.logspace(-140.0, 80.0, y.shape[-1], dtype=y.dtype)).square().mean()
+            # the rows of the last weight, which ranks share out, have gradients of other sizes: squares of these
+            low, high = _SIZES[step]
+            n_low = y.shape[-1] // 2
+            sizes = torch.tensor([low] * n_low + [high] * (y.shape[-1] - n_low), dtype=torch.float64)
+            return (y * sizes).square().mean()
         loss = y.float().square().mean() / n
         if variant == "tiny":
             return loss * 1e-25
