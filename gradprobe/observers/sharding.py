@@ -178,8 +178,8 @@ class WholeGradients:
                 common = range_exponent(self._top[: len(local)].view(torch.float64))
                 shift = (range_exponent(local[:, ABS_MAX]) - common).clamp(max=0).double()
                 factor = torch.where(local[:, ABS_MAX] == 0, 1.0, torch.exp2(shift))
-                sums[:, :2] *= factor.unsqueeze(1)
-                sums[:, 2] *= factor * factor
+                sums[:, :3] *= factor.unsqueeze(1)
+                sums[:, SUM_SQ] *= factor  # twice: the square of the factor underflows
             self._sums = torch.cat((sums, elements.unsqueeze(1)), dim=1)  # [K + S, 6]
             added = dist.all_reduce(self._sums, group=self._group, async_op=True)
             self._work = [top, added]

@@ -135,7 +135,7 @@ class ShardedModel:
 
     def _add_fsdp1(self, handle: Any) -> None:
         flat = handle.flat_param
-        ranks = tuple(torch.distributed.get_process_group_ranks(handle.process_group))
+        ranks = _ranks_of(handle.process_group)
         self.triggers.append(flat)
         if not handle._use_orig_params:
             owner = handle._fully_sharded_module
@@ -148,6 +148,13 @@ class ShardedModel:
         for info in flat._shared_param_infos:
             first = self._places[id(info.prim_module), info.prim_param_name]
             self._places[id(info.module), info.param_name] = first
+
+
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    try:
+        return tuple(torch.distributed.get_process_group_ranks(group))
+    except (KeyError, ValueError):  # it has been destroyed, and nothing is reduced any more
+        return tuple(range(group.size()))
 
 
 def _flat_of(handle: Any) -> Callable[[], nn.Parameter | None]:

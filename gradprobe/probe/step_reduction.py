@@ -86,7 +86,7 @@ class StepReduction:
     def complete(self) -> None:
         """Finishes the step whose gradients are being reduced."""
         whole = self._observer.whole
-        if whole is None or not self._is_under_way:
+        if whole is None:
             return
         with self._lock:
             if not self._is_under_way:

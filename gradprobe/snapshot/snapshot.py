@@ -125,12 +125,14 @@ class Snapshot:
 
     @cached_property
     def total_norm(self) -> float:
-        """Euclidean norm of all gradients together, as they were measured; tied parameters count once.
+        """Euclidean norm of all gradients together, as they were measured; tied parameters count once. NaN if none was.
 
         That is before clipping, except with `when="step"`, and for gradients that fire no hook, such as those of
         `torch.autograd.grad` and of compiled autograd.
         """
         norms = self.columns["norm"][self.measured.present]  # [K']
+        if not len(norms):
+            return math.nan
         largest = float(norms.max(initial=0.0))
         if largest == 0.0 or not math.isfinite(largest):
             return largest
