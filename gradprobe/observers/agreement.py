@@ -21,6 +21,8 @@ from gradprobe.snapshot.records import IntArray
 
 ProcessGroups: TypeAlias = Literal["local"] | dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None
 
+# A process group of ours for each list of ranks, and the world in which it was made: a GPU keeps buffers for each.
+_made: dict[tuple[int, ...], tuple[dist.ProcessGroup | None, dist.ProcessGroup]] = {}
 WIDE = (torch.float64, torch.complex128)  # their sums of squares may need an exponent
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by bytes of an element
 
@@ -118,16 +120,17 @@ def agree(
     """
     tensors = [parameter for parameter in parameters if parameter is not None]
     layouts = [Layout.of(tensor) for tensor in tensors]
+    device = next((layout.device for layout in layouts if layout.device.type != "cpu"), layouts[0].device)
     parts = meet(
         ranks,
-        options,
+        {**options, "device": device.type},
         [
             Part(site.name, layout.shape if size else site.shape, size, layout.dtype in WIDE, site.piece.n_padding)
             for site, layout, size in zip(sites, layouts, group_sizes, strict=True)
         ],
     )
     group = _communicator(ranks)
-    device = _device_of(group, layouts[0].device)
+    device = _device_of(group, device)
     names = tuple(part.name for part in parts)
     position = {name: k for k, name in enumerate(names)}
     slots = [position[site.name] for site in sites]
@@ -217,8 +220,11 @@ def _communicator(ranks: Sequence[int]) -> dist.ProcessGroup:
         world = dist.group.WORLD
         assert world is not None
         return world
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)
+    world, group = _made.get(tuple(ranks), (None, None))
+    if group is None or world is not dist.group.WORLD:
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        _made[tuple(ranks)] = dist.group.WORLD, group
     return group
 
 

@@ -41,6 +41,7 @@ class GradientObserver:
         frozen: Names of the parameters that do not require a gradient.
         table: The same for snapshots; of all ranks, if their parts are reduced.
         whole: Reduces the rows of this rank's parts to rows of whole gradients, None if there is nothing to reduce.
+        unfollowed: How the parameters of a sharded model, which is not followed, differ from those observed.
         partials: Gradients, as the newest measurement found them, that still have to be added up over ranks.
 
     Args:
@@ -70,6 +71,7 @@ class GradientObserver:
         self._n_measured = 0
         self._fired_before = False  # a hook that has been replaced in this step
         self.whole: WholeGradients | None = None
+        self.unfollowed = ""
         self.partials: list[PartialGradient] = []
         found = find_parameters(model)
         if on_gradient is not None and {id(each) for each in found.triggers} & {id(each) for each in found.parameters}:
@@ -134,8 +136,10 @@ class GradientObserver:
 
     def speaks(self) -> bool:
         """Returns whether this rank warns: of those that train one model together, only the first does."""
-        is_one_of_many = self.whole is not None or self._replicas.are_known()
-        return not (is_one_of_many and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0)
+        if self.whole is not None:
+            return self.whole.is_first
+        distributed = torch.distributed
+        return not (self._replicas.are_known() and distributed.is_initialized() and distributed.get_rank() > 0)
 
     def parameters(self) -> list[torch.Tensor | None]:
         """Returns the K parameters, None for one that is gone."""
@@ -205,6 +209,9 @@ class GradientObserver:
         self._replicas.forget()
         if self._is_same(found) and found.frozen_names == self.frozen and not self.hooks.is_outdated():
             return None
+        if self.whole is not None and [site.names for site in found.sites] != [site.names for site in self.sites]:
+            self.unfollowed = self._describe(found)
+            return None
         return self._follow(found)  # tensors that were swapped into the same parameters have no hook
 
     def regroup_if_moved(self) -> str | None:
@@ -261,7 +268,12 @@ class GradientObserver:
                 device: torch.empty(n_rows, len(STATS), dtype=torch.float64, device=device)
                 for device, n_rows in self.meter.rows_on.items()
             }
-            measured = self.meter.measure(gradients, regular, rows)
+            try:
+                measured = self.meter.measure(gradients, regular, rows)
+            except BaseException:
+                if self.whole is not None:
+                    self._reduced(None, None)  # the other ranks are waiting
+                raise
         if self.whole is not None:
             rows = self._reduced(rows, measured)
         total = self.meter.total_norm(rows)
@@ -291,7 +303,9 @@ class GradientObserver:
             if parameter.requires_grad and id(parameter) not in known and name not in self._without_kernel
         )
 
-    def _reduced(self, rows: dict[torch.device, torch.Tensor], measured: Measured) -> dict[torch.device, torch.Tensor]:
+    def _reduced(
+        self, rows: dict[torch.device, torch.Tensor] | None, measured: Measured | None
+    ) -> dict[torch.device, torch.Tensor]:
         """Reduces the rows of this rank's parts, and waits for the other ranks."""
         from gradprobe.observers.sharding import partial_gradients
 
@@ -304,10 +318,9 @@ class GradientObserver:
     def note_ready(self, k: int) -> None:
         """Notes that gradient k has been measured by itself; it may still have to be added up over ranks."""
         if self.whole is not None:
-            from gradprobe.observers.sharding import partial_gradients
+            from gradprobe.observers.sharding import partial_gradient
 
-            only = [parameter if each == k else None for each, parameter in enumerate(self.parameters())]
-            self.partials += partial_gradients(only)
+            self.partials += partial_gradient(k, self._places[k].parameter())
 
     def find_partials(self) -> None:
         """Copies the gradients that still have to be added up over ranks."""
@@ -334,17 +347,18 @@ class GradientObserver:
         return change
 
     def _take(self, found: ModelParameters) -> None:
-        self.meter = GradientMeter(
+        meter = GradientMeter(
             [Layout.of(parameter) for parameter in found.parameters],
             [site.name for site in found.sites],
             self._backend,
             self._fence,
         )
+        if self.whole is not None:
+            self.whole.regroup(found.sites, meter)
+        self.meter = meter
         self._ids, self._places = [id(parameter) for parameter in found.parameters], found.places
         self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
         self._frozen_places = found.frozen_places
-        if self.whole is not None:
-            self.whole.regroup(self.sites, self.meter)
         self._make_table()
 
     def _make_table(self) -> None:

@@ -9,11 +9,14 @@ import re
 import time
 import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
 from gradprobe.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _POLL_S = 0.02
 _MOST_NAMED = 8  # ranks in a message
@@ -60,37 +63,75 @@ def meet(ranks: Sequence[int], options: dict[str, Any], parts: Sequence[Part]) -
     turn = store.add(f"{among}turn/{me}", 1)  # the same on all ranks that attach together
     at = f"{among}{turn}/"
 
-    mine = json.dumps(options, sort_keys=True)
-    first = store.compare_set(at + "options", "", mine).decode()
-    if first != mine:
-        store.set(at + "disagree", f"rank {me} has {mine}, another rank has {first}")
+    shown = json.dumps(options, sort_keys=True)
     packed = zlib.compress(json.dumps(parts).encode())
-    name = hashlib.sha256(packed).hexdigest()
-    if store.add(at + "n/" + name, 1) == 1:  # the first with these parts
-        store.set(at + "parts/" + name, packed)  # type: ignore[arg-type]
-        store.append(at + "names", name)  # type: ignore[attr-defined]
-    store.set(at + f"here/{me}", "1")
-    if store.add(at + "count", 1) == len(ranks):
-        store.set(at + "complete", "1")
+    mine = [
+        _publish(store, f"{at}options", shown, f"rank {me} has {shown}"),
+        _publish(store, f"{at}parts", packed, packed),
+    ]
+    store.set(f"{at}here/{me}", "1")
+    if store.add(f"{at}count", 1) == len(ranks):
+        store.set(f"{at}complete", "1")
+    try:
+        _wait(store, at, ranks, timeout_s)
+    except BaseException:
+        for key in mine:
+            store.add(key, -1)
+        store.delete_key(f"{at}here/{me}")
+        store.add(f"{among}turn/{me}", -1)  # a later attach may still meet the others
+        raise
+    different = _published(store, f"{at}options")
+    if len(different) > 1:
+        raise ArgumentError(f"options: needed the same on all ranks; {', '.join(sorted(map(bytes.decode, different)))}")
+    return _merged([_unpacked(each) for each in _published(store, f"{at}parts")])
+
+
+def _publish(store: Store, at: str, value: str | bytes, shown: str | bytes) -> str:
+    """Writes what this rank has, unless another rank has the same; returns the key that counts such ranks."""
+    digest = hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()
+    key = f"{at}/{digest}"
+    if store.add(f"{key}/seen", 1) == 1:
+        store.set(key, shown)  # type: ignore[arg-type]
+        store.append(f"{at}/digests", digest)  # type: ignore[attr-defined]
+    store.add(f"{key}/n", 1)
+    return f"{key}/n"
+
+
+def _published(store: Store, at: str) -> list[bytes]:
+    """Reads what the ranks that have come have, each different one once, in the same order on every rank."""
+    digests = store.get(f"{at}/digests").decode()
+    size = hashlib.sha256().digest_size * 2
+    different = sorted({digests[k : k + size] for k in range(0, len(digests), size)})
+    return [store.get(f"{at}/{digest}") for digest in different if store.add(f"{at}/{digest}/n", 0) > 0]
+
+
+def _wait(store: Store, at: str, ranks: Sequence[int], timeout_s: float) -> None:
+    """Waits until all ranks have come; raises if they do not in time."""
     end = time.monotonic() + timeout_s
-    while not store.check([at + "complete"]):  # `store.wait` writes warnings of its own when the time is over
-        if time.monotonic() > end:
-            missing = [rank for rank in ranks if not store.check([at + f"here/{rank}"])]
-            store.add(at + "count", -1)  # a later attach may still meet the others
-            store.delete_key(at + f"here/{me}")
-            store.add(f"{among}turn/{me}", -1)
-            shown = ", ".join(map(str, missing[:_MOST_NAMED])) + (", …" if len(missing) > _MOST_NAMED else "")
-            raise ArgumentError(
-                f"model: its parameters are sharded, so needed attach on all {len(ranks)} ranks that hold a part of "
-                f"it; within {timeout_s:g} s, {len(missing)} did not attach: {shown}. With process_group='local' a "
-                "rank measures its own part alone"
-            )
-        time.sleep(_POLL_S)
-    if store.check([at + "disagree"]):
-        raise ArgumentError(f"options: needed the same on all ranks; {store.get(at + 'disagree').decode()}")
-    found = store.get(at + "names").decode()
-    names = sorted(found[k : k + len(name)] for k in range(0, len(found), len(name)))
-    return _merged([_unpacked(store.get(at + "parts/" + name)) for name in names])
+    is_counted = True
+    try:
+        while not store.check([f"{at}complete"]):  # `store.wait` writes warnings of its own when the time is over
+            if time.monotonic() > end:
+                is_counted = False
+                if store.add(f"{at}count", -1) == len(ranks) - 1:  # the last one came just now
+                    store.add(f"{at}count", 1)
+                    return
+                raise ArgumentError(_missing(store, at, ranks, timeout_s))
+            time.sleep(_POLL_S)
+    except BaseException:
+        if is_counted:  # interrupted
+            store.add(f"{at}count", -1)
+        raise
+
+
+def _missing(store: Store, at: str, ranks: Sequence[int], timeout_s: float) -> str:
+    missing = [rank for rank in ranks if not store.check([f"{at}here/{rank}"])]
+    shown = ", ".join(map(str, missing[:_MOST_NAMED])) + (", …" if len(missing) > _MOST_NAMED else "")
+    return (
+        f"model: its parameters are sharded, so needed attach on all {len(ranks)} ranks that hold a part of it; within "
+        f"{timeout_s:g} s, {len(missing)} did not attach: {shown}. With process_group='local' a rank measures its own "
+        "part alone"
+    )
 
 
 def _unpacked(packed: bytes) -> list[Part]:
@@ -103,7 +144,8 @@ def _merged(lists: list[list[Part]]) -> list[Part]:
     for parts in sorted(lists, key=lambda parts: _natural(parts[0].name) if parts else []):
         for part in parts:
             known = merged.setdefault(part.name, part)
-            if part.group_size != known.group_size or (part.group_size == 0 and part.shape != known.shape):
+            is_other = len(part.shape) != len(known.shape) if part.group_size else part.shape != known.shape
+            if part.group_size != known.group_size or is_other:
                 raise ArgumentError(
                     f"parameter {part.name!r}: needed the same on all ranks, got the shapes {known.shape} and "
                     f"{part.shape}, in pieces over {known.group_size or 'no'} and {part.group_size or 'no'} ranks"

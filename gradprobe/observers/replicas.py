@@ -30,7 +30,7 @@ class Replicas:
         )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._known.update(each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel))
-        self._covering: dict[int, bool] = {}
+        self._covering: dict[frozenset[int], bool] = {}  # by the instances
 
     def forget(self) -> None:
         """Notes that the parameters may have changed."""
@@ -48,14 +48,10 @@ class Replicas:
         """
         # `require_forward_param_sync` is set by the forward pass: False inside no_sync()
         syncing = [each for each in (*self._known, *self._watch.replicas) if each.require_forward_param_sync]
-        return any(self._covers(each, parameters) for each in syncing)
-
-    def _covers(
-        self, replica: DistributedDataParallel, parameters: Callable[[], Sequence[torch.Tensor | None]]
-    ) -> bool:
-        if id(replica) not in self._covering:
-            averaged = {id(parameter) for parameter in replica._module_parameters}
-            self._covering[id(replica)] = all(
+        key = frozenset(id(each) for each in syncing)
+        if key not in self._covering:
+            averaged = {id(parameter) for each in syncing for parameter in each._module_parameters}
+            self._covering[key] = bool(syncing) and all(
                 id(parameter) in averaged for parameter in parameters() if parameter is not None
             )
-        return self._covering[id(replica)]
+        return self._covering[key]

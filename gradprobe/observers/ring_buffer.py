@@ -184,6 +184,23 @@ class RingBuffer:
         for slot in list(self._slots.values()):
             slot.is_superseded = slot.is_superseded or slot.step >= step
 
+    def renumber(self, newest: int, first: int) -> bool:
+        """Gives the newest finished step another number, and drops those with this number or a larger one.
+
+        Args:
+            newest: The number that it is expected to have.
+            first: The number that it gets.
+
+        Returns:
+            Whether the newest step had the expected number.
+        """
+        slot = self._slots.get(self.newest)
+        if slot is None or slot.is_superseded or slot.step != newest:
+            return False
+        self.supersede(first)
+        slot.step, slot.is_superseded = first, False
+        return True
+
     def positions(self) -> list[int]:
         """Returns the positions of the finished steps in the ring, oldest first."""
         return [position for position, slot in list(self._slots.items()) if not slot.is_superseded]

@@ -72,6 +72,7 @@ class WholeGradients:
         n_signals: Number of sites of activations and residual adds, S; 0 if these are not reduced.
         local_rows: For each device, rows for this rank's parts of the open step. Values of shape [K of this rank, 6].
         seen: Which were measured in some step. [K]
+        is_first: This rank is the first of them.
         are_copies: Every parameter is held whole by several ranks, as in data parallelism.
         tolerance: Relative difference of two factors that the rounding of a gradient explains.
 
@@ -86,6 +87,7 @@ class WholeGradients:
         self, agreed: Agreement, sites: Sequence[ObservedParameter], meter: GradientMeter, n_signals: int = 0
     ) -> None:
         self._agreed, self._group, self.device = agreed, agreed.group, agreed.device
+        self.is_first = dist.get_rank(agreed.group) == 0
         self.names, self.ndims, self.are_copies = agreed.names, agreed.ndims, bool(agreed.is_copied.all())
         self._n, self.n_signals = len(self.names), n_signals
         self.n_rows = self._count_rows()
@@ -169,6 +171,7 @@ class WholeGradients:
                     _bits(ratios) * self._signs,
                     clock * self._signs,
                     (_on(shared.skipped, self.device) != 0).to(torch.int64).view(1),
+                    torch.full((1,), int(signals is None), dtype=torch.int64, device=self.device),
                 )
             )
             top = dist.all_reduce(self._top, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -238,8 +241,8 @@ class WholeGradients:
         self._work = []
         n, n_signals, n_copied = self._n, self.n_signals, len(self._copied)
         with torch.no_grad():
-            sizes = [n, n_signals, n_copied, n_copied, 2, 2, 1]
-            magnitudes, signal_magnitudes, high, low, ratios, clock, skipped = self._top.split(sizes)
+            sizes = [n, n_signals, n_copied, n_copied, 2, 2, 1, 1]
+            magnitudes, signal_magnitudes, high, low, ratios, clock, skipped, is_blind = self._top.split(sizes)
             sums, elements = self._sums[:n, :5], self._sums[:n, 5]
             is_complete = (elements == self._held) & (elements > 0) & (clock.sum() == 0)
             self.seen |= is_complete
@@ -254,7 +257,9 @@ class WholeGradients:
                 out.zero_()
             out[:n] = whole if keeps_incomplete else torch.where(is_complete.unsqueeze(1), whole, out[:n])
             signals = self._sums[n:]  # [S, 6]
-            flags = torch.cat((is_complete, differs & is_complete, signals[:, 5] * (clock.sum() == 0)))
+            flags = torch.cat(
+                (is_complete, differs & is_complete, signals[:, 5] * ((clock.sum() == 0) & (is_blind == 0)))
+            )
             padded = torch.nn.functional.pad(flags, (0, (self.n_rows - n) * _PACKED - len(flags)))
             out[n:, :_PACKED] += padded.view(-1, _PACKED)
             if signal_rows is not None and n_signals > 0:
@@ -288,10 +293,10 @@ class WholeGradients:
         if self._elements_of is not measured:
             numels = np.where(measured.present, measured.numels, 0).astype(np.float64)
             elements = torch.zeros_like(self._elements)
-            elements[self._slots] = torch.from_numpy(numels).to(self.device, non_blocking=True)
+            elements[self._slots] = _moved(torch.from_numpy(numels), self.device)
             self._elements_of, self._elements = measured, elements
         for device, part in rows.items():
-            local[self._slots_of_rows[device]] = part.to(self.device, non_blocking=True)
+            local[self._slots_of_rows[device]] = _moved(part, self.device)
         return torch.where(self._elements.unsqueeze(1) > 0, local, 0.0)
 
     def _collect_signals(self, signals: tuple[torch.Tensor, Measured] | None) -> torch.Tensor:
@@ -301,8 +306,8 @@ class WholeGradients:
             return torch.zeros(self.n_signals, len(STATS), dtype=torch.float64, device=self.device)
         rows, measured = signals
         numels = torch.from_numpy(measured.numels.astype(np.float64))
-        self._signal_elements = numels.to(self.device, non_blocking=True)
-        return rows[: self.n_signals].to(self.device, non_blocking=True)
+        self._signal_elements = _moved(numels, self.device)
+        return _moved(rows[: self.n_signals], self.device)
 
     def _add_up(self, partials: Sequence[PartialGradient], rows: Mapping[torch.device, torch.Tensor] | None) -> None:
         """Adds up gradients over the dimensions of their meshes, one collective for each, and measures them."""
@@ -331,17 +336,25 @@ def partial_gradients(parameters: Sequence[torch.Tensor | None]) -> list[Partial
     Args:
         parameters: The parameters, None for one that is gone.
     """
-    gradients = ((k, parameter.grad) for k, parameter in enumerate(parameters) if parameter is not None)
-    return [
-        PartialGradient(k, local_of(gradient).detach().clone(), gradient)
-        for k, gradient in gradients
-        if gradient is not None and partial_dims(gradient)
-    ]
+    return [one for k, parameter in enumerate(parameters) for one in partial_gradient(k, parameter)]
+
+
+def partial_gradient(k: int, parameter: torch.Tensor | None) -> list[PartialGradient]:
+    """Copies the gradient of parameter k if it still has to be added up; otherwise returns nothing."""
+    gradient = None if parameter is None else parameter.grad
+    if gradient is None or not partial_dims(gradient):
+        return []
+    return [PartialGradient(k, local_of(gradient).detach().clone(), gradient)]
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Returns float64 values as integers, which are in the same order if the values are not negative."""
     return values.contiguous().view(torch.int64)
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor on a device; the host waits only if the device is the host."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _floats(bits: torch.Tensor) -> torch.Tensor:
@@ -351,5 +364,5 @@ def _floats(bits: torch.Tensor) -> torch.Tensor:
 def _on(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
     """Returns a value as float64 tensor on a device, 0-d."""
     if isinstance(value, torch.Tensor):
-        return value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+        return _moved(value.detach().reshape(()), device).double()
     return torch.full((), value, dtype=torch.float64, device=device)

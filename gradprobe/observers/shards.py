@@ -136,7 +136,8 @@ class ShardedModel:
     def _add_fsdp1(self, handle: Any) -> None:
         flat = handle.flat_param
         ranks = _ranks_of(handle.process_group)
-        self.triggers.append(flat)
+        if flat.requires_grad:
+            self.triggers.append(flat)
         if not handle._use_orig_params:
             owner = handle._fully_sharded_module
             numel = flat._unpadded_unsharded_size.numel()

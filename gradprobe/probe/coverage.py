@@ -168,6 +168,19 @@ class CoverageLog:
         if change:
             self._warn(f"changed: {change}", f"step {step}: the parameters of the model are others now: {change}")
 
+    def note_unfollowed(self, step: int, change: str) -> None:
+        """Warns about other parameters of a sharded model, on which the ranks would have to agree anew.
+
+        Args:
+            step: Number of the open step.
+            change: What has changed.
+        """
+        self._warn(
+            f"unfollowed: {change}",
+            f"step {step}: the parameters of the model are others now: {change}. The probe of a sharded model does not "
+            "follow; to observe the new ones, detach and attach again on all ranks",
+        )
+
     def note_never_closed(self, step: int, n_backwards: int, reason: str) -> None:
         """Warns about backward passes that no step has closed.
 

@@ -96,6 +96,22 @@ class History:
         kept = [snapshot for snapshot in self._archive if snapshot.step < step]
         self._archive = deque(kept, maxlen=self._capacity)
 
+    def merge(self, first: int, newest: int) -> bool:
+        """Makes the newest step the only one from `first` on: the others turned out to be parts of it.
+
+        Args:
+            first: Number that it gets.
+            newest: Its number so far.
+
+        Returns:
+            Whether it is there.
+        """
+        if not self.ring.renumber(newest, first):
+            return False
+        kept = [snapshot for snapshot in self._archive if snapshot.step < first]
+        self._archive = deque(kept, maxlen=self._capacity)
+        return True
+
     def look_for_nonfinite(self) -> None:
         """Queues the newest step, and from time to time searches the queue for non-finite values."""
         self._unseen.append(self.ring.newest)

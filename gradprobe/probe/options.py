@@ -69,8 +69,13 @@ class Options:
             signals: Names of the activations and residual adds that are reduced.
         """
         digest = hashlib.sha256(repr(tuple(signals)).encode()).hexdigest()[:16]
-        common: dict[str, object] = {name: getattr(self, name) for name in ("every", "updates", "updates_every")}
-        return {**common, "activations": digest}
+        names = ("every", "updates", "updates_every", "reduce_activations")
+        common: dict[str, object] = {name: getattr(self, name) for name in names}
+        if self.reduce_activations:
+            common |= {"activations": digest, "activations_every": self.activations_every}
+        if self.updates:  # each step of each optimizer takes part
+            common["optimizers"] = len(self.optimizers)
+        return common
 
     def _check_process_group(self) -> None:
         given = self.process_group

@@ -33,6 +33,8 @@ _SCALER_STEP = GradScaler.step.__code__
 class Recorder(Protocol):
     """What is told of the boundaries."""
 
+    has_all_losses: bool  # as many losses as backward passes were given of the step closed last before it was closed
+
     def settle(self) -> None:
         """Closes what has ended unnoticed."""
 
@@ -124,11 +126,14 @@ class StepBoundaries:
             return
         recorder.settle()
         has_fired = self._observer.has_fired()
-        if self._closed_by == "optimizer" and not has_fired:
+        will_step = self.has_stepped or any(known() is not None for known in self._given)
+        # FSDP2 fires no hook in a micro-batch without synchronisation; a replayed graph has no other end of a step.
+        may_be_silent = self._observer.hides_writes
+        if self._closed_by == "optimizer" and not has_fired and not (may_be_silent and recorder.has_all_losses):
             self._closed_by = "nobody"
             if loss is not None:
                 recorder.add_loss(loss)
-        elif self.has_stepped and has_fired:  # the optimizer will step, now or after further backward passes
+        elif will_step and (has_fired or may_be_silent):
             recorder.request(loss)
         elif recorder.close(None, loss):
             self._closed_by = "user"
@@ -163,8 +168,9 @@ class StepBoundaries:
         recorder = self._recorder()
         if recorder is None:
             return None
-        recorder.follow()
-        if not self._concerns(optimizer):
+        with self._fence.around("a step", self.stop):  # the step ends in any case
+            recorder.follow()
+        if not self._concerns(optimizer) or self._only_initialises(optimizer):
             return None
         is_nested, scaler = self._callers()
         if is_nested or (torch._C._current_graph_task_id() != -1 and not self._is_in_backward):
@@ -221,6 +227,15 @@ class StepBoundaries:
         elif known[1]:
             self.optimizers.add(optimizer)
         return known[1] and not self._given
+
+    def _only_initialises(self, optimizer: Optimizer) -> bool:
+        """Returns whether a step only makes the optimizer's state, as before a checkpoint is loaded into it.
+
+        `torch.distributed.checkpoint` then steps on zero gradients with a learning rate of zero.
+        """
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        are_known = all(isinstance(rate, float) or (isinstance(rate, torch.Tensor) and rate.is_cpu) for rate in rates)
+        return not self._observer.has_fired() and are_known and not any(bool(rate) for rate in rates)
 
     def _callers(self) -> tuple[bool, GradScaler | None]:
         """Returns whether the step runs inside another one of the model, and the gradient scaler that calls it.

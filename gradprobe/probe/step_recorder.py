@@ -58,7 +58,7 @@ class StepRecorder:
         self._n_pending = 0  # steps in a row that the user has closed while gradients accumulated
         self._pending_losses: list[torch.Tensor | float] = []
         self._last_losses: list[torch.Tensor | float] = []
-        self._last_was_measured = False
+        self._last_was_measured = self.has_all_losses = False
         self._verdict: LossScale | None = None  # tells whether the step that the user has closed is skipped
         self._has_unknown_scaler: bool | None = None  # None: not looked for yet
         self._before_forward = _weakly(self._settle_before_forward)
@@ -177,6 +177,14 @@ class StepRecorder:
     def note_stepped(self) -> None:
         """Notes that the optimizer has made the step that the user has closed."""
         self._verdict = None
+        first, newest = self._open.number - self._n_pending, self._open.number - 1
+        if self._n_pending > 1 and not self.boundaries.has_stepped and self.history.merge(first, newest):
+            # what the user has closed were micro-batches: their gradients are in the last one
+            self._open.number = first + 1
+            self._last_losses = self._pending_losses
+            if self._pending_losses:
+                self._amend(LOSS, mean(self._pending_losses))
+        self._n_pending = 0
 
     def note_scaler(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
         """Learns which gradient scaler steps an optimizer of the model, None for the optimizer's own step."""
@@ -231,17 +239,23 @@ class StepRecorder:
         Raises:
             RuntimeError: The total norm is not finite and `error_if_nonfinite` is set.
         """
-        self.follow()  # the rows may hold gradients of parameters that are gone
         is_capturing = self._observer.is_capturing()
-        if not is_capturing and (self._is_stale() or self._measured_at == "hook"):
-            self._measure()
+        if self._observer.whole is None:
+            self.follow()  # the rows may hold gradients of parameters that are gone
+            if not is_capturing and (self._is_stale() or self._measured_at == "hook"):
+                self._measure()
+        else:
+            with self._fence.around("gradients", self._stop_gradients):  # the other ranks are waiting
+                self.follow()
+                if not self._is_off and (self._is_stale() or self._measured_at == "hook"):
+                    self._measure()
         opened, hooks = self._open, self._observer.hooks
         is_written = hooks.n_writes() > 0
         is_unscaled_since = any(opened.unscaled(self.boundaries.optimizers)) and not opened.is_unscaled
         is_other = is_written or is_unscaled_since or opened.clip_factor is not None
         cannot_measure_all = self._observer.unmeasured() or self._observer.has_other_gradients()
-        must_reduce = self._observer.whole is not None  # all ranks go the same way
-        if cannot_measure_all or ((self._are_gradients_off or self._is_off) and not must_reduce):
+        is_local = self._observer.whole is None  # otherwise all ranks go the same way
+        if is_local and (cannot_measure_all or self._are_gradients_off or self._is_off):
             parameters = [parameter for parameter in self._observer.all_parameters() if parameter.grad is not None]
             return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=error_if_nonfinite)
         # The rows of the step stay those of the backward pass, and a replay would write to those of an old step.
@@ -383,7 +397,10 @@ class StepRecorder:
 
     def _look(self, is_suspect: bool = False) -> bool:
         """Follows the model if there is a reason to and it has other parameters; returns whether it has."""
-        return self._take_change(self._observer.look(is_suspect))
+        change = self._observer.look(is_suspect)
+        if self._observer.unfollowed:
+            self.coverage.note_unfollowed(self._open.number, self._observer.unfollowed)
+        return self._take_change(change)
 
     def _regroup_if_moved(self) -> bool:
         return self._take_change(self._observer.regroup_if_moved())
@@ -440,25 +457,26 @@ class StepRecorder:
             self.coverage.note_capture(self._open.number)
             self._observer.start_step()
             return False
-        is_due = self._is_due()
+        is_due, closed = self._is_due(), self._open
+        self._last_was_measured = False
         try:
             self._reduction.complete()
             if is_due:
                 if self._must_measure() and not is_late:
                     self._measure(optimizer)
                 self._finish(optimizer, 0.0 if skipped is None else skipped, is_late, is_skipped)
-        finally:
+            self._last_was_measured = is_due and closed.measured is not None
+        finally:  # all ranks stay at the same step
+            self._last_losses = closed.losses
+            self.has_all_losses = len(closed.losses) >= closed.n_backwards > 0
+            self._open = OpenStep(closed.number + 1)
+            if not is_late:
+                self._observer.start_step()
             if not is_skipped:
-                self._reduction.take_part(self._open)
+                self._reduction.take_part(closed)
         if self._signal_observer is not None:
             self._signal_observer.close(None)
             self._signal_observer.call_before_forward(None)
-        closed = self._open
-        self._last_was_measured = is_due and closed.measured is not None
-        self._last_losses = closed.losses
-        self._open = OpenStep(closed.number + 1)
-        if not is_late:
-            self._observer.start_step()
         self._set_enabled()
         return True
 

@@ -69,13 +69,13 @@ class StepReduction:
             return
         step.slot.tolerance = whole.tolerance
         events = step.slot.events
-        opened.is_shared = True
         self._start(
             opened.number,
             whole.local_rows if has_gradients else None,
             step,
             None if events is None else (ring.signal_rows(), events.measured),
         )
+        opened.is_shared = True
 
     def take_part(self, opened: OpenStep) -> None:
         """Joins the other ranks in a step of which this one has nothing to tell."""
@@ -114,6 +114,7 @@ class StepReduction:
         with self._lock:
             whole.start(number, rows, measured, self._observer.partials, shared, signals)
             self._is_under_way, self._pending = True, step
+            self._observer.partials = []  # they keep gradients alive
 
     def _write(self, step: ClosedStep) -> None:
         self._history.ring.commit(*step)

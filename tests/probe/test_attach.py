@@ -142,7 +142,8 @@ class TestAttachChangesNothing:
         model = mlp()
         optimizer = sgd(model)
         scaler = torch.amp.GradScaler("cpu") if how == "scaler" else None
-        with gradprobe.attach(model, optimizer=None if how == "step" else optimizer, grad_scaler=scaler) as probe:
+        given = optimizer if how in ("optimizer", "clip") else None  # a given one closes the step itself
+        with gradprobe.attach(model, optimizer=given, grad_scaler=scaler) as probe:
             loss = loss_of(model)
             with RejectReads():
                 (scaler.scale(loss) if scaler else loss).backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.probe_cases import loss_of, mlp, norms_of, sgd, true_norms
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 import gradprobe
 
@@ -269,6 +270,42 @@ class TestMicroBatches:
         assert [norms_of(snapshot) for snapshot in history] == [pytest.approx(truth, rel=1e-6) for truth in truths]
         means = [sum(losses[k : k + n_parts]) / n_parts for k in range(0, 4 * n_parts, n_parts)]
         assert [snapshot.loss for snapshot in history] == pytest.approx(means, rel=1e-6)
+
+    @pytest.mark.parametrize("n_parts", [2, 4])
+    @pytest.mark.parametrize("given", [True, False], ids=["given", "found"])
+    def test_losses_given_before_the_optimizers_step_split_no_step(
+        self, given: bool, n_parts: int, any_hooks: str
+    ) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        truths, losses = [], []
+        with gradprobe.attach(model, optimizer=optimizer if given else None, strict=True) as probe:
+            for k in range(3 * n_parts):
+                loss = loss_of(model, seed=k)
+                loss.backward()
+                losses.append(loss.item())
+                probe.step(loss)
+                if k % n_parts == n_parts - 1:
+                    truths.append(true_norms(model))
+                    optimizer.step()
+                    optimizer.zero_grad()
+        history = probe.history()
+        assert [snapshot.step for snapshot in history] == [0, 1, 2]
+        assert [norms_of(snapshot) for snapshot in history] == [pytest.approx(truth, rel=1e-6) for truth in truths]
+        means = [sum(losses[k : k + n_parts]) / n_parts for k in range(0, 3 * n_parts, n_parts)]
+        assert [snapshot.loss for snapshot in history] == pytest.approx(means, rel=1e-6)
+
+    def test_a_state_made_for_a_checkpoint_is_no_step(self, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters())
+        with gradprobe.attach(model, strict=True) as probe:
+            get_state_dict(model, optimizer)
+            assert probe.history() == []
+            loss_of(model).backward()
+            truth = true_norms(model)
+            optimizer.step()
+        assert [(one.step, norms_of(one)) for one in probe.history()] == [(0, pytest.approx(truth, rel=1e-6))]
+        assert probe.coverage().unhooked == ()
 
     def test_an_accumulation_that_ends_early_is_measured_before_clipping(self, any_hooks: str) -> None:
         model = mlp()

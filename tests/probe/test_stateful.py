@@ -521,10 +521,11 @@ class Training(RuleBasedStateMachine):
                 and k in self.given
             ):
                 assert n_closed == 1, f"{n_closed} steps closed by one step of an optimizer"
-            if n_closed == 0:
+            if n_closed <= 0:
                 if is_concerned and merges:  # the steps that the user closed were a part of this one
                     watch.forget_superseded()
                     watch.forget()
+                    watch.has_stepped = watch.has_stepped or n_closed < 0
                 continue
             if error is not None and has_closure:
                 watch.forget()
