@@ -1,4 +1,4 @@
-"""Which models cannot be measured: those without data, on a device that we do not run on, or with sharded gradients."""
+"""Which models cannot be measured: those without data, on a device that we do not run on, or with gradients that a library keeps elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 from gradprobe.errors import ArgumentError
 
-_SHARDED = "whole numbers of sharded gradients are not available in this version"
+_SHARDED = "whole numbers of gradients sharded in this way are not available"
 
 # Classes of modules and of parameters, by package and name: looked up in this way, none of them is imported.
 _MODULES = {
@@ -37,8 +37,8 @@ def refuse_unsupported(model: nn.Module) -> None:
 
     Raises:
         ArgumentError: A trainable parameter is on the meta device or fake, on a device other than the CPU or a GPU of
-            type cuda, or sharded (DTensor, FSDP, DeepSpeed, Megatron). The message names the parameter or module, what
-            was needed and what was given.
+            type cuda, or its gradient is kept elsewhere (DeepSpeed, Megatron, fairscale). The message names the
+            parameter or module, what was needed and what was given.
 
     Example:
         >>> refuse_unsupported(nn.Linear(3, 2))

@@ -56,7 +56,7 @@ def attach(
 
     Args:
         model: Any module with at least one trainable parameter. If its parameters change later (layers are replaced,
-            unfrozen or added), the probe follows.
+            unfrozen or added), the probe follows, unless they are sharded.
         optimizer: The optimizer of the training, or a list of them, wrapped or not; their step closes the step of the
             probe. Without one, the step of any optimizer that steps a parameter of the model does, or else
             `Probe.step()`.
@@ -145,8 +145,8 @@ class Probe:
     def step(self, loss: torch.Tensor | float | None = None) -> None:
         """Closes a step that no optimizer closes and records it as a snapshot; otherwise only adds the loss.
 
-        Call it once per backward pass, best after the optimizer's step: if it comes first, it closes the very first
-        step, which then shows nothing of a clipping between the two calls.
+        Call it once per backward pass, best after the optimizer's step: if it comes first and `attach` was given no
+        optimizer, it closes the very first step, which then shows nothing of a clipping between the two calls.
 
         Args:
             loss: The loss, one element. A tensor on a device is not waited for. The losses of a step's micro-batches

@@ -24,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradprobe
 from gradprobe.observers.gradient_observer import GradientObserver
+from gradprobe.observers.sharding import WholeGradients
+from gradprobe.probe.coverage import CoverageLog
+from gradprobe.probe.step_recorder import StepRecorder
 
 _N_STEPS = 5
 _FAULT_AT = 2
@@ -128,22 +131,37 @@ def other_models(rank: int, n_ranks: int) -> str:
     return ""
 
 
-def failing(layout: str, at: int, rank: int, n_ranks: int) -> Summary:
-    """Measuring fails on the second rank in one step."""
+PLACES: dict[str, tuple[type, str]] = {
+    "measuring": (GradientObserver, "measure"),
+    "following": (StepRecorder, "follow"),
+    "comparing": (StepRecorder, "_compare"),
+    "noting": (CoverageLog, "note"),
+    "collecting": (WholeGradients, "_collect_signals"),
+}
+
+
+def failing(layout: str, at: int, place: str, rank: int, n_ranks: int) -> Summary:
+    """Something fails on the second rank in one step, once."""
+    owner, name = PLACES[place]
 
     @contextlib.contextmanager
     def around(probe: gradprobe.Probe | None, step: int) -> Iterator[None]:
-        original = GradientObserver.measure
+        original = getattr(owner, name)
+        has_failed = False
 
-        def measure(*args: Any, **kwargs: Any) -> Any:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            nonlocal has_failed
+            if has_failed:
+                return original(*args, **kwargs)
+            has_failed = True
             raise RuntimeError("planted")
 
         if rank == 1 and step == at:
-            GradientObserver.measure = measure  # type: ignore[method-assign]
+            setattr(owner, name, fail)
         try:
             yield
         finally:
-            GradientObserver.measure = original  # type: ignore[method-assign]
+            setattr(owner, name, original)
 
     return train(layout, rank, n_ranks, around=around)
 

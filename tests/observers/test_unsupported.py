@@ -11,7 +11,7 @@ from torch import nn
 from gradprobe.errors import ArgumentError
 from gradprobe.observers.unsupported import refuse_unsupported
 
-SHARDED = "whole numbers of sharded gradients are not available in this version"
+SHARDED = "whole numbers of gradients sharded in this way are not available"
 
 
 def net() -> nn.Sequential:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from helpers import rank_faults
+from helpers import rank_changes, rank_faults
 from helpers.ranks import Case, Outcome, run_ranks
 
 pytestmark = pytest.mark.soak  # ranks wait for each other
@@ -41,7 +41,15 @@ CASES: dict[str, Case] = {
     **{f"on one: {name}": partial(rank_faults.attached_on_one, *each) for name, each in _FREE.items()},
     **{f"options {each}": partial(rank_faults.other_options, each) for each in _SHARDED},
     "models": rank_faults.other_models,
-    **{f"failing {each} {at}": partial(rank_faults.failing, each, at) for each in _SHARDED for at in (0, 2)},
+    **{
+        f"failing {each} {at}": partial(rank_faults.failing, each, at, "measuring")
+        for each in _SHARDED
+        for at in (0, 2)
+    },
+    **{f"failing while {place}": partial(rank_faults.failing, "fsdp2", 2, place) for place in rank_faults.PLACES},
+    **{f"frozen {keeps}": partial(rank_changes.frozen_unit, keeps) for keeps in (True, False)},
+    "unfrozen": rank_changes.unfrozen,
+    "reader": rank_changes.read_by_a_thread,
     **{f"paused {each}": partial(rank_faults.paused, each) for each in _SHARDED},
     **{f"read {each}": partial(rank_faults.read_on_one, each) for each in _SHARDED},
     **{f"counts {name}": partial(rank_faults.collectives, *each[:3]) for name, each in _COUNTED.items()},
@@ -125,6 +133,38 @@ def test_a_failure_on_one_rank_hangs_nobody(layout: str, at: int, found: Found) 
     for step in range(at, 5):
         assert first["steps"].get(step, {}).keys() <= _WHOLE_ON_ONE, "a part of the gradient stands for the whole"
     assert any("planted" in warning for warning in second["warned"] + first["warned"])
+
+
+@pytest.mark.parametrize("place", rank_faults.PLACES)
+def test_a_failure_anywhere_on_one_rank_hangs_nobody(place: str, found: Found) -> None:
+    first, second = found(f"failing while {place}")
+    assert first["same"] == second["same"] == [True] * 5
+    assert list(first["steps"]) == list(range(5))
+    assert any("planted" in warning for warning in second["warned"])
+
+
+@pytest.mark.parametrize("keeps_names", [True, False])
+def test_a_frozen_unit_of_fsdp1(keeps_names: bool, found: Found) -> None:
+    for rank in found(f"frozen {keeps_names}"):
+        assert rank["norm"] == pytest.approx(rank["truth"], rel=1e-6)
+        assert rank["n_observed"] == (4 if keeps_names else 2)
+
+
+def test_a_sharded_model_is_not_followed_and_says_so(found: Found) -> None:
+    first, second = found("unfrozen")
+    assert first["observed"] == second["observed"] == [["2.bias", "2.weight", "4.bias", "4.weight"]] * 4
+    assert first["unknown"] == ("0.weight", "0.bias")
+    assert first["failures"] == second["failures"] == {}
+    (told,) = first["told"]
+    assert "new: 0.weight, 0.bias" in told
+    assert "attach again on all ranks" in told
+    assert second["told"] == []
+
+
+def test_another_thread_may_read(found: Found) -> None:
+    for rank in found("reader"):
+        assert rank["errors"] == []
+        assert rank["steps"] == [(step, float(step), 6) for step in range(6)]
 
 
 @pytest.mark.parametrize("layout", _SHARDED)
