@@ -1,4 +1,4 @@
-"""Which models cannot be measured: those without data, on a device that we do not run on, or with gradients that a library keeps elsewhere."""
+"""Which models cannot be measured: those without data, on a device that we do not run on, or of certain libraries."""
 
 from __future__ import annotations
 
