@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -209,14 +212,18 @@ def check(
     batch: Annotated[int, typer.Option(help="Examples in the batch.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Check the gradient at every layer of a model with one batch; exit status 1 if something is wrong.
+    """Check the gradient at every layer of a model with one batch.
+
+    The exit status is 0 if the model is healthy, 1 if something is wrong with it, 2 for bad arguments, 3 if the model
+    or gradprobe itself crashes.
 
     Example: gradprobe check 'gradprobe.networks:deep_cnn(50)' --input 3,32,32
     """
     from gradprobe.probe.check import check_gradient_flow, parse_input
 
     specs = [parse_input(text) for text in inputs]
-    flow = check_gradient_flow(load_model(target), specs, batch_size=batch)
+    with contextlib.redirect_stdout(sys.stderr):  # what the model prints is no part of the result
+        flow = check_gradient_flow(load_model(target), specs, batch_size=batch)
     show(flow, as_json)
     raise typer.Exit(1 if flow.findings else 0)
 
@@ -264,12 +271,23 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a `GradprobeError` becomes one line on stderr and exit status 2."""
+    """Runs the command line; a `GradprobeError` becomes one line on stderr and exit status 2, any other error 3."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may not know the characters of a table
     try:
         app()
     except GradprobeError as error:
         print(f"gradprobe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:  # noqa: BLE001
+        traceback.print_exception(error)
+        is_ours = Path(__file__).parents[1] in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
+        what = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        print(
+            f"gradprobe: {'crashed, which is a fault of gradprobe' if is_ours else 'raised'}: {what}", file=sys.stderr
+        )
+        sys.exit(3)
 
 
 def _listed(option: str, text: str, read: Callable[[str], T]) -> list[T]:

@@ -1,6 +1,7 @@
 """The command line: exit codes, one line per error, and JSON that matches the tables."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -69,6 +70,13 @@ def module(tmp_path, monkeypatch):
         "def number():\n"
         "    return 3\n"
         "constant = 3\n"
+        "class Loud(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        print('hello')\n"
+        "        return super().forward(x)\n"
+        "class Crashing(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        raise KeyError('pixel_values')\n"
     )
     (tmp_path / "helper.py").write_text("WIDTH = 8\n")
     monkeypatch.chdir(tmp_path)
@@ -94,6 +102,37 @@ def test_check_finds_a_residual_network_healthy(gradprobe):
     assert flow["verdict"] == "healthy"
     assert flow["findings"] == []
     assert {"name", "norm", "rms", "status"} <= set(flow["layers"][0])
+
+
+def test_json_is_all_that_a_check_prints(gradprobe, module):
+    code, out, err = gradprobe("check", f"{module}:Loud(4, 2)", "--input", "4", "--json")
+    assert code == 0
+    assert json.loads(out)["verdict"] == "healthy"
+    assert err == "hello\n"
+
+
+def test_a_model_that_crashes_is_no_finding(gradprobe, module):
+    code, out, err = gradprobe("check", f"{module}:Crashing(4, 2)", "--input", "4")
+    assert (code, out) == (3, "")
+    assert err.splitlines()[-1] == "gradprobe: raised: KeyError: 'pixel_values'"
+
+
+def test_a_crash_of_its_own_is_no_finding(gradprobe, monkeypatch):
+    monkeypatch.setattr("gradprobe.cli.commands.load_model", _crash)
+    code, out, err = gradprobe("check", "torch.nn:Linear(4, 2)", "--input", "4")
+    assert (code, out) == (3, "")
+    assert err.splitlines()[-1].endswith("ZeroDivisionError: division by zero")
+
+
+def _crash(_: str) -> None:
+    raise ZeroDivisionError("division by zero")
+
+
+def test_a_terminal_without_box_characters(module):
+    command = [sys.executable, "-m", "gradprobe.cli", "check", "torch.nn:Linear(4, 2)", "--input", "4"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"weight" in done.stdout
 
 
 def test_a_check_can_be_repeated(gradprobe):
