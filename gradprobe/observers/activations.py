@@ -31,6 +31,8 @@ _WITHOUT_OUTPUT = (
     nn.Identity,
     nn.ParameterList,
     nn.ParameterDict,
+    nn.ModuleList,
+    nn.ModuleDict,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
 

@@ -18,6 +18,8 @@ from gradprobe.snapshot.records import Events
 from gradprobe.snapshot.signals import ACTIVATION_KINDS, SignalTable
 
 _MOST_LISTED = 5  # parts in a message
+# Kinds of modules that models often hold for their rate alone, and call as a function.
+_HELD_FOR_AN_ATTRIBUTE = ("Dropout", "StochasticDepth", "DropPath")
 
 
 class SignalObserver:
@@ -92,9 +94,11 @@ class SignalObserver:
         return events
 
     def silent(self) -> tuple[str, ...]:
-        """Lists the modules that have returned nothing so far in the observed steps."""
+        """Lists the modules that have returned nothing so far in the observed steps, if one would expect it of them."""
         seen = {name for name, present in zip(self.table.names, self._observed, strict=True) if present}
         seen.update(self.table.names[site] for site in self._buffer.off_sites())
+        types = zip(self.table.activations, self.table.module_types, strict=True)
+        seen.update(name for name, kind in types if any(held in kind for held in _HELD_FOR_AN_ATTRIBUTE))
         return tuple(name for name in (*self.table.activations, *self.table.junctions) if name not in seen)
 
     def unmeasured(self) -> tuple[str, ...]:

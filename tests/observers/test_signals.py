@@ -254,6 +254,26 @@ def test_tables_hold_every_kind() -> None:
 
 
 @pytest.mark.usefixtures("probe_warnings_are_errors")
+def test_modules_held_for_an_attribute_are_not_reported_as_silent() -> None:
+    class Attention(nn.Module):
+        """Keeps a dropout for its rate alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.drop = nn.Linear(4, 4), nn.Dropout(0.1)
+            self.none, self.empty = nn.ModuleList(), nn.ModuleDict()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.query(x), self.drop.p, self.training)
+
+    model = Attention()
+    with gradprobe.attach(model, activations=True) as probe:
+        model(torch.ones(2, 4)).sum().backward()
+        probe.step()
+    assert probe.coverage().silent == ()
+
+
+@pytest.mark.usefixtures("probe_warnings_are_errors")
 def test_parameter_containers_are_not_reported_as_silent() -> None:
     class Scaled(nn.Module):
         """A layer with its parameters in containers."""
