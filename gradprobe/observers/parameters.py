@@ -134,9 +134,10 @@ def find_parameters(model: nn.Module, known: Mapping[int, str] | None = None) ->
     piece_of: dict[int, Piece] = {}
     sharded = ShardedModel(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for key in (*module._parameters, *sharded.names(module)):
+        registered = dict(module._parameters.items())  # a scripted module has no real dictionary
+        for key in (*registered, *sharded.names(module)):
             find = sharded.place(module, key)
-            parameter = module._parameters[key] if find is None else find()
+            parameter = registered[key] if find is None else find()
             if parameter is None:
                 continue
             name = f"{prefix}.{key}" if prefix else key

@@ -11,7 +11,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
+
+from gradprobe.observers.process_hooks import ProcessHooks
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ class RegistrationWatch:
             register_module_parameter_registration_hook(on_registration),
             register_module_module_registration_hook(on_registration),
         ]
-        self._remove = weakref.finalize(self, _remove_all, handles)  # the hooks go with the watch
+        self._hooks = ProcessHooks(self, handles)
 
     @property
     def has_seen(self) -> bool:
@@ -60,9 +61,4 @@ class RegistrationWatch:
 
     def remove(self) -> None:
         """Removes the hooks, for good."""
-        self._remove()
-
-
-def _remove_all(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+        self._hooks.remove()

@@ -77,7 +77,7 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.triggers: list[torch.Tensor] = []
-        self._places: dict[tuple[int, str], tuple[Callable[[], nn.Parameter | None], Piece | None]] = {}
+        self._places: dict[int, dict[str, tuple[Callable[[], nn.Parameter | None], Piece | None]]] = {}  # by module
         for module in model.modules():
             state = getattr(module, "_get_fsdp_state", None)
             if state is not None:
@@ -89,12 +89,12 @@ class ShardedModel:
 
     def place(self, module: nn.Module, name: str) -> Callable[[], nn.Parameter | None] | None:
         """Returns what returns the sharded parameter that belongs at a place, None if FSDP does not manage it."""
-        found = self._places.get((id(module), name))
+        found = self._places.get(id(module), {}).get(name)
         return None if found is None else found[0]
 
     def piece(self, module: nn.Module, name: str, parameter: torch.Tensor) -> Piece:
         """Returns what is known of the whole of a parameter."""
-        found = self._places.get((id(module), name))
+        found = self._places.get(id(module), {}).get(name)
         if found is not None and found[1] is not None:
             return found[1]
         if is_dtensor(parameter):
@@ -105,7 +105,7 @@ class ShardedModel:
         """Says why the whole of a parameter cannot be measured: what was needed and what was given; None if it can."""
         marks = parameter.__dict__
         is_part = marks.get("_is_flat_param") is not None or marks.get("_fsdp_flattened") is not None
-        if is_part and (id(module), name) not in self._places:
+        if is_part and name not in self._places.get(id(module), {}):
             return (
                 "needed the whole FullyShardedDataParallel module, got the module inside it, which does not know how "
                 "its parameters are sharded; attach to the one around it"
@@ -117,8 +117,8 @@ class ShardedModel:
 
     def names(self, module: nn.Module) -> Iterator[str]:
         """Yields the names of the parameters that belong to a module and that FSDP has taken out of it."""
-        for owner, name in self._places:
-            if owner == id(module) and module._parameters.get(name) is None:
+        for name in self._places.get(id(module), {}):
+            if module._parameters.get(name) is None:
                 yield name
 
     def _add_fsdp2(self, managed: Any) -> None:
@@ -131,7 +131,7 @@ class ShardedModel:
         info = managed._module_info
         places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
         for module, name in places:
-            self._places[id(module), name] = find, None
+            self._put(module, name, find, None)
 
     def _add_fsdp1(self, handle: Any) -> None:
         flat = handle.flat_param
@@ -142,13 +142,15 @@ class ShardedModel:
             owner = handle._fully_sharded_module
             numel = flat._unpadded_unsharded_size.numel()
             n_padding = len(ranks) * flat._sharded_size.numel() - numel if handle.uses_sharded_strategy else 0
-            self._places[id(owner), "_flat_param"] = _flat_of(handle), Piece((numel,), ranks, n_padding)
+            self._put(owner, "_flat_param", _flat_of(handle), Piece((numel,), ranks, n_padding))
             return
         for k, (info, shape) in enumerate(zip(flat._param_infos, flat._shapes, strict=True)):
-            self._places[id(info.module), info.param_name] = _part_of(handle, k), Piece(tuple(shape), ranks)
+            self._put(info.module, info.param_name, _part_of(handle, k), Piece(tuple(shape), ranks))
         for info in flat._shared_param_infos:
-            first = self._places[id(info.prim_module), info.prim_param_name]
-            self._places[id(info.module), info.param_name] = first
+            self._put(info.module, info.param_name, *self._places[id(info.prim_module)][info.prim_param_name])
+
+    def _put(self, module: nn.Module, name: str, find: Callable[[], nn.Parameter | None], piece: Piece | None) -> None:
+        self._places.setdefault(id(module), {})[name] = find, piece
 
 
 def _ranks_of(group: Any) -> tuple[int, ...]:

@@ -16,11 +16,11 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.hooks import RemovableHandle
 
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.parameters import stepped_by
+from gradprobe.observers.process_hooks import ProcessHooks
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -113,7 +113,7 @@ class StepBoundaries:
                     boundaries._on_step(optimizer, args, kwargs, is_after=True)
 
         handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        self._remove = weakref.finalize(self, _remove_all, handles)
+        self._hooks = ProcessHooks(self, handles)
 
     def close_by_user(self, loss: torch.Tensor | float | None) -> None:
         """Closes a step that no optimizer closes, and otherwise only adds the loss.
@@ -162,7 +162,7 @@ class StepBoundaries:
 
     def remove(self) -> None:
         """Removes the hooks, for good."""
-        self._remove()
+        self._hooks.remove()
 
     def _on_step(self, optimizer: Optimizer, args: _Args, kwargs: _Kwargs, is_after: bool) -> _Arguments | None:
         recorder = self._recorder()
@@ -254,8 +254,3 @@ class StepBoundaries:
             elif frame.f_code is _SCALER_STEP:
                 scaler = frame.f_locals["self"]
         return False, scaler
-
-
-def _remove_all(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()

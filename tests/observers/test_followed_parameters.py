@@ -11,13 +11,16 @@ import textwrap
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers.probe_cases import loss_of, mlp, norms_of, sgd, true_norms
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import remove_parametrizations
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradprobe
 from gradprobe.ops import libraries
@@ -57,15 +60,41 @@ class TestHoldsNothing:
             modules._global_parameter_registration_hooks,
             modules._global_module_registration_hooks,
         ]
-        before = [len(registry) for registry in registries]
         model = mlp()
+        gradprobe.attach(model).detach()  # removes those of earlier probes that were collected
+        before = [len(registry) for registry in registries]
         gradprobe.attach(model).detach()
         assert [len(registry) for registry in registries] == before
         probe = gradprobe.attach(model)
         assert [len(registry) for registry in registries] == [n + 1 for n in before]
         del model, probe
         gc.collect()
+        gradprobe.attach(mlp()).detach()
         assert [len(registry) for registry in registries] == before
+
+    @pytest.mark.parametrize("registers", [register_optimizer_step_pre_hook, register_module_module_registration_hook])
+    def test_a_probe_may_be_collected_while_torch_goes_through_its_hooks(
+        self, registers: Callable[..., Any], any_hooks: str
+    ) -> None:
+        other = mlp()
+        forgotten = [other, gradprobe.attach(other)]
+        del other
+
+        def collect(*_: object) -> None:
+            forgotten.clear()
+            gc.collect()
+
+        model = mlp()
+        loss_of(model).backward()
+        handle = registers(collect)
+        late = registers(lambda *_: None)  # torch goes on to this one
+        try:
+            sgd(model).step()
+            model.new = nn.Linear(1, 1)
+        finally:
+            handle.remove()
+            late.remove()
+        assert forgotten == []
 
     def test_data_of_another_shape(self, any_hooks: str) -> None:
         model = nn.Embedding(7, 4)
