@@ -38,6 +38,7 @@ class GradientObserver:
         hooks: The hooks.
         meter: Computes the statistics.
         sites: The K parameters.
+        hides_writes: Writes may not be counted: those of `torch._foreach` operators to DTensors are not.
         frozen: Names of the parameters that do not require a gradient.
         table: The same for snapshots; of all ranks, if their parts are reduced.
         whole: Reduces the rows of this rank's parts to rows of whole gradients, None if there is nothing to reduce.
@@ -126,8 +127,7 @@ class GradientObserver:
             return "averaged"
         if self.whole is not None:
             return "global"
-        sizes = zip(self.sites, self.meter.layouts, strict=True)
-        return "shard" if any(layout.numel != math.prod(site.shape) for site, layout in sizes) else "local"
+        return "shard" if self._are_parts else "local"
 
     def are_elsewhere(self) -> npt.NDArray[np.bool_]:
         """Returns which parameters have elements, but none on this rank, [K]."""
@@ -167,11 +167,6 @@ class GradientObserver:
     def unmeasured(self) -> tuple[str, ...]:
         """Lists the parameters whose gradients cannot be measured."""
         return (*self._without_kernel, *(self.sites[k].name for k in sorted(self.meter.unmeasured)))
-
-    @property
-    def hides_writes(self) -> bool:
-        """Whether writes may not be counted: those of `torch._foreach` operators to DTensors are not."""
-        return any(site.piece.ranks for site in self.sites)
 
     def is_capturing(self) -> bool:
         """Returns whether a CUDA graph is being captured on a device of the parameters."""
@@ -359,6 +354,9 @@ class GradientObserver:
         self._ids, self._places = [id(parameter) for parameter in found.parameters], found.places
         self.sites, self.frozen, self._without_kernel = found.sites, found.frozen_names, found.unmeasured
         self._frozen_places = found.frozen_places
+        self.hides_writes = found.are_sharded
+        sizes = zip(found.sites, meter.layouts, strict=True)
+        self._are_parts = found.are_sharded and any(layout.numel != math.prod(site.shape) for site, layout in sizes)
         self._make_table()
 
     def _make_table(self) -> None:

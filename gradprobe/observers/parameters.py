@@ -48,6 +48,10 @@ class Layout(NamedTuple):
         local = local_of(tensor)
         return cls(local.device, local.dtype, tuple(local.shape))
 
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Returns whether a tensor has this layout. Faster than comparing with `Layout.of`."""
+        return tensor.dtype is self.dtype and tensor.shape == self.shape and tensor.device == self.device
+
     @property
     def numel(self) -> int:
         """Number of elements."""

@@ -14,11 +14,16 @@ from torch import nn
 # `torch.distributed` takes long to import and is not needed to look at the parameters of other models.
 
 
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """Returns the part of a tensor that lies on this rank: of a DTensor its local tensor, otherwise the tensor itself.
 
     Waits for a tensor that a collective is writing. Unlike `DTensor.to_local`, this adds no node to the graph.
     """
+    if type(tensor) in _PLAIN:
+        return tensor
     local = getattr(tensor, "_local_tensor", tensor)
     if hasattr(local, "trigger_wait"):
         local = local.trigger_wait()

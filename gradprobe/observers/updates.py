@@ -44,7 +44,7 @@ class UpdateObserver:
         self._capacity = capacity
         self._fence = fence
         self._step = 0  # the step of the copy
-        self._is_off = self._must_join = False
+        self._is_off = self._must_join = self._are_regular = False
         self._whole: WholeGradients | None = None
         self._pairs: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # position, copy and parameter, during the step
         self.restart((), ())
@@ -99,17 +99,16 @@ class UpdateObserver:
             return
         stepped = stepped_by(optimizer, parameters)
         self._pairs = [
-            (
-                k,
-                torch.empty_like(local := local_of(parameter), dtype=self._meter.layouts[k].dtype, requires_grad=False),
-                local.detach(),
-            )
+            (k, torch.empty_like(local, dtype=self._meter.layouts[k].dtype, requires_grad=False), local.detach())
             for k, (parameter, is_stepped) in enumerate(zip(parameters, stepped, strict=True))
             # after a move, the probe calls `restart` when it measures the gradients
-            if is_stepped and parameter is not None and Layout.of(parameter) == self._layouts[k]
+            if is_stepped and parameter is not None and self._layouts[k].fits(local := local_of(parameter))
         ]
         if not self._pairs:
             return
+        self._are_regular = len(self._pairs) == len(self._layouts) and all(
+            is_regular(copy, self._meter.layouts[k]) for k, copy, _ in self._pairs
+        )
         torch._foreach_copy_([copy for _, copy, _ in self._pairs], [parameter for _, _, parameter in self._pairs])
         self._measured = self._measure(self._half(self._rows(), 0))
 
@@ -117,7 +116,7 @@ class UpdateObserver:
         """Measures the difference of the parameters from the copy, and drops the copy."""
         is_measured = False
         try:
-            if self._pairs and all(Layout.of(parameter) == self._layouts[k] for k, _, parameter in self._pairs):
+            if self._pairs and all(copy.shape == parameter.shape for _, copy, parameter in self._pairs):
                 is_measured = self._measure_differences()
         finally:
             self._pairs = []
@@ -212,7 +211,4 @@ class UpdateObserver:
         copies: list[torch.Tensor | None] = [None] * len(self._layouts)
         for k, copy, _ in self._pairs:
             copies[k] = copy
-        regular = len(self._pairs) == len(copies) and all(
-            is_regular(copy, self._meter.layouts[k]) for k, copy, _ in self._pairs
-        )
-        return self._meter.measure(copies, regular, rows)
+        return self._meter.measure(copies, self._are_regular, rows)
