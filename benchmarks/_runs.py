@@ -317,7 +317,7 @@ RUNS = (
         "CNN of 8, small weights",
         lambda: cnn(8, 0.2),
         "poor initialisation",
-        (*STILL, "vanishing (backward)", "dying", "dead ReLU", "layer drift"),
+        (*STILL, "vanishing (backward)", "dying", "dead ReLU", "silent parameter", "layer drift"),
     ),
     Run(
         "MLP of 6, tanh, huge weights",
