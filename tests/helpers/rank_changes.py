@@ -96,3 +96,26 @@ def read_by_a_thread(rank: int, n_ranks: int) -> Summary:
         is_over.set()
         reader.join()
         return {"errors": errors, "steps": [(one.step, one.loss, len(one)) for one in probe.history()]}
+
+
+def reduced_activations(rank: int, n_ranks: int) -> Summary:
+    """Activations of a data-parallel model, reduced over the ranks, beside those of all ranks put together."""
+    model = _net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (n_ranks,)))
+    outputs: list[torch.Tensor] = []
+    model[1].register_forward_hook(lambda _, __, output: outputs.append(output.detach().clone()))
+    with gradprobe.attach(model, activations=True, reduce_activations=True, strict=True) as probe:
+        _loss(model, rank, 0).backward()
+        probe.step()
+        snapshot = probe.latest(wait=True)
+        assert snapshot is not None
+        assert snapshot.signals is not None
+        parts = [torch.empty_like(outputs[0]) for _ in range(n_ranks)]
+        dist.all_gather(parts, outputs[0])
+        whole = torch.cat(parts).double()
+        seen = snapshot.activations["1"].output
+        return {
+            "seen": [seen.norm, seen.mean, seen.abs_max, float(seen.numel)],
+            "truth": [whole.norm().item(), whole.mean().item(), whole.abs().max().item(), float(whole.numel())],
+            "reduction": snapshot.signals.reduction,
+        }

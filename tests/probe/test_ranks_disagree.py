@@ -50,6 +50,7 @@ CASES: dict[str, Case] = {
     **{f"frozen {keeps}": partial(rank_changes.frozen_unit, keeps) for keeps in (True, False)},
     "unfrozen": rank_changes.unfrozen,
     "reader": rank_changes.read_by_a_thread,
+    "activations": rank_changes.reduced_activations,
     **{f"paused {each}": partial(rank_faults.paused, each) for each in _SHARDED},
     **{f"read {each}": partial(rank_faults.read_on_one, each) for each in _SHARDED},
     **{f"counts {name}": partial(rank_faults.collectives, *each[:3]) for name, each in _COUNTED.items()},
@@ -159,6 +160,12 @@ def test_a_sharded_model_is_not_followed_and_says_so(found: Found) -> None:
     assert "new: 0.weight, 0.bias" in told
     assert "attach again on all ranks" in told
     assert second["told"] == []
+
+
+def test_reduced_activations_are_those_of_all_ranks(found: Found) -> None:
+    for rank in found("activations"):
+        assert rank["seen"] == pytest.approx(rank["truth"], rel=1e-6)
+        assert rank["reduction"] == "global"
 
 
 def test_another_thread_may_read(found: Found) -> None:
