@@ -298,18 +298,6 @@ class GradientObserver:
             if parameter.requires_grad and id(parameter) not in known and name not in self._without_kernel
         )
 
-    def _reduced(
-        self, rows: dict[torch.device, torch.Tensor] | None, measured: Measured | None
-    ) -> dict[torch.device, torch.Tensor]:
-        """Reduces the rows of this rank's parts, and waits for the other ranks."""
-        from gradprobe.observers.sharding import partial_gradients
-
-        assert self.whole is not None
-        out = torch.empty(self.whole.n_rows, len(STATS), dtype=torch.float64, device=self.whole.device)
-        self.whole.start(0, rows, measured, partial_gradients(self.parameters()))
-        self.whole.finish(out, keeps_incomplete=True)
-        return {self.whole.device: out[: len(self.whole.names)]}
-
     def note_ready(self, k: int) -> None:
         """Notes that gradient k has been measured by itself; it may still have to be added up over ranks."""
         if self.whole is not None:
@@ -328,6 +316,18 @@ class GradientObserver:
         """Removes every hook, for good."""
         self.hooks.remove()
         self._watch.remove()
+
+    def _reduced(
+        self, rows: dict[torch.device, torch.Tensor] | None, measured: Measured | None
+    ) -> dict[torch.device, torch.Tensor]:
+        """Reduces the rows of this rank's parts, and waits for the other ranks."""
+        from gradprobe.observers.sharding import partial_gradients
+
+        assert self.whole is not None
+        out = torch.empty(self.whole.n_rows, len(STATS), dtype=torch.float64, device=self.whole.device)
+        self.whole.start(0, rows, measured, partial_gradients(self.parameters()))
+        self.whole.finish(out, keeps_incomplete=True)
+        return {self.whole.device: out[: len(self.whole.names)]}
 
     def _is_same(self, found: ModelParameters) -> bool:
         """Returns whether a model's parameters are those observed, under the same names."""

@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ class Shared(NamedTuple):
     Attributes:
         smallest: Smallest factor by which some gradients changed since they were measured, 0-d or a number.
         largest: Largest of them.
-        skipped: Non-zero if the optimizer's step is skipped.
+        skipped: Non-zero if the optimizer's step is skipped, on some rank once they have told each other.
     """
 
     smallest: torch.Tensor | float = math.inf
@@ -127,12 +128,7 @@ class ShardedModel:
                 yield name
 
     def _add_fsdp2(self, managed: Any) -> None:
-        me = weakref.ref(managed)
-
-        def find() -> nn.Parameter | None:
-            alive = me()
-            return None if alive is None else alive.sharded_param
-
+        find = _finder(managed, lambda alive: alive.sharded_param)
         info = managed._module_info
         places = [(info.module, info.param_name), *zip(info.shared_modules, info.shared_param_names, strict=True)]
         for module, name in places:
@@ -147,10 +143,12 @@ class ShardedModel:
             owner = handle._fully_sharded_module
             numel = flat._unpadded_unsharded_size.numel()
             n_padding = len(ranks) * flat._sharded_size.numel() - numel if handle.uses_sharded_strategy else 0
-            self._put(owner, "_flat_param", _flat_of(handle), Piece((numel,), ranks, n_padding))
+            find = _finder(handle, lambda alive: alive.flat_param)
+            self._put(owner, "_flat_param", find, Piece((numel,), ranks, n_padding))
             return
         for k, (info, shape) in enumerate(zip(flat._param_infos, flat._shapes, strict=True)):
-            self._put(info.module, info.param_name, _part_of(handle, k), Piece(tuple(shape), ranks))
+            find = _finder(handle, partial(_flattened_part, k))
+            self._put(info.module, info.param_name, find, Piece(tuple(shape), ranks))
         for info in flat._shared_param_infos:
             self._put(info.module, info.param_name, *self._places[id(info.prim_module)][info.prim_param_name])
 
@@ -165,24 +163,20 @@ def _ranks_of(group: Any) -> tuple[int, ...]:
         return tuple(range(group.size()))
 
 
-def _flat_of(handle: Any) -> Callable[[], nn.Parameter | None]:
-    me = weakref.ref(handle)
+def _finder(owner: Any, get: Callable[[Any], nn.Parameter]) -> Callable[[], nn.Parameter | None]:
+    """Returns what gets a parameter from its owner as long as that is alive, without keeping it alive."""
+    reference = weakref.ref(owner)
 
     def find() -> nn.Parameter | None:
-        alive = me()
-        return None if alive is None else alive.flat_param
+        alive = reference()
+        return None if alive is None else get(alive)
 
     return find
 
 
-def _part_of(handle: Any, k: int) -> Callable[[], nn.Parameter | None]:
-    me = weakref.ref(handle)
-
-    def find() -> nn.Parameter | None:
-        alive = me()
-        return None if alive is None else alive.flat_param._params[k]
-
-    return find
+def _flattened_part(k: int, handle: Any) -> nn.Parameter:
+    parameter: nn.Parameter = handle.flat_param._params[k]
+    return parameter
 
 
 def _fsdp2_parameters(state: Any) -> Iterator[Any]:

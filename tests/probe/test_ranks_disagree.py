@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from helpers import rank_changes, rank_faults
+from helpers import collectives, rank_changes, rank_faults
 from helpers.ranks import Case, Outcome, run_ranks
 
 pytestmark = pytest.mark.soak  # ranks wait for each other
@@ -53,9 +53,9 @@ CASES: dict[str, Case] = {
     "activations": rank_changes.reduced_activations,
     **{f"paused {each}": partial(rank_faults.paused, each) for each in _SHARDED},
     **{f"read {each}": partial(rank_faults.read_on_one, each) for each in _SHARDED},
-    **{f"counts {name}": partial(rank_faults.collectives, *each[:3]) for name, each in _COUNTED.items()},
-    **{f"many {n}": partial(rank_faults.collectives_of_many, n) for n in _MANY},
-    "skipped": rank_faults.collectives_of_skipped,
+    **{f"counts {name}": partial(collectives.collectives, *each[:3]) for name, each in _COUNTED.items()},
+    **{f"many {n}": partial(collectives.collectives_of_many, n) for n in _MANY},
+    "skipped": collectives.collectives_of_skipped,
     "differing": rank_faults.differing_replicas,
     **{f"healthy {each}": partial(rank_faults.healthy, each) for each in _HEALTHY},
     **{f"in hooks {each}": partial(rank_faults.in_hooks, each) for each in _IN_HOOKS},
