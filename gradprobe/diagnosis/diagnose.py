@@ -44,14 +44,14 @@ def diagnose(snapshots: Sequence[Snapshot], thresholds: Thresholds = DEFAULTS) -
     unjudged: dict[str, str] = {}
     for rule in RULES if snapshots else ():
         lacks = rule.lacks(history)
-        if lacks is None:
-            judged.append(rule.title)
-        elif rule is not REPLICAS_DIFFER:  # most runs have no copies
-            unjudged[rule.title] = lacks
-        if all(history.provides(need) for need in rule.needs) and (rule.judges_converging or not history.is_converging):
-            found = rule.check(history)
-            if found is not None:
-                findings.append(found)
+        if lacks is not None:
+            if rule is not REPLICAS_DIFFER:  # most runs have no copies
+                unjudged[rule.title] = lacks
+            continue
+        judged.append(rule.title)
+        found = rule.check(history) if rule.judges_converging or not history.is_converging else None
+        if found is not None:
+            findings.append(found)
     findings = _without_explained(findings, history)
     n_steps = history.count(None) if snapshots else 0
     is_known = n_steps >= thresholds.window  # the rules on gradients that need some steps were judged

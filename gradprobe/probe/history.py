@@ -93,8 +93,7 @@ class History:
     def supersede(self, step: int) -> None:
         """Drops the steps with this number or a larger one: they turned out to be part of the open step."""
         self.ring.supersede(step)
-        kept = [snapshot for snapshot in self._archive if snapshot.step < step]
-        self._archive = deque(kept, maxlen=self._capacity)
+        self._drop_archived(step)
 
     def merge(self, first: int, newest: int) -> bool:
         """Makes the newest step the only one from `first` on: the others turned out to be parts of it.
@@ -108,8 +107,7 @@ class History:
         """
         if not self.ring.renumber(newest, first):
             return False
-        kept = [snapshot for snapshot in self._archive if snapshot.step < first]
-        self._archive = deque(kept, maxlen=self._capacity)
+        self._drop_archived(first)
         return True
 
     def look_for_nonfinite(self) -> None:
@@ -122,6 +120,10 @@ class History:
         """Returns where the first non-finite value was seen. Waits for the device."""
         self._search(wait=True)
         return self._first_nonfinite
+
+    def _drop_archived(self, step: int) -> None:
+        kept = [snapshot for snapshot in self._archive if snapshot.step < step]
+        self._archive = deque(kept, maxlen=self._capacity)
 
     def _search(self, wait: bool) -> None:
         while self._unseen and self._first_nonfinite is None:
@@ -136,22 +138,17 @@ class History:
             self._unseen.clear()
 
     def _snapshot(self, finished: FinishedStep) -> Snapshot:
-        slot = finished.slot
+        slot, whole = finished.slot, self._whole
+        reduced = None if whole is None else whole.unpack(finished.rows[whole.device])
         signals = None
         if self._signals is not None and slot.events is not None:
             n_sites, events = self._signals.n_sites, slot.events
             if events.is_conditional:
                 events = events.seen(unpack_numels(finished.signals, n_sites))
             reduction: Literal["local", "global"] = "local"
-            if self._whole is not None and self._whole.n_signals > 0:
-                reduced = self._whole.unpack(finished.rows[self._whole.device])
+            if reduced is not None and len(reduced.signal_numels) > 0:
                 events, reduction = events.seen(reduced.signal_numels), "global"
             signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale, reduction)
-        if self._whole is None:
-            rows, measured, differ = self._in_model_order(finished.rows), slot.measured, None
-        else:
-            reduced = self._whole.unpack(finished.rows[self._whole.device])
-            rows, measured, differ = reduced.rows, reduced.measured, reduced.differ
         provenance, clip_factor = slot.provenance, 1.0 if slot.provenance.state == "raw" else None
         if slot.tolerance is not None:
             # unscaling multiplies as clipping does
@@ -164,13 +161,13 @@ class History:
             provenance=provenance,
             skipped=finished.skipped,
             table=self._table,
-            rows=rows,
-            measured=measured,
+            rows=self._in_model_order(finished.rows) if reduced is None else reduced.rows,
+            measured=slot.measured if reduced is None else reduced.measured,
             scale=finished.scale,
             signals=signals,
             parameter_updates=None if self._updates is None else self._updates.read(slot.step, wait=True),
             clip_factor=clip_factor,
-            differ=differ,
+            differ=None if reduced is None else reduced.differ,
         )
 
 

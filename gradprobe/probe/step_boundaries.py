@@ -233,9 +233,11 @@ class StepBoundaries:
 
         `torch.distributed.checkpoint` then steps on zero gradients with a learning rate of zero.
         """
+        if self._observer.has_fired():
+            return False
         rates = [group.get("lr") for group in optimizer.param_groups]
         are_known = all(isinstance(rate, float) or (isinstance(rate, torch.Tensor) and rate.is_cpu) for rate in rates)
-        return not self._observer.has_fired() and are_known and not any(bool(rate) for rate in rates)
+        return are_known and not any(bool(rate) for rate in rates)
 
     def _callers(self) -> tuple[bool, GradScaler | None]:
         """Returns whether the step runs inside another one of the model, and the gradient scaler that calls it.

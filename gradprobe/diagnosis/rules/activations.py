@@ -72,7 +72,7 @@ EXPLODING_FORWARD = Rule(
 def _poor_initialisation(history: RunHistory) -> Finding | None:
     passes, limits = history.forward, history.limits
     early = np.flatnonzero(np.array(passes.steps) < limits.window)
-    if len(history.losses) < 2 * limits.window or not len(early):  # too early, or attached too late, to tell
+    if not len(early):  # attached too late to tell
         return None
     if _is_dead(passes, early, limits).any():  # dead units shrink the outputs too, whatever the scale of the weights
         return None
@@ -145,7 +145,6 @@ SATURATION = Rule(
     remedies=("normalise the data", "Xavier initialisation", "normalisation before the activation", "ReLU or GELU"),
     check=_saturation,
     needs=("activations=True",),
-    n_steps=lambda limits: limits.window,
 )
 
 
@@ -156,7 +155,7 @@ def _dead_relu(history: RunHistory) -> Finding | None:
     chosen = _modules(passes, _RELUS)
     last = np.arange(len(passes.steps))[-limits.window :]
     found = np.flatnonzero(_is_dead(passes, last, limits))
-    if not len(found) or len(last) < limits.window:
+    if not len(found):
         return None
     names = tuple(passes.table.names[chosen[m]] for m in found)
     steps = (passes.steps[last[0]], passes.steps[-1])

@@ -157,8 +157,6 @@ REVIVE_UNITS = (
 def _dying(history: RunHistory) -> Finding | None:
     # The gradient of an embedding is zero for each row that was not looked up: at least two weights must be dying.
     n_steps, limits = len(history.snapshots), history.limits
-    if n_steps < limits.window:
-        return None
     table, present, shares = history.table, history.present, history.column("zero_fraction")  # [T, K]
     weights = np.flatnonzero((np.asarray(table.ndims) > 1) & (2 * present.sum(axis=0) > n_steps))
     is_dying = 2 * (present & (shares >= limits.dying_share)).sum(axis=0) > n_steps  # [K]
@@ -189,8 +187,6 @@ DYING = Rule(
 
 
 def _silent(history: RunHistory) -> Finding | None:
-    if len(history.snapshots) < history.limits.window:
-        return None
     always = history.present.all(axis=0)  # [K]
     is_zero = history.column("abs_max") == 0.0  # [T, K]
     is_silent = always & is_zero[-history.limits.window :].all(axis=0)  # [K]
@@ -220,8 +216,6 @@ SILENT = Rule(
 
 def _drift(history: RunHistory) -> Finding | None:
     limits = history.limits
-    if len(history.snapshots) < limits.spike_warm_up + limits.window:
-        return None
     table = history.table
     weights = np.flatnonzero((np.asarray(table.ndims) > 1) & history.present.all(axis=0))  # [W]
     norms = history.column("norm")[:, weights]  # [T, W]

@@ -57,7 +57,7 @@ def _unstable(history: RunHistory) -> Finding | None:
     values = np.array([loss for _, loss in losses], dtype=np.float64)
     n_blocks = len(values) // n
     # A ratio of losses means nothing if some are negative.
-    if n_blocks < 3 or not np.isfinite(values).all() or values.min() <= 0.0:
+    if not np.isfinite(values).all() or values.min() <= 0.0:
         return None
     blocks = values[-n_blocks * n :].reshape(n_blocks, n)
     with np.errstate(over="ignore"):
@@ -128,7 +128,7 @@ def _not_learning(history: RunHistory) -> Finding | None:
     values = np.array([loss for _, loss in losses], dtype=np.float64)
     n = limits.window
     # Without the first steps after attach, a loss that stays level may be one that is already low.
-    if len(values) < 2 * n or losses[0][0] >= n or not np.isfinite(values).all():
+    if losses[0][0] >= n or not np.isfinite(values).all():
         return None
     start, end = values[:n], values[-n:]  # [n] each
     drop = float(start.mean() - end.mean())

@@ -38,7 +38,7 @@ class Rule:
         where: The pass that the rule is about, or "" if it is about neither in particular.
         needs: What the run must record for the rule to be judged.
         judges_converging: Whether the fault counts in a run that converges, too.
-        n_steps: Number of steps needed to judge the rule, of those that provide what it needs.
+        n_steps: Number of steps needed to judge the rule, of those that provide the last of its needs.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Rule:
         for need in self.needs:
             if not history.provides(need):
                 return _HOW.get(need, need)
-        needed, seen = self.n_steps(history.limits), min(history.count(need) for need in self.needs or (None,))
+        needed, seen = self.n_steps(history.limits), history.count(self.needs[-1] if self.needs else None)
         steps = "1 step" if needed == 1 else f"{needed} steps"
         return f"{steps} (seen: {seen})" if seen < needed else None
 

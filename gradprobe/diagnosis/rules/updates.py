@@ -40,14 +40,11 @@ UPDATES_TOO_LARGE = Rule(
     remedies=("a lower learning rate or a warm-up", CLIP, INITIALISE),
     check=_too_large,
     needs=("updates=True",),
-    n_steps=lambda limits: limits.window,
 )
 
 
 def _too_small(history: RunHistory) -> Finding | None:
     updates, limits = history.updates, history.limits
-    if len(updates.steps) < limits.window:
-        return None
     with np.errstate(invalid="ignore"):
         is_still = (updates.ratios < limits.update_ratio_low) | (updates.lost > limits.lost_share)
     is_hit = is_still & ~np.isnan(updates.lost)  # [T, W]
