@@ -228,6 +228,13 @@ TOPICS: dict[str, Topic] = {
             (_ATTACH, "[name for name, seen in probe.latest().sites.items() if seen.abs_max == 0]"),
         ),
         _rule(
+            "gradients not cleared",
+            "Without zero_grad, each backward pass adds to the gradients of all steps before. The optimizer then follows "
+            "their sum, which grows with every step like a momentum that never decays: the loss may still fall for a "
+            "while, and then swings or blows up.",
+            _FINDINGS,
+        ),
+        _rule(
             "saturation",
             "The outputs of a tanh or sigmoid are close to its limits, where its derivative is almost zero. The mean "
             "derivative follows from the outputs: it is 1 - rms^2 for a tanh and mean - rms^2 for a sigmoid.",

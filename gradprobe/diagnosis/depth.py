@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,10 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
-from gradprobe.diagnosis.trend import Trend, fit_trend
+from gradprobe.diagnosis.trend import Trend, fit_trend, fit_trends
+from gradprobe.snapshot.records import FloatArray, IntArray
 from gradprobe.snapshot.snapshot import Snapshot
 
 Flow = Literal["healthy", "non-finite", "vanishing", "exploding"]
+
+_FLOWS: tuple[Flow, ...] = ("healthy", "non-finite", "vanishing", "exploding")
+_HEALTHY, _NON_FINITE, _VANISHING, _EXPLODING = range(4)
 
 
 def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> Flow:
@@ -37,28 +40,35 @@ def flow_verdict(norms: Sequence[float], thresholds: Thresholds = DEFAULTS) -> F
         >>> flow_verdict([1e-9, 1e-5, 1e-2])
         'vanishing'
     """
-    if any(not math.isfinite(norm) for norm in norms):
-        return "non-finite"
-    if not norms:
+    if not len(norms):
         return "healthy"
-    ends = ends_verdict(norms, thresholds)
-    if ends != "healthy" or len(norms) - 2 < thresholds.slope_sites:
-        return ends
-    line = inner_trend(norms)
-    is_slope = math.isfinite(line.factor) and abs(math.log(line.factor)) * line.factor > (
-        thresholds.slope_errors * line.std_error
-    )
-    return layer_status(line.first, line.last, thresholds) if is_slope else ends
+    return flow_verdicts(np.array([norms], dtype=np.float64), thresholds)[0]
+
+
+def flow_verdicts(norms: FloatArray, thresholds: Thresholds = DEFAULTS) -> list[Flow]:
+    """Judges the gradient norms of T backward passes over depth, each as `flow_verdict` does.
+
+    Args:
+        norms: Norms of the weight gradients, from the layer next to the input to the one next to the loss. [T, W], with
+            W at least 1.
+        thresholds: Limits of the rules.
+
+    Returns:
+        The verdicts. Length T.
+    """
+    ends = _ends_verdicts(norms, thresholds)  # [T]
+    if _is_deep(norms.shape[1], thresholds):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lines = fit_trends(np.log(norms[:, 1:-1]))
+            is_slope = np.abs(np.log(lines.factor)) * lines.factor > thresholds.slope_errors * lines.std_error
+        ends = np.where((ends == _HEALTHY) & is_slope, _statuses(lines.first, lines.last, thresholds), ends)
+    ends = np.where(np.isfinite(norms).all(axis=1), ends, _NON_FINITE)
+    return [_FLOWS[code] for code in ends.tolist()]
 
 
 def ends_verdict(norms: Sequence[float], thresholds: Thresholds) -> Flow:
     """Judges the first of at least one norm against the last, as `flow_verdict` does, without the line."""
-    ends = layer_status(norms[0], norms[-1], thresholds)
-    is_deep = len(norms) - 2 >= thresholds.slope_sites
-    # A last layer whose gradient stands out is no trend over depth.
-    if ends == "vanishing" and is_deep and layer_status(norms[0], norms[-2], thresholds) != ends:
-        return "healthy"
-    return ends
+    return _FLOWS[int(_ends_verdicts(np.array([norms], dtype=np.float64), thresholds)[0])]
 
 
 def inner_trend(norms: Sequence[float]) -> Trend:
@@ -81,13 +91,22 @@ def layer_status(norm: float, last_norm: float, thresholds: Thresholds = DEFAULT
     Source:
         AUTOTRAINER (Zhang et al., ICSE 2021), beta1, beta2, beta3, which compares the first layer with the last.
     """
-    if not math.isfinite(norm) or not math.isfinite(last_norm):
-        return "non-finite"
-    if norm < thresholds.vanishing_norm and norm <= thresholds.vanishing_ratio * last_norm:
-        return "vanishing"
-    if norm > thresholds.exploding_ratio * last_norm:
-        return "exploding"
-    return "healthy"
+    return _FLOWS[int(_statuses(np.float64(norm), np.float64(last_norm), thresholds))]
+
+
+def layer_statuses(norms: Sequence[float], last_norm: float, thresholds: Thresholds = DEFAULTS) -> list[Flow]:
+    """Judges the gradient norms of several layers as `layer_status` does.
+
+    Args:
+        norms: Norms of the layers' gradients. Length L.
+        last_norm: Norm of the last layer's gradient.
+        thresholds: Limits of the rules.
+
+    Returns:
+        The verdicts. Length L.
+    """
+    statuses = _statuses(np.asarray(norms, dtype=np.float64), np.float64(last_norm), thresholds)
+    return [_FLOWS[code] for code in statuses.tolist()]
 
 
 def weight_names(snapshot: Snapshot) -> list[str]:
@@ -104,7 +123,39 @@ def weight_norms(snapshot: Snapshot) -> list[float]:
     return norms
 
 
-def _weights(snapshot: Snapshot) -> npt.NDArray[np.intp]:
-    present = snapshot.measured.present  # [K]
-    matrices = present & (np.asarray(snapshot.table.ndims) > 1)
+def weights_among(present: npt.NDArray[np.bool_], ndims: Sequence[int]) -> npt.NDArray[np.intp]:
+    """Returns the positions of the weights that have a gradient, or of all parameters with one if there is no weight.
+
+    Args:
+        present: Which parameters have a gradient. [K]
+        ndims: Number of dimensions of each parameter. Length K.
+    """
+    matrices = present & (np.asarray(ndims) > 1)
     return np.flatnonzero(matrices if matrices.any() else present)
+
+
+def _weights(snapshot: Snapshot) -> npt.NDArray[np.intp]:
+    return weights_among(snapshot.measured.present, snapshot.table.ndims)
+
+
+def _is_deep(n_weights: int, thresholds: Thresholds) -> bool:
+    return n_weights - 2 >= thresholds.slope_sites
+
+
+def _ends_verdicts(norms: FloatArray, thresholds: Thresholds) -> IntArray:
+    """Returns the codes of the verdicts on T backward passes, without the line. Shape [T]."""
+    ends = _statuses(norms[:, 0], norms[:, -1], thresholds)
+    if not _is_deep(norms.shape[1], thresholds):
+        return ends
+    # A last layer whose gradient stands out is no trend over depth.
+    is_trend = _statuses(norms[:, 0], norms[:, -2], thresholds) == _VANISHING
+    return np.where((ends == _VANISHING) & ~is_trend, _HEALTHY, ends)
+
+
+def _statuses(norms: FloatArray | np.float64, last_norms: FloatArray | np.float64, thresholds: Thresholds) -> IntArray:
+    """Returns the codes of `layer_status`, of the shape of the norms."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        is_vanishing = (norms < thresholds.vanishing_norm) & (norms <= thresholds.vanishing_ratio * last_norms)
+        is_exploding = norms > thresholds.exploding_ratio * last_norms
+    code = np.where(is_vanishing, _VANISHING, np.where(is_exploding, _EXPLODING, _HEALTHY))
+    return np.where(np.isfinite(norms) & np.isfinite(last_norms), code, _NON_FINITE)

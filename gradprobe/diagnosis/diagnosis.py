@@ -6,18 +6,22 @@ import html
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from gradprobe.diagnosis.finding import Finding
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 _WIDTH = 100  # characters
 
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis(Sequence[Finding]):
-    """The findings of a run, the most severe first, with what was judged and what was not.
+    """The findings of a run, with what was judged and what was not.
 
-    Equal to a sequence of the same findings; true if there are any.
+    Causes come before the symptoms that they explain, and the most severe first. Equal to a sequence of the same
+    findings; true if there are any.
 
     Attributes:
         findings: The findings.
@@ -68,6 +72,14 @@ class Diagnosis(Sequence[Finding]):
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    def __rich__(self) -> Text:
+        from rich.text import Text  # here, so that a training need not load it
+
+        text = Text(str(self))
+        text.highlight_regex(r"(?m)^\d+\. .+$", "bold red")
+        text.highlight_regex(r"(?m)^   (Usual cause|Try first|It explains|More):", "bold")
+        return text
+
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as values that JSON can hold, apart from NaN and infinity in the evidence."""
         return {
@@ -88,18 +100,23 @@ class Diagnosis(Sequence[Finding]):
             return
         steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
         rules = f"{len(self.judged)} of {len(self.judged) + len(self.unjudged)} rules"
-        if self.findings:
-            faults = "1 fault" if len(self.findings) == 1 else f"{len(self.findings)} faults, the most severe first"
+        roots = [finding for finding in self.findings if not finding.follows]
+        if roots:
+            faults = "1 fault" if len(roots) == 1 else f"{len(roots)} faults, the most severe first"
             yield f"{faults}. {steps}, {rules} judged."
         elif self.healthy:
             yield f"No fault in {steps}, {rules} judged."
         else:
             yield f"No fault so far, but too little was seen to call it healthy: {steps}, {rules} judged."
-        for number, finding in enumerate(self.findings, start=1):
+        for number, finding in enumerate(roots, start=1):
             yield from ("", f"{number}. {finding.title}")
             yield from _wrapped(finding.message[:1].upper() + finding.message[1:] + ".")
             yield from _wrapped(f"Usual cause: {finding.cause}.")
             yield from _wrapped(f"Try first: {finding.remedies[0]}.")
+            symptoms = [other for other in self.findings if other.follows == finding.title]
+            if symptoms:
+                told = ", ".join(f"{other.title} ({_steps(other)})" for other in symptoms)
+                yield from _wrapped(f"It explains: {told}.")
             yield from _wrapped(f"More: gradprobe explain {_quoted(finding.rule)}")
         needs: dict[str, list[str]] = {}
         for rule, need in self.unjudged.items():
@@ -115,6 +132,11 @@ class Diagnosis(Sequence[Finding]):
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent="   ", subsequent_indent="   ")
+
+
+def _steps(finding: Finding) -> str:
+    first, last = finding.steps
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _quoted(name: str) -> str:

@@ -23,6 +23,7 @@ class Finding:
         source: Origin of the rule and its threshold.
         cause: The usual cause.
         remedies: What to do, the most likely to help first.
+        follows: Title of the finding that explains this one, "" if none does.
     """
 
     rule: str
@@ -35,6 +36,7 @@ class Finding:
     source: str
     cause: str
     remedies: tuple[str, ...]
+    follows: str = ""
 
     @property
     def title(self) -> str:

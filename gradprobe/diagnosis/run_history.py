@@ -10,57 +10,90 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe.diagnosis.depth import Flow, flow_verdict, weight_norms
+from gradprobe.diagnosis.course import Course, Point
+from gradprobe.diagnosis.depth import Flow, flow_verdicts, weights_among
 from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
 from gradprobe.errors import ArgumentError
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
 from gradprobe.snapshot.snapshot import SiteTable, Snapshot
+from gradprobe.snapshot.stats import finish_rows
 
-# Probe.step(loss=...), arguments of attach, and what only a sharded model has
-Need = Literal["loss", "activations=True", "updates=True", "copies on several ranks"]
+# Probe.step(loss=...), arguments of attach, what only a sharded model has, what a GAN lacks, and what a layer tells
+Need = Literal[
+    "loss",
+    "activations=True",
+    "updates=True",
+    "copies on several ranks",
+    "a loss of its own",
+    "a number of classes",
+]
 
 _MIN_LAYERS = 3  # that a comparison over depth needs
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RunHistory:
-    """The snapshots of a run in order, and the quantities that rules share.
+    """The newest steps of a run, its course, and the quantities that rules share.
 
     A site is one place where statistics are taken: a parameter, an activation or an operand of a residual add.
 
     Attributes:
-        snapshots: T steps in order, of one probe.
+        snapshots: The newest T steps in order, of one probe.
         limits: Limits of the rules.
+        observed: Step and signals of the newest steps in which activations or residual adds were observed.
+        updated: The newest steps in which updates were observed.
+        course: Losses and total norms of the run, given without the new steps and continued.
+        n_new: Number of snapshots that are new to the course.
 
     Raises:
         ArgumentError: The snapshots are of different probes.
     """
 
     snapshots: Sequence[Snapshot]
-    limits: Thresholds = DEFAULTS
+    limits: Thresholds
+    observed: Sequence[tuple[int, Signals]]
+    updated: Sequence[Snapshot]
+    course: Course
+    n_new: int
 
     def __post_init__(self) -> None:
         if any(one.table.names != self.snapshots[0].table.names for one in self.snapshots):
             raise ArgumentError("snapshots: needed the history of one probe, got snapshots with different parameters")
         if any(signals.table != self.observed[0][1].table for _, signals in self.observed):
             raise ArgumentError("snapshots: needed the history of one probe, got snapshots with different modules")
+        self._continue_course()
+
+    @classmethod
+    def of(cls, snapshots: Sequence[Snapshot], limits: Thresholds = DEFAULTS) -> RunHistory:
+        """Returns the history of a run of which these are all steps.
+
+        Args:
+            snapshots: The steps in order.
+            limits: Limits of the rules.
+        """
+        observed = [(one.step, one.signals) for one in snapshots if one.signals is not None]
+        updated = [one for one in snapshots if one.parameter_updates is not None]
+        return cls(snapshots, limits, observed, updated, Course.under(limits), len(snapshots))
 
     def provides(self, need: Need) -> bool:
         """Returns whether the run recorded what a rule needs."""
-        if need == "loss":
-            return bool(self.losses)
         if need == "copies on several ranks":
             return any(one.differ is not None for one in self.snapshots)
-        return bool(self.observed if need == "activations=True" else self.updates.steps)
+        if need == "a loss of its own":
+            return 2 * sum(one.is_contested for one in self.snapshots) <= len(self.snapshots)
+        if need == "a number of classes":
+            return self.n_classes > 0
+        return self.count(need) > 0
 
     def count(self, need: Need | None) -> int:
-        """Counts the steps that provide what a rule needs; None counts those with a gradient."""
+        """Counts the steps of the run that provide what a rule needs; None counts those with a gradient."""
+        course = self.course
         if need == "loss":
-            return len(self.losses)
+            return course.n_losses
         if need == "activations=True":
-            return len(self.observed)
-        return len(self.updates.steps) if need == "updates=True" else int(self.present.any(axis=1).sum())
+            return course.n_observed
+        return course.n_updates if need == "updates=True" else course.n_steps
 
     @property
     def table(self) -> SiteTable:
@@ -80,9 +113,21 @@ class RunHistory:
     def flows(self) -> dict[Flow, list[Snapshot]]:
         """The judged steps by the verdict on their gradients over depth."""
         flows: dict[Flow, list[Snapshot]] = {"healthy": [], "non-finite": [], "vanishing": [], "exploding": []}
-        for one in self.judged:
-            has_nonfinite = one.columns["nonfinite"][one.measured.present].any()
-            flows["non-finite" if has_nonfinite else flow_verdict(weight_norms(one), self.limits)].append(one)
+        is_judged = {id(one) for one in self.judged}
+        chosen = np.array([id(one) in is_judged for one in self.snapshots], dtype=np.bool_)
+        present, verdicts = self.present[chosen], np.full(int(chosen.sum()), "healthy", dtype=object)  # [J, K], [J]
+        norms = self.column("norm")[chosen]
+        left = np.ones(len(present), dtype=np.bool_)
+        while left.any():  # once for each set of parameters that had a gradient; most runs have one
+            mask = present[left.argmax()]
+            rows = np.flatnonzero((present == mask).all(axis=1))
+            left[rows] = False
+            weights = weights_among(mask, self.table.ndims)
+            if len(weights):
+                verdicts[rows] = flow_verdicts(norms[np.ix_(rows, weights)], self.limits)
+        verdicts[(self.column("nonfinite")[chosen] * present).any(axis=1)] = "non-finite"
+        for one, verdict in zip(self.judged, verdicts.tolist(), strict=True):
+            flows[verdict].append(one)
         return flows
 
     @cached_property
@@ -90,33 +135,63 @@ class RunHistory:
         """Which parameters had a gradient in which step. Shape [T, K]."""
         return np.stack([one.measured.present for one in self.snapshots])
 
+    @cached_property
+    def columns(self) -> dict[str, FloatArray]:
+        """Statistics of the parameters' gradients, absent ones included. Values of shape [T, K]."""
+        return _statistics(self.snapshots, ("norm", "abs_max", "mean", "zero_fraction", "nonfinite"))
+
     def column(self, name: str) -> FloatArray:
         """Returns one statistic of the parameters' gradients, absent ones included. Shape [T, K]."""
-        return np.stack([one.columns[name] for one in self.snapshots])
+        return self.columns[name]
+
+    @property
+    def losses(self) -> list[Point]:
+        """Step and loss of the newest steps that have a loss."""
+        return list(self.course.losses)
+
+    @property
+    def first_losses(self) -> list[Point]:
+        """The same of the first steps of the run that have a loss, at most `window`."""
+        return self.course.first_losses
+
+    @property
+    def total_norms(self) -> list[Point]:
+        """Step and total norm of the newest steps."""
+        return list(self.course.norms)
+
+    @property
+    def n_classes(self) -> int:
+        """Number of outputs of the last layer, 0 if it is unknown because that layer has no bias."""
+        matrix = max((k for k, ndim in enumerate(self.table.ndims) if ndim > 1), default=-1)
+        bias = self.table.index.get(self.table.names[matrix].removesuffix("weight") + "bias", -1) if matrix >= 0 else -1
+        return 0 if bias < 0 else max(int(one.measured.numels[bias]) for one in self.snapshots)
 
     @cached_property
-    def losses(self) -> list[tuple[int, float]]:
-        """Step and loss of each step that has a loss."""
-        return [(one.step, one.loss) for one in self.snapshots if one.loss is not None]
+    def has_fallen(self) -> bool:
+        """Whether the loss is clearly below that of the first steps, which takes enough losses, all finite."""
+        window = self.limits.window
+        first = [loss for _, loss in self.first_losses]
+        if self.course.n_losses < 2 * window or not np.isfinite([*first, *self._newest_losses]).all():
+            return False
+        # A loss that blew up in the first steps and came down again has not converged: the lower start counts.
+        start = min(first[0], float(np.mean(first)))
+        return start > 0 and float(np.mean(self._newest_losses[-window:])) < self.limits.converging * start
 
     @cached_property
     def is_converging(self) -> bool:
-        """Whether the loss has clearly fallen; False if there are too few losses or they are not positive.
+        """Whether the loss has clearly fallen, and not only in the first quarter of the kept losses.
 
         AUTOTRAINER (Zhang et al., ICSE 2021) likewise reports a fault of the gradients only if training fails too.
         """
-        values = np.array([loss for _, loss in self.losses], dtype=np.float64)
-        window = self.limits.window
-        if len(values) < 2 * window or not np.isfinite(values).all():
-            return False
-        # A loss that blew up in the first steps and came down again has not converged: the lower start counts.
-        start = min(float(values[0]), float(values[:window].mean()))
-        return start > 0 and float(values[-window:].mean()) < self.limits.converging * start
+        window, past = self.limits.window, len(self._newest_losses) // 4
+        if past < window or not self.has_fallen:
+            return self.has_fallen
+        start = float(np.mean(self._newest_losses[past : past + window]))
+        return float(np.mean(self._newest_losses[-window:])) < self.limits.converging * start
 
     @cached_property
-    def observed(self) -> list[tuple[int, Signals]]:
-        """Step and signals of each step in which activations or residual adds were observed."""
-        return [(one.step, one.signals) for one in self.snapshots if one.signals is not None]
+    def _newest_losses(self) -> list[float]:
+        return [loss for _, loss in self.course.losses]
 
     @cached_property
     def forward(self) -> ForwardPasses:
@@ -126,7 +201,35 @@ class RunHistory:
     @cached_property
     def updates(self) -> WeightUpdates:
         """The observed updates of the weights."""
-        return _weight_updates(self.snapshots)
+        return _weight_updates(self.updated)
+
+    def _continue_course(self) -> None:
+        course, first = self.course, len(self.snapshots) - self.n_new
+        new = self.snapshots[first:]
+        course.add_losses((one.step, one.loss) for one in new if one.loss is not None)
+        if new:
+            norms = _total_norms(np.where(self.present, self.column("norm"), 0.0)[first:])
+            has_gradient = self.present[first:].any(axis=1)
+            norms = np.where(has_gradient, norms, np.nan)
+            course.norms.extend((one.step, norm) for one, norm in zip(new, norms.tolist(), strict=True))
+            course.n_steps += int(has_gradient.sum())
+        course.n_observed += sum(one.signals is not None for one in new)
+        course.n_updates += sum(one.parameter_updates is not None and not one.skipped for one in new)
+
+
+def _statistics(snapshots: Sequence[Snapshot], columns: Sequence[str]) -> dict[str, FloatArray]:
+    """Statistics of the gradients of T steps. Values of shape [T, K]."""
+    rows = np.stack([one.rows for one in snapshots])  # [T, K, 6]
+    numels = np.stack([one.measured.numels for one in snapshots])
+    scales = np.array([one.scale for one in snapshots])[:, None]
+    return finish_rows(rows, numels, scales, columns)
+
+
+def _total_norms(norms: FloatArray) -> FloatArray:
+    """Euclidean norm of the gradients of each step, without overflow. [T, K] to [T]."""
+    largest = norms.max(axis=1, initial=0.0)
+    unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    return np.asarray(unit * np.sqrt(((norms / unit[:, None]) ** 2).sum(axis=1)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +242,8 @@ class ForwardPasses:
         ran: Sites of module outputs in the order of execution in the newest step.
         chains: Sites of outputs that are comparable over depth, from the input to the loss: one chain of residual adds
             and one of weight layers.
+        segments: Sites of the outputs of successive weight layers between which nothing restores the scale of the
+            signal: no normalisation and no residual add.
         present: Which sites had a tensor. [T, S]
         columns: Each statistic. Values of shape [T, S].
     """
@@ -147,6 +252,7 @@ class ForwardPasses:
     table: SignalTable = field(default_factory=lambda: SignalTable((), (), ()))
     ran: tuple[int, ...] = ()
     chains: tuple[tuple[int, ...], ...] = ()
+    segments: tuple[tuple[int, ...], ...] = ()
     present: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.bool_))
     columns: dict[str, FloatArray] = field(default_factory=dict)
 
@@ -175,6 +281,9 @@ class WeightUpdates:
 
 def _forward_passes(observed: Sequence[tuple[int, Signals]], parameters: SiteTable) -> ForwardPasses:
     newest = observed[-1][1]
+    rows = np.stack([signals.rows for _, signals in observed])  # [T, S, 6]
+    numels = np.stack([signals.events.measured.numels for _, signals in observed])
+    columns = finish_rows(rows, numels, 1.0, ("rms", "std", "mean", "zero_fraction"))  # outputs are not scaled
     in_order = list(dict.fromkeys(newest.events.sites))
     ran = [site for site in in_order if newest.table.kinds[site] == "activation"]
     residual_adds = [site for site in in_order if newest.table.kinds[site] == "junction_y"]
@@ -184,11 +293,9 @@ def _forward_passes(observed: Sequence[tuple[int, Signals]], parameters: SiteTab
         table=newest.table,
         ran=tuple(ran),
         chains=tuple(chain for chain in chains if len(chain) >= _MIN_LAYERS),
+        segments=tuple(_segments(in_order, newest.table, parameters)),
         present=np.stack([signals.events.measured.present for _, signals in observed]),
-        columns={
-            name: np.stack([signals.columns[name] for _, signals in observed])
-            for name in ("rms", "std", "mean", "zero_fraction")
-        },
+        columns=columns,
     )
 
 
@@ -197,14 +304,35 @@ def _comparable(ran: Sequence[int], signals: SignalTable, parameters: SiteTable)
 
     Embeddings are left out because they select rows of their matrix, recurrent modules because their output is bounded.
     """
-    matrices = {name for name, k in parameters.index.items() if parameters.ndims[k] > 1}
     found = []
     for site, following in zip(ran, [*ran[1:], None], strict=False):
-        if f"{signals.names[site]}.weight" not in matrices or _module_type(signals, site).startswith("Embedding"):
-            continue
-        is_normalised = following is not None and "Norm" in _module_type(signals, following)
-        found.append(following if following is not None and is_normalised else site)
+        if _is_weight_layer(site, signals, parameters):
+            is_normalised = following is not None and _is_normalisation(following, signals)
+            found.append(following if following is not None and is_normalised else site)
     return found[:-1]
+
+
+def _segments(in_order: Sequence[int], signals: SignalTable, parameters: SiteTable) -> list[tuple[int, ...]]:
+    """Splits the weight layers except the last at normalisations and residual adds; drops short parts."""
+    parts: list[list[int]] = [[]]
+    for site in in_order:
+        if signals.kinds[site] == "junction_y" or _is_normalisation(site, signals):
+            parts.append([])
+        elif signals.kinds[site] == "activation" and _is_weight_layer(site, signals, parameters):
+            parts[-1].append(site)
+    last = next((part for part in reversed(parts) if part), [])
+    if last:
+        last.pop()
+    return [tuple(part) for part in parts if len(part) >= _MIN_LAYERS]
+
+
+def _is_weight_layer(site: int, signals: SignalTable, parameters: SiteTable) -> bool:
+    k = parameters.index.get(f"{signals.names[site]}.weight")
+    return k is not None and parameters.ndims[k] > 1 and not _module_type(signals, site).startswith("Embedding")
+
+
+def _is_normalisation(site: int, signals: SignalTable) -> bool:
+    return signals.kinds[site] == "activation" and "Norm" in _module_type(signals, site)
 
 
 def _module_type(table: SignalTable, site: int) -> str:
@@ -217,15 +345,21 @@ def _weight_updates(snapshots: Sequence[Snapshot]) -> WeightUpdates:
     ]
     if not observed:
         return WeightUpdates((), (), np.empty((0, 0)), np.empty((0, 0)))
+    numels = np.stack([updates.measured.numels for _, updates in observed])  # [T, K]
+    weight_rows = np.stack([updates.weight_rows for _, updates in observed])  # [T, K, 6]
+    update_rows = np.stack([updates.update_rows for _, updates in observed])
+    before = finish_rows(weight_rows, numels, 1.0, ("norm",))
+    moved = finish_rows(update_rows, numels, 1.0, ("norm", "zero_fraction"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = moved["norm"] / before["norm"]
     present = np.stack([updates.measured.present for _, updates in observed]).all(axis=0)  # [K]
     matrices = present & (np.asarray(observed[0][0].table.ndims) > 1)
     weights = np.flatnonzero(matrices if matrices.any() else present)  # [W]
-    has_gradient = np.stack([one.measured.present & (one.columns["abs_max"] > 0) for one, _ in observed])  # [T, K]
-    unmoved = np.stack([updates.update_columns["zero_fraction"] for _, updates in observed])
-    without_gradient = np.stack([one.columns["zero_fraction"] for one, _ in observed])
+    gradients = _statistics([one for one, _ in observed], ("abs_max", "zero_fraction"))
+    has_gradient = np.stack([one.measured.present for one, _ in observed]) & (gradients["abs_max"] > 0)  # [T, K]
     return WeightUpdates(
         steps=tuple(one.step for one, _ in observed),
         names=tuple(observed[0][0].table.names[k] for k in weights),
-        ratios=np.stack([updates.ratios for _, updates in observed])[:, weights],
-        lost=np.where(has_gradient, unmoved - without_gradient, np.nan)[:, weights],
+        ratios=ratios[:, weights],
+        lost=np.where(has_gradient, moved["zero_fraction"] - gradients["zero_fraction"], np.nan)[:, weights],
     )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from gradprobe.snapshot.records import FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,15 @@ class Trend:
     last: float
 
 
+class Trends(NamedTuple):
+    """The lines of T sets of log-norms; each attribute is that of `Trend`, of shape [T]."""
+
+    factor: FloatArray
+    std_error: FloatArray
+    first: FloatArray
+    last: FloatArray
+
+
 def fit_trend(log_norms: Sequence[float]) -> Trend:
     """Fits a line to natural logarithms of norms.
 
@@ -40,14 +52,32 @@ def fit_trend(log_norms: Sequence[float]) -> Trend:
         >>> round(fit_trend([math.log(0.5) * k for k in (3, 2, 1)]).factor, 6)
         0.5
     """
-    y = np.asarray(log_norms, dtype=np.float64)  # [L]
-    if len(y) < 2 or not np.isfinite(y).all():
-        return Trend(math.nan, math.nan, math.nan, math.nan)
-    towards_input = -np.arange(len(y), dtype=np.float64)
-    x = towards_input - towards_input.mean()
-    slope = float(x @ y / (x @ x))
-    residuals = y - y.mean() - slope * x
+    return Trend(*(float(values[0]) for values in fit_trends(np.array([log_norms], dtype=np.float64))))
+
+
+def fit_trends(log_norms: FloatArray) -> Trends:
+    """Fits lines to T sets of natural logarithms of norms, as `fit_trend` does to one.
+
+    Args:
+        log_norms: From the layer next to the input to the one next to the loss. [T, L]
+
+    Returns:
+        The lines.
+    """
+    n_sets, n_layers = log_norms.shape
+    is_usable = np.isfinite(log_norms).all(axis=1) & (n_layers >= 2)  # [T]
+    y = np.where(is_usable[:, None], log_norms, 0.0)  # [T, L]
+    towards_input = -np.arange(n_layers, dtype=np.float64)
+    x = towards_input - (towards_input.mean() if n_layers else 0.0)  # [L]
+    n_squares = max(float(x @ x), 1.0)  # 1 below two layers, whose lines are not used
+    slopes = y @ x / n_squares  # [T]
+    means = y.mean(axis=1) if n_layers else np.zeros(n_sets)
+    residuals = y - means[:, None] - slopes[:, None] * x  # [T, L]
+    ends = (x[0], x[-1]) if n_layers else (0.0, 0.0)
     with np.errstate(over="ignore"):
-        factor, first, last = np.exp([slope, y.mean() + slope * x[0], y.mean() + slope * x[-1]]).tolist()
-    variance = float(residuals @ residuals) / (len(y) - 2) / float(x @ x) if len(y) > 2 else math.nan
-    return Trend(factor, factor * math.sqrt(variance), first, last)
+        factors, firsts, lasts = (np.exp(each) for each in (slopes, *(means + slopes * end for end in ends)))
+    variances = np.full(n_sets, math.nan)
+    if n_layers > 2:
+        variances = (residuals**2).sum(axis=1) / (n_layers - 2) / n_squares
+    found = (factors, factors * np.sqrt(variances), firsts, lasts)
+    return Trends(*(np.where(is_usable, each, math.nan) for each in found))

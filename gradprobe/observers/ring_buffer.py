@@ -27,6 +27,8 @@ class Slot:
             extra row that rounding explains. Otherwise None.
         is_unscaled: That change includes the division by the loss scale.
         is_superseded: The step turned out to be part of a later one.
+        is_accumulated: As in `Snapshot`.
+        is_contested: As in `Snapshot`.
         extras: Those of the extra row's values that the host knows, by column; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device other than the host, the event after which its rows can be read.
@@ -39,6 +41,8 @@ class Slot:
     tolerance: float | None = None
     is_unscaled: bool = False
     is_superseded: bool = False
+    is_accumulated: bool = False
+    is_contested: bool = False
     extras: dict[int, float] = field(default_factory=dict)
     has_loss: bool = False
     ready: dict[torch.device, torch.Event] = field(default_factory=dict)
@@ -67,6 +71,11 @@ class FinishedStep:
     signal_scale: float
     skipped: bool
     ratios: tuple[float, float]
+
+    @property
+    def has_nonfinite(self) -> bool:
+        """Whether a value may not have been finite; the row of a parameter without a gradient may hold old values."""
+        return any(rows[:, N_NONFINITE].any() for rows in (*self.rows.values(), self.signals))
 
 
 IN_FLIGHT = 16  # steps held by a device other than the host; older ones have long been copied
@@ -209,27 +218,6 @@ class RingBuffer:
     def newest(self) -> int:
         """Position of the newest finished step."""
         return (self._next - 1) % self._n_places
-
-    def is_finite(self, position: int, wait: bool) -> bool | None:
-        """Returns whether all values of a finished step were finite.
-
-        Args:
-            position: One of `positions()`.
-            wait: Wait for the device.
-
-        Returns:
-            None if the step has not arrived.
-        """
-        slot = self._slots[position]
-        if not _has_arrived(slot, wait):
-            return None
-        # the row of a parameter without a gradient may hold old values; `Snapshot.first_nonfinite` ignores those
-        return not any(
-            self._on_host(device, position)
-            .numpy()[: self._n_rows[device] if slot.events is None else -1, N_NONFINITE]
-            .any()
-            for device in self._n_rows
-        )
 
     def read(self, position: int, wait: bool) -> FinishedStep | None:
         """Copies one finished step out of the ring.

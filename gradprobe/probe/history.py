@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from gradprobe.diagnosis.diagnosis import Diagnosis
+from gradprobe.diagnosis.running import RunningDiagnosis
 from gradprobe.observers.cuda_graphs import n_rows, unpack_numels
+from gradprobe.observers.fence import Fence
 from gradprobe.observers.ring_buffer import FinishedStep, RingBuffer
 from gradprobe.observers.updates import UpdateObserver
 from gradprobe.snapshot.records import FloatArray
@@ -18,10 +22,11 @@ from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
 
 if TYPE_CHECKING:
     from gradprobe.observers.sharding import WholeGradients
+    from gradprobe.probe.step_reduction import ClosedStep
 
 InModelOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
-_SEARCHED_AT_ONCE = 16  # steps; one search costs as much as closing a step
+_TAKEN_AT_ONCE = 16  # steps; the code that takes them is then warm in cache
 
 
 class History:
@@ -31,21 +36,28 @@ class History:
         capacity: Number of steps to keep.
         signals: The sites of activations and residual adds, None if there are none.
         updates: The updates of each step, None if they are not observed.
+        fence: Takes the errors of judging.
     """
 
-    def __init__(self, capacity: int, signals: SignalTable | None, updates: UpdateObserver | None) -> None:
+    def __init__(
+        self, capacity: int, signals: SignalTable | None, updates: UpdateObserver | None, fence: Fence
+    ) -> None:
         self._capacity = capacity
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
         self._signals = signals
         self._updates = updates
-        self._unseen: deque[int] = deque()  # positions in the ring not yet searched for non-finite values, oldest first
+        self._unseen: deque[int] = deque()  # positions in the ring that were not taken in yet, oldest first
+        self._running = RunningDiagnosis()
+        self._lock = threading.Lock()  # of the two above
+        self._fence = fence
         self._first_nonfinite: NonFinite | None = None
         self._whole: WholeGradients | None = None
         self.ring = RingBuffer(1, {})
 
     def archive(self) -> None:
         """Replaces the contents of the ring by snapshots. Waits for the device."""
-        self.first_nonfinite()
+        with self._lock:
+            self._take_in(wait=True)
         kept = self.all()
         self._archive.clear()
         self._archive.extend(kept)
@@ -93,6 +105,8 @@ class History:
     def supersede(self, step: int) -> None:
         """Drops the steps with this number or a larger one: they turned out to be part of the open step."""
         self.ring.supersede(step)
+        with self._lock:
+            self._running.forget(step)
         self._drop_archived(step)
 
     def merge(self, first: int, newest: int) -> bool:
@@ -107,35 +121,66 @@ class History:
         """
         if not self.ring.renumber(newest, first):
             return False
+        with self._lock:
+            self._running.forget(first)
         self._drop_archived(first)
         return True
 
-    def look_for_nonfinite(self) -> None:
-        """Queues the newest step, and from time to time searches the queue for non-finite values."""
+    def commit(self, step: ClosedStep) -> None:
+        """Finishes the open step, and from time to time judges the steps before it.
+
+        Args:
+            step: What is known of the open step.
+        """
+        is_full = len(self._unseen) >= self.ring.capacity
+        # the newest finished step gets no loss any more; if another thread is reading, there is a next time
+        if (is_full or len(self._unseen) >= _TAKEN_AT_ONCE) and self._lock.acquire(blocking=is_full):
+            try:
+                self._take_in(wait=False)
+            finally:
+                self._lock.release()
+        self.ring.commit(*step)
         self._unseen.append(self.ring.newest)
-        if len(self._unseen) >= min(_SEARCHED_AT_ONCE, self.ring.capacity):
-            self._search(wait=False)
 
     def first_nonfinite(self) -> NonFinite | None:
         """Returns where the first non-finite value was seen. Waits for the device."""
-        self._search(wait=True)
-        return self._first_nonfinite
+        with self._lock:
+            self._take_in(wait=True, but_newest=True)
+            newest = self._newest()
+            return self._first_nonfinite or (None if newest is None else newest.first_nonfinite())
+
+    def diagnosis(self) -> Diagnosis:
+        """Returns the diagnosis of all steps. Waits for the device."""
+        with self._lock:
+            self._take_in(wait=True, but_newest=True)
+            return self._running.read(self._newest())
 
     def _drop_archived(self, step: int) -> None:
         kept = [snapshot for snapshot in self._archive if snapshot.step < step]
         self._archive = deque(kept, maxlen=self._capacity)
 
-    def _search(self, wait: bool) -> None:
-        while self._unseen and self._first_nonfinite is None:
-            is_finite = self.ring.is_finite(self._unseen[0], wait or len(self._unseen) == self.ring.capacity)
-            if is_finite is None:
+    def _newest(self) -> Snapshot | None:
+        """Returns the finished step that may still get a loss."""
+        finished = self.ring.read(self._unseen[-1], wait=True) if self._unseen else None
+        return None if finished is None or finished.slot.is_superseded else self._snapshot(finished)
+
+    def _take_in(self, wait: bool, but_newest: bool = False) -> None:
+        """Judges the steps that have arrived and looks for the first value that is not finite."""
+        while len(self._unseen) > but_newest:
+            finished = self.ring.read(self._unseen[0], wait or len(self._unseen) == self.ring.capacity)
+            if finished is None:
                 return
-            position = self._unseen.popleft()
-            finished = None if is_finite else self.ring.read(position, wait=True)
-            if finished is not None:
-                self._first_nonfinite = self._snapshot(finished).first_nonfinite()
-        if self._first_nonfinite is not None:
-            self._unseen.clear()
+            self._unseen.popleft()
+            if finished.slot.is_superseded:
+                continue
+            snapshot = self._snapshot(finished)
+            if self._first_nonfinite is None and finished.has_nonfinite:
+                self._first_nonfinite = snapshot.first_nonfinite()
+            with self._fence.around("the diagnosis", self._stop_judging):
+                self._running.take(snapshot)
+
+    def _stop_judging(self) -> None:
+        self._running = RunningDiagnosis()
 
     def _snapshot(self, finished: FinishedStep) -> Snapshot:
         slot, whole = finished.slot, self._whole
@@ -168,6 +213,8 @@ class History:
             parameter_updates=None if self._updates is None else self._updates.read(slot.step, wait=True),
             clip_factor=clip_factor,
             differ=None if reduced is None else reduced.differ,
+            is_accumulated=slot.is_accumulated,
+            is_contested=slot.is_contested,
         )
 
 

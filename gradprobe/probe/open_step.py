@@ -38,6 +38,7 @@ class OpenStep:
         is_partly_unscaled: Not those of all optimizers were.
         clip_factor: Factor by which the probe has clipped the gradients, 0-d.
         change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
+        is_written: Something wrote to the gradients after they were measured.
         losses: Losses given so far.
         is_requested: The user has asked to close the step.
         is_shared: The ranks reduce its gradients.
@@ -56,6 +57,7 @@ class OpenStep:
     is_partly_unscaled: bool = False
     clip_factor: torch.Tensor | None = None
     change: Change | None = None
+    is_written: bool = False
     losses: list[torch.Tensor | float] = field(default_factory=list)
     is_requested: bool = False
     is_shared: bool = False

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from gradprobe import sinks
-from gradprobe.diagnosis.diagnose import diagnose
 from gradprobe.diagnosis.diagnosis import Diagnosis
 from gradprobe.errors import ArgumentError, GradprobeError
 from gradprobe.observers.activations import Selection
@@ -193,20 +192,22 @@ class Probe:
         sinks.write_jsonl(self.history(), path)
 
     def findings(self) -> Diagnosis:
-        """Applies the rules of `gradprobe.diagnosis` to the history since the model last got other parameters.
+        """Applies the rules of `gradprobe.diagnosis` to all steps since attach, kept in the history or not.
+
+        Waits for the device. The rules are applied as the steps come; this only judges the newest again.
 
         Returns:
-            The findings, the most severe first, and how much was judged; print it to read it.
+            The findings, causes before symptoms and otherwise the most severe first, and how much was judged; print it
+            to read it.
 
         Example:
             >>> probe = attach(nn.Linear(3, 1))
             >>> print(probe.findings())
             No gradient was measured, so nothing is known: no backward pass has reached the model since attach.
         """
-        history = self.history()
-        names = history[-1].table.names if history else ()
-        diagnosis = diagnose([snapshot for snapshot in history if snapshot.table.names == names])
-        return replace(diagnosis, note=self._recorder.why_blind(has_steps=bool(history)))
+        self._settle()
+        diagnosis = self._recorder.history.diagnosis()
+        return replace(diagnosis, note=self._recorder.why_blind(has_steps=diagnosis.n_steps > 0))
 
     def first_nonfinite(self) -> NonFinite | None:
         """Returns where NaN or infinity was first seen since attach, in order of execution. Waits for the device.

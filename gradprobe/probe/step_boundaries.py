@@ -96,6 +96,7 @@ class StepBoundaries:
         self._others: set[str] = set()  # optimizers that step the model and were not given
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet(given)  # given, or seen to step the model
         self.has_stepped = False  # an optimizer has closed a step
+        self.is_contested = False  # an optimizer of other parameters has stepped since the step before
 
         me = weakref.ref(self)
 
@@ -170,7 +171,10 @@ class StepBoundaries:
             return None
         with self._fence.around("a step", self.stop):  # the step ends in any case
             recorder.follow()
-        if not self._concerns(optimizer) or self._only_initialises(optimizer):
+        if not self._concerns(optimizer):
+            self.is_contested = self.is_contested or not self._concerned.get(optimizer, (0, True))[1]
+            return None
+        if self._only_initialises(optimizer):
             return None
         is_nested, scaler = self._callers()
         if is_nested or (torch._C._current_graph_task_id() != -1 and not self._is_in_backward):
@@ -209,6 +213,9 @@ class StepBoundaries:
             return
         if not is_new and self.has_stepped and self._closer is not None and self._closer() is not optimizer:
             return  # another optimizer of the same step
+        self.is_contested = self.is_contested or (
+            is_new and self._closer is not None and self._closer() is not optimizer
+        )
         self._closer = weakref.ref(optimizer)
         recorder.note_scaler(optimizer, scaler)
         if recorder.close(optimizer):

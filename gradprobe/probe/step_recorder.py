@@ -75,7 +75,7 @@ class StepRecorder:
         self._updates: UpdateObserver | None = None
         if options.updates:
             self._updates = UpdateObserver(options.backend, options.capacity, self._fence)
-        self.history = History(options.capacity, signals, self._updates)
+        self.history = History(options.capacity, signals, self._updates, self._fence)
         self._scalers = Scalers(options.grad_scalers)
         self._signal_observer: SignalObserver | None = None
         self._observer = GradientObserver(
@@ -470,7 +470,10 @@ class StepRecorder:
             self._last_losses = closed.losses
             self.has_all_losses = len(closed.losses) >= closed.n_backwards > 0
             self._open = OpenStep(closed.number + 1)
+            self.boundaries.is_contested = False
             if not is_late:
+                if closed.is_written:  # the next backward pass may add to the gradients as they are now
+                    self._observer.hooks.mark()
                 self._observer.start_step()
             if not is_skipped:
                 self._reduction.take_part(closed)
@@ -508,6 +511,8 @@ class StepRecorder:
             return
         scale = self._open.scale_of(optimizer)
         slot = Slot(opened.number, self._provenance(optimizer, scale), measured)
+        slot.is_accumulated = opened.accumulates and self.boundaries.has_stepped
+        slot.is_contested = self.boundaries.is_contested
         change = opened.change or (Change() if is_late else self._compare(optimizer, scale))
         slot.tolerance, slot.is_unscaled = change.tolerance, change.is_unscaled
         if self._signal_observer is not None and self._are_signals_due() and not is_late:
@@ -525,6 +530,7 @@ class StepRecorder:
         """Finds out what was done to the gradients after they were measured."""
         opened, hooks = self._open, self._observer.hooks
         is_unwritten = hooks.n_writes() == 0 and not self._observer.hides_writes  # unscaling counts no write
+        opened.is_written = not is_unwritten
         if self._are_gradients_off or is_unwritten:
             if opened.clip_factor is None:
                 return Change()

@@ -117,5 +117,4 @@ class StepReduction:
             self._observer.partials = []  # they keep gradients alive
 
     def _write(self, step: ClosedStep) -> None:
-        self._history.ring.commit(*step)
-        self._history.look_for_nonfinite()
+        self._history.commit(step)

@@ -74,7 +74,12 @@ class NonFinite:
     def __str__(self) -> str:
         origin = f", sent back by {self.module}" if self.kind == "activation_grad" and self.module else ""
         count = f"{self.nonfinite} of {self.numel} values are not finite"
-        return f"step {self.step}, {self.phase}: {count} in the {_KIND_PHRASES[self.kind]} {self.site}{origin}"
+        return f"step {self.step}, {self.phase}: {count} in the {self.tensor}{origin}"
+
+    @property
+    def tensor(self) -> str:
+        """The tensor in words, such as "output of layer1"."""
+        return f"{_KIND_PHRASES[self.kind]} {self.site}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +103,9 @@ class Snapshot:
             were not changed, None if the state is "modified".
         differ: For each parameter, whether ranks that hold a copy of its gradient hold different ones; None if the
             gradients were not reduced over ranks. [K]
+        is_accumulated: The gradients were added to those that an optimizer had already used, as without zero_grad.
+        is_contested: An optimizer of parameters outside the model has stepped since the step before, so that the loss
+            is not this model's alone, as in a GAN.
     """
 
     step: int
@@ -112,6 +120,8 @@ class Snapshot:
     parameter_updates: Updates | None = None
     clip_factor: float | None = 1.0
     differ: npt.NDArray[np.bool_] | None = None
+    is_accumulated: bool = False
+    is_contested: bool = False
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,35 +47,44 @@ class SiteStats:
     numel: int
 
 
-def finish_rows(rows: FloatArray, numels: npt.NDArray[np.int64], scale: float | FloatArray) -> dict[str, FloatArray]:
+def finish_rows(
+    rows: FloatArray,
+    numels: npt.NDArray[np.int64],
+    scale: float | FloatArray,
+    columns: Sequence[str] = COLUMNS,
+) -> dict[str, FloatArray]:
     """Computes statistics from raw rows.
 
     Args:
-        rows: Raw rows. [K, 6]
-        numels: Number of elements of each tensor. [K]
-        scale: Factor to apply to the tensors, one for all or one each. [K]
+        rows: Raw rows of one step or several. [..., K, 6]
+        numels: Number of elements of each tensor. [..., K]
+        scale: Factor to apply to the tensors; it has to broadcast to [..., K].
+        columns: The statistics to compute, of `COLUMNS`.
 
     Returns:
-        Each statistic of `COLUMNS`. Values of shape [K].
+        Each of these statistics. Values of shape [..., K].
     """
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        unit = np.ldexp(1.0, range_exponent(rows[:, ABS_MAX])) * scale  # [K]
-        n = np.maximum(numels, 1).astype(np.float64)
-        scaled_mean = rows[:, SUM] / n
-        variance = np.maximum(rows[:, SUM_SQ] / n - scaled_mean**2, 0.0)
+    n = np.maximum(numels, 1).astype(np.float64)
+    unit = np.ldexp(1.0, range_exponent(rows[..., ABS_MAX])) * scale  # [..., K]
+
+    def scaled_variance() -> FloatArray:
+        variance = np.maximum(rows[..., SUM_SQ] / n - (rows[..., SUM] / n) ** 2, 0.0)
         variance = np.where(numels > 1, variance, 0.0)  # for one element the difference above is only rounding error
-        variance = np.where(np.isfinite(rows[:, SUM_SQ]), variance, np.nan)
-        return {
-            "norm": np.sqrt(rows[:, SUM_SQ]) * unit,
-            "rms": np.sqrt(rows[:, SUM_SQ] / n) * unit,
-            "abs_max": rows[:, ABS_MAX] * scale,
-            "abs_mean": rows[:, SUM_ABS] / n * unit,
-            "mean": scaled_mean * unit,
-            "std": np.sqrt(variance) * unit,
-            "zero_fraction": rows[:, N_ZERO] / n,
-            "nonfinite": rows[:, N_NONFINITE].copy(),
-            "numel": numels.astype(np.float64),
-        }
+        return np.where(np.isfinite(rows[..., SUM_SQ]), variance, np.nan)
+
+    formulas: dict[str, Callable[[], FloatArray]] = {
+        "norm": lambda: np.sqrt(rows[..., SUM_SQ]) * unit,
+        "rms": lambda: np.sqrt(rows[..., SUM_SQ] / n) * unit,
+        "abs_max": lambda: rows[..., ABS_MAX] * scale,
+        "abs_mean": lambda: rows[..., SUM_ABS] / n * unit,
+        "mean": lambda: rows[..., SUM] / n * unit,
+        "std": lambda: np.sqrt(scaled_variance()) * unit,
+        "zero_fraction": lambda: rows[..., N_ZERO] / n,
+        "nonfinite": lambda: rows[..., N_NONFINITE].copy(),
+        "numel": lambda: numels.astype(np.float64),
+    }
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        return {name: formulas[name]() for name in columns}
 
 
 def site_stats(name: str, kind: str, columns: Mapping[str, FloatArray], k: int) -> SiteStats:

@@ -29,8 +29,9 @@ def test_healthy_outputs_give_no_finding() -> None:
 
 class TestExploding:
     def test_names_the_layers_the_growth_and_the_loss(self) -> None:
-        (finding,) = diagnose(passing([5e5], GROWING))
-        assert (finding.title, finding.steps) == ("exploding (forward)", (0, 0))
+        finding, symptom = diagnose(passing([5e5], GROWING))
+        assert (finding.title, finding.steps, finding.follows) == ("exploding (forward)", (0, 0), "")
+        assert (symptom.title, symptom.follows) == ("loss blow-up", "exploding (forward)")
         assert finding.sites == ("layer2", "layer3", "layer4")
         assert finding.evidence == {
             "rms_first": pytest.approx(1.0),
@@ -51,8 +52,9 @@ class TestExploding:
     def test_later_steps_with_nan_hide_nothing(self) -> None:
         for broken in (layers([math.nan] * 6), layers([1.0, 1.0, 1.0, 1.0, math.inf, 1.0])):
             history = [with_outputs(one, GROWING if one.step == 0 else broken) for one in passing([5e5] * 4, GROWING)]
-            (finding,) = diagnose(history)
+            finding, symptom = diagnose(history)
             assert (finding.title, finding.steps) == ("exploding (forward)", (0, 0))
+            assert (symptom.title, symptom.follows) == ("loss blow-up", "exploding (forward)")
 
     def test_must_persist_for_more_than_half_of_the_steps(self) -> None:
         def history(n_growing: int) -> list[gradprobe.Snapshot]:
@@ -102,7 +104,7 @@ class TestExploding:
         assert finding.message.endswith(words)
 
     def test_a_loss_that_blows_up_later_is_reported_too(self) -> None:
-        assert titles(passing([2.3, 2.3, 1e9], GROWING)) == ["loss blow-up", "exploding (forward)"]
+        assert titles(passing([2.3, 2.3, 1e9], GROWING)) == ["exploding (forward)", "loss blow-up"]
 
     def test_snapshots_of_different_modules_are_rejected(self) -> None:
         with pytest.raises(ArgumentError, match="different modules"):

@@ -136,7 +136,8 @@ class TestDrift:
     def test_a_rise_counts_only_if_the_run_does_not_converge(self) -> None:
         def history(losses: list[float], before: float) -> list[str]:
             norms = [[1e4, 100.0 if step >= 25 else before, 1.0, 1.0, 1.0, 1.0, 1e4] for step in range(40)]
-            return rules_of([snapshot(step, norms[step], loss=loss) for step, loss in enumerate(losses)])
+            steps = [snapshot(step, norms[step], loss=loss, n_classes=10) for step, loss in enumerate(losses)]
+            return rules_of(steps)
 
         assert history(FLAT, 1.0) == ["layer drift", "not learning"]
         assert history(FALLING, 1.0) == []

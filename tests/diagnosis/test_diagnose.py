@@ -138,7 +138,7 @@ class TestCourse:
 
     def test_a_history_that_starts_late_in_a_run_shows_neither_blow_up_nor_lack_of_learning(self) -> None:
         assert rules_of(course([5e3 + 10.0 * (-1) ** step for step in range(40)], first=5000)) == []
-        late = [snapshot(step, [1.0]) for step in range(60)]
+        late = [snapshot(step, [1.0], n_classes=10) for step in range(60)]
         assert rules_of(late + course([0.01 + 1e-4 * (-1) ** step for step in range(40)], [1.0], first=60)) == []
 
     def test_a_negative_loss_hides_no_exploding_gradient(self) -> None:

@@ -46,7 +46,10 @@ class TestUnjudgedRules:
 
     def test_the_text_lists_them_by_what_they_need(self) -> None:
         text = str(diagnose([snapshot(step, [1.0, 1.0]) for step in range(40)]))
-        assert "Not judged without probe.step(loss): loss blow-up, unstable loss, not learning." in text
+        needs_loss = (
+            "Not judged without probe.step(loss): loss blow-up, poor initialisation, unstable loss, not learning."
+        )
+        assert needs_loss in text
 
 
 class TestForms:

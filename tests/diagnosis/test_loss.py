@@ -69,7 +69,7 @@ def test_long_noisy_plateaus_give_no_false_alarm(spread: float) -> None:
     steps = course([1.0] * 1000)
     for seed in range(50):
         losses = np.random.default_rng(seed).gamma(spread**-2, spread**2, 1000).tolist()
-        history = RunHistory([replace(one, loss=loss) for one, loss in zip(steps, losses, strict=True)])
+        history = RunHistory.of([replace(one, loss=loss) for one, loss in zip(steps, losses, strict=True)])
         assert UNSTABLE_LOSS.check(history) is None, seed
 
 

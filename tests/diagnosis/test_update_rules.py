@@ -40,7 +40,7 @@ def moving(
         replace(
             one, rows=gradients, measured=measured, parameter_updates=Updates(one.table.names, weight, update, measured)
         )
-        for one in course(losses, [1.0] * 3)
+        for one in course(losses, [1.0] * 3, n_classes=0)
     ]
 
 

@@ -16,27 +16,41 @@ N_VALUES = 1000  # of each output
 
 
 def snapshot(
-    step: int, norms: list[float], nonfinite: int = 0, ndim: int = 2, loss: float | None = None, zeros: float = 0.0
+    step: int,
+    norms: list[float],
+    nonfinite: int = 0,
+    ndim: int = 2,
+    loss: float | None = None,
+    zeros: float = 0.0,
+    n_classes: int = 0,
 ) -> Snapshot:
-    """Returns a snapshot of weights of one element each with these norms; `zeros` is the zero count of each."""
-    names = tuple(f"layer{k}.weight" for k in range(len(norms)))
-    rows = np.array([[norm, norm, norm**2, norm, zeros, 0.0] for norm in norms])
+    """Returns a snapshot of weights of one element each with these norms; `zeros` is the zero count of each.
+
+    With classes, the last layer has a bias, without a gradient.
+    """
+    n_weights, n_biases = len(norms), int(n_classes > 0)
+    names = (*(f"layer{k}.weight" for k in range(n_weights)), *[f"layer{n_weights - 1}.bias"] * n_biases)
+    rows = np.array([[norm, norm, norm**2, norm, zeros, 0.0] for norm in [*norms, *[0.0] * n_biases]])
     rows[0, 5] = nonfinite
-    n_sites = len(norms)
+    ndims = (ndim,) * n_weights + (1,) * n_biases
+    n_sites = n_weights + n_biases
     return Snapshot(
         step=step,
         loss=loss,
         provenance=Provenance("unscaled", "local", "raw"),
         skipped=False,
-        table=SiteTable(names, ("parameter",) * n_sites, (ndim,) * n_sites, {name: k for k, name in enumerate(names)}),
+        table=SiteTable(names, ("parameter",) * n_sites, ndims, {name: k for k, name in enumerate(names)}),
         rows=rows,
-        measured=Measured(np.ones(n_sites, dtype=np.bool_), np.ones(n_sites, dtype=np.int64)),
+        measured=Measured(np.arange(n_sites) < n_weights, np.where(np.arange(n_sites) < n_weights, 1, n_classes)),
     )
 
 
-def course(losses: list[float], norms: list[float] | None = None, first: int = 0) -> list[Snapshot]:
+def course(
+    losses: list[float], norms: list[float] | None = None, first: int = 0, n_classes: int = 10
+) -> list[Snapshot]:
     """Returns a history with these losses."""
-    return [snapshot(first + step, norms or [1.0, 1.0], loss=loss) for step, loss in enumerate(losses)]
+    norms = norms or [1.0, 1.0]
+    return [snapshot(first + step, norms, loss=loss, n_classes=n_classes) for step, loss in enumerate(losses)]
 
 
 def rules_of(history: list[Snapshot]) -> list[str]:

@@ -19,7 +19,7 @@ PLACES = {
     "comparing": "gradprobe.observers.gradients.GradientMeter.compare",
     "looking at the model": "gradprobe.observers.gradient_observer.GradientObserver.look",
     "committing": "gradprobe.observers.ring_buffer.RingBuffer.commit",
-    "searching": "gradprobe.probe.history.History.look_for_nonfinite",
+    "judging": "gradprobe.diagnosis.running.RunningDiagnosis.take",
     "noting": "gradprobe.probe.coverage.CoverageLog.note",
     "copying parameters": "gradprobe.observers.updates.UpdateObserver.begin",
     "measuring updates": "gradprobe.observers.updates.UpdateObserver.end",

@@ -76,8 +76,8 @@ def _poor_initialisation(history: RunHistory) -> Finding | None:
         return None
     if _is_dead(passes, early, limits).any():  # dead units shrink the outputs too, whatever the scale of the weights
         return None
-    for chain in passes.chains:
-        sites = np.array(chain, dtype=np.intp)
+    for segment in passes.segments:
+        sites = np.array(segment, dtype=np.intp)
         variances = passes.columns["std"][np.ix_(early, sites)] ** 2  # [E, L]
         # A constant output is dead or zero on purpose, like a branch that starts at zero: not the scale of the weights.
         lowest = np.where(variances > 0, variances, np.inf)
@@ -98,14 +98,15 @@ def _poor_initialisation(history: RunHistory) -> Finding | None:
 
 POOR_INITIALISATION = Rule(
     "poor initialisation",
-    formula="largest / smallest variance of the outputs of weight layers > variance_ratio in the first `window` steps, "
-    "in a run that does not converge and starts without dead ReLUs; outputs as for exploding (forward), without "
-    "constant ones. The source has a limit of 10, which a healthy transformer exceeds; 1e4 is ours",
+    formula="largest / smallest variance of the outputs of weight layers with no normalisation and no residual add "
+    "between them > variance_ratio in the first `window` steps, in a run that does not converge and starts without "
+    "dead ReLUs; without embeddings, recurrent modules, the last layer and constant outputs. The source has a limit of "
+    "10 for any two layers, which a healthy transformer exceeds; the segments and 1e4 are ours",
     source=f"{SAGEMAKER}, rule PoorWeightInitialization",
     cause="weights too small or too large for the activation: the forward signal shrinks or grows from layer to layer",
     remedies=(INITIALISE, "normalisation", "residual connections"),
     check=_poor_initialisation,
-    needs=("activations=True", "loss"),
+    needs=("loss", "activations=True"),
     n_steps=lambda limits: 2 * limits.window,
 )
 
@@ -154,7 +155,10 @@ def _dead_relu(history: RunHistory) -> Finding | None:
     passes, limits = history.forward, history.limits
     chosen = _modules(passes, _RELUS)
     last = np.arange(len(passes.steps))[-limits.window :]
-    found = np.flatnonzero(_is_dead(passes, last, limits))
+    is_dead = _is_dead(passes, last, limits)  # [M]
+    if history.is_converging:  # sparse units are no fault then, but a module that is off can no longer learn
+        is_dead &= (passes.columns["zero_fraction"][np.ix_(last, chosen)] == 1.0).all(axis=0)
+    found = np.flatnonzero(is_dead)
     if not len(found):
         return None
     names = tuple(passes.table.names[chosen[m]] for m in found)
@@ -172,14 +176,15 @@ def _dead_relu(history: RunHistory) -> Finding | None:
 
 DEAD_RELU = Rule(
     "dead ReLU",
-    formula="1 - share of outputs above zero / dead_activity > dead_share over the last `window` observed steps, in a "
-    "run that does not converge: by Markov's inequality at least that share of the ReLUs is active less than "
-    "dead_activity of the time",
+    formula="1 - share of outputs above zero / dead_activity > dead_share over the last `window` observed steps: by "
+    "Markov's inequality at least that share of the ReLUs is active less than dead_activity of the time; in a run that "
+    "converges, all outputs exactly zero in these steps (ours)",
     source=f"{SAGEMAKER}, rule DeadRelu",
     cause=DEAD_UNITS,
     remedies=REVIVE_UNITS,
     check=_dead_relu,
     needs=("activations=True",),
+    judges_converging=True,
     n_steps=lambda limits: limits.window,
 )
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from gradprobe.diagnosis.depth import ends_verdict, inner_trend, layer_status, weight_names, weight_norms
+from gradprobe.diagnosis.depth import ends_verdict, inner_trend, layer_statuses, weight_names, weight_norms
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, SAGEMAKER, Rule
 from gradprobe.diagnosis.run_history import RunHistory
@@ -22,10 +23,10 @@ def _nonfinite(history: RunHistory) -> Finding | None:
     first = hits[0]
     names = tuple(name for name, stats in first.sites.items() if stats.nonfinite or not math.isfinite(stats.norm))
     count = sum(stats.nonfinite for stats in first.sites.values())
-    message = (
-        f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(names)} parameters, the first of "
-        f"which is {names[0]}"
-    )
+    message = f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(names)} parameters"
+    origin = first.first_nonfinite()
+    if origin is not None:
+        message += f"; the first of all tensors to be so was the {origin.tensor}, in the {origin.phase} pass"
     return NON_FINITE.finding(names, (first.step, hits[-1].step), {"nonfinite": float(count)}, message)
 
 
@@ -45,6 +46,7 @@ NON_FINITE = Rule(
     ),
     check=_nonfinite,
     judges_converging=True,
+    is_event=True,
 )
 
 
@@ -88,7 +90,8 @@ def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) ->
         evidence |= {"factor_per_layer": line.factor, "std_error": line.std_error}
     by_ends = ends_verdict(norms, limits) == flow
     first, last = (norms[0], norms[-1]) if by_ends else (line.first, line.last)
-    concerned = tuple(name for name, norm in zip(names, norms, strict=True) if layer_status(norm, last, limits) == flow)
+    statuses = layer_statuses(norms, last, limits)
+    concerned = tuple(name for name, status in zip(names, statuses, strict=True) if status == flow)
     if flow == "vanishing":
         limit = f"< {limits.vanishing_ratio:g} with the first < {limits.vanishing_norm:g}"
     else:
@@ -224,14 +227,19 @@ def _drift(history: RunHistory) -> Finding | None:
     n_steps = len(steps)
     if len(weights) < 3 or n_steps < limits.spike_warm_up + limits.window:
         return None
-    shares = norms[is_usable] / _median_of_positive(norms[is_usable])  # [T, W]
+    norms = norms[is_usable]
+    shares = norms / _median_of_positive(norms)  # [T, W]
     starts = np.arange(limits.spike_warm_up, n_steps - limits.window + 1)  # [S]
-    means = (np.cumsum(shares, axis=0)[starts - 1]) / starts[:, None]  # [S, W], of the steps before each start
-    highest = np.maximum.accumulate(shares[::-1], axis=0)[::-1][starts]  # [S, W], from each start on
-    lowest = np.minimum.accumulate(shares[::-1], axis=0)[::-1][starts]
-    has_left = highest < limits.drift_fall * means
-    if not history.is_converging:
-        has_left |= (lowest > limits.drift_rise * means) & (means > 0)
+    means = _means_before(shares, starts)  # [S, W]
+    # If only the other layers change, a layer's share changes but not its norm.
+    has_left = np.ones_like(means, dtype=np.bool_)
+    has_risen = np.full_like(has_left, not history.is_converging)
+    for values, before in ((shares, means), (norms, _means_before(norms, starts))):
+        highest = np.maximum.accumulate(values[::-1], axis=0)[::-1][starts]  # [S, W], from each start on
+        lowest = np.minimum.accumulate(values[::-1], axis=0)[::-1][starts]
+        has_left &= highest < limits.drift_fall * before
+        has_risen &= (lowest > limits.drift_rise * before) & (before > 0)
+    has_left |= has_risen
     if not has_left.any():
         return None
     first = np.where(has_left.any(axis=0), has_left.argmax(axis=0), len(starts))  # [W]
@@ -248,6 +256,11 @@ def _drift(history: RunHistory) -> Finding | None:
     return DRIFT.finding(tuple(table.names[weights[w]] for w in order), since, evidence, message)
 
 
+def _means_before(values: FloatArray, starts: npt.NDArray[np.intp]) -> FloatArray:
+    """Returns the mean of the steps before each start. [T, W] to [S, W]."""
+    return np.asarray(np.cumsum(values, axis=0)[starts - 1] / starts[:, None])
+
+
 def _median_of_positive(norms: FloatArray) -> FloatArray:
     """Returns the median over the weights with a nonzero gradient in each step. Shapes [T, W] and [T, 1]."""
     medians = np.median(norms, axis=1)
@@ -258,9 +271,9 @@ def _median_of_positive(norms: FloatArray) -> FloatArray:
 
 DRIFT = Rule(
     "layer drift",
-    formula="norm of a weight's gradient, relative to the median over all weights, in each of at least the last "
-    "`window` steps < drift_fall times its own mean over at least spike_warm_up steps before; or > drift_rise times "
-    "that mean, in a run that does not converge; the rule is ours",
+    formula="norm of a weight's gradient, both by itself and relative to the median over all weights, in each of at "
+    "least the last `window` steps < drift_fall times its own mean over at least spike_warm_up steps before; or > "
+    "drift_rise times that mean, in a run that does not converge; the rule is ours",
     source="compares a layer with its own running mean, so that no limit has to fit all layers",
     cause="the layer was cut off or died on the way: dead units, saturation, a mask or a factor that became zero",
     remedies=(
@@ -271,5 +284,6 @@ DRIFT = Rule(
     ),
     check=_drift,
     judges_converging=True,
+    is_event=True,
     n_steps=lambda limits: limits.spike_warm_up + limits.window,
 )

@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, INITIALISE, SAGEMAKER, Rule
@@ -16,7 +17,7 @@ from gradprobe.snapshot.records import FloatArray
 
 def _blow_up(history: RunHistory) -> Finding | None:
     limits = history.limits
-    start_step, start = history.losses[0]
+    start_step, start = history.first_losses[0]
 
     def is_high(step: int, loss: float) -> bool:
         risen = loss > limits.spike_jump * start or step == start_step < limits.window
@@ -48,6 +49,7 @@ LOSS_BLOW_UP = Rule(
     remedies=("a lower learning rate or a warm-up", CLIP, "normalisation", INITIALISE),
     check=_blow_up,
     needs=("loss",),
+    is_event=True,
 )
 
 
@@ -118,36 +120,54 @@ UNSTABLE_LOSS = Rule(
         "look at the order of the data: does each batch hold the same mix?",
     ),
     check=_unstable,
-    needs=("loss",),
+    needs=("loss", "a loss of its own"),
+    is_event=True,
     n_steps=lambda limits: 3 * limits.window,
 )
 
 
 def _not_learning(history: RunHistory) -> Finding | None:
     losses, limits = history.losses, history.limits
+    if history.has_fallen:
+        return None
     values = np.array([loss for _, loss in losses], dtype=np.float64)
     n = limits.window
     # Without the first steps after attach, a loss that stays level may be one that is already low.
-    if losses[0][0] >= n or not np.isfinite(values).all():
+    first = history.first_losses
+    start, end = np.array([loss for _, loss in first], dtype=np.float64), values[-n:]  # [n] each
+    if first[0][0] >= n or not (np.isfinite(start).all() and np.isfinite(end).all()):
         return None
-    start, end = values[:n], values[-n:]  # [n] each
-    drop = float(start.mean() - end.mean())
     std_error = math.sqrt(float(start.var(ddof=1) + end.var(ddof=1)) / n)
-    if drop > limits.drop_errors * std_error:
+    # A level loss may also be one that has been learned before; one of a uniform guess shows that nothing was.
+    n_classes = max(history.n_classes, 2)
+    guess = math.log(n_classes)
+    # An untrained network mostly starts above a uniform guess, and falls to it whatever the labels.
+    drop = min(float(start.mean()), guess) - float(end.mean())
+    is_falling = float(values[-2 * n : -n].mean() - end.mean()) > limits.drop_errors * std_error
+    is_guess = limits.guess_low * guess <= end.mean() <= limits.guess_high * guess
+    if drop > limits.drop_errors * std_error or is_falling or not is_guess:
         return None
-    steps = (losses[0][0], losses[-1][0])
+    steps = (first[0][0], losses[-1][0])
     message = (
-        f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}, which is not a drop "
-        f"of more than {limits.drop_errors:g} standard errors of {std_error:.2g}"
+        f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}; a uniform guess "
+        f"among {n_classes} classes has {guess:.4g}, and it is not below both by more than {limits.drop_errors:g} "
+        f"standard errors of {std_error:.2g}"
     )
-    evidence = {"loss_at_start": float(start.mean()), "loss_at_end": float(end.mean()), "std_error": std_error}
+    evidence = {
+        "loss_at_start": float(start.mean()),
+        "loss_at_end": float(end.mean()),
+        "std_error": std_error,
+        "loss_of_a_guess": guess,
+    }
     return NOT_LEARNING.finding((), steps, evidence, message)
 
 
 NOT_LEARNING = Rule(
     "not learning",
-    formula="mean loss of the last `window` steps not below that of the first by drop_errors standard errors, in a run "
-    "that does not converge; the standard error is ours",
+    formula="mean loss of the last `window` steps not by drop_errors standard errors below that of the first steps, of "
+    "the `window` before and of a uniform guess, which is the logarithm of the number of outputs of the last layer (of "
+    "two for one output), and between guess_low and guess_high times the last, in a run whose loss has not clearly "
+    "fallen; the comparison with a guess is ours: a level loss alone may be that of a model that was trained before",
     source=f"{SAGEMAKER}, rule LossNotDecreasing",
     cause="a learning rate near zero or far too high, labels that do not belong to the inputs, or gradients that do "
     "not arrive",
@@ -158,24 +178,30 @@ NOT_LEARNING = Rule(
         "check that inputs and labels belong together",
     ),
     check=_not_learning,
-    needs=("loss",),
+    needs=("loss", "a number of classes", "a loss of its own"),
     n_steps=lambda limits: 2 * limits.window,
 )
 
 
 def _spike(history: RunHistory) -> Finding | None:
     limits = history.limits
-    norms = [(snapshot.step, snapshot.total_norm) for snapshot in history.snapshots]
     found: list[tuple[int, str, float, float, float]] = []
-    series = (("total norm", norms, limits.spike_norm_jump), ("loss", history.losses, limits.spike_jump))
+    series = (
+        ("total norm", history.total_norms, limits.spike_norm_jump),
+        ("loss", history.losses, limits.spike_jump),
+    )
     for quantity, points, jump in series:
         finite = [(step, value) for step, value in points if math.isfinite(value)]  # other rules judge the rest
         values = np.array([value for _, value in finite], dtype=np.float64)
-        for k in range(limits.spike_warm_up, len(values)):
+        if len(values) <= limits.spike_warm_up:
+            continue
+        padded = np.concatenate([np.full(limits.window, -math.inf), values])
+        nearby = sliding_window_view(padded, limits.window).max(axis=1)[:-1]  # of the steps before each
+        is_new = np.arange(len(values)) >= max(limits.spike_warm_up, len(values) - history.n_new)
+        for k in np.flatnonzero(is_new & (nearby > 0) & (values > jump * nearby)).tolist():
             before = values[max(0, k - limits.spike_window) : k]
             mean, sigma = float(before.mean()), float(before.std())
-            nearby = float(before[-limits.window :].max())
-            if nearby > 0 and values[k] > max(mean + limits.spike_sigmas * sigma, jump * nearby):
+            if values[k] > mean + limits.spike_sigmas * sigma and _is_log_spike(before, float(values[k]), limits):
                 found.append((finite[k][0], quantity, float(values[k]), mean, sigma))
                 break
     if not found:
@@ -185,14 +211,23 @@ def _spike(history: RunHistory) -> Finding | None:
     return SPIKE.finding((), (step, step), {"value": value, "mean": mean, "sigma": sigma}, message)
 
 
+def _is_log_spike(before: FloatArray, value: float, limits: Thresholds) -> bool:
+    if not (before > 0).all():
+        return True
+    logs = np.log(before)
+    return math.log(value) > float(logs.mean()) + limits.spike_log_sigmas * float(logs.std())
+
+
 SPIKE = Rule(
     "spike",
     formula="total norm or loss more than spike_sigmas standard deviations above the mean of the last spike_window "
-    "steps, and more than spike_norm_jump or spike_jump times the largest of the last `window`; both factors are ours",
+    "steps, its logarithm more than spike_log_sigmas above that of the logarithms, and more than spike_norm_jump or "
+    "spike_jump times the largest of the last `window`; the logarithms and both factors are ours",
     source="OLMo 2 (OLMo et al. 2024), section 3.2",
     cause="a bad batch, or a learning rate at the edge of what is stable",
     remedies=("look at the batch of that step", CLIP, "a lower learning rate"),
     check=_spike,
     judges_converging=True,
+    is_event=True,
     n_steps=lambda limits: limits.spike_warm_up + 1,
 )

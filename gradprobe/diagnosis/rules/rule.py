@@ -21,6 +21,8 @@ _HOW: dict[Need, str] = {
     "loss": "probe.step(loss)",
     "activations=True": "attach(activations=True)",
     "updates=True": "attach(updates=True)",
+    "a loss of its own": "a loss that depends on this model alone; an optimizer of other parameters steps in turn",
+    "a number of classes": "a bias in the last layer, which tells the number of classes",
 }
 
 
@@ -38,7 +40,8 @@ class Rule:
         where: The pass that the rule is about, or "" if it is about neither in particular.
         needs: What the run must record for the rule to be judged.
         judges_converging: Whether the fault counts in a run that converges, too.
-        n_steps: Number of steps needed to judge the rule, of those that provide the last of its needs.
+        is_event: Whether one step shows the fault, so that the first finding is kept; otherwise the newest is.
+        n_steps: Number of steps needed to judge the rule, of those that provide the first of its needs.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Rule:
     where: Where = ""
     needs: tuple[Need, ...] = ()
     judges_converging: bool = False
+    is_event: bool = False
     n_steps: Callable[[Thresholds], int] = lambda _: 1
 
     @property
@@ -62,7 +66,7 @@ class Rule:
         for need in self.needs:
             if not history.provides(need):
                 return _HOW.get(need, need)
-        needed, seen = self.n_steps(history.limits), history.count(self.needs[-1] if self.needs else None)
+        needed, seen = self.n_steps(history.limits), history.count(self.needs[0] if self.needs else None)
         steps = "1 step" if needed == 1 else f"{needed} steps"
         return f"{steps} (seen: {seen})" if seen < needed else None
 

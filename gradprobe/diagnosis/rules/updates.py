@@ -10,6 +10,10 @@ from gradprobe.diagnosis.run_history import RunHistory
 
 
 def _too_large(history: RunHistory) -> Finding | None:
+    return (None if history.is_converging else _huge_step(history)) or _large_early_steps(history)
+
+
+def _huge_step(history: RunHistory) -> Finding | None:
     updates, limits = history.updates, history.limits
     # The ratio of a weight that starts at zero is infinite.
     is_hit = np.isfinite(updates.ratios) & (updates.ratios > limits.update_ratio_high)  # [T, W]
@@ -31,15 +35,43 @@ def _too_large(history: RunHistory) -> Finding | None:
     return UPDATES_TOO_LARGE.finding(tuple(updates.names[w] for w in in_order), steps, evidence, message)
 
 
+def _large_early_steps(history: RunHistory) -> Finding | None:
+    # Weights that are moved too far grow, and the ratio falls to that of a healthy run: only the first steps tell.
+    updates, limits = history.updates, history.limits
+    early = np.flatnonzero(np.array(updates.steps) < limits.window)  # [E]
+    losses = np.array([loss for step, loss in history.first_losses if step < limits.window])
+    if not len(early) or len(losses) < 2 or not 0 < losses[0] < np.inf:
+        return None
+    ratios = np.where(np.isfinite(updates.ratios), updates.ratios, np.nan)[early]  # [E, W]
+    is_usable = ~np.isnan(ratios).all(axis=0)
+    if not is_usable.any():
+        return None
+    medians = np.nanmedian(ratios[:, is_usable], axis=0)
+    ratio, highest = float(np.median(medians)), float(losses.max())
+    if not (ratio > limits.early_update_ratio and highest > limits.early_rise * losses[0]):
+        return None
+    names = tuple(updates.names[w] for w in np.flatnonzero(is_usable)[medians > limits.early_update_ratio])
+    steps = (updates.steps[early[0]], updates.steps[early[-1]])
+    message = (
+        f"steps {steps[0]} to {steps[1]}: half of the weights are moved by more than {ratio:.2g} times their own norm "
+        f"in a step, which is healthy near 1e-3, and the loss rises from {losses[0]:.3g} to {highest:.3g}"
+    )
+    evidence = {"update_ratio": ratio, "loss_at_start": float(losses[0]), "loss": highest}
+    return UPDATES_TOO_LARGE.finding(names, steps, evidence, message)
+
+
 UPDATES_TOO_LARGE = Rule(
     "updates too large",
     formula="norm(update) / norm(weight) > update_ratio_high in at least one observed step, for at least half of the "
-    "weights, in a run that does not converge; the half is ours",
-    source=f"{SAGEMAKER}, rule WeightUpdateRatio",
+    "weights, in a run that does not converge; or, in any run, its median over the weights and the first `window` "
+    "steps > early_update_ratio while a loss exceeds early_rise times the first; the half and the second part are ours",
+    source=f"{SAGEMAKER}, rule WeightUpdateRatio; CS231n, Neural Networks Part 3: healthy near 1e-3",
     cause="a learning rate that is too high for the weights; one such step can leave units dead or saturated for good",
     remedies=("a lower learning rate or a warm-up", CLIP, INITIALISE),
     check=_too_large,
     needs=("updates=True",),
+    judges_converging=True,
+    is_event=True,
 )
 
 
