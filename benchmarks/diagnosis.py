@@ -15,23 +15,18 @@ import argparse
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from _machine import processor
-from _runs import RUNS, Fault, Run
-from sklearn.datasets import load_digits
-from torch.nn import functional
+from _run import Fault, Run, train
+from _runs import RUNS
 
-import gradprobe
 from gradprobe.diagnosis.rules import RULES
 from gradprobe.diagnosis.rules.replicas import REPLICAS_DIFFER
 
 HELD_OUT = (1000, 1001, 1002, 1003)  # seeds on which no threshold and no run was tuned
-BATCH_SIZE = 64
-IMAGES, LABELS = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-IMAGES = (IMAGES.float() / 16 - 0.3).view(-1, 1, 8, 8)  # [N, 1, 8, 8]
 
 
 def found_in(run: Run, seed: int) -> set[Fault]:
@@ -44,29 +39,8 @@ def found_in(run: Run, seed: int) -> set[Fault]:
     Returns:
         Titles of the findings.
     """
-    torch.manual_seed(seed)
-    model = run.build().to(run.weights)
-    optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate / run.loss_factor, momentum=0.9)
-    with gradprobe.attach(
-        model, optimizer=optimizer, activations=run.activations, junctions=run.activations, updates=True
-    ) as probe:
-        for step, chosen in enumerate(batches(run.n_steps)):
-            optimizer.zero_grad()
-            run.alter(model, step)
-            images = run.disturb(IMAGES[chosen], step).to(run.weights)
-            with torch.autocast("cpu", run.dtype, enabled=run.dtype is not None):
-                loss = functional.cross_entropy(model(images), LABELS[chosen])
-            (run.loss_factor * loss).backward()
-            probe.step(loss=loss)
-            optimizer.step()
+    with train(run, seed) as probe:
         return {finding.title for finding in probe.findings()}
-
-
-def batches(n_steps: int) -> Iterator[torch.Tensor]:
-    """Yields the indices of the images of each batch. Shape [BATCH_SIZE]."""
-    n_epochs = math.ceil(n_steps * BATCH_SIZE / len(IMAGES))
-    order = torch.cat([torch.randperm(len(IMAGES)) for _ in range(n_epochs)])
-    yield from order[: n_steps * BATCH_SIZE].view(n_steps, BATCH_SIZE)
 
 
 @dataclass

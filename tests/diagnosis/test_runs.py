@@ -10,7 +10,9 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from diagnosis import HELD_OUT, IMAGES, LABELS, RUNS, Run, found_in, scores
+from _run import IMAGES, LABELS, Run
+from _runs import RUNS
+from diagnosis import HELD_OUT, found_in, scores
 
 import gradprobe
 from gradprobe.diagnosis.diagnose import verdict
@@ -25,7 +27,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(n_threads)
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=[pytest.mark.soak] * run.is_slow, id=run.name) for run in RUNS]
+)
 def test_finds_the_planted_fault_and_no_other(run: Run) -> None:
     found = found_in(run, seed=7)
     assert found - (set(run.follows) - {run.fault}) == ({run.fault} if run.fault else set())
