@@ -150,7 +150,7 @@ HEALTHY = (
         learning_rate=1e-3,
         optimizer=GAN_ADAM,
         loss=generator_turn,
-        observed=lambda gan: gan.generator,
+        observed="generator",
         n_steps=150,
     ),
     Run(
@@ -159,7 +159,7 @@ HEALTHY = (
         learning_rate=1e-3,
         optimizer=GAN_ADAM,
         loss=discriminator_turn,
-        observed=lambda gan: gan.discriminator,
+        observed="discriminator",
         n_steps=150,
     ),
 )

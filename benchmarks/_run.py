@@ -55,7 +55,7 @@ class Run:
         clears_gradients: Whether each step starts without the gradients of the last.
         labels: Changes the labels of a batch.
         loss: The loss of the network, given images and labels.
-        observed: The part of the network that is trained and observed.
+        observed: Name of the module that is trained and observed; "" is the whole network.
         is_slow: Whether it takes so long that only the long tests train it.
     """
 
@@ -77,7 +77,7 @@ class Run:
     clears_gradients: bool = True
     labels: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda labels: labels)
     loss: Callable[..., torch.Tensor] = classify
-    observed: Callable[[nn.Module], nn.Module] = field(default=lambda model: model)
+    observed: str = ""
     is_slow: bool = False
 
 
@@ -93,7 +93,7 @@ def train(run: Run, seed: int) -> gradprobe.Probe:
     """
     torch.manual_seed(seed)
     model = run.build().to(run.weights)
-    part = run.observed(model)
+    part = model.get_submodule(run.observed)
     trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
     optimizer = run.optimizer(trained, lr=run.learning_rate / run.loss_factor)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (run.warm_up + 1)))

@@ -76,7 +76,7 @@ def test_without_observed_residual_adds_the_loss_shows_the_fault() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_precision_and_recall_on_held_out_seeds() -> None:
     for rule, score in scores(HELD_OUT).items():
         assert score.hits + score.misses >= 4, rule
