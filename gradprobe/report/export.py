@@ -143,7 +143,10 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
             "epoch": compared.epoch,
             "train_error_pct": _spread_dict(compared.errors.train),
             "its_train_error_pct": _spread_dict(compared.other_errors.train),
-            "clearly_above": compared.clearly_above,
+            "difference_pct": strict(compared.difference_pct),
+            "clearly_above": compared.outcome == "clearly above",
+            "outcome": compared.outcome,
+            "too_early_because": compared.prematurity,
         },
         "test_compared_with": None
         if tested is None

@@ -7,6 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from gradprobe.report.chart_parts import NARROW, THIRDS, WIDE, Chart, svg
+from gradprobe.report.error_comparison import (
+    EARLIEST_COMPARISON,
+    FALLING_SHARE,
+    LAST_SHARE,
+    ONE_SEED_MARGIN_PCT,
+    SLOW_START_STEPS,
+    TRAINED_SHARE,
+)
 from gradprobe.report.formatting import duration, number, percent
 from gradprobe.report.page_template import document, escape
 from gradprobe.report.palette import Palette
@@ -16,9 +24,10 @@ from gradprobe.report.seed_statistics import MARGIN, SINGLE_SEED_MARGIN
 from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
 from gradprobe.report.summary import (
     DEGRADED,
-    EARLIEST_COMPARISON,
+    MORE_SEEDS,
     NOT_LEARNING,
     OVERFITTING,
+    TOO_EARLY,
     GradientProfile,
     NetSummary,
     Summary,
@@ -32,6 +41,8 @@ _CLASSES = {
     DEGRADED: "degraded",
     OVERFITTING: "degraded",
     NOT_LEARNING: "degraded",
+    MORE_SEEDS: "unknown",
+    TOO_EARLY: "unknown",
     None: "unknown",
 }
 
@@ -239,8 +250,14 @@ _METHOD = (
     "“Degraded optimisation” means: the gradient is healthy, but the training error is clearly above that of a "
     "shallower network of the same family. With several seeds on both sides, “clearly above” requires Welch's "
     f"one-sided t-test at 95 % and at least {MARGIN:g} percentage points between the means; with a single seed, at "
-    f"least {SINGLE_SEED_MARGIN:g} points. Both networks are compared after the same epoch, and not before "
-    f"{100 * EARLIEST_COMPARISON:g} % of the planned epochs.",
+    f"least {ONE_SEED_MARGIN_PCT:g} points, and it says something about that run only. A single seed whose training "
+    f"error is higher by {SINGLE_SEED_MARGIN:g} points or more, but by less than that, “needs more seeds”.",
+    "“Too early” means: the gradient is healthy, but training errors cannot be compared yet. Both networks are "
+    f"compared after the same epoch, and not before {100 * EARLIEST_COMPARISON:g} % of the planned epochs. The "
+    f"training error of the shallower network must be at most {100 * TRAINED_SHARE:g} % of that before its first step, "
+    f"and so must that of the deeper one unless it has taken {SLOW_START_STEPS} steps (ResNet-110 needs about that "
+    "many before its error falls, He et al., section 4.2). Nor may either have fallen, over the last "
+    f"{100 * LAST_SHARE:g} % of the epochs, by {100 * FALLING_SHARE:g} % of the difference.",
     "He et al. 2015 (arXiv:1512.03385, section 4.1) found vanishing gradients an unlikely cause of this degradation in "
     "networks with batch normalisation.",
     "“Overfitting” means: the gradient is healthy and the training error is not clearly above that of a shallower "
@@ -249,7 +266,7 @@ _METHOD = (
     "from there on (after Prechelt 1998). For test errors, “clearly” counts standard errors of the difference of two "
     "proportions of the test images instead of points: with few images they are large.",
     "“Not learning” means: the gradient is healthy and no shallower network of the family trains better, but the "
-    "training error is not clearly below its value before the first step.",
+    f"training error is not clearly below its value before the first step, after {SLOW_START_STEPS} steps or more.",
 )
 
 

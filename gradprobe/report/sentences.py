@@ -7,9 +7,17 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from gradprobe.report.error_comparison import Comparison, Rise
+from gradprobe.report.error_comparison import EARLIEST_COMPARISON, SLOW_START_STEPS, Comparison, Learning, Rise
 from gradprobe.report.formatting import number, percent
-from gradprobe.report.summary import DEGRADED, NOT_LEARNING, OVERFITTING, GradientProfile, NetSummary, Summary
+from gradprobe.report.summary import (
+    DEGRADED,
+    NOT_LEARNING,
+    OVERFITTING,
+    TOO_EARLY,
+    GradientProfile,
+    NetSummary,
+    Summary,
+)
 
 _RESIDUAL_FAMILIES = ("resnet",)
 
@@ -36,12 +44,8 @@ def explain_verdict(net: NetSummary, shown: Callable[[str], str] = str) -> str:
         parts.append(f"The training loss of {seeds} became NaN or infinite, and training stopped there.")
     if net.comparison is not None:
         parts.append(_comparison_sentence(net, net.comparison, shown))
-    if net.verdict == NOT_LEARNING and net.learning is not None:
-        before, now = percent(net.learning.before), percent(net.learning.now)
-        parts.append(
-            f"After epoch {net.learning.epoch} the training error, {now} %, is not clearly below its value before the "
-            f"first step, {before} %: the network has not learned."
-        )
+    if net.verdict == NOT_LEARNING or (net.verdict == TOO_EARLY and net.comparison is None):
+        parts += _learning_sentences(net.learning)
     if net.verdict == OVERFITTING:
         parts += _overfitting_sentences(net.test_comparison, net.rise, shown)
     if not net.finished:
@@ -52,35 +56,56 @@ def explain_verdict(net: NetSummary, shown: Callable[[str], str] = str) -> str:
 def headline(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
     """States what the sweep shows, one sentence per family with two or more depths; ``shown`` prepares names."""
     sentences: list[str] = []
+    of_one_seed = False
     for family in summary.families:
         compared = [
             (net, net.comparison) for net in summary.nets if net.family == family and net.comparison is not None
         ]
-        worse = [(net, comparison) for net, comparison in compared if comparison.clearly_above]
+        worse = [one for one in compared if one[1].outcome == "clearly above"]
+        undecided = [one for one in compared if one[1].outcome == "needs more seeds"]
         overfitting = [
             (net, net.test_comparison)
             for net, _ in compared
             if net.verdict == OVERFITTING and net.test_comparison is not None and net.test_comparison.overfits
         ]
-        if worse or (compared and not overfitting):
-            net, comparison = (worse or compared)[-1]
-            start = "Deeper is worse for" if worse else "Deeper is not clearly worse for"
+        if worse or undecided or (compared and not overfitting):
+            net, comparison = (worse or undecided or compared)[-1]
             ours, theirs = comparison.errors, comparison.other_errors
             sentences.append(
-                f"{start} {shown(family)}: after epoch {comparison.epoch} the training error is "
+                f"{_headline_start(comparison, shown(family))}: after epoch {comparison.epoch} the training error is "
                 f"{percent(ours.train)} % for {shown(net.name)} and {percent(theirs.train)} % for "
                 f"{shown(comparison.other)}."
             )
+            of_one_seed |= comparison.has_one_seed and comparison.outcome != "too early"
         if overfitting:
             net, comparison = overfitting[-1]
             ours, theirs = comparison.errors, comparison.other_errors
             sentences.append(
-                f"Depth leads to overfitting for {shown(family)}: after epoch {comparison.epoch} the test error is "
-                f"{percent(ours.test)} % for {shown(net.name)} and {percent(theirs.test)} % for "
-                f"{shown(comparison.other)}, and the training error {percent(ours.train)} and "
-                f"{percent(theirs.train)} %."
+                f"{_start(comparison, 'depth leads to overfitting')} for {shown(family)}: after epoch "
+                f"{comparison.epoch} the test error is {percent(ours.test)} % for {shown(net.name)} and "
+                f"{percent(theirs.test)} % for {shown(comparison.other)}, and the training error "
+                f"{percent(ours.train)} and {percent(theirs.train)} %."
             )
+            of_one_seed |= comparison.has_one_seed
+    if of_one_seed:
+        sentences.append(
+            "One seed shows only this run: train more, e.g. with --seeds 0,1,2, before you conclude anything about the "
+            "architecture."
+        )
     return sentences
+
+
+def _headline_start(comparison: Comparison, family: str) -> str:
+    if comparison.outcome == "too early":
+        return f"It is too early to tell whether depth harms {family}"
+    if comparison.outcome == "needs more seeds":
+        return f"One seed cannot tell whether depth harms {family}"
+    worse = "worse" if comparison.outcome == "clearly above" else "not clearly worse"
+    return f"{_start(comparison, f'deeper is {worse}')} for {family}"
+
+
+def _start(comparison: Comparison, claim: str) -> str:
+    return f"In this run {claim}" if comparison.has_one_seed else claim.capitalize()
 
 
 def shortcut_sentences(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
@@ -163,18 +188,59 @@ def _flow(profile: GradientProfile) -> str:
     return _FLOW_WORDS[profile.verdict] + ("" if agreeing == seeds else f" in {agreeing} of {seeds} seeds")
 
 
+def _learning_sentences(learning: Learning | None) -> list[str]:
+    if learning is None:
+        return []
+    before, now = percent(learning.before), percent(learning.now)
+    meaning = f"the network {_slow_start(learning.steps)}" if learning.may_be_slow else "the network has not learned"
+    return [
+        f"After epoch {learning.epoch} the training error, {now} %, is not clearly below its value before the first "
+        f"step, {before} %: {meaning}."
+    ]
+
+
+def _slow_start(steps: int | None) -> str:
+    return (
+        f"has taken {steps} steps, and deep networks that train well can take {SLOW_START_STEPS} before they begin to"
+    )
+
+
 def _comparison_sentence(net: NetSummary, comparison: Comparison, shown: Callable[[str], str]) -> str:
-    errors = f"training error, {percent(comparison.errors.train)} %,"
+    ours = f"training error, {percent(comparison.errors.train)} %,"
     other = f"that of {shown(comparison.other)}, {percent(comparison.other_errors.train)} %"
-    text = f"After epoch {comparison.epoch} the {errors} is"
-    if not comparison.clearly_above:
+    if comparison.prematurity:
+        return (
+            f"After epoch {comparison.epoch} it is too early to compare the {ours} with {other}: "
+            f"{_prematurity_reason(comparison, shown)}."
+        )
+    text = f"After epoch {comparison.epoch} the {ours} is"
+    if comparison.outcome == "not clearly above":
         return f"{text} not clearly above {other}."
+    if comparison.outcome == "needs more seeds":
+        return f"{text} above {other}, but one seed cannot tell whether depth or the seed is the reason."
     text = f"{text} clearly above {other}"
     if net.verdict != DEGRADED:
         return f"{text}; since the gradients are not healthy, this is not called degraded optimisation."
-    vanished = any(profile and "vanishing" in profile.verdict_counts for profile in (net.initial, net.end))
+    if not any(profile and "vanishing" in profile.verdict_counts for profile in (net.initial, net.end)):
+        who = "in this run, of one seed, the deeper network was" if comparison.has_one_seed else "the deeper network is"
+        text += f": {who} harder to optimise, and its gradients do not vanish"
+    return f"{text}."
+
+
+def _prematurity_reason(comparison: Comparison, shown: Callable[[str], str]) -> str:
+    name, other = shown(comparison.name), shown(comparison.other)
+    if comparison.prematurity == "few epochs":
+        return f"less than {100 * EARLIEST_COMPARISON:g} % of the planned epochs are done"
+    if comparison.prematurity == "shallower untrained":
+        untrained = f"{comparison.other_course.untrained_pct:.1f} %"
+        return f"that of {other} has not yet fallen to half of its value before the first step, {untrained}"
+    if comparison.prematurity == "slow start":
+        return f"{name} {_slow_start(comparison.steps)}"
+    falls = ((comparison.course.fall_pct, name), (comparison.other_course.fall_pct, other))
+    fall, falling = max(one for one in falls if not math.isnan(one[0]))
     return (
-        f"{text}{'.' if vanished else ': the deeper network is harder to optimise, and its gradients do not vanish.'}"
+        f"since epoch {comparison.falls_from} that of {falling} has fallen by {fall:.1f} points, and the two differ by "
+        f"{comparison.difference_pct:.1f}"
     )
 
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gradprobe.diagnosis.depth import flow_verdict
-from gradprobe.report.error_comparison import Comparison, Errors, Learning, Rise
+from gradprobe.report.error_comparison import (
+    EARLIEST_COMPARISON,
+    LAST_SHARE,
+    Comparison,
+    Course,
+    Errors,
+    Learning,
+    Rise,
+)
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread, median
 
@@ -22,8 +30,11 @@ OVERFITTING = "overfitting"
 NOT_LEARNING = "not learning"
 """Verdict: healthy gradients, but a training error that has not clearly fallen."""
 
-EARLIEST_COMPARISON = 0.3
-"""Share of the planned epochs before which errors are not compared, as in AUTOTRAINER."""
+TOO_EARLY = "too early"
+"""Verdict: healthy gradients, but too little training to compare with a shallower network or to see no progress."""
+
+MORE_SEEDS = "needs more seeds"
+"""Verdict: healthy gradients, but a training error above that of a shallower network in a single seed."""
 
 # From the mildest to the worst; the worst breaks a tie between seeds.
 _SEVERITY = ("healthy", "vanishing", "exploding", "non-finite")
@@ -129,8 +140,8 @@ class NetSummary:
         initial: Gradient over depth at the first step; None if not recorded.
         end: Gradient over depth at `epoch`; None if not recorded or if `epoch` is 0.
         shortcut_profiles: Residual adds at the first step, in the middle and at the end, as far as recorded.
-        comparison: Comparison with the shallower network of the lowest training error; None if there is none, or if it
-            is too early.
+        comparison: Comparison with the shallower network of the lowest training error; None if there is none, or
+            before the first epoch.
         test_comparison: The same with the shallower network of the lowest test error.
         rise: Comparison with the epoch of the lowest test error; None if it is too early.
         learning: Comparison with the errors before the first step; None if not recorded, or if it is too early.
@@ -226,18 +237,24 @@ class NetSummary:
 
         A network most of whose seeds diverged is non-finite. A gradient that is not healthy is the verdict. A training
         error above the shallower network's is called degraded optimisation only if gradients are healthy: He et al.
-        2015, section 4.1, keep the two apart. A test error that is too high is called overfitting only if optimisation
-        is not degraded: "such degradation is not caused by overfitting" (section 1), as the training error shows.
+        2015, section 4.1, keep the two apart. `Comparison.outcome` says when it is too early for that, or needs more
+        seeds. A test error that is too high is called overfitting only if optimisation is not degraded: "such
+        degradation is not caused by overfitting" (section 1), as the training error shows.
         """
         if 2 * self.n_diverged > len(self.results):
             return "non-finite"
         flow = self.verdict_profile.verdict if self.verdict_profile else None
         if flow != "healthy":
             return flow
-        if self.comparison is not None and self.comparison.clearly_above:
+        outcome = self.comparison.outcome if self.comparison is not None else None
+        if outcome == "clearly above":
             return DEGRADED
         if self.learning is not None and not self.learning.has_learned:
-            return NOT_LEARNING
+            return TOO_EARLY if self.learning.may_be_slow else NOT_LEARNING
+        if outcome == "too early":
+            return TOO_EARLY
+        if outcome == "needs more seeds":
+            return MORE_SEEDS
         overfits = any(seen is not None and seen.overfits for seen in (self.test_comparison, self.rise))
         return OVERFITTING if overfits else flow
 
@@ -280,10 +297,7 @@ def summarise(run: SweepRun) -> Summary:
         epochs = {row.epoch: row for row in run.epochs(cell.id)}
         groups.setdefault((cell.family, cell.depth), []).append(CellResult(cell, epochs))
     families = list(dict.fromkeys(family for family, _ in groups))
-    planned = run.config.get("epochs")
-    earliest = max(1.0, EARLIEST_COMPARISON * planned if isinstance(planned, int) else 0.0)
-    recorded = run.config.get("test_images")
-    test_images = recorded if isinstance(recorded, int) else None
+    limits = _limits(run.config)
     nets: list[NetSummary] = []
     for family, depth in sorted(groups, key=lambda key: (families.index(key[0]), key[1])):
         results = groups[family, depth]
@@ -291,6 +305,7 @@ def summarise(run: SweepRun) -> Summary:
         counted = [result for result in begun if result.done] or begun
         epoch = min((max(result.epochs) for result in counted), default=None)
         shallower = [net for net in nets if net.family == family]
+        name = results[0].cell.name
         net = NetSummary(
             family=family,
             depth=depth,
@@ -300,13 +315,38 @@ def summarise(run: SweepRun) -> Summary:
             initial=_gradient_profile(run, counted, 0),
             end=_gradient_profile(run, counted, epoch) if epoch else None,
             shortcut_profiles=_shortcut_profiles(run, counted, epoch or 0),
-            comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="train"),
-            test_comparison=_compare(counted, epoch or 0, shallower, earliest, test_images, by="test"),
-            rise=_rise(counted, epoch or 0, earliest, test_images),
-            learning=_learning(counted, epoch or 0, earliest),
+            comparison=_compare(name, counted, epoch or 0, shallower, limits, by="train"),
+            test_comparison=_compare(name, counted, epoch or 0, shallower, limits, by="test"),
+            rise=_rise(counted, epoch or 0, limits),
+            learning=_learning(counted, epoch or 0, limits),
         )
         nets.append(net)
     return Summary(run.config, run.meta, tuple(nets))
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the configuration says about comparisons; None if not recorded."""
+
+    earliest: float
+    steps_per_epoch: int | None
+    test_images: int | None
+
+    def steps(self, epoch: int) -> int | None:
+        return None if self.steps_per_epoch is None else epoch * self.steps_per_epoch
+
+
+def _limits(config: Mapping[str, object]) -> _Limits:
+    def whole(name: str) -> int | None:
+        value = config.get(name)
+        return value if isinstance(value, int) and value > 0 else None
+
+    images, batch_size = whole("train_images"), whole("batch_size")
+    return _Limits(
+        earliest=max(1.0, EARLIEST_COMPARISON * (whole("epochs") or 0)),
+        steps_per_epoch=None if images is None or batch_size is None else images // batch_size,
+        test_images=whole("test_images"),
+    )
 
 
 def _errors(results: Sequence[CellResult], epoch: int | None) -> Errors | None:
@@ -317,11 +357,11 @@ def _errors(results: Sequence[CellResult], epoch: int | None) -> Errors | None:
     return Errors(Spread(tuple(train)), Spread(tuple(test)))
 
 
-def _learning(counted: Sequence[CellResult], epoch: int, earliest: float) -> Learning | None:
+def _learning(counted: Sequence[CellResult], epoch: int, limits: _Limits) -> Learning | None:
     before, now = _errors(counted, 0), _errors(counted, epoch)
-    if epoch < earliest or before is None or now is None or math.isnan(now.train.mean):
+    if epoch < limits.earliest or before is None or now is None or math.isnan(now.train.mean):
         return None
-    return Learning(epoch, before.train, now.train)
+    return Learning(epoch, limits.steps(epoch), before.train, now.train)
 
 
 def _gradient_profile(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> GradientProfile | None:
@@ -349,30 +389,52 @@ def _flow(rows: Sequence[LayerRow]) -> str:
 
 
 def _compare(
+    name: str,
     counted: Sequence[CellResult],
     epoch: int,
     shallower: Sequence[NetSummary],
-    earliest: float,
-    test_images: int | None,
+    limits: _Limits,
     by: Literal["train", "test"],
 ) -> Comparison | None:
     found: list[Comparison] = []
     for net in shallower:
         common = min(epoch, net.epoch or 0)
         ours, theirs = _errors(counted, common), _errors(net.counted, common)
-        if common >= earliest and ours is not None and theirs is not None:
-            found.append(Comparison(net.name, common, ours, theirs, test_images))
+        if common and ours is not None and theirs is not None:
+            falls_from = min(common - 1, math.floor((1 - LAST_SHARE) * common))
+            comparison = Comparison(
+                name=name,
+                other=net.name,
+                epoch=common,
+                earliest=limits.earliest,
+                errors=ours,
+                other_errors=theirs,
+                course=_course(counted, falls_from, ours),
+                other_course=_course(net.counted, falls_from, theirs),
+                falls_from=falls_from,
+                steps=limits.steps(common),
+                test_images=limits.test_images,
+            )
+            found.append(comparison)
 
-    def error(one: Comparison) -> float:
+    def order(one: Comparison) -> tuple[bool, float]:
         mean = (one.other_errors.train if by == "train" else one.other_errors.test).mean
-        return math.inf if math.isnan(mean) else mean
+        return one.epoch < one.earliest, math.inf if math.isnan(mean) else mean
 
-    return min(found, key=error, default=None)
+    return min(found, key=order, default=None)
 
 
-def _rise(counted: Sequence[CellResult], epoch: int, earliest: float, test_images: int | None) -> Rise | None:
+def _course(results: Sequence[CellResult], falls_from: int, now: Errors) -> Course:
+    untrained, before = (_errors(results, epoch) for epoch in (0, falls_from))
+    return Course(
+        untrained_pct=math.nan if untrained is None else untrained.train.mean,
+        fall_pct=math.nan if before is None else before.train.mean - now.train.mean,
+    )
+
+
+def _rise(counted: Sequence[CellResult], epoch: int, limits: _Limits) -> Rise | None:
     newest = _errors(counted, epoch)
-    if epoch < earliest or newest is None:
+    if epoch < limits.earliest or newest is None:
         return None
     recorded = sorted({k for result in counted for k in result.epochs if k <= epoch})
     measured = [(k, errors) for k in recorded if (errors := _errors(counted, k))]
@@ -380,4 +442,4 @@ def _rise(counted: Sequence[CellResult], epoch: int, earliest: float, test_image
     if not finite:
         return None
     lowest_epoch, lowest = min(finite, key=lambda one: one[1].test.mean)
-    return Rise(lowest_epoch, epoch, lowest, newest, test_images)
+    return Rise(lowest_epoch, epoch, lowest, newest, limits.test_images)

@@ -16,8 +16,10 @@ from gradprobe.report.records import SweepRun
 from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
 from gradprobe.report.summary import (
     DEGRADED,
+    MORE_SEEDS,
     NOT_LEARNING,
     OVERFITTING,
+    TOO_EARLY,
     GradientProfile,
     Summary,
     summarise,
@@ -31,6 +33,8 @@ _STYLES = {
     DEGRADED: "yellow",
     OVERFITTING: "yellow",
     NOT_LEARNING: "yellow",
+    MORE_SEEDS: "cyan",
+    TOO_EARLY: "cyan",
     "vanishing": "red",
     "exploding": "red",
     "non-finite": "bold red",

@@ -75,7 +75,8 @@ def few_digits(n_images: int, wrong_labels: float = 0.0) -> Dataset:
         pytest.param((0.0, 5.6), (0.0, 14.0), 450, "overfitting", id="few-training-images"),
         pytest.param((0.0, 5.6), (2.9, 15.0), 450, "overfitting", id="training-error-within-its-margin"),
         pytest.param((0.0, 1.0), (2.9, 6.5), 450, "healthy", id="worse-on-both-sets-alike"),
-        pytest.param((0.0, 5.6), (3.0, 30.0), 450, "degraded optimisation", id="training-error-higher-too"),
+        pytest.param((0.0, 5.6), (30.0, 60.0), 450, "degraded optimisation", id="training-error-much-higher-too"),
+        pytest.param((0.0, 5.6), (3.0, 30.0), 450, "needs more seeds", id="training-error-higher-too"),
         pytest.param((0.0, 0.0), (0.0, 0.0), 450, "healthy", id="no-errors-at-all"),
         pytest.param((0.0, 14.0), (0.0, 5.6), 450, "healthy", id="deeper-is-better"),
     ],
@@ -100,7 +101,7 @@ def test_unhealthy_gradients_take_precedence() -> None:
     run = recorded().add("plain", 8, (0.0, 5.6)).add("plain", 20, (0.0, 14.0), end=EXPLODING)
     assert deepest(run).verdict == "exploding"
     assert "overfits" not in explain_verdict(deepest(run))
-    assert headline(summarise(run))[0].startswith("Deeper is not clearly worse for plain")
+    assert headline(summarise(run))[0].startswith("In this run deeper is not clearly worse for plain")
 
 
 def test_the_comparison_is_with_the_shallower_network_of_the_lowest_test_error() -> None:

@@ -171,8 +171,8 @@ def test_seeds_vote_and_the_worse_verdict_breaks_a_tie() -> None:
 def test_comparison_waits_for_a_third_of_the_run_and_uses_the_same_epoch() -> None:
     run = Recorded({"data": "digits", "epochs": 20}).add("plain", 20, (0.3, 1.6), epochs=20)
     run.add("plain", 56, (67.0, 70.0), epochs=5, status="pending")
-    assert verdict(run, "plain-56") == "healthy"
-    assert summarise(run).nets[1].comparison is None
+    assert verdict(run, "plain-56") == "too early"
+    assert "less than 30 % of the planned epochs are done" in terminal(run, width=1000)
     run.epoch_rows[1][6] = EpochRow(6, 0.1, 30.0, 31.0, 1.0)
     run.epoch_rows[2].append(EpochRow(6, 0.1, 67.0, 70.0, 1.0))
     run.layer_rows[2, 6] = run.layer_rows[2, 5]
