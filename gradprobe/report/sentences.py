@@ -54,7 +54,10 @@ def explain_verdict(net: NetSummary, shown: Callable[[str], str] = str) -> str:
 
 
 def headline(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
-    """States what the sweep shows, one sentence per family with two or more depths; ``shown`` prepares names."""
+    """States what the sweep shows, one sentence per family with two or more depths, and a note if it is one seed.
+
+    ``shown`` prepares names.
+    """
     sentences: list[str] = []
     of_one_seed = False
     for family in summary.families:

@@ -29,7 +29,7 @@ def gradprobe(monkeypatch, capsys):
 
 @pytest.fixture
 def run_file(tmp_path):
-    """The file of a finished sweep of two networks, one of them degraded, made without training."""
+    """The file of a finished sweep of two networks, made without training."""
     path = tmp_path / "run.sqlite"
     with start_run(path, {"data": "digits", "epochs": 1}, {"torch_version": "2.13.0"}) as run:
         run.add_cells([("plain", 20, 0, 269_722), ("plain", 56, 0, 853_018)])
