@@ -118,8 +118,7 @@ class Comparison:
           the difference or more, so the deeper network may only be slower.
 
         Source:
-            He et al. 2015, section 1, call it degradation if accuracy "gets saturated" with depth "and then degrades",
-            in networks that converge.
+            He et al. 2015, section 1: degradation shows "when deeper networks are able to start converging".
         """
         if self.epoch < self.earliest:
             return "few epochs"
@@ -128,8 +127,8 @@ class Comparison:
         is_untrained = self.errors.train.mean > TRAINED_SHARE * self.course.untrained_pct
         if is_untrained and self.steps is not None and self.steps < SLOW_START_STEPS:
             return "slow start"
-        largest_fall = FALLING_SHARE * self.difference_pct
-        is_falling = any(course.fall_pct >= largest_fall for course in (self.course, self.other_course))
+        limit = FALLING_SHARE * self.difference_pct
+        is_falling = any(course.fall_pct >= limit for course in (self.course, self.other_course))
         return "still falling" if self._is_above and is_falling else None
 
     @property

@@ -19,7 +19,7 @@ from gradprobe.report.records import EpochRow, SweepRun
 from gradprobe.report.summary import summarise
 from gradprobe.report.terminal import render
 
-REAL_CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar-10-batches-bin"
+REAL_CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar-10-batches-bin"
 ONE_SEED = "One seed shows only this run: train more"
 
 # Training errors before the first step and after each epoch, measured on the digits (21 steps per epoch).
