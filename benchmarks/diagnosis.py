@@ -37,10 +37,10 @@ def found_in(run: Run, seed: int) -> set[Fault]:
         seed: Seed of the weights and of the order of the images.
 
     Returns:
-        Titles of the findings.
+        Titles of the findings. Symptoms that another finding explains are left out, except for the planted fault.
     """
     with train(run, seed) as probe:
-        return {finding.title for finding in probe.findings()}
+        return {found.title for found in probe.findings() if not found.follows or found.title == run.fault}
 
 
 @dataclass

@@ -229,9 +229,9 @@ TOPICS: dict[str, Topic] = {
         ),
         _rule(
             "gradients not cleared",
-            "Without zero_grad, each backward pass adds to the gradients of all steps before. The optimizer then follows "
-            "their sum, which grows with every step like a momentum that never decays: the loss may still fall for a "
-            "while, and then swings or blows up.",
+            "Without zero_grad, each backward pass adds to the gradients of all steps before. The optimizer then "
+            "follows their sum, which grows with every step like a momentum that never decays: the loss may still fall "
+            "for a while, and then swings or blows up.",
             _FINDINGS,
         ),
         _rule(

@@ -34,7 +34,7 @@ class Thresholds:
         update_ratio_low: The same ratio below which it is too small.
         early_update_ratio: The same ratio above which, in the median over the weights and the first `window` observed
             steps, it is too large if the loss rises meanwhile; 0.12 to 0.18 at 100 times the usual rate of AdamW.
-        early_rise: Multiple of the first loss that the loss of one of these steps must exceed; 1.33 and more at such a
+        early_rise: Multiple of the first loss that the loss of one of these steps must exceed; 1.2 and more at such a
             rate, at most 1.04 in healthy runs.
         successive_ratio: Mean square of the successive differences of a gradient's mean over its variance below which
             the gradients add up from step to step; independent ones have 2.
@@ -57,7 +57,7 @@ class Thresholds:
             one of 260 runs (Student's t, 18 degrees of freedom).
         guess_low: Multiple of the cross-entropy of a uniform guess from which on a level loss shows that nothing is
             learned; the floor of smoothed labels (0.5 of the weight) was at 0.79, untrained networks above 0.98.
-        guess_high: The multiple up to which it does; untrained networks stayed below 1.26.
+        guess_high: The multiple up to which it does; untrained networks reached 1.5.
 
     Raises:
         ArgumentError: A number of steps or weights is too small.
@@ -81,7 +81,7 @@ class Thresholds:
     update_ratio_high: float = 10.0
     update_ratio_low: float = 1e-8
     early_update_ratio: float = 0.1
-    early_rise: float = 1.25
+    early_rise: float = 1.15
     successive_ratio: float = 0.5
     lost_share: float = 0.5
     spike_sigmas: float = 7.0
@@ -95,7 +95,7 @@ class Thresholds:
     swing_errors: float = 8.0
     drop_errors: float = 3.0
     guess_low: float = 0.95
-    guess_high: float = 1.3
+    guess_high: float = 2.0
 
     def __post_init__(self) -> None:
         for name, least in (("window", 2), ("slope_sites", 3), ("spike_warm_up", 1), ("spike_window", 1)):

@@ -511,8 +511,10 @@ class StepRecorder:
             return
         scale = self._open.scale_of(optimizer)
         slot = Slot(opened.number, self._provenance(optimizer, scale), measured)
-        slot.is_accumulated = opened.accumulates and self.boundaries.has_stepped
         slot.is_contested = self.boundaries.is_contested
+        # an earlier backward pass of the step may have added to gradients that were cleared before the last one
+        is_only = opened.n_backwards == 1 and not slot.is_contested
+        slot.is_accumulated = opened.accumulates and is_only and self.boundaries.has_stepped
         change = opened.change or (Change() if is_late else self._compare(optimizer, scale))
         slot.tolerance, slot.is_unscaled = change.tolerance, change.is_unscaled
         if self._signal_observer is not None and self._are_signals_due() and not is_late:

@@ -55,7 +55,8 @@ def test_an_error_anywhere_leaves_the_training_as_it_is(
     def fail(*_: object, **__: object) -> None:
         raise Broken("planted")
 
-    probe = gradprobe.attach(model, updates=True, activations=True)
+    # steps are judged when they are about to leave the history, at the latest
+    probe = gradprobe.attach(model, updates=True, activations=True, capacity=1 if place == "judging" else 1024)
     monkeypatch.setattr(PLACES[place], fail)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
