@@ -29,6 +29,7 @@ class Slot:
         is_superseded: The step turned out to be part of a later one.
         is_accumulated: As in `Snapshot`.
         is_contested: As in `Snapshot`.
+        serial: Its number among all steps that were committed.
         extras: Those of the extra row's values that the host knows, by column; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device other than the host, the event after which its rows can be read.
@@ -43,6 +44,7 @@ class Slot:
     is_superseded: bool = False
     is_accumulated: bool = False
     is_contested: bool = False
+    serial: int = 0
     extras: dict[int, float] = field(default_factory=dict)
     has_loss: bool = False
     ready: dict[torch.device, torch.Event] = field(default_factory=dict)
@@ -172,6 +174,12 @@ class RingBuffer:
         self._write(self.newest, slot, column, value)
         if column not in slot.extras:
             self._publish(self.newest, slot)
+
+    def newer_than(self, serial: int) -> list[int]:
+        """Returns the positions of the finished steps with a larger serial number, oldest first."""
+        return [
+            position for position, slot in list(self._slots.items()) if slot.serial > serial and not slot.is_superseded
+        ]
 
     def newest_rows(self) -> dict[torch.device, torch.Tensor]:
         """Returns the parameter rows of the newest finished step, for each device; changed ones need `republish`."""

@@ -51,6 +51,9 @@ class History:
         self._lock = threading.Lock()  # of the two above
         self._fence = fence
         self._first_nonfinite: NonFinite | None = None
+        self._n_committed = self._n_drained = 0  # serial numbers
+        self._has_losses = False
+        self._undrained: deque[Snapshot] = deque(maxlen=capacity)  # of those in the archive
         self._whole: WholeGradients | None = None
         self.ring = RingBuffer(1, {})
 
@@ -58,6 +61,9 @@ class History:
         """Replaces the contents of the ring by snapshots. Waits for the device."""
         with self._lock:
             self._take_in(wait=True)
+            new = (self.ring.read(position, wait=True) for position in self.ring.newer_than(self._n_drained))
+            self._undrained.extend(self._snapshot(one) for one in new if one is not None)
+            self._n_drained = self._n_committed
         kept = self.all()
         self._archive.clear()
         self._archive.extend(kept)
@@ -102,6 +108,26 @@ class History:
         snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
         return snapshots[-self._capacity :]
 
+    def drain(self) -> list[Snapshot]:
+        """Returns the steps that have arrived since the last call, oldest first, as long as they are kept.
+
+        The newest is left for the next call while it lacks a loss that other steps have.
+        """
+        with self._lock:
+            drained = list(self._undrained)
+            self._undrained.clear()
+            positions = self.ring.newer_than(self._n_drained)
+            for position in positions:
+                finished = self.ring.read(position, wait=False)
+                if finished is None:
+                    break
+                self._has_losses = self._has_losses or finished.loss is not None
+                if position == self.ring.newest and finished.loss is None and self._has_losses:
+                    break
+                self._n_drained = finished.slot.serial
+                drained.append(self._snapshot(finished))
+            return drained
+
     def supersede(self, step: int) -> None:
         """Drops the steps with this number or a larger one: they turned out to be part of the open step."""
         self.ring.supersede(step)
@@ -139,6 +165,8 @@ class History:
                 self._take_in(wait=False)
             finally:
                 self._lock.release()
+        self._n_committed += 1
+        step.slot.serial = self._n_committed
         self.ring.commit(*step)
         self._unseen.append(self.ring.newest)
 

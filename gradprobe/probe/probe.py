@@ -176,6 +176,24 @@ class Probe:
         self._settle()
         return self._recorder.history.all()
 
+    def drain(self) -> list[Snapshot]:
+        """Returns each finished step once, oldest first: those since the last call that the history still holds.
+
+        Never waits for the device: a step that has not arrived comes with the next call, as does the newest while it
+        lacks a loss that other steps have.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> with attach(model) as probe:
+            ...     for _ in range(3):
+            ...         model(torch.ones(1, 2)).sum().backward()
+            ...         probe.step()
+            >>> [snapshot.step for snapshot in probe.drain()], probe.drain()
+            ([0, 1, 2], [])
+        """
+        self._settle()
+        return self._recorder.history.drain()
+
     def to_pandas(self) -> pandas.DataFrame:
         """Returns the history as a tidy table: one row per step and observed tensor, one column per statistic."""
         return to_pandas(self.history())

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from gradprobe.snapshot.metrics import Detail, metrics
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
 from gradprobe.snapshot.signals import Activation, Junction, Signals
 from gradprobe.snapshot.stats import SiteStats, finish_rows, site_stats
@@ -182,6 +183,21 @@ class Snapshot:
                 module = stats.name.rpartition(".")[0]
                 return NonFinite(self.step, stats.name, stats.kind, "backward", module, stats.nonfinite, stats.numel)
         return None
+
+    def metrics(self, detail: Detail = "summary") -> dict[str, float]:
+        """Returns the numbers of the step as one flat dictionary, for `wandb.log` and its like.
+
+        Args:
+            detail: "summary": the total norm, five quantiles of each quantity over the model, and the gradient norms of
+                the ten weights that are furthest from the median. "all": each quantity at each place.
+
+        Returns:
+            Numbers under names such as `gradprobe/total_norm` and `gradprobe/grad_norm/layer1.weight`.
+
+        Raises:
+            ArgumentError: The detail is unknown.
+        """
+        return metrics(self, detail)
 
     def all_stats(self) -> Iterator[SiteStats]:
         """Yields statistics of the gradients in model order, the signals in order of execution, and the updates."""
