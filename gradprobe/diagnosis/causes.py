@@ -107,6 +107,7 @@ _EXPLAINS: dict[str, tuple[str, ...]] = {
     "silent parameter": ("layer drift", "not learning"),
     "updates too small": ("not learning",),
     "unstable loss": ("spike", "not learning"),
+    "spike": ("not learning",),
 }
 
 

@@ -149,9 +149,8 @@ def _not_learning(history: RunHistory) -> Finding | None:
         return None
     steps = (first[0][0], losses[-1][0])
     message = (
-        f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}; a uniform guess "
-        f"among {n_classes} classes has {guess:.4g}, and it is not below both by more than {limits.drop_errors:g} "
-        f"standard errors of {std_error:.2g}"
+        f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}, with a standard "
+        f"error of {std_error:.2g}: no better than a uniform guess among {n_classes} classes, which has {guess:.4g}"
     )
     evidence = {
         "loss_at_start": float(start.mean()),
@@ -172,10 +171,9 @@ NOT_LEARNING = Rule(
     cause="a learning rate near zero or far too high, labels that do not belong to the inputs, or gradients that do "
     "not arrive",
     remedies=(
-        "look at the other findings first: they name causes",
+        "try to overfit one batch: if the loss does not fall, the learning rate or the gradients are at fault; if it "
+        "does, check that inputs and labels belong together",
         "learning rates ten times higher and lower",
-        "overfit one batch to prove that the model can",
-        "check that inputs and labels belong together",
     ),
     check=_not_learning,
     needs=("loss", "a number of classes", "a loss of its own"),

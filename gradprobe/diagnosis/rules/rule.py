@@ -71,16 +71,24 @@ class Rule:
         return f"{steps} (seen: {seen})" if seen < needed else None
 
     def finding(
-        self, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str
+        self, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str, first: int = 0
     ) -> Finding:
-        """Makes a finding of this rule; the arguments are the attributes of `Finding`.
+        """Makes a finding of this rule.
 
         The message is made printable, since it is for a person; the names of the sites stay exact.
+
+        Args:
+            sites: As in `Finding`.
+            steps: As in `Finding`.
+            evidence: As in `Finding`.
+            message: As in `Finding`.
+            first: Position of the remedy that the evidence speaks for.
 
         Example:
             >>> from gradprobe.diagnosis.rules import SPIKE
             >>> SPIKE.finding((), (7, 7), {"norm": 90.0}, "step 7: ...").remedies[0]
             'look at the batch of that step'
         """
-        texts = (printable(message), self.formula, self.source, self.cause, self.remedies)
+        remedies = (self.remedies[first], *self.remedies[:first], *self.remedies[first + 1 :])
+        texts = (printable(message), self.formula, self.source, self.cause, remedies)
         return Finding(self.name, self.where, sites, steps, evidence, *texts)

@@ -92,7 +92,9 @@ def _too_small(history: RunHistory) -> Finding | None:
         f"elements {max(lost, 0.0):.0%} have a gradient but do not move"
     )
     evidence = {"update_ratio": ratio, "lost_share": lost, "weights": float(len(found))}
-    return UPDATES_TOO_SMALL.finding(tuple(updates.names[w] for w in found), steps, evidence, message)
+    is_rounded = ratio >= history.limits.update_ratio_low  # the steps are large enough, but not for the dtype
+    names = tuple(updates.names[w] for w in found)
+    return UPDATES_TOO_SMALL.finding(names, steps, evidence, message, first=int(is_rounded))
 
 
 UPDATES_TOO_SMALL = Rule(
