@@ -35,6 +35,7 @@ _EXPLAINS: dict[str, tuple[str, ...]] = {
         "loss blow-up",
         "dying",
         "silent parameter",
+        "updates too small",
         "unstable loss",
         "spike",
         "not learning",

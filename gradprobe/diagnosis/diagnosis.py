@@ -99,24 +99,27 @@ class Diagnosis(Sequence[Finding]):
             yield f"No gradient was measured, so nothing is known{f': {self.note}' if self.note else ''}."
             return
         steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
-        rules = f"{len(self.judged)} of {len(self.judged) + len(self.unjudged)} rules"
+        n_rules = len(self.judged) + len(self.unjudged)
+        rules = f", {len(self.judged)} of {n_rules} rules judged" if self.unjudged else ""
         roots = [finding for finding in self.findings if not finding.follows]
         if roots:
             faults = "1 fault" if len(roots) == 1 else f"{len(roots)} faults, the most severe first"
-            yield f"{faults}. {steps}, {rules} judged."
+            yield f"{faults}. {steps}{rules}."
         elif self.healthy:
-            yield f"No fault in {steps}, {rules} judged."
+            yield f"No fault in {steps}{rules}."
         else:
-            yield f"No fault so far, but too little was seen to call it healthy: {steps}, {rules} judged."
+            yield f"No fault so far, but too little was seen to call it healthy: {steps}{rules}."
         for number, finding in enumerate(roots, start=1):
-            yield from ("", f"{number}. {finding.title}")
+            yield from ("", f"{number}. {finding.title}: {finding.meaning}")
             yield from _wrapped(finding.message[:1].upper() + finding.message[1:] + ".")
             yield from _wrapped(f"Usual cause: {finding.cause}.")
             yield from _wrapped(f"Try first: {finding.remedies[0]}.")
             symptoms = [other for other in self.findings if other.follows == finding.title]
             if symptoms:
-                told = ", ".join(f"{other.title} ({_steps(other)})" for other in symptoms)
-                yield from _wrapped(f"It explains: {told}.")
+                yield "   It explains:"
+                for other in symptoms:
+                    text = f"- {other.title}, {_steps(other)}: {other.meaning}"
+                    yield from textwrap.wrap(text, _WIDTH, initial_indent="   ", subsequent_indent="     ")
             yield from _wrapped(f"More: gradprobe explain {_quoted(finding.rule)}")
         needs: dict[str, list[str]] = {}
         for rule, need in self.unjudged.items():

@@ -23,6 +23,7 @@ class Finding:
         source: Origin of the rule and its threshold.
         cause: The usual cause.
         remedies: What to do, the most likely to help first.
+        meaning: What the rule says is wrong, in a few words.
         follows: Title of the finding that explains this one, "" if none does.
     """
 
@@ -36,6 +37,7 @@ class Finding:
     source: str
     cause: str
     remedies: tuple[str, ...]
+    meaning: str = ""
     follows: str = ""
 
     @property

@@ -57,8 +57,9 @@ class TestForms:
         text = str(diagnose([snapshot(0, [1.0, 1.0], nonfinite=3)]))
         lines = text.splitlines()
         assert lines[0].startswith("1 fault. 1 step, ")
-        assert "1. non-finite" in lines
-        assert "   Try first: find the first layer and step with probe.first_nonfinite()." in lines
+        assert "1. non-finite: a gradient is NaN or infinite" in lines
+        assert "; the backward pass met the first in the gradient of layer0.weight." in " ".join(map(str.strip, lines))
+        assert any(line.startswith("   Try first: attach(activations=True), and let") for line in lines)
         assert "   More: gradprobe explain non-finite" in lines
         assert max(map(len, lines)) <= 100
 

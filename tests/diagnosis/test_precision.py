@@ -101,7 +101,7 @@ def test_the_gradient_counts_before_loss_scaling_is_undone() -> None:
         "modules": 1.0,
     }
     assert finding.sites == ("a",)
-    assert finding.remedies[0] == "scale the loss with torch.amp.GradScaler, given to attach as grad_scaler"
+    assert finding.remedies[0] == "scale the loss with torch.amp.GradScaler"
 
 
 def test_is_no_fault_if_the_loss_falls_and_the_limit_can_be_set() -> None:

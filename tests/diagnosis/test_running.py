@@ -143,7 +143,7 @@ class TestCauses:
         ]
         text = str(findings)
         assert text.startswith("1 fault. 40 steps")
-        assert "It explains: not learning (steps 0 to 39)." in text
+        assert "   It explains:\n   - not learning, steps 0 to 39: the loss is that of a guess\n" in text
 
     def test_of_nan_gradients_and_a_nan_loss_the_first_is_the_cause(self) -> None:
         gradients_first = [*course([2.3] * 3), snapshot(3, [math.nan, 1.0], nonfinite=1, loss=2.3, n_classes=10)]

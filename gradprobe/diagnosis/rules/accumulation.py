@@ -29,8 +29,7 @@ def _not_cleared(history: RunHistory) -> Finding | None:
     steps = (history.snapshots[hits[0]].step, history.snapshots[hits[-1]].step)
     message = (
         f"steps {steps[0]} to {steps[1]}: in {len(hits)} of {len(is_hit)} steps the backward pass added to gradients "
-        f"that an optimizer had already used; from step to step they change by {ratio:.2g} times their variance, "
-        "independent ones by 2"
+        "that an optimizer had already used, so that they hardly differ from step to step"
     )
     evidence = {"share_of_steps": len(hits) / len(is_hit), "successive_ratio": ratio}
     return GRADIENTS_NOT_CLEARED.finding((), steps, evidence, message)
@@ -38,6 +37,7 @@ def _not_cleared(history: RunHistory) -> Finding | None:
 
 GRADIENTS_NOT_CLEARED = Rule(
     "gradients not cleared",
+    meaning="each step adds to the gradients of the last",
     formula="in more than half of the steps, the first backward pass added to the gradients of the step before, and "
     "the mean square of their successive differences over their variance < successive_ratio, in the median over the "
     "parameters; the limit is ours",

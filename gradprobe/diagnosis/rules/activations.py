@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.gradients import DEAD_UNITS, REVIVE_UNITS
-from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule
+from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule, quoted
 from gradprobe.diagnosis.run_history import ForwardPasses, RunHistory
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.diagnosis.trend import fit_trend
@@ -35,13 +35,15 @@ def _exploding(history: RunHistory) -> Finding | None:
             line = fit_trend(np.log(newest[::-1]).tolist())
         names = [passes.table.names[site] for site in chain]
         evidence = {"rms_first": float(newest[0]), "rms_last": float(newest[-1]), "ratio": float(ratios[hits[-1]])}
+        first = passes.steps[hits[0]]
+        steps = f"step {step}" if first == step else f"steps {first} to {step}"
         message = (
-            f"step {step}: outputs have an RMS of {newest[0]:.2e} at {names[0]} and {newest[-1]:.2e} at {names[-1]}; "
-            f"last/first {ratios[hits[-1]]:.2e} is > {limits.exploding_ratio:g}: the forward pass explodes"
+            f"{steps}: the outputs grow from an RMS of {newest[0]:.2e} at {quoted(names[0])} to {newest[-1]:.2e} at "
+            f"{quoted(names[-1])}, {ratios[hits[-1]]:.2e} times (limit {limits.exploding_ratio:g})"
         )
         if math.isfinite(line.std_error):
             evidence |= {"factor_per_layer": line.factor, "std_error": line.std_error}
-            message += f", by {line.factor:.3g} ± {line.std_error:.2g} per layer"
+            message += f", by {line.factor:.3g} ± {line.std_error:.2g} from one to the next"
         loss = dict(history.losses).get(step)
         if loss is not None:
             evidence["loss"] = loss
@@ -53,6 +55,7 @@ def _exploding(history: RunHistory) -> Finding | None:
 
 EXPLODING_FORWARD = Rule(
     "exploding",
+    meaning="the outputs grow from layer to layer",
     where="forward",
     formula="rms(last) / rms(first) > exploding_ratio in more than half of the steps in which both are finite, in a "
     "run that does not converge, for the outputs of residual adds or of weight layers, each after its normalisation if "
@@ -84,13 +87,17 @@ def _poor_initialisation(history: RunHistory) -> Finding | None:
         ratios = variances.max(axis=1) / lowest.min(axis=1)  # [E]
         if not (ratios > limits.variance_ratio).all():
             continue
-        largest, smallest = (passes.table.names[sites[k]] for k in (variances[0].argmax(), lowest[0].argmin()))
+        at = (int(variances[0].argmax()), int(lowest[0].argmin()))
+        largest, smallest = (passes.table.names[sites[k]] for k in at)
         high, low = float(variances[0].max()), float(lowest[0].min())
-        steps = (passes.steps[early[0]], passes.steps[early[-1]])
-        message = (
-            f"step {steps[0]}: the outputs have a variance of {high:.2e} at {largest} and {low:.2e} at {smallest}; "
-            f"the ratio {ratios[0]:.2e} is > {limits.variance_ratio:g}"
+        told = [f"{high:.2e} at {quoted(largest)}", f"{low:.2e} at {quoted(smallest)}"]
+        course = (
+            "shrinks from {} to {}: the weights are too small"
+            if at[0] < at[1]
+            else "grows from {1} to {0}: the weights are too large"
         )
+        steps = (passes.steps[early[0]], passes.steps[early[-1]])
+        message = f"step {steps[0]}: the variance of the outputs {course.format(*told)} (ratio {ratios[0]:.2e})"
         evidence = {"variance_largest": high, "variance_smallest": low, "ratio": float(ratios[0])}
         return POOR_INITIALISATION.finding((smallest, largest), steps, evidence, message)
     return None
@@ -98,6 +105,7 @@ def _poor_initialisation(history: RunHistory) -> Finding | None:
 
 POOR_INITIALISATION = Rule(
     "poor initialisation",
+    meaning="the first outputs shrink or grow by orders of magnitude",
     formula="largest / smallest variance of the outputs of weight layers with no normalisation and no residual add "
     "between them > variance_ratio in the first `window` steps, in a run that does not converge and starts without "
     "dead ReLUs; without embeddings, recurrent modules, the last layer and constant outputs. The source has a limit of "
@@ -130,20 +138,27 @@ def _saturation(history: RunHistory) -> Finding | None:
     steps = (passes.steps[0], passes.steps[-1])
     message = (
         f"steps {steps[0]} to {steps[1]}: {len(found)} of {len(chosen)} tanh and sigmoid modules are saturated; the "
-        f"first is {names[0]}, whose mean derivative is {max(slope, 0.0):.2g} of the largest"
+        f"first is {quoted(names[0])}, whose mean derivative is {max(slope, 0.0):.2g} of the largest possible"
     )
     evidence = {"slope": slope, "saturated": float(len(found)), "modules": float(len(chosen))}
-    return SATURATION.finding(names, steps, evidence, message)
+    is_data = int(found[0]) == 0  # data that is not normalised reaches the first of them
+    return SATURATION.finding(names, steps, evidence, message, first=0 if is_data else 1)
 
 
 SATURATION = Rule(
     "saturation",
+    meaning="activations are stuck at their limits",
     formula="mean derivative of a tanh, 1 - rms^2, or of a sigmoid, (mean - rms^2) / 0.25, < saturated_slope in more "
     "than half of the observed steps, in a run that does not converge; without the module that runs last. By Markov's "
     "inequality the derivative is then below twice the limit for half of the values; the limit is ours",
     source=f"{SAGEMAKER}, rule SaturatedActivation, which counts units; Glorot and Bengio 2010",
     cause="inputs of the activation that are far from zero: data that is not normalised, or weights that are too large",
-    remedies=("normalise the data", "Xavier initialisation", "normalisation before the activation", "ReLU or GELU"),
+    remedies=(
+        "normalise the data",
+        "smaller weights: Xavier initialisation",
+        "normalisation before the activation",
+        "ReLU or GELU",
+    ),
     check=_saturation,
     needs=("activations=True",),
 )
@@ -166,9 +181,9 @@ def _dead_relu(history: RunHistory) -> Finding | None:
     active = 1.0 - float(passes.columns["zero_fraction"][last, chosen[found[0]]].mean())
     share = 1.0 - active / limits.dead_activity
     message = (
-        f"steps {steps[0]} to {steps[1]}: most units are dead in {len(found)} of {len(chosen)} ReLU modules; the first "
-        f"is {names[0]}, where {active:.2g} of the outputs are above zero: at least {share:.0%} of its units are "
-        f"active less than {limits.dead_activity:.0%} of the time"
+        f"steps {steps[0]} to {steps[1]}: most units are dead in {len(found)} of {len(chosen)} ReLU modules; the "
+        f"first is {quoted(names[0])}, where {active:.2g} of the outputs are above zero: at least {share:.0%} of its "
+        f"units are active less than {limits.dead_activity:.0%} of the time"
     )
     evidence = {"active_share": active, "dead_share": share, "dead": float(len(found))}
     return DEAD_RELU.finding(names, steps, evidence, message)
@@ -176,6 +191,7 @@ def _dead_relu(history: RunHistory) -> Finding | None:
 
 DEAD_RELU = Rule(
     "dead ReLU",
+    meaning="most units of a ReLU are never active",
     formula="1 - share of outputs above zero / dead_activity > dead_share over the last `window` observed steps: by "
     "Markov's inequality at least that share of the ReLUs is active less than dead_activity of the time; in a run that "
     "converges, all outputs exactly zero in these steps (ours)",

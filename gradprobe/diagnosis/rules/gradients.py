@@ -23,22 +23,31 @@ def _nonfinite(history: RunHistory) -> Finding | None:
     first = hits[0]
     names = tuple(name for name, stats in first.sites.items() if stats.nonfinite or not math.isfinite(stats.norm))
     count = sum(stats.nonfinite for stats in first.sites.values())
-    message = f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(names)} parameters"
-    origin = first.first_nonfinite()
-    if origin is not None:
-        message += f"; the first of all tensors to be so was the {origin.tensor}, in the {origin.phase} pass"
-    return NON_FINITE.finding(names, (first.step, hits[-1].step), {"nonfinite": float(count)}, message)
+    message = (
+        f"step {first.step}: {count} gradient elements are NaN or infinite, in {len(names)} of {len(first)} parameters"
+    )
+    origin, remedy = first.first_nonfinite(), 0
+    if origin is None or first.signals is None:
+        message += f"; the backward pass met the first in the {origin.tensor if origin else f'gradient of {names[0]}'}"
+    else:
+        message += f"; it began in the {origin.phase} pass, with the {origin.tensor}"
+        ran = [name for name, seen in first.activations.items() if seen.output.numel]
+        remedy = 1 if origin.phase == "forward" and origin.site in ran[:1] else 2
+    evidence = {"nonfinite": float(count)}
+    return NON_FINITE.finding(names, (first.step, hits[-1].step), evidence, message, first=remedy)
 
 
 NON_FINITE = Rule(
     "non-finite",
+    meaning="a gradient is NaN or infinite",
     formula="a NaN or an infinity in any gradient of any step",
     source=f"{SAGEMAKER}, rule ExplodingTensor",
     cause="an overflow (in float16 above 65,504), a division by zero, the logarithm of zero, bad data, or a step that "
     "was too large",
     remedies=(
-        "find the first layer and step with probe.first_nonfinite()",
-        "check the data",
+        "attach(activations=True), and let probe.first_nonfinite() name the module where it begins",
+        "check whether the values in the batch of that step are finite",
+        "look at what the module named computes in that step",
         "a lower learning rate",
         CLIP,
         "in float16, a scaled loss (torch.amp.GradScaler), or bfloat16",
@@ -114,6 +123,7 @@ def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) ->
 
 EXPLODING = Rule(
     "exploding",
+    meaning="the gradient grows from layer to layer towards the input",
     where="backward",
     formula="norm(first) / norm(last) > exploding_ratio in more than half of the steps, in a run that does not "
     "converge; or at the first step, if the gradient vanishes in more than half of them (ours); or the same ratio on a "
@@ -132,6 +142,7 @@ EXPLODING = Rule(
 
 VANISHING = Rule(
     "vanishing",
+    meaning="almost no gradient reaches the first layers",
     where="backward",
     formula="norm(first) / norm(last) <= vanishing_ratio and norm(first) < vanishing_norm in more than half of the "
     "steps, in a run that does not converge, and with at least slope_sites weights between them also relative to the "
@@ -179,6 +190,7 @@ def _dying(history: RunHistory) -> Finding | None:
 
 DYING = Rule(
     "dying",
+    meaning="most elements of many gradients are exactly zero",
     formula="share of exact zeros >= dying_share in the gradients of at least dying_sites of the weights, and of at "
     "least two, in more than half of the steps, in a run that does not converge; dying_sites is ours",
     source=f"{AUTOTRAINER}, gamma",
@@ -199,13 +211,16 @@ def _silent(history: RunHistory) -> Finding | None:
     moved = np.flatnonzero(~is_zero[:, is_silent].all(axis=1))
     first = int(moved[-1]) + 1 if len(moved) else 0  # from here on all of them are zero
     steps = (history.snapshots[first].step, history.snapshots[-1].step)
-    others = f", and so are those of {len(names) - 1} other parameters" if len(names) > 1 else ""
-    message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}"
+    n_others = len(names) - 1
+    others = f", and so is that of {n_others} more parameter{'s' * (n_others > 1)}" if n_others else ""
+    before = f"; before step {steps[0]} it was not" if first else ""
+    message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}{before}"
     return SILENT.finding(names, steps, {"silent": float(len(names))}, message)
 
 
 SILENT = Rule(
     "silent parameter",
+    meaning="a parameter gets a gradient of exactly zero",
     formula="a gradient that is exactly zero in each of the last `window` steps or more, while other parameters have "
     "one that is not; also in a run that converges",
     source="arithmetic: such a parameter no longer moves",
@@ -271,6 +286,7 @@ def _median_of_positive(norms: FloatArray) -> FloatArray:
 
 DRIFT = Rule(
     "layer drift",
+    meaning="a layer's gradient has left its usual size for good",
     formula="norm of a weight's gradient, both by itself and relative to the median over all weights, in each of at "
     "least the last `window` steps < drift_fall times its own mean over at least spike_warm_up steps before; or > "
     "drift_rise times that mean, in a run that does not converge; the rule is ours",

@@ -42,6 +42,7 @@ def _blow_up(history: RunHistory) -> Finding | None:
 
 LOSS_BLOW_UP = Rule(
     "loss blow-up",
+    meaning="the loss is huge, NaN or infinite",
     formula="a loss that is NaN or infinite, or >= loss_limit and either the first or above spike_jump times the "
     "first, in a run that does not converge; the comparison with the first is ours",
     source=AUTOTRAINER,
@@ -109,6 +110,7 @@ def _turns(means: FloatArray, std_errors: FloatArray, limits: Thresholds) -> lis
 
 UNSTABLE_LOSS = Rule(
     "unstable loss",
+    meaning="the loss falls and rises again",
     formula="a mean of `window` losses < converging times a later one and swing_errors standard errors below it, in a "
     "run that does not converge; the rule is ours, the source compares the accuracy of epochs",
     source=f"{AUTOTRAINER}, oscillating loss",
@@ -163,6 +165,7 @@ def _not_learning(history: RunHistory) -> Finding | None:
 
 NOT_LEARNING = Rule(
     "not learning",
+    meaning="the loss is that of a guess",
     formula="mean loss of the last `window` steps not by drop_errors standard errors below that of the first steps, of "
     "the `window` before and of a uniform guess, which is the logarithm of the number of outputs of the last layer (of "
     "two for one output), and between guess_low and guess_high times the last, in a run whose loss has not clearly "
@@ -218,6 +221,7 @@ def _is_log_spike(before: FloatArray, value: float, limits: Thresholds) -> bool:
 
 SPIKE = Rule(
     "spike",
+    meaning="one step stands far out",
     formula="total norm or loss more than spike_sigmas standard deviations above the mean of the last spike_window "
     "steps, its logarithm more than spike_log_sigmas above that of the logarithms, and more than spike_norm_jump or "
     "spike_jump times the largest of the last `window`; the logarithms and both factors are ours",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.rules.rule import Rule
+from gradprobe.diagnosis.rules.rule import Rule, quoted
 from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals
@@ -36,9 +36,12 @@ def _precision_loss(history: RunHistory) -> Finding | None:
     names = tuple(newest.table.names[site] for site in chosen)
     message = (
         f"steps {steps[0]} to {steps[1]}: the gradients at the outputs of {len(found)} of {len(sites)} modules are too "
-        f"small for their dtype; the first is {names[0]}, where at least {share:.0%} of the nonzero values are below "
-        f"{smallest:.2g}, the smallest normal number"
+        f"small for their dtype; the first is {quoted(names[0])}, where {min(share, 0.99):.0%} or more of the nonzero "
+        f"values are below {smallest:.2g}, the smallest normal number"
     )
+    n_zero = int((newest.columns["zero_fraction"][sites] == 1.0).sum())
+    if n_zero:
+        message += f"; in {n_zero} more modules every value has become zero"
     evidence = {"subnormal_share": share, "smallest_normal": smallest, "modules": float(len(found))}
     return PRECISION_LOSS.finding(names, steps, evidence, message)
 
@@ -54,6 +57,7 @@ def _subnormal_shares(signals: Signals) -> FloatArray:
 
 PRECISION_LOSS = Rule(
     "precision loss",
+    meaning="gradients are too small for their dtype",
     formula="1 - mean magnitude / smallest normal number of the dtype / share of nonzero values > subnormal_share, for "
     "the gradient at the output of a module or residual add, before loss scaling is undone, in more than half of the "
     "observed steps, in a run that does not converge: by Markov's inequality at least that share of the nonzero values "
@@ -61,7 +65,7 @@ PRECISION_LOSS = Rule(
     source="Micikevicius et al. 2018, Mixed Precision Training, arXiv 1710.03740, section 3.2",
     cause="gradients too small for float16, whose smallest normal number is 2^-14 and smallest subnormal number 2^-24",
     remedies=(
-        "scale the loss with torch.amp.GradScaler, given to attach as grad_scaler",
+        "scale the loss with torch.amp.GradScaler",
         "bfloat16, whose range is that of float32",
         "float32 for the layers named",
     ),

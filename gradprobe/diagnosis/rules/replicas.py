@@ -31,6 +31,7 @@ def _replicas_differ(history: RunHistory) -> Finding | None:
 
 REPLICAS_DIFFER = Rule(
     "replicas differ",
+    meaning="ranks disagree on a shared gradient",
     formula="in more than half of the steps, the sums of squares of the copies of a gradient differ by more than 4 eps "
     "of its dtype, or the numbers of zeros of all copies together do not divide by the number of copies",
     source="arithmetic: equal copies of a parameter stay equal only if they get equal gradients",

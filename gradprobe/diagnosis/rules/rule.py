@@ -17,6 +17,11 @@ CLIP = "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step"
 INITIALISE = "an initialisation that suits the activation: He for ReLU, Xavier for tanh"
 
 
+def quoted(name: str) -> str:
+    """Returns a module's name for a message, in quotation marks if it is a bare number, as in `nn.Sequential`."""
+    return f"'{name}'" if name.isdigit() else name
+
+
 _HOW: dict[Need, str] = {
     "loss": "probe.step(loss)",
     "activations=True": "attach(activations=True)",
@@ -32,6 +37,7 @@ class Rule:
 
     Attributes:
         name: Name of the rule, which is also that of its `gradprobe explain` topic.
+        meaning: What is wrong, in a few words.
         formula: When it fires, in terms of `Thresholds`.
         source: Origin of the rule and its threshold.
         cause: The usual cause.
@@ -45,6 +51,7 @@ class Rule:
     """
 
     name: str
+    meaning: str
     formula: str
     source: str
     cause: str
@@ -91,4 +98,4 @@ class Rule:
         """
         remedies = (self.remedies[first], *self.remedies[:first], *self.remedies[first + 1 :])
         texts = (printable(message), self.formula, self.source, self.cause, remedies)
-        return Finding(self.name, self.where, sites, steps, evidence, *texts)
+        return Finding(self.name, self.where, sites, steps, evidence, *texts, meaning=self.meaning)

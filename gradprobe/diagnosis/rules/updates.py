@@ -53,8 +53,9 @@ def _large_early_steps(history: RunHistory) -> Finding | None:
     names = tuple(updates.names[w] for w in np.flatnonzero(is_usable)[medians > limits.early_update_ratio])
     steps = (updates.steps[early[0]], updates.steps[early[-1]])
     message = (
-        f"steps {steps[0]} to {steps[1]}: half of the weights are moved by more than {ratio:.2g} times their own norm "
-        f"in a step, which is healthy near 1e-3, and the loss rises from {losses[0]:.3g} to {highest:.3g}"
+        f"the learning rate is too high: in steps {steps[0]} to {steps[1]} the median weight tensor moves by "
+        f"{ratio:.0%} of its norm in a step, where 0.1% is usual, and the loss rises from {losses[0]:.3g} to "
+        f"{highest:.3g}"
     )
     evidence = {"update_ratio": ratio, "loss_at_start": float(losses[0]), "loss": highest}
     return UPDATES_TOO_LARGE.finding(names, steps, evidence, message)
@@ -62,6 +63,7 @@ def _large_early_steps(history: RunHistory) -> Finding | None:
 
 UPDATES_TOO_LARGE = Rule(
     "updates too large",
+    meaning="the optimizer moves the weights too far",
     formula="norm(update) / norm(weight) > update_ratio_high in at least one observed step, for at least half of the "
     "weights, in a run that does not converge; or, in any run, its median over the weights and the first `window` "
     "steps > early_update_ratio while a loss exceeds early_rise times the first; the half and the second part are ours",
@@ -86,19 +88,22 @@ def _too_small(history: RunHistory) -> Finding | None:
     first = found[0]
     ratio, lost = (float(np.median(values[is_hit[:, first], first])) for values in (updates.ratios, updates.lost))
     steps = (updates.steps[0], updates.steps[-1])
-    message = (
-        f"steps {steps[0]} to {steps[1]}: {len(found)} of {len(updates.names)} weights have a gradient but hardly "
-        f"move; the first is {updates.names[first]}, which moves by {ratio:.2g} times its norm in a step, and of whose "
-        f"elements {max(lost, 0.0):.0%} have a gradient but do not move"
-    )
-    evidence = {"update_ratio": ratio, "lost_share": lost, "weights": float(len(found))}
     is_rounded = ratio >= history.limits.update_ratio_low  # the steps are large enough, but not for the dtype
+    message = (
+        f"steps {steps[0]} to {steps[1]}: {len(found)} of {len(updates.names)} weight tensors have a gradient but "
+        f"hardly move; the first is {updates.names[first]}, which moves by {ratio:.2g} of its norm in a step, while "
+        f"{max(lost, 0.0):.0%} of its elements with a gradient stay as they are"
+    )
+    if is_rounded:
+        message += ": such steps are rounded away in the dtype of the weights"
+    evidence = {"update_ratio": ratio, "lost_share": lost, "weights": float(len(found))}
     names = tuple(updates.names[w] for w in found)
     return UPDATES_TOO_SMALL.finding(names, steps, evidence, message, first=int(is_rounded))
 
 
 UPDATES_TOO_SMALL = Rule(
     "updates too small",
+    meaning="the optimizer hardly moves the weights",
     formula="norm(update) / norm(weight) < update_ratio_low, or share of the weight's elements that have a gradient "
     "and do not move > lost_share, in more than half of at least `window` observed steps, in a run that does not "
     "converge; the second limit is ours",
