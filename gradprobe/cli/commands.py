@@ -202,14 +202,22 @@ def check(
         ),
     ],
     inputs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--input",
-            help="Shape of one example: 3,32,32, or int64[0:1000]:16 for 16 integers below 1000. Repeat it for each "
-            "input of the model.",
+            help="Random input: shape of one example, as 3,32,32, or int64[0:1000]:16 for 16 integers below 1000. "
+            "Repeat it for each input of the model.",
         ),
-    ],
-    batch: Annotated[int, typer.Option(help="Examples in the batch.")] = 1,
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:CALLABLE",
+            help="Instead: a function that returns a real batch. A tuple holds positional arguments, a dict keyword "
+            "arguments; or it returns (batch, loss), where loss is a function of the model's output.",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a random batch.", show_default="1")] = None,
     as_json: Json = False,
 ) -> None:
     """Check the gradient at every layer of a model with one batch.
@@ -218,12 +226,29 @@ def check(
     or gradprobe itself crashes.
 
     Example: gradprobe check 'gradprobe.networks:deep_cnn(50)' --input 3,32,32
+
+    Example: gradprobe check train.py:model --batch train.py:batch
     """
+    from gradprobe.cli.target import load_batch
     from gradprobe.probe.check import check_gradient_flow, parse_input
 
-    specs = [parse_input(text) for text in inputs]
+    if batch is not None and batch.strip().lstrip("+-").isdigit():
+        raise ArgumentError(
+            f"--batch: needed MODULE:CALLABLE, got {batch!r}; for the number of examples use --batch-size"
+        )
+    if bool(inputs) == (batch is not None):
+        raise ArgumentError(f"--input: needed --input or --batch, got {'both' if inputs else 'neither'}")
+    if batch is not None and batch_size is not None:
+        raise ArgumentError("--batch-size: needed --input, whose batch is random; --batch brings its own examples")
     with contextlib.redirect_stdout(sys.stderr):  # what the model prints is no part of the result
-        flow = check_gradient_flow(load_model(target), specs, batch_size=batch)
+        if batch is None:
+            specs = [parse_input(text) for text in inputs or ()]
+            size = 1 if batch_size is None else batch_size
+            flow = check_gradient_flow(load_model(target), specs, batch_size=size)
+        else:
+            model = load_model(target)
+            given, loss = load_batch(batch)
+            flow = check_gradient_flow(model, inputs=given, loss=loss)
     show(flow, as_json)
     raise typer.Exit(1 if flow.findings else 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 T = TypeVar("T")
+
+_loaded: dict[Path, ModuleType] = {}  # files that were run: the model and its batch may be in one
 
 
 def load_model(target: str) -> nn.Module:
@@ -36,25 +39,10 @@ def load_model(target: str) -> nn.Module:
         >>> load_model("torch.nn:Linear(2, 3)")
         Linear(in_features=2, out_features=3, bias=True)
     """
-    import torch
     from torch import nn
 
-    place, separator, call = target.partition(":")
-    if not (place and separator and call.strip()):
-        raise ArgumentError(f"target: needed MODULE:CALLABLE or FILE.py:CALLABLE, got {target!r}")
-    names, arguments, keywords = _parse_call(target, call)
-    torch.manual_seed(0)
-    found: Any = _import(target, place)
-    for name in names:
-        if not hasattr(found, name):
-            raise ArgumentError(f"target: {place} has no {'.'.join(names)}, got {target!r}")
-        found = getattr(found, name)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise ArgumentError(
-                f"target: needed a model or a callable that returns one; {target} is of type {type(found).__name__}"
-            )
-        found = _run_users(target, lambda: found(*arguments, **keywords))
+    needed = "a model or a callable that returns one"
+    found = _load("target", target, needed, lambda value: isinstance(value, nn.Module))
     if not isinstance(found, nn.Module):
         raise ArgumentError(
             f"target: needed a torch.nn.Module; {target} returned an object of type {type(found).__name__}"
@@ -62,14 +50,60 @@ def load_model(target: str) -> nn.Module:
     return found
 
 
-def _parse_call(target: str, call: str) -> tuple[list[str], list[Any], dict[str, Any]]:
+def load_batch(target: str) -> tuple[Any, Callable[[Any], Any] | None]:
+    """Calls the function that a target names, with torch's seed set to 0, to get a batch and maybe a loss.
+
+    Args:
+        target: ``MODULE:CALLABLE`` or ``FILE.py:CALLABLE``, as for `load_model`. CALLABLE returns the inputs of the
+            model, or a pair of them and the loss, a function of the model's output.
+
+    Returns:
+        The inputs, and the loss or None.
+
+    Raises:
+        ArgumentError: The target is malformed, does not exist, is not callable, raises an exception or returns None.
+
+    Example:
+        >>> load_batch("torch:ones(2, 3)")[0].shape
+        torch.Size([2, 3])
+    """
+    found = _load("--batch", target, "a callable that returns a batch", lambda value: False)
+    if found is None:
+        raise ArgumentError(f"--batch: needed a batch; {target} returned None")
+    if isinstance(found, tuple) and len(found) == 2 and inspect.isroutine(found[1]):  # a batch may be callable
+        return found[0], found[1]
+    return found, None
+
+
+def _load(argument: str, target: str, needed: str, is_result: Callable[[Any], bool]) -> Any:
+    """Finds what a target names and calls it, unless it is a result already."""
+    import torch
+
+    place, separator, call = target.partition(":")
+    if not (place and separator and call.strip()):
+        raise ArgumentError(f"{argument}: needed MODULE:CALLABLE or FILE.py:CALLABLE, got {target!r}")
+    names, arguments, keywords = _parse_call(argument, target, call)
+    torch.manual_seed(0)
+    found: Any = _import(argument, target, place)
+    for name in names:
+        if not hasattr(found, name):
+            raise ArgumentError(f"{argument}: {place} has no {'.'.join(names)}, got {target!r}")
+        found = getattr(found, name)
+    if is_result(found):
+        return found
+    if not callable(found):
+        raise ArgumentError(f"{argument}: needed {needed}; {target} is of type {type(found).__name__}")
+    return _run_users(argument, target, lambda: found(*arguments, **keywords))
+
+
+def _parse_call(argument: str, target: str, call: str) -> tuple[list[str], list[Any], dict[str, Any]]:
     """Splits ``a.b(1, c=2)`` into names, arguments and keywords without running any of it."""
     try:
         node = ast.parse(call.strip(), mode="eval").body
         arguments: list[Any] = []
         keywords: dict[str, Any] = {}
         if isinstance(node, ast.Call):
-            arguments = [ast.literal_eval(argument) for argument in node.args]
+            arguments = [ast.literal_eval(one) for one in node.args]
             keywords = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if k.arg is not None}
             if len(keywords) < len(node.keywords):
                 raise ValueError("** is not a literal")
@@ -82,35 +116,38 @@ def _parse_call(target: str, call: str) -> tuple[list[str], list[Any], dict[str,
             raise ValueError("not a name")
     except (SyntaxError, ValueError) as error:
         raise ArgumentError(
-            f"target: needed a name, with literal arguments if any, got {call!r} in {target!r}"
+            f"{argument}: needed a name, with literal arguments if any, got {call!r} in {target!r}"
         ) from error
     return [node.id, *names], arguments, keywords
 
 
-def _import(target: str, place: str) -> ModuleType:
+def _import(argument: str, target: str, place: str) -> ModuleType:
     if not place.endswith(".py"):
         # A console script does not search the working directory for modules by itself.
         sys.path.insert(0, "")
-        return _run_users(target, lambda: importlib.import_module(place))
+        return _run_users(argument, target, lambda: importlib.import_module(place))
     path = Path(place).expanduser().resolve()
+    if path in _loaded:
+        return _loaded[path]
     if not path.is_file():
-        raise ArgumentError(f"target: there is no file {place}")
+        raise ArgumentError(f"{argument}: there is no file {place}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise ArgumentError(f"target: {place} cannot be loaded as a module")
+        raise ArgumentError(f"{argument}: {place} cannot be loaded as a module")
     module = importlib.util.module_from_spec(spec)
     loader = spec.loader
     sys.path.insert(0, str(path.parent))
     sys.modules[path.stem] = module
-    _run_users(target, lambda: loader.exec_module(module))
+    _run_users(argument, target, lambda: loader.exec_module(module))
+    _loaded[path] = module
     return module
 
 
-def _run_users(target: str, run: Callable[[], T]) -> T:
-    """Runs the user's code and turns an exception from it into an `ArgumentError` that names the target."""
+def _run_users(argument: str, target: str, run: Callable[[], T]) -> T:
+    """Runs the user's code and turns an exception from it into an `ArgumentError` that names argument and target."""
     try:
         return run()
     except GradprobeError:
         raise
     except Exception as error:
-        raise ArgumentError(f"target: {target} raised {type(error).__name__}: {error}") from error
+        raise ArgumentError(f"{argument}: {target} raised {type(error).__name__}: {error}") from error

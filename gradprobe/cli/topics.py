@@ -143,7 +143,7 @@ TOPICS: dict[str, Topic] = {
             "its branch.",
             _FINDINGS,
             (_PASCANU, _YANG),
-            ("gradprobe check 'gradprobe.networks:plain(110)' --input 3,32,32 --batch 16", "gradprobe remedies"),
+            ("gradprobe check 'gradprobe.networks:plain(110)' --input 3,32,32 --batch-size 16", "gradprobe remedies"),
         ),
         _rule(
             "loss blow-up",
@@ -304,7 +304,7 @@ TOPICS: dict[str, Topic] = {
             "part, the first part arrives unchanged. Each residual add can measure how much comes through which.",
             ("write the residual add as gradprobe.nn.ResidualAdd, and attach",),
             (_HE_NETS, _HE_IDENTITY + ", eq. 5"),
-            commands=("gradprobe check 'gradprobe.networks:resnet(110)' --input 3,32,32 --batch 16",),
+            commands=("gradprobe check 'gradprobe.networks:resnet(110)' --input 3,32,32 --batch-size 16",),
             code=(_ATTACH, "{name: seen.shortcut_share for name, seen in probe.latest().junctions.items()}"),
         ),
     )

@@ -3,374 +3,289 @@
 from __future__ import annotations
 
 import math
-import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
-from gradprobe.diagnosis.depth import layer_status
-from gradprobe.diagnosis.diagnose import Verdict, diagnose, verdict
+from gradprobe.diagnosis.depth import Flow, flow_verdict, weight_norms
+from gradprobe.diagnosis.diagnose import diagnose, most_severe
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.errors import ArgumentError, GradprobeWarning, printable
+from gradprobe.diagnosis.rules import RULES
+from gradprobe.errors import ArgumentError, GradprobeWarning
+from gradprobe.probe.flow.gates import Gate, blocked_by, find_gates, opened
+from gradprobe.probe.flow.graph import LossGraph
+from gradprobe.probe.flow.inputs import (
+    MODELS_LOSS,
+    Batch,
+    InputSpec,
+    Loss,
+    given_batch,
+    parse_input,
+    random_batch,
+    scalar_loss,
+)
+from gradprobe.probe.flow.report import FlowReport, LayerFlow
+from gradprobe.probe.flow.trunk import Outputs, TrunkPoint, sensitivities, trunks
+from gradprobe.probe.flow.verdict import flow_along, flow_finding, layer_statuses
 from gradprobe.probe.probe import attach
 from gradprobe.snapshot.snapshot import Snapshot
 
+__all__ = ["FlowReport", "InputSpec", "LayerFlow", "check_gradient_flow", "parse_input"]
+
 SEED = 0
-BAR_WIDTH = 24
-# Longest name, and longest message with names in it, that the table shows in full.
-NAME_WIDTH = 60
-MESSAGE_WIDTH = 500
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float32,
-        torch.float64,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.int64,
-        torch.int32,
-        torch.uint8,
-        torch.bool,
-    )
-}
-_SPEC = re.compile(r"^(?:(?P<dtype>\w+)(?:\[(?P<low>-?\d+):(?P<high>-?\d+)\])?:)?(?P<shape>\d+(?:,\d+)*)?$")
-
-
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """A random input of a model.
-
-    Attributes:
-        shape: Shape of one example, without the batch.
-        dtype: Floating dtypes are drawn from the standard normal distribution, integer ones uniformly.
-        low: Smallest integer drawn.
-        high: One more than the largest integer drawn.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-    low: int = 0
-    high: int = 2
-
-    def draw(self, batch_size: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-        """Draws a batch, a tensor of shape [batch_size, *shape]."""
-        shape = (batch_size, *self.shape)
-        if self.dtype.is_floating_point or self.dtype.is_complex:
-            return torch.randn(shape, generator=generator, dtype=self.dtype).to(device)
-        return torch.randint(self.low, self.high, shape, generator=generator).to(device, self.dtype)
-
-
-def parse_input(text: str) -> InputSpec:
-    """Parses the description of an input.
-
-    Args:
-        text: `3,32,32` for float32 of that shape; `int64[0:1000]:16` for 16 integers from 0 to 999; `float64:3,8,8`.
-
-    Returns:
-        The input.
-
-    Raises:
-        ArgumentError: The text has another form.
-
-    Example:
-        >>> parse_input("int64[0:1000]:16")
-        InputSpec(shape=(16,), dtype=torch.int64, low=0, high=1000)
-    """
-    match = _SPEC.match(text.replace(" ", ""))
-    if match is None or not text.strip():
-        raise ArgumentError(f"input: needed SHAPE, DTYPE:SHAPE or DTYPE[LOW:HIGH]:SHAPE, e.g. 3,32,32, got {text!r}")
-    dtype = DTYPES.get(match["dtype"] or "float32")
-    if dtype is None:
-        raise ArgumentError(f"input: needed one of the dtypes {', '.join(DTYPES)}, got {match['dtype']!r} in {text!r}")
-    shape = tuple(int(size) for size in match["shape"].split(",")) if match["shape"] else ()
-    if match["low"] is None:
-        return InputSpec(shape, dtype)
-    low, high = int(match["low"]), int(match["high"])
-    if dtype.is_floating_point or dtype.is_complex or low >= high:
-        raise ArgumentError(f"input: [LOW:HIGH] needs an integer dtype and LOW < HIGH, got {text!r}")
-    return InputSpec(shape, dtype, low, high)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFlow:
-    """The gradient of one parameter.
-
-    Attributes:
-        depth: Position of its module in order of execution.
-        name: Name of the parameter.
-        norm: Euclidean norm.
-        rms: Root of the mean square.
-        abs_max: Largest magnitude.
-        zero_fraction: Share of exact zeros.
-        nonfinite: Number of NaN and infinite elements.
-        numel: Number of elements.
-        status: Verdict on this layer compared with the last one; "no gradient" if none arrived.
-    """
-
-    depth: int
-    name: str
-    norm: float
-    rms: float
-    abs_max: float
-    zero_fraction: float
-    nonfinite: int
-    numel: int
-    status: str
-
-
-@dataclass(frozen=True, slots=True)
-class FlowReport:
-    """The result of `check_gradient_flow`. Prints as a table.
-
-    Attributes:
-        model: Class name of the model.
-        layers: Parameters in order of execution.
-        findings: What is wrong.
-        verdict: The most severe rule that fired, such as "vanishing" or "exploding", or "healthy". For an untrained
-            model, the verdict at initialisation.
-        snapshot: The measurement.
-    """
-
-    model: str
-    layers: tuple[LayerFlow, ...]
-    findings: tuple[Finding, ...]
-    verdict: Verdict
-    snapshot: Snapshot
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the report as plain data. NaN and infinity stay Python floats."""
-        return {
-            "model": self.model,
-            "verdict": self.verdict,
-            "layers": [asdict(layer) for layer in self.layers],
-            "findings": [asdict(finding) for finding in self.findings],
-        }
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        title = Text(f"Gradient flow through {printable(self.model, NAME_WIDTH)}", style="table.title")
-        table = Table(title=title, title_justify="left", caption_justify="left")
-        table.add_column("depth", justify="right")
-        table.add_column("parameter", overflow="fold")
-        table.add_column("norm", justify="right")
-        table.add_column("RMS", justify="right")
-        table.add_column(f"log10 RMS, {_bar_range(self.layers)}", min_width=BAR_WIDTH, no_wrap=True)
-        table.add_column("status")
-        for layer in self.layers:
-            style = "green" if layer.status == "healthy" else "bold red"
-            table.add_row(
-                str(layer.depth),
-                Text(printable(layer.name, NAME_WIDTH)),
-                f"{layer.norm:.2e}",
-                f"{layer.rms:.2e}",
-                _bar(layer.rms, self.layers),
-                Text(layer.status, style=style),
-            )
-        yield table
-        yield f"verdict: {self.verdict}"
-        for finding in self.findings:
-            yield Text(f"  {printable(finding.message, MESSAGE_WIDTH)} (rule: {finding.source})")
-
-    def __str__(self) -> str:
-        console = Console(width=120, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+# A bias whose gradient is this much smaller than that of its layer's output cancels in the sum over the batch.
+_CANCELS = 1e-4
 
 
 def check_gradient_flow(
     model: nn.Module,
-    input_shape: Sequence[int] | str | InputSpec | Sequence[str | InputSpec | Sequence[int]],
+    input_shape: Sequence[int] | str | InputSpec | Sequence[str | InputSpec | Sequence[int]] | None = None,
     *,
+    inputs: Any = None,
+    loss: Loss | None = None,
     batch_size: int = 1,
 ) -> FlowReport:
-    """Sends one random batch forward and a random gradient back, and measures the gradient of each parameter.
+    """Sends one batch forward and its gradient back, and judges whether the gradient reaches the first layers.
 
-    The loss is a fixed random projection of the outputs, divided by the root of their number. A plain sum would not do:
-    a softmax or a normalisation at the end cancels its gradient. The model is left unchanged: weights, buffers,
-    gradients, mode and random numbers.
+    The verdict compares how much the loss depends on the first and on the last output of a module along the trunk: the
+    outputs that all of the gradient has to pass. docs/check.md describes it. The parameters are listed in the order in
+    which the forward pass uses them. The model is left unchanged: weights, buffers, gradients, mode and random numbers.
+    A compiled model runs without its compiled code.
 
     Args:
         model: Any module, measured in its present mode (train or eval).
-        input_shape: Shape of one example without the batch, e.g. (3, 32, 32); or text for `parse_input`; or an
-            `InputSpec`; or a sequence of these for several inputs.
-        batch_size: Examples in the batch.
+        input_shape: For random inputs: shape of one example without the batch, e.g. (3, 32, 32); or text for
+            `parse_input`; or an `InputSpec`; or a sequence of these for several inputs.
+        inputs: Instead, a batch of your own. A tuple holds positional arguments, a mapping keyword arguments (such as
+            the BatchEncoding of a tokenizer); anything else, such as a tensor, a list or a batch of graphs, is the only
+            argument. It has to be on the model's device.
+        loss: Function of the model's output that returns a scalar tensor. Without it, the output's own `.loss` is used
+            if there is one (transformers computes it if the batch has labels); or else a fixed random projection of
+            all outputs, divided by the root of their number. A plain sum would not do: a softmax or a normalisation at
+            the end cancels its gradient.
+        batch_size: Examples in a random batch.
 
     Returns:
         The report.
 
     Raises:
-        ArgumentError: An argument is invalid, the model cannot take such an input, or its output has no gradient.
+        ArgumentError: An argument is invalid, the model cannot take such a random input, or its output has no gradient.
+            An error that the model or the loss raises with your own inputs is left as it is.
 
     Source:
-        Rules of AUTOTRAINER (Zhang et al., ICSE 2021).
+        The verdict on the flow is ours. Other faults: the rules of `gradprobe.diagnosis` that one step is enough for.
 
     Example:
         >>> from gradprobe import networks
         >>> check_gradient_flow(networks.deep_cnn(50), (3, 32, 32)).verdict
         'vanishing'
+        >>> check_gradient_flow(nn.Linear(3, 1), inputs=torch.ones(8, 3), loss=lambda y: y.square().mean()).verdict
+        'healthy'
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: needed a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size: needed an integer of at least 1, got {batch_size!r}")
-    specs = _specs(input_shape)
+    if (input_shape is None) == (inputs is None):
+        which = "neither" if inputs is None else "both"
+        raise ArgumentError(f"input_shape: needed sizes such as (3, 32, 32), or inputs= in their place, got {which}")
+    if loss is not None and not callable(loss):
+        raise ArgumentError(f"loss: needed a function of the model's output, got {type(loss).__name__}")
     tensor = next(iter((*model.parameters(), *model.buffers())), torch.empty(0))
     generator = torch.Generator().manual_seed(SEED)
-    inputs = [spec.draw(batch_size, generator, tensor.device) for spec in specs]
-    with _untouched(model), attach(model, activations=True, when="step") as probe, _execution_order(model) as order:
-        with warnings.catch_warnings(), torch.enable_grad():
+    batch = random_batch(input_shape, batch_size, generator, tensor.device) if inputs is None else given_batch(inputs)
+    run = _Run(model, batch, loss, generator.get_state())
+    with _untouched(model, batch), torch.enable_grad(), _without_compiled_code():
+        with attach(model, activations=True, when="step") as probe, warnings.catch_warnings():
             warnings.simplefilter("ignore", GradprobeWarning)  # the report itself lists what has no gradient
-            torch.autograd.backward(_projection(_forward(model, inputs, batch_size), generator))
+            seen = run.backward()
             probe.step()
-        snapshot = probe.latest(wait=True)
-        silent = probe.coverage().silent
-    if snapshot is None:
-        raise ArgumentError("model: no parameter received a gradient from the output")
-    depths = [_depth(name, order) for name in snapshot.table.names]
-    snapshot = snapshot.reordered(sorted(range(len(depths)), key=depths.__getitem__))
-    return _report(model, snapshot, silent, order)
+            snapshot, silent = probe.latest(wait=True), probe.coverage().silent
+        if snapshot is None:
+            raise ArgumentError("model: no parameter received a gradient from the output")
+        gates, found, note = find_gates(model, seen.graph), seen.trunks(), ""
+        if gates and any(flow_along(trunk) != "healthy" for trunk in found):
+            with opened(gates):
+                found = run.backward().trunks()
+            note = f" (measured on a copy in which {_listed([gate.name for gate in gates])} had ordinary values)"
+    uses = _first_uses(model, snapshot.table.names, seen)
+    snapshot = snapshot.reordered(sorted(range(len(uses)), key=uses.__getitem__))
+    return _report(model, snapshot, silent, seen, _Flow(found, gates, note))
 
 
-def _report(model: nn.Module, snapshot: Snapshot, silent: Sequence[str], order: Mapping[str, int]) -> FlowReport:
-    # Weights, biases and scales differ in size and in role: each is compared with the last one of its role.
-    last_norms = {_role(name, snapshot): snapshot[name].norm for name in snapshot}
-    layers = []
+@dataclass(frozen=True)
+class _Seen:
+    """One forward and backward pass."""
+
+    outputs: Outputs
+    graph: LossGraph
+    loss: str
+
+    def trunks(self) -> list[list[TrunkPoint]]:
+        found = [sensitivities(trunk) for trunk in trunks(self.outputs.found, self.graph)]
+        return [trunk for trunk in found if len(trunk) > 1]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The passes of one model with one batch, which can be repeated."""
+
+    model: nn.Module
+    batch: Batch
+    loss: Loss | None
+    state: torch.Tensor  # of the generator of the random projection
+
+    def backward(self) -> _Seen:
+        torch.manual_seed(SEED)
+        generator, outputs = torch.Generator(), Outputs()
+        generator.set_state(self.state)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        with outputs.recording(self.model):
+            output = self.batch.run(self.model)
+        value, description = scalar_loss(output, self.loss, generator)
+        graph = LossGraph(value)
+        torch.autograd.backward(value)
+        return _Seen(outputs, graph, description)
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """What the verdict on the flow rests on."""
+
+    trunks: Sequence[Sequence[TrunkPoint]]
+    gates: Sequence[Gate]
+    note: str  # how the trunks were measured
+
+
+def _report(
+    model: nn.Module, snapshot: Snapshot, without_gradient: Sequence[str], seen: _Seen, measured: _Flow
+) -> FlowReport:
+    flows: list[Flow] = [flow_along(trunk) for trunk in measured.trunks]
+    flow: Flow = next((one for one in ("exploding", "vanishing") if one in flows), "healthy")
+    if not flows:
+        flow = flow_verdict(weight_norms(snapshot))
+    statuses: dict[str, str] = dict(layer_statuses(snapshot, flow))
+    findings = [one for one in diagnose([snapshot]) if not flows or not _is_flow(one)]
+    if flows and flow != "healthy":
+        concerned = [name for name, status in statuses.items() if status == flow]
+        findings.append(flow_finding(flow, measured.trunks[flows.index(flow)], concerned, measured.note))
+    titles = [rule.title for rule in RULES]
+    findings.sort(key=lambda one: titles.index(one.title))
+    notes = list(_explain(model, snapshot, seen, measured.gates, statuses, flow))
+    if measured.note and not (flows and flow != "healthy"):
+        notes.append(f"the verdict on the flow is{measured.note.strip(' ()').removeprefix('measured')}")
+    layers: list[LayerFlow] = []
+    depth, owner = -1, None
     for name in snapshot.table.names:
-        depth = _depth(name, order)
-        if name in silent:
+        if name.rpartition(".")[0] != owner:
+            depth, owner = depth + 1, name.rpartition(".")[0]
+        if name in without_gradient or name not in snapshot:
             layers.append(LayerFlow(depth, name, 0.0, 0.0, 0.0, 0.0, 0, 0, "no gradient"))
             continue
         site = snapshot[name]
-        status = "non-finite" if site.nonfinite else layer_status(site.norm, last_norms[_role(name, snapshot)])
-        layers.append(
-            LayerFlow(
-                depth, name, site.norm, site.rms, site.abs_max, site.zero_fraction, site.nonfinite, site.numel, status
-            )
-        )
-    return FlowReport(type(model).__name__, tuple(layers), tuple(diagnose([snapshot])), verdict([snapshot]), snapshot)
-
-
-def _specs(input_shape: Any) -> list[InputSpec]:
-    if isinstance(input_shape, str):
-        return [parse_input(input_shape)]
-    if isinstance(input_shape, InputSpec):
-        return [input_shape]
-    if isinstance(input_shape, Sequence):
-        if all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in input_shape):
-            return [InputSpec(tuple(input_shape))]
-        if not any(isinstance(size, (int, float)) for size in input_shape):
-            return [spec for part in input_shape for spec in _specs(part)]
-    raise ArgumentError(
-        f"input_shape: needed sizes such as (3, 32, 32), text, an InputSpec or a sequence of these, got {input_shape!r}"
+        numbers = (site.norm, site.rms, site.abs_max, site.zero_fraction, site.nonfinite, site.numel)
+        layers.append(LayerFlow(depth, name, *numbers, statuses[name]))
+    return FlowReport(
+        model=type(model).__name__,
+        layers=tuple(layers),
+        findings=tuple(findings),
+        verdict=most_severe({finding.rule for finding in findings}),
+        snapshot=snapshot,
+        loss=seen.loss,
+        trunks=tuple(map(tuple, measured.trunks)),
+        notes=tuple(notes),
     )
 
 
-def _forward(model: nn.Module, inputs: list[torch.Tensor], batch_size: int) -> Any:
-    try:
-        return model(*inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = ", ".join(f"{tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in inputs)
-        hint = ""
-        if batch_size == 1 and "more than 1 value per channel" in str(error):
-            hint = "; batch normalisation needs a batch_size of at least 2 here"
-        reason = str(error).splitlines()[0]
-        raise ArgumentError(
-            f"input_shape: {type(model).__name__} cannot take inputs of shape {shapes}: {reason}{hint}"
-        ) from error
+def _is_flow(finding: Finding) -> bool:
+    return finding.where == "backward" and finding.rule in ("vanishing", "exploding")
 
 
-def _projection(output: Any, generator: torch.Generator) -> torch.Tensor:
-    terms = []
-    for tensor in _tensors(output):
-        if tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex()):
-            direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device)
-            values = tensor.real if tensor.is_complex() else tensor
-            terms.append((values.float() * direction).sum() / math.sqrt(max(tensor.numel(), 1)))
-    if not terms:
-        raise ArgumentError("model: needed an output that depends on a trainable parameter; none of its outputs does")
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+def _explain(
+    model: nn.Module, snapshot: Snapshot, seen: _Seen, gates: Sequence[Gate], statuses: dict[str, str], flow: Flow
+) -> Iterator[str]:
+    """Yields notes on gradients that are zero or small for a reason, and corrects their statuses."""
+    if seen.loss == MODELS_LOSS:
+        yield f"the gradient is that of {seen.loss}"
+    zeros = [name for name in snapshot if snapshot[name].abs_max == 0.0]
+    blocked = blocked_by(gates, zeros, model, seen.graph)
+    for gate in dict.fromkeys(blocked.values()):
+        names = [name for name in blocked if blocked[name] == gate]
+        statuses.update(dict.fromkeys(names, "starts at 0"))
+        layer = gate.rpartition(".")[0] or gate
+        which = "all gradients" if len(blocked) == len(names) > 1 else f"the gradients of {_listed(names)}"
+        yield f"{which} behind {layer} are 0, because {gate} is 0; the first step changes that"
+    for value in sorted({gate.value for gate in gates} - {0.0}):
+        names = [gate.name for gate in gates if gate.value == value]
+        yield f"{_listed(names)} start{'s' * (len(names) == 1)} at {value:g}: the gradients in these branches are small"
+    cancelling = [name for name in snapshot if _cancels(name, snapshot, seen)]
+    statuses.update(dict.fromkeys(cancelling, "cancels"))
+    if cancelling:
+        yield (
+            f"the gradient of {_listed(cancelling)} is 0 up to rounding: a softmax or a normalisation behind removes "
+            "what a bias adds"
+        )
+    others = [name for name in zeros if name not in blocked and name not in cancelling]
+    if others and flow == "healthy":
+        statuses.update(dict.fromkeys(others, "zero"))
+        yield f"the gradient of {_listed(others)} is exactly 0 with this batch"
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif is_dataclass(output):
-        yield from _tensors(vars(output))
+def _cancels(name: str, snapshot: Snapshot, seen: _Seen) -> bool:
+    module, _, role = name.rpartition(".")
+    return role == "bias" and snapshot[name].norm < _CANCELS * seen.outputs.gradient_norm(module)
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]} and {len(names) - 1} others"
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+def _untouched(model: nn.Module, batch: Batch) -> Iterator[None]:
+    gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *batch.leaves())]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        for parameter, _ in gradients:
-            parameter.grad = None
         try:
+            for tensor, _ in gradients:
+                tensor.grad = None
             yield
         finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
+            for tensor, gradient in gradients:
+                tensor.grad = gradient
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
 
 
 @contextmanager
-def _execution_order(model: nn.Module) -> Iterator[dict[str, int]]:
-    order: dict[str, int] = {}
-
-    def note(name: str, _module: nn.Module, _inputs: Any) -> None:
-        order.setdefault(name, len(order))
-
-    handles = [
-        module.register_forward_pre_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
-    ]
-    try:
-        yield order
-    finally:
-        for handle in handles:
-            handle.remove()
+def _without_compiled_code() -> Iterator[None]:
+    """Runs compiled models as they were written: in a compiled graph, modules and parameters cannot be told apart."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled then, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
-def _role(site: str, snapshot: Snapshot) -> tuple[str, bool]:
-    return site.rpartition(".")[2], snapshot.table.ndims[snapshot.table.index[site]] > 1
+def _first_uses(model: nn.Module, names: Sequence[str], seen: _Seen) -> list[float]:
+    """Returns a number for each parameter that grows with the time of its first use.
 
-
-def _depth(site: str, order: Mapping[str, int]) -> int:
-    return order.get(site.rpartition(".")[0], len(order))
-
-
-def _bar_range(layers: Sequence[LayerFlow]) -> str:
-    low, high = _log_range(layers)
-    return f"{low} to {high}"
-
-
-def _log_range(layers: Sequence[LayerFlow]) -> tuple[int, int]:
-    logs = [math.log10(layer.rms) for layer in layers if 0 < layer.rms < math.inf]
-    return (math.floor(min(logs)), math.floor(max(logs)) + 1) if logs else (0, 1)
-
-
-def _bar(rms: float, layers: Sequence[LayerFlow]) -> str:
-    low, high = _log_range(layers)
-    if not 0 < rms < math.inf:
-        return "" if rms == 0 else "?"
-    return "█" * max(1, round(BAR_WIDTH * (math.log10(rms) - low) / (high - low)))
+    A parameter that the graph does not show counts as used when its module, or the one around it, was called.
+    """
+    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    uses = []
+    for name in names:
+        use: float | None = seen.graph.first_use(parameters[name])
+        place = name
+        while use is None:
+            place = place.rpartition(".")[0]
+            use = seen.outputs.called.get(place, None if place else math.inf)
+        uses.append(use)
+    return uses

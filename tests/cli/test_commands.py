@@ -96,7 +96,9 @@ def test_check_finds_the_vanishing_gradient_of_the_lesson(gradprobe):
 
 
 def test_check_finds_a_residual_network_healthy(gradprobe):
-    code, out, _ = gradprobe("check", "gradprobe.networks:resnet(20)", "--input", "3,16,16", "--batch", "8", "--json")
+    code, out, _ = gradprobe(
+        "check", "gradprobe.networks:resnet(20)", "--input", "3,16,16", "--batch-size", "8", "--json"
+    )
     assert code == 0
     flow = json.loads(out)
     assert flow["verdict"] == "healthy"
@@ -204,7 +206,7 @@ def test_arguments_of_a_target_are_never_executed(gradprobe, module, tmp_path):
         [],
         ["check", "gradprobe.networks:resnet(20)"],
         ["check", "gradprobe.networks:resnet(20)", "--input", "3,a"],
-        ["check", "gradprobe.networks:resnet(20)", "--input", "3,8,8", "--batch", "0"],
+        ["check", "gradprobe.networks:resnet(20)", "--input", "3,8,8", "--batch-size", "0"],
         ["check", "gradprobe.networks:resnet(20)", "--input", "5,8,8"],
         ["sweep", "--depths", "20,x"],
         ["sweep", "--depths", "21"],

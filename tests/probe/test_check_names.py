@@ -11,7 +11,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.errors import printable
-from gradprobe.probe.check import NAME_WIDTH
+from gradprobe.probe.flow.report import NAME_WIDTH
 
 
 class Named(nn.Module):

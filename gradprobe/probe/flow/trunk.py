@@ -1,0 +1,148 @@
+"""Measures how much the loss depends on the outputs of modules along the trunk of a model.
+
+The trunk is the chain of module outputs that all of the gradient passes on its way to the first layer: the blocks of a
+residual network, but not the layers inside their branches. It is read from the graph of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import Node
+
+from gradprobe.observers.observable import in_transform, measurable_part, tensors_in
+from gradprobe.ops import grad_stats, norms
+from gradprobe.probe.flow.graph import LossGraph
+
+_LEAST = 3  # outputs that a trunk needs
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkPoint:
+    """The output of a module on the trunk.
+
+    Attributes:
+        module: Name of the module, "" for the whole model.
+        sensitivity: Standard deviation of the change of the loss, per unit of noise, if every element of the output is
+            changed by independent noise whose standard deviation is the noise times the output's RMS: norm of the
+            gradient times RMS of the output. Does not depend on the scale of the output.
+    """
+
+    module: str
+    sensitivity: float
+
+
+@dataclass(slots=True)
+class Output:
+    """One tensor that a module returned.
+
+    Attributes:
+        module: Name of the module.
+        node: The node of the graph that made the tensor.
+        row: Raw statistics of the tensor. [1, 6]
+        numel: Number of elements.
+        gradient: Raw statistics of the gradient, None before it arrived. [1, 6]
+    """
+
+    module: str
+    node: Node
+    row: torch.Tensor
+    numel: int
+    gradient: torch.Tensor | None = None
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the gradient; NaN if there was none."""
+        return math.nan if self.gradient is None else float(norms(self.gradient))
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the tensor."""
+        return float(norms(self.row)) / math.sqrt(max(self.numel, 1))
+
+
+class Outputs:
+    """Records the outputs of all modules during a forward pass, and their gradients during the backward pass."""
+
+    def __init__(self) -> None:
+        self.found: list[Output] = []
+        self.called: dict[str, int] = {}  # name of a module -> a sequence number of the graph at its first call
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Records while the block runs."""
+        handles = []
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(partial(self._on_call, name)))
+            handles.append(module.register_forward_hook(partial(self._on_output, name)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradient_norm(self, module: str) -> float:
+        """Returns the norm of the gradient at the outputs of a module, all calls together; NaN if there is none."""
+        found = [one.gradient_norm for one in self.found if one.module == module]
+        return math.hypot(*found) if found else math.nan
+
+    def _on_call(self, name: str, _module: nn.Module, _inputs: Any) -> None:
+        if name not in self.called and torch.is_grad_enabled() and not in_transform():
+            clock = torch.ones((), requires_grad=True).neg().grad_fn
+            assert clock is not None
+            self.called[name] = clock._sequence_nr()
+
+    def _on_output(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or in_transform():
+            return
+        for tensor in tensors_in(output):
+            part = measurable_part(tensor)
+            if tensor.grad_fn is None or part is None or part is not tensor:
+                continue
+            one = Output(name, tensor.grad_fn, grad_stats([tensor.detach()]), tensor.numel())
+            self.found.append(one)
+            tensor.register_hook(partial(_note_gradient, one))
+
+
+def trunks(outputs: Sequence[Output], graph: LossGraph) -> list[list[Output]]:
+    """Finds the trunks of a model: one, or one per tower.
+
+    Args:
+        outputs: The outputs of all modules, in order of execution.
+        graph: The graph of the loss, before or after the backward pass.
+
+    Returns:
+        The outputs on each trunk, from the input to the loss. If several modules return one tensor, the outermost.
+    """
+    named = {one.node: one for one in outputs if one.node in graph}
+    lengths = graph.count_on_path(named)
+    least = max(_LEAST, max((lengths[node] for node in named), default=0) / 2)
+    accepted: list[list[Output]] = []
+    seen: set[Node] = set()
+    for start in named:  # in order of execution
+        if lengths[start] < least or start in seen:
+            continue
+        chain = [node for node in graph.path(start) if node in named]
+        if 2 * sum(node in seen for node in chain) < len(chain):
+            accepted.append([named[node] for node in chain])
+            seen.update(chain)
+    return accepted
+
+
+def sensitivities(trunk: Sequence[Output]) -> list[TrunkPoint]:
+    """Returns the points of a trunk whose gradient was seen; without those whose output is zero."""
+    points = [TrunkPoint(one.module, one.gradient_norm * one.rms) for one in trunk if one.rms > 0]
+    return [point for point in points if not math.isnan(point.sensitivity)]
+
+
+def _note_gradient(output: Output, gradient: torch.Tensor) -> None:
+    part = measurable_part(gradient)
+    if part is not None:
+        output.gradient = grad_stats([part])
