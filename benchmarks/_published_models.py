@@ -1,7 +1,7 @@
 """The models of benchmarks/real_model_flow.py: published architectures at their published width, with random weights.
 
-Nothing is downloaded. Where a model would not fit into 6 GiB with its gradients, it has fewer layers, experts or tokens,
-never a smaller width; the name says so. Each function builds a model and a batch for it; libraries are imported then.
+Nothing is downloaded. Where a model would not fit into 6 GiB with its gradients, it has fewer layers or experts, never
+a smaller width; the name says so. Each function builds a model and a batch for it; libraries are imported then.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ _QWEN = {
     "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8,
     "head_dim": 128, "num_hidden_layers": 28, "vocab_size": 32000, "tie_word_embeddings": True,
 }  # fmt: skip
-_GEMMA = {"num_hidden_layers": 4, "vocab_size": 32000}
-_MIXTRAL = {"num_hidden_layers": 2, "num_local_experts": 2, "vocab_size": 8000}
+_GEMMA = {"num_hidden_layers": 2, "vocab_size": 32000}
+_MIXTRAL = {"num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 8000}
 _UNET = {
     "sample_size": 32, "block_out_channels": (128, 256, 256, 256), "layers_per_block": 2,
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
@@ -223,9 +223,9 @@ _TRANSFORMERS: dict[str, tuple[str, str, Callable[[Any], dict[str, Any]], dict[s
     }),
     "GPT2": ("GPT2LMHeadModel", "GPT2Config", labelled_text, {}),
     "Llama, 4 layers": ("LlamaForCausalLM", "LlamaConfig", labelled_text, {**_LLAMA, "num_hidden_layers": 4}),
-    "Gemma2 2b, 4 layers": ("Gemma2ForCausalLM", "Gemma2Config", labelled_text, _GEMMA),
+    "Gemma2 2b, 2 layers": ("Gemma2ForCausalLM", "Gemma2Config", labelled_text, _GEMMA),
     "Qwen3 0.6b": ("Qwen3ForCausalLM", "Qwen3Config", labelled_text, _QWEN),
-    "Mixtral, 2 layers, 2 experts": ("MixtralForCausalLM", "MixtralConfig", labelled_text, _MIXTRAL),
+    "Mixtral, 1 layer, 2 experts": ("MixtralForCausalLM", "MixtralConfig", labelled_text, _MIXTRAL),
     "Bloom 560m": ("BloomForCausalLM", "BloomConfig", labelled_text, {
         "vocab_size": 32000, "hidden_size": 1024, "n_layer": 24, "n_head": 16,
     }),
@@ -279,7 +279,10 @@ def detr() -> tuple[nn.Module, Any]:
 
 
 PUBLISHED_MODELS = [
-    *(PublishedModel(f"torchvision/{name}", partial(torchvision_model, name, **options)) for name, options in _VISION.items()),
+    *(
+        PublishedModel(f"torchvision/{name}", partial(torchvision_model, name, **options))
+        for name, options in _VISION.items()
+    ),
     PublishedModel("torchvision/fasterrcnn_resnet50_fpn", partial(detector, "fasterrcnn_resnet50_fpn")),
     PublishedModel("torchvision/ssdlite320_mobilenet_v3_large", partial(detector, "ssdlite320_mobilenet_v3_large")),
     PublishedModel("torchvision/r3d_18", partial(clip_of_video, "r3d_18")),
@@ -293,7 +296,10 @@ PUBLISHED_MODELS = [
         PublishedModel(f"diffusers/{name}", partial(diffusers_model, *row[:2], **row[2]))
         for name, row in _DIFFUSERS.items()
     ),
-    *(PublishedModel(f"torch_geometric/{name}", partial(graph_model, name, **options)) for name, options in _GRAPHS.items()),
+    *(
+        PublishedModel(f"torch_geometric/{name}", partial(graph_model, name, **options))
+        for name, options in _GRAPHS.items()
+    ),
     PublishedModel("torch_geometric/SchNet", schnet),
     PublishedModel("torch_geometric/AttentiveFP", attentive_fp),
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,11 +66,15 @@ def load_batch(target: str) -> tuple[Any, Callable[[Any], Any] | None]:
         >>> load_batch("torch:ones(2, 3)")[0].shape
         torch.Size([2, 3])
     """
+    from torch import nn
+
     found = _load("--batch", target, "a callable that returns a batch", lambda value: False)
     if found is None:
         raise ArgumentError(f"--batch: needed a batch; {target} returned None")
-    if isinstance(found, tuple) and len(found) == 2 and inspect.isroutine(found[1]):  # a batch may be callable
-        return found[0], found[1]
+    if isinstance(found, tuple) and len(found) == 2 and callable(found[1]):
+        is_batch = hasattr(found[1], "to") and not isinstance(found[1], nn.Module)  # a batch of graphs is callable
+        if not is_batch:
+            return found[0], found[1]
     return found, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,7 +178,7 @@ def _report(
     findings.sort(key=lambda one: titles.index(one.title))
     notes = list(_explain(model, snapshot, seen, measured.gates, statuses, flow))
     if measured.note and not (flows and flow != "healthy"):
-        notes.append(f"the verdict on the flow is{measured.note.strip(' ()').removeprefix('measured')}")
+        notes.append(f"the verdict is that of{measured.note.strip(' ()').removeprefix('measured on')}")
     layers: list[LayerFlow] = []
     depth, owner = -1, None
     for name in snapshot.table.names:
@@ -214,12 +214,15 @@ def _explain(
         yield f"the gradient is that of {seen.loss}"
     zeros = [name for name in snapshot if snapshot[name].abs_max == 0.0]
     blocked = blocked_by(gates, zeros, model, seen.graph)
-    for gate in dict.fromkeys(blocked.values()):
-        names = [name for name in blocked if blocked[name] == gate]
-        statuses.update(dict.fromkeys(names, "starts at 0"))
-        layer = gate.rpartition(".")[0] or gate
-        which = "all gradients" if len(blocked) == len(names) > 1 else f"the gradients of {_listed(names)}"
-        yield f"{which} behind {layer} are 0, because {gate} is 0; the first step changes that"
+    statuses.update(dict.fromkeys(blocked, "starts at 0"))
+    closed = list(dict.fromkeys(blocked.values()))
+    if len(closed) == 1:
+        layer = closed[0].rpartition(".")[0] or closed[0]
+        which = "all gradients" if len(blocked) > 1 else f"the gradient of {next(iter(blocked))}"
+        is_ = "are" if len(blocked) > 1 else "is"
+        yield f"{which} behind {layer} {is_} 0, because {closed[0]} is 0; the first step changes that"
+    elif closed:
+        yield f"{len(blocked)} gradients are 0, because they are behind {_listed(closed)}, which start at 0"
     for value in sorted({gate.value for gate in gates} - {0.0}):
         names = [gate.name for gate in gates if gate.value == value]
         yield f"{_listed(names)} start{'s' * (len(names) == 1)} at {value:g}: the gradients in these branches are small"
@@ -279,10 +282,10 @@ def _first_uses(model: nn.Module, names: Sequence[str], seen: _Seen) -> list[flo
 
     A parameter that the graph does not show counts as used when its module, or the one around it, was called.
     """
-    parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     uses = []
     for name in names:
-        use: float | None = seen.graph.first_use(parameters[name])
+        use: float | None = seen.graph.first_use(parameters[name]) if name in parameters else None
         place = name
         while use is None:
             place = place.rpartition(".")[0]

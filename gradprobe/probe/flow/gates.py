@@ -74,7 +74,7 @@ def blocked_by(gates: Sequence[Gate], silent: Collection[str], model: nn.Module,
     named = dict(model.named_parameters())
     found = {}
     for name in silent:
-        users = [node for node, _ in graph.users.get(id(named[name]), ()) if node in graph]
+        users = [node for node, _ in graph.users.get(id(named.get(name)), ()) if node in graph]
         for gate in closed if users else ():
             if gate.name != name and all(graph.dominates(gate.node, node) for node in users):
                 found[name] = gate.name

@@ -81,6 +81,14 @@ class LossGraph:
             counts[node] = (counts[above] if above is not node else 0) + (node in chosen)
         return counts
 
+    def lowest(self, chosen: Container[Node]) -> set[Node]:
+        """Returns those of the chosen nodes that no other chosen node sends its result to, directly or not."""
+        fed: set[Node] = set()  # nodes that a chosen node sends its result to
+        for node in reversed(self._above):
+            if any(lower in fed or lower in chosen for lower, _ in node.next_functions if lower is not None):
+                fed.add(node)
+        return {node for node in self._above if node in chosen and node not in fed}
+
     def _sorted(self, root: Node) -> list[Node]:
         """Sorts the nodes so that each stands behind all nodes that it gets a gradient from."""
         n_uppers, waiting = {root: 0}, [root]

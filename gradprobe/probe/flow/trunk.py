@@ -94,10 +94,12 @@ class Outputs:
         return math.hypot(*found) if found else math.nan
 
     def _on_call(self, name: str, _module: nn.Module, _inputs: Any) -> None:
-        if name not in self.called and torch.is_grad_enabled() and not in_transform():
+        if name in self.called or in_transform():
+            return
+        with torch.enable_grad():
             clock = torch.ones((), requires_grad=True).neg().grad_fn
-            assert clock is not None
-            self.called[name] = clock._sequence_nr()
+        assert clock is not None
+        self.called[name] = clock._sequence_nr()
 
     def _on_output(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if not torch.is_grad_enabled() or in_transform():
@@ -112,7 +114,7 @@ class Outputs:
 
 
 def trunks(outputs: Sequence[Output], graph: LossGraph) -> list[list[Output]]:
-    """Finds the trunks of a model: one, or one per tower.
+    """Finds the trunks of a model: one, or one per tower. Each starts at an output that depends on no other.
 
     Args:
         outputs: The outputs of all modules, in order of execution.
@@ -121,13 +123,13 @@ def trunks(outputs: Sequence[Output], graph: LossGraph) -> list[list[Output]]:
     Returns:
         The outputs on each trunk, from the input to the loss. If several modules return one tensor, the outermost.
     """
-    named = {one.node: one for one in outputs if one.node in graph}
-    lengths = graph.count_on_path(named)
-    least = max(_LEAST, max((lengths[node] for node in named), default=0) / 2)
+    named = {one.node: one for one in outputs if one.node in graph and one.numel > 1}  # the loss itself is no output
+    lengths, starts = graph.count_on_path(named), graph.lowest(named)
+    least = max(_LEAST, max((lengths[node] for node in starts), default=0) / 2)
     accepted: list[list[Output]] = []
     seen: set[Node] = set()
     for start in named:  # in order of execution
-        if lengths[start] < least or start in seen:
+        if start not in starts or lengths[start] < least:
             continue
         chain = [node for node in graph.path(start) if node in named]
         if 2 * sum(node in seen for node in chain) < len(chain):
@@ -137,9 +139,22 @@ def trunks(outputs: Sequence[Output], graph: LossGraph) -> list[list[Output]]:
 
 
 def sensitivities(trunk: Sequence[Output]) -> list[TrunkPoint]:
-    """Returns the points of a trunk whose gradient was seen; without those whose output is zero."""
+    """Measures a trunk.
+
+    Args:
+        trunk: Outputs, from the input to the loss.
+
+    Returns:
+        The points whose gradient was seen, without those whose output is zero. Of several calls of a module, as in a
+        recurrent network, only the one that the loss depends on most: its parameters get the gradients of all.
+    """
     points = [TrunkPoint(one.module, one.gradient_norm * one.rms) for one in trunk if one.rms > 0]
-    return [point for point in points if not math.isnan(point.sensitivity)]
+    points = [point for point in points if not math.isnan(point.sensitivity)]
+    largest: dict[str, int] = {}
+    for k, point in enumerate(points):
+        if point.module not in largest or point.sensitivity >= points[largest[point.module]].sensitivity:
+            largest[point.module] = k
+    return [points[k] for k in sorted(largest.values())]
 
 
 def _note_gradient(output: Output, gradient: torch.Tensor) -> None:
