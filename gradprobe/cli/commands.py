@@ -234,7 +234,7 @@ def check(
 
     if batch is not None and batch.strip().lstrip("+-").isdigit():
         raise ArgumentError(
-            f"--batch: needed MODULE:CALLABLE, got {batch!r}; for the number of examples use --batch-size"
+            f"--batch: needed MODULE:CALLABLE, got {batch!r}; for the number of examples use --batch-size {batch}"
         )
     if bool(inputs) == (batch is not None):
         raise ArgumentError(f"--input: needed --input or --batch, got {'both' if inputs else 'neither'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,7 @@ def check_gradient_flow(
             with opened(gates):
                 found = run.backward().trunks()
             note = f" (measured on a copy in which {_listed([gate.name for gate in gates])} had ordinary values)"
-    uses = _first_uses(model, snapshot.table.names, seen)
+    uses = _first_uses(model, snapshot, seen)
     snapshot = snapshot.reordered(sorted(range(len(uses)), key=uses.__getitem__))
     return _report(model, snapshot, silent, seen, _Flow(found, gates, note))
 
@@ -141,6 +142,7 @@ class _Run:
 
     def backward(self) -> _Seen:
         torch.manual_seed(SEED)
+        random.seed(SEED)
         generator, outputs = torch.Generator(), Outputs()
         generator.set_state(self.state)
         for parameter in self.model.parameters():
@@ -167,10 +169,11 @@ def _report(
 ) -> FlowReport:
     flows: list[Flow] = [flow_along(trunk) for trunk in measured.trunks]
     flow: Flow = next((one for one in ("exploding", "vanishing") if one in flows), "healthy")
-    if not flows:
+    is_judged = bool(flows or measured.gates)  # otherwise the weights have to tell
+    if not is_judged:
         flow = flow_verdict(weight_norms(snapshot))
     statuses: dict[str, str] = dict(layer_statuses(snapshot, flow))
-    findings = [one for one in diagnose([snapshot]) if not flows or not _is_flow(one)]
+    findings = [one for one in diagnose([snapshot]) if not is_judged or not _is_flow(one)]
     if flows and flow != "healthy":
         concerned = [name for name, status in statuses.items() if status == flow]
         findings.append(flow_finding(flow, measured.trunks[flows.index(flow)], concerned, measured.note))
@@ -254,12 +257,14 @@ def _listed(names: Sequence[str]) -> str:
 def _untouched(model: nn.Module, batch: Batch) -> Iterator[None]:
     gradients = [(tensor, tensor.grad) for tensor in (*model.parameters(), *batch.leaves())]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    python_state = random.getstate()
     with torch.random.fork_rng():
         try:
             for tensor, _ in gradients:
                 tensor.grad = None
             yield
         finally:
+            random.setstate(python_state)
             for tensor, gradient in gradients:
                 tensor.grad = gradient
             with torch.no_grad():
@@ -277,18 +282,21 @@ def _without_compiled_code() -> Iterator[None]:
         yield
 
 
-def _first_uses(model: nn.Module, names: Sequence[str], seen: _Seen) -> list[float]:
+def _first_uses(model: nn.Module, snapshot: Snapshot, seen: _Seen) -> list[float]:
     """Returns a number for each parameter that grows with the time of its first use.
 
-    A parameter that the graph does not show counts as used when its module, or the one around it, was called.
+    A parameter that the graph does not show counts as used when its module was called, or the one around it if it has a
+    gradient; if nothing says that it was used, it is the last.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     uses = []
-    for name in names:
+    for name in snapshot.table.names:
         use: float | None = seen.graph.first_use(parameters[name]) if name in parameters else None
         place = name
         while use is None:
             place = place.rpartition(".")[0]
-            use = seen.outputs.called.get(place, None if place else math.inf)
-        uses.append(use)
+            use = seen.outputs.called.get(place)
+            if not place or name not in snapshot:
+                break
+        uses.append(math.inf if use is None else use)
     return uses

@@ -2,14 +2,12 @@
 
 import copy
 import math
-import re
 
 import pytest
 import torch
 from torch import nn
 
 import gradprobe
-from gradprobe.probe.check import InputSpec, parse_input
 
 
 class TwoInputs(nn.Module):
@@ -120,32 +118,6 @@ def test_the_same_model_gives_the_same_numbers() -> None:
 def test_a_softmax_at_the_end_does_not_look_like_vanishing() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5), nn.Softmax(dim=1))
     assert gradprobe.check_gradient_flow(model, (4,), batch_size=4).verdict == "healthy"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("3,32,32", InputSpec((3, 32, 32))),
-        ("7", InputSpec((7,))),
-        ("float64:3,8", InputSpec((3, 8), torch.float64)),
-        ("int64[0:1000]:16", InputSpec((16,), torch.int64, 0, 1000)),
-        ("int32[-5:5]:", InputSpec((), torch.int32, -5, 5)),
-    ],
-)
-def test_inputs_as_text(text: str, expected: InputSpec) -> None:
-    assert parse_input(text) == expected
-    drawn = expected.draw(2, torch.Generator().manual_seed(0), torch.device("cpu"))
-    assert (drawn.shape, drawn.dtype) == ((2, *expected.shape), expected.dtype)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "3x32", "int64[5:5]:3", "float32[0:3]:3", "int7:3", "nn:3", "3,-1", ","],
-    ids=lambda text: text or "empty",
-)
-def test_bad_input_text(text: str) -> None:
-    with pytest.raises(gradprobe.ArgumentError, match=re.escape(repr(text)) + "|int7|'nn'"):
-        parse_input(text)
 
 
 @pytest.mark.parametrize(

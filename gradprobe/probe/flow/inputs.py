@@ -146,8 +146,6 @@ def random_batch(input_shape: Any, batch_size: int, generator: torch.Generator, 
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size: needed an integer of at least 1, got {batch_size!r}")
     specs = _specs(input_shape)
-    if not specs:
-        raise ArgumentError(f"input_shape: needed at least one input, got {input_shape!r}")
     return Batch(tuple(spec.draw(batch_size, generator, device) for spec in specs), is_random=True)
 
 

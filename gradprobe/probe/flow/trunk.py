@@ -21,7 +21,7 @@ from gradprobe.observers.observable import in_transform, measurable_part, tensor
 from gradprobe.ops import grad_stats, norms
 from gradprobe.probe.flow.graph import LossGraph
 
-_LEAST = 3  # outputs that a trunk needs
+_LEAST = 2  # outputs that a trunk needs
 
 
 @dataclass(frozen=True, slots=True)
