@@ -258,8 +258,8 @@ _DIFFUSERS: dict[str, tuple[str, Callable[[], dict[str, Any]], dict[str, Any]]] 
         {"num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 6,
          "sample_size": 32, "patch_size": 2, "num_embeds_ada_norm": 1000},
     ),
-    "FluxTransformer2DModel, 1 + 2 layers": (
-        "FluxTransformer2DModel", flux_inputs, {"num_layers": 1, "num_single_layers": 2, "guidance_embeds": True},
+    "FluxTransformer2DModel, 1 + 1 layers": (
+        "FluxTransformer2DModel", flux_inputs, {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
     ),
 }  # fmt: skip
 _GRAPHS: dict[str, dict[str, Any]] = {
@@ -283,7 +283,7 @@ PUBLISHED_MODELS = [
         PublishedModel(f"torchvision/{name}", partial(torchvision_model, name, **options))
         for name, options in _VISION.items()
     ),
-    PublishedModel("torchvision/fasterrcnn_resnet50_fpn", partial(detector, "fasterrcnn_resnet50_fpn")),
+    PublishedModel("torchvision/retinanet_resnet50_fpn", partial(detector, "retinanet_resnet50_fpn")),
     PublishedModel("torchvision/ssdlite320_mobilenet_v3_large", partial(detector, "ssdlite320_mobilenet_v3_large")),
     PublishedModel("torchvision/r3d_18", partial(clip_of_video, "r3d_18")),
     *(PublishedModel(f"timm/{name}", partial(timm_model, name, **options)) for name, options in _TIMM.items()),

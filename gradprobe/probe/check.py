@@ -32,7 +32,7 @@ from gradprobe.probe.flow.inputs import (
     scalar_loss,
 )
 from gradprobe.probe.flow.report import FlowReport, LayerFlow
-from gradprobe.probe.flow.trunk import Outputs, TrunkPoint, sensitivities, trunks
+from gradprobe.probe.flow.trunk import Outputs, TrunkPoint, trunks
 from gradprobe.probe.flow.verdict import flow_along, flow_finding, layer_statuses
 from gradprobe.probe.probe import attach
 from gradprobe.snapshot.snapshot import Snapshot
@@ -127,8 +127,7 @@ class _Seen:
     loss: str
 
     def trunks(self) -> list[list[TrunkPoint]]:
-        found = [sensitivities(trunk) for trunk in trunks(self.outputs.found, self.graph)]
-        return [trunk for trunk in found if len(trunk) > 1]
+        return trunks(self.outputs.found, self.graph)
 
 
 @dataclass(frozen=True)

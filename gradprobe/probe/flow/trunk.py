@@ -21,7 +21,8 @@ from gradprobe.observers.observable import in_transform, measurable_part, tensor
 from gradprobe.ops import grad_stats, norms
 from gradprobe.probe.flow.graph import LossGraph
 
-_LEAST = 2  # outputs that a trunk needs
+_LEAST = 2  # points that a trunk needs
+_BESIDE = 0.75  # share of a tower's outputs from which another start belongs to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,40 +114,46 @@ class Outputs:
             tensor.register_hook(partial(_note_gradient, one))
 
 
-def trunks(outputs: Sequence[Output], graph: LossGraph) -> list[list[Output]]:
-    """Finds the trunks of a model: one, or one per tower. Each starts at an output that depends on no other.
+def trunks(outputs: Sequence[Output], graph: LossGraph) -> list[list[TrunkPoint]]:
+    """Finds and measures the trunks of a model: one, or one per tower.
+
+    A trunk starts at an output that depends on no other and leads to the loss. If several start side by side and soon
+    become one, such as embeddings that are added, or queries, keys and values, it is enough if the gradient gets
+    through to one of them: the one whose sensitivity is closest to that of the end.
 
     Args:
         outputs: The outputs of all modules, in order of execution.
-        graph: The graph of the loss, before or after the backward pass.
+        graph: The graph of the loss, after the backward pass.
 
     Returns:
-        The outputs on each trunk, from the input to the loss. If several modules return one tensor, the outermost.
+        The points of each trunk, from the input to the loss, at least two. If several modules return one tensor, the
+        outermost counts.
     """
     named = {one.node: one for one in outputs if one.node in graph and one.numel > 1}  # the loss itself is no output
     lengths, starts = graph.count_on_path(named), graph.lowest(named)
-    least = max(_LEAST, max((lengths[node] for node in starts), default=0) / 2)
-    accepted: list[list[Output]] = []
-    seen: set[Node] = set()
+    least = max((lengths[node] for node in starts), default=0) / 2
+    towers: list[tuple[set[Node], list[list[TrunkPoint]]]] = []
     for start in named:  # in order of execution
         if start not in starts or lengths[start] < least:
             continue
-        chain = [node for node in graph.path(start) if node in named]
-        if 2 * sum(node in seen for node in chain) < len(chain):
-            accepted.append([named[node] for node in chain])
-            seen.update(chain)
-    return accepted
+        nodes = [node for node in graph.path(start) if node in named]
+        points = _measured([named[node] for node in nodes])
+        shared = [sum(node in tower for node in nodes) for tower, _ in towers]
+        beside = [k for k, n_shared in enumerate(shared) if n_shared >= _BESIDE * len(towers[k][0])]
+        if len(points) < _LEAST:
+            continue
+        if beside:
+            towers[beside[0]][1].append(points)
+        elif all(2 * n_shared < len(nodes) for n_shared in shared):
+            towers.append((set(nodes), [points]))
+    return [min(starting, key=_change) for _, starting in towers]
 
 
-def sensitivities(trunk: Sequence[Output]) -> list[TrunkPoint]:
-    """Measures a trunk.
+def _measured(trunk: Sequence[Output]) -> list[TrunkPoint]:
+    """Returns the points whose gradient was seen, without those whose output is zero.
 
-    Args:
-        trunk: Outputs, from the input to the loss.
-
-    Returns:
-        The points whose gradient was seen, without those whose output is zero. Of several calls of a module, as in a
-        recurrent network, only the one that the loss depends on most: its parameters get the gradients of all.
+    Of several calls of a module, as in a recurrent network, only the one counts that the loss depends on most: its
+    parameters get the gradients of all.
     """
     points = [TrunkPoint(one.module, one.gradient_norm * one.rms) for one in trunk if one.rms > 0]
     points = [point for point in points if not math.isnan(point.sensitivity)]
@@ -155,6 +162,11 @@ def sensitivities(trunk: Sequence[Output]) -> list[TrunkPoint]:
         if point.module not in largest or point.sensitivity >= points[largest[point.module]].sensitivity:
             largest[point.module] = k
     return [points[k] for k in sorted(largest.values())]
+
+
+def _change(trunk: Sequence[TrunkPoint]) -> float:
+    first, last = trunk[0].sensitivity, trunk[-1].sensitivity
+    return abs(math.log(first / last)) if first > 0 and last > 0 and math.isfinite(first / last) else math.inf
 
 
 def _note_gradient(output: Output, gradient: torch.Tensor) -> None:
