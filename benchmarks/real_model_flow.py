@@ -2,14 +2,16 @@
 
     pip install torchvision timm transformers diffusers torch_geometric     (or: make real-models)
     python benchmarks/real_model_flow.py [PATTERN ...] [--json]
-    python benchmarks/real_model_flow.py [PATTERN ...] --train 25 [--published]
+    python benchmarks/real_model_flow.py [PATTERN ...] --train 25 [--fresh | --published]
 
 Without `--train`, every model of _published_models.py is built at its published width with random weights, and checked
 with `gradprobe.check_gradient_flow`. These architectures train, so each verdict should be "healthy". The table of
 docs/check.md is made of the output.
 
 With `--train N`, the small models of _real_models.py (or the published ones) are trained for N steps with AdamW and a
-probe that observes everything. Then `Probe.findings` should be empty; what it finds is printed with its evidence.
+probe that observes everything, on one batch, which they can learn. Then `Probe.findings` should be empty; what it finds
+is printed with its evidence. With `--fresh`, every step brings new random labels: nothing can be learnt, and "not
+learning" is right.
 
 Models of packages that are not installed are left out. Exits with 1 if anything was found.
 """
@@ -101,11 +103,17 @@ def train(build: Callable[[], Training], n_steps: int) -> dict[str, Any]:
     }
 
 
-def small_training(real: RealModel) -> Training:
-    """Prepares the training of a small model on new batches of its own."""
+def small_training(real: RealModel, fresh: bool) -> Training:
+    """Prepares the training of a small model, on one batch or on a fresh one in each step."""
     model, loss_of = real.build()
-    generator = torch.Generator().manual_seed(0)
-    return model, lambda: loss_of(model, generator)
+    generator = torch.Generator()
+
+    def loss() -> torch.Tensor:
+        if not fresh:
+            generator.manual_seed(0)
+        return loss_of(model, generator)
+
+    return model, loss
 
 
 def published_training(real: PublishedModel) -> Training:
@@ -130,7 +138,7 @@ def published_training(real: PublishedModel) -> Training:
     return model, loss
 
 
-def rows(patterns: list[str], n_steps: int, published: bool) -> Iterator[dict[str, Any]]:
+def rows(patterns: list[str], n_steps: int, published: bool, fresh: bool) -> Iterator[dict[str, Any]]:
     """Checks or trains every chosen model, one row each."""
     for real in PUBLISHED_MODELS if published or not n_steps else REAL_MODELS:
         if (patterns and not any(fnmatch(real.name, pattern) for pattern in patterns)) or not find_spec(real.library):
@@ -140,7 +148,7 @@ def rows(patterns: list[str], n_steps: int, published: bool) -> Iterator[dict[st
             if not n_steps:
                 row = check(real)
             else:
-                prepare = published_training if published else small_training
+                prepare = published_training if published else partial(small_training, fresh=fresh)
                 row = train(partial(prepare, real), n_steps)
         except Exception as error:  # noqa: BLE001
             row = {"verdict": "error", "findings": [f"{type(error).__name__}: {error}"]}
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("patterns", nargs="*", help="models, such as 'timm/*'")
     parser.add_argument("--train", type=int, default=0, metavar="N", help="train for N steps in place of checking")
     parser.add_argument("--published", action="store_true", help="train the published models, not the small ones")
+    parser.add_argument("--fresh", action="store_true", help="a fresh batch with random labels in each step")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -173,7 +182,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     print(f"{processor()}, 1 thread; torch {torch.__version__}, python {platform.python_version()}", file=sys.stderr)
     n_rows = n_wrong = 0
-    for row in rows(arguments.patterns, arguments.train, arguments.published):
+    for row in rows(arguments.patterns, arguments.train, arguments.published, arguments.fresh):
         n_rows += 1
         n_wrong += row["verdict"] != "healthy"
         print(json.dumps(row) if arguments.json else line_of(row), flush=True)

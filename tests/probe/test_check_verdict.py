@@ -266,3 +266,38 @@ def test_a_detector_of_transformers_is_healthy() -> None:
     except ModuleNotFoundError as error:  # it imports torchvision
         pytest.skip(str(error))
     assert gradprobe.check_gradient_flow(model, "3,128,128", batch_size=2).verdict == "healthy"
+
+
+class Parallel(nn.Module):
+    """Two branches beside one shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.a(x) + self.b(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("block", [lambda: Block(1.0), Parallel])
+def test_the_trunk_leaves_branches_out(block: Callable[[], nn.Module]) -> None:
+    report = check(mlp(block(), block()))
+    (trunk,) = report.trunks
+    assert [point.module for point in trunk] == ["0", "1", "2", "3", ""]
+
+
+def test_a_zero_that_is_only_added_blocks_nothing() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position, self.offset = nn.Parameter(torch.zeros(8, 32)), nn.Parameter(torch.zeros(32))
+            self.weight = nn.Parameter(torch.eye(32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x + self.position, self.weight, self.offset)
+
+    torch.manual_seed(0)
+    report = check(mlp(*(module for _ in range(10) for module in (nn.Linear(32, 32), nn.Sigmoid())), Added()))
+    assert report.verdict == "vanishing"
+    assert "copy" not in report.findings[0].message
+    assert report.notes == ()

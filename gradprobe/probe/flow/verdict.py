@@ -13,18 +13,20 @@ from gradprobe.diagnosis.rules.gradients import EXPLODING, VANISHING
 from gradprobe.probe.flow.trunk import TrunkPoint
 from gradprobe.snapshot.snapshot import Snapshot
 
-FLOW_RATIO = 1e3
-"""Ratio of the sensitivities of the loss at the two ends of a trunk, from which the flow is no longer healthy."""
+# Ratios of the sensitivity at the start of a trunk to that at its end. A gradient that vanishes is lost; one that grows
+# moderately is scaled by Adam or clipped, so its limit is wider.
+VANISHING_RATIO = 1e-3
+EXPLODING_RATIO = 1e4
 
-_SOURCE = "ours: sensitivity of the loss to relative noise at the outputs of modules, docs/check.md"
+_SOURCE = "ours, docs/check.md"
 
 
 def flow_along(trunk: Sequence[TrunkPoint]) -> Flow:
     """Judges the sensitivities along a trunk, from the input to the loss.
 
     Returns:
-        "vanishing" or "exploding" if the first and the last differ by a factor of `FLOW_RATIO`, else "healthy". Values
-        that are not finite are healthy here: there is a rule for them.
+        "vanishing" or "exploding" if the ratio of the first to the last is beyond `VANISHING_RATIO` or
+        `EXPLODING_RATIO`, else "healthy". Values that are not finite are healthy here: there is a rule for them.
 
     Example:
         >>> flow_along([TrunkPoint("conv1", 1e-9), TrunkPoint("conv2", 1e-5), TrunkPoint("fc", 1e-2)])
@@ -33,9 +35,9 @@ def flow_along(trunk: Sequence[TrunkPoint]) -> Flow:
     first, last = trunk[0].sensitivity, trunk[-1].sensitivity
     if not all(math.isfinite(point.sensitivity) for point in trunk):
         return "healthy"
-    if first * FLOW_RATIO <= last or first == last == 0.0:
+    if first <= VANISHING_RATIO * last:
         return "vanishing"
-    return "exploding" if first >= FLOW_RATIO * last else "healthy"
+    return "exploding" if first >= EXPLODING_RATIO * last else "healthy"
 
 
 def layer_statuses(snapshot: Snapshot, flow: Flow) -> dict[str, Flow]:
@@ -75,10 +77,10 @@ def flow_finding(flow: Flow, trunk: Sequence[TrunkPoint], concerned: Sequence[st
     first, last = trunk[0], trunk[-1]
     ratio = first.sensitivity / last.sensitivity if last.sensitivity else math.inf if first.sensitivity else 0.0
     where, end = _name(first), _name(last)
-    limit = f"< {1 / FLOW_RATIO:g}" if flow == "vanishing" else f"> {FLOW_RATIO:g}"
+    limit = VANISHING_RATIO if flow == "vanishing" else EXPLODING_RATIO
     message = (
-        f"sensitivity of the loss to relative noise {first.sensitivity:.2e} at {where} and {last.sensitivity:.2e} at "
-        f"{end}; first/last {ratio:.2e} is {limit}: {flow} towards the input{_largest_step(trunk)}"
+        f"relative noise at {where} changes the loss {ratio:.2e} times as much as at {end} ({first.sensitivity:.2e} "
+        f"against {last.sensitivity:.2e}, limit {limit:g}): {flow} towards the input{_largest_step(trunk)}"
     )
     if first.sensitivity == 0.0:
         reached = next((point for point in trunk if point.sensitivity), None)
@@ -87,8 +89,8 @@ def flow_finding(flow: Flow, trunk: Sequence[TrunkPoint], concerned: Sequence[st
     rule = VANISHING if flow == "vanishing" else EXPLODING
     evidence = {"sensitivity_first": first.sensitivity, "sensitivity_last": last.sensitivity, "ratio": ratio}
     found = rule.finding(tuple(concerned), (0, 0), evidence, f"{message}{note}")
-    sign = "<= 1 /" if flow == "vanishing" else ">="
-    formula = f"sensitivity(first) / sensitivity(last) {sign} {FLOW_RATIO:g} along the trunk"
+    sign = "<=" if flow == "vanishing" else ">="
+    formula = f"sensitivity(first) / sensitivity(last) {sign} {limit:g} along the trunk"
     return replace(found, formula=formula, source=_SOURCE)
 
 
