@@ -76,8 +76,8 @@ def check_gradient_flow(
         The report.
 
     Raises:
-        ArgumentError: An argument is invalid, the model cannot take such a random input, or its output has no gradient.
-            An error that the model or the loss raises with your own inputs is left as it is.
+        ArgumentError: An argument is invalid, the model is scripted, it cannot take such a random input, or its output
+            has no gradient. An error that the model or the loss raises with your own inputs is left as it is.
 
     Source:
         The verdict on the flow is ours. Other faults: the rules of `gradprobe.diagnosis` that one step is enough for.
@@ -91,6 +91,8 @@ def check_gradient_flow(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: needed a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ArgumentError("model: needed a model in Python, got a scripted one; check it before torch.jit.script")
     if (input_shape is None) == (inputs is None):
         which = "neither" if inputs is None else "both"
         raise ArgumentError(f"input_shape: needed sizes such as (3, 32, 32), or inputs= in their place, got {which}")
@@ -108,7 +110,8 @@ def check_gradient_flow(
             snapshot, silent = probe.latest(wait=True), probe.coverage().silent
         if snapshot is None:
             raise ArgumentError("model: no parameter received a gradient from the output")
-        gates, found, note = find_gates(model, seen.graph), seen.trunks(), ""
+        zeros = [name for name in snapshot if snapshot[name].abs_max == 0.0]
+        gates, found, note = find_gates(model, seen.graph, zeros), seen.trunks(), ""
         if gates and any(flow_along(trunk) != "healthy" for trunk in found):
             with opened(gates):
                 found = run.backward().trunks()

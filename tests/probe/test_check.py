@@ -128,8 +128,12 @@ def test_a_softmax_at_the_end_does_not_look_like_vanishing() -> None:
         ((nn.Linear(3, 1), None), "input_shape: needed sizes"),
         ((nn.Linear(3, 1), (4,)), r"input_shape: Linear cannot take inputs of shape \(1, 4\) float32: mat1 and mat2"),
         ((nn.Linear(3, 1).requires_grad_(False), (3,)), "all 2 of Linear are frozen"),
+        (
+            (torch.jit.trace(nn.Linear(3, 1), torch.ones(3)), (3,)),
+            "model: needed a model in Python, got a scripted one",
+        ),
     ],
-    ids=["model", "float size", "nothing", "wrong shape", "frozen"],
+    ids=["model", "float size", "nothing", "wrong shape", "frozen", "scripted"],
 )
 def test_bad_arguments(arguments: tuple[object, object], message: str) -> None:
     with pytest.raises(gradprobe.ArgumentError, match=message):

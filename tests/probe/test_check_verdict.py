@@ -118,6 +118,12 @@ def test_a_frozen_zero_is_no_start() -> None:
     assert "no gradient at all reaches the output of 0" in report.findings[0].message
 
 
+def test_zeros_that_no_step_opens_are_a_fault() -> None:
+    report = check(zeroed(mlp(nn.Linear(32, 32), nn.ReLU()), "0.weight", "0.bias", "2.weight", "2.bias", "4.weight"))
+    assert report.verdict == "vanishing"
+    assert not any("first step" in note for note in report.notes)
+
+
 class Keys(nn.Module):
     """Attention with a key layer of its own, whose bias no softmax lets through, and a bias in front of a norm."""
 

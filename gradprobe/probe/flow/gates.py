@@ -36,25 +36,32 @@ class Gate:
     node: Node
 
 
-def find_gates(model: nn.Module, graph: LossGraph) -> list[Gate]:
+def find_gates(model: nn.Module, graph: LossGraph, silent: Collection[str]) -> list[Gate]:
     """Finds the gates of a model: weights of zeros, and vectors of one small constant, that multiply something.
 
     Args:
         model: The model.
         graph: The graph of its loss.
+        silent: Names of the parameters whose gradient is exactly zero. A zero counts as a gate only if it will open: if
+            it has a gradient, or is behind another gate.
 
     Returns:
         The gates, in model order.
     """
-    gates = []
+    candidates = []
     for name, parameter in model.named_parameters():
         value = None if name.rpartition(".")[2].endswith("bias") else _constant(parameter)
         node = None if value is None else graph.factor_of(parameter)
         if value is None or node is None or node not in graph:
             continue
         if value == 0 or node.name().startswith("Mul"):
-            gates.append(Gate(name, parameter, value, node))
-    return gates
+            candidates.append(Gate(name, parameter, value, node))
+    gates: list[Gate] = []
+    for one in sorted(candidates, key=lambda gate: graph.depth(gate.node)):
+        is_behind = any(graph.dominates(gate.node, one.node) for gate in gates)
+        if one.name not in silent or is_behind:
+            gates.append(one)
+    return [gate for gate in candidates if gate in gates]
 
 
 def blocked_by(gates: Sequence[Gate], silent: Collection[str], model: nn.Module, graph: LossGraph) -> dict[str, str]:
@@ -104,7 +111,7 @@ def opened(gates: Sequence[Gate]) -> Iterator[None]:
 
 def _constant(parameter: nn.Parameter) -> float | None:
     """Returns the value that all elements have if it makes the parameter a gate, else None."""
-    if parameter.numel() == 0 or type(parameter.data) is not torch.Tensor:
+    if parameter.numel() == 0 or parameter.is_complex() or type(parameter.data) is not torch.Tensor:
         return None
     first = parameter.detach().flatten()[0]
     value = float(first)
