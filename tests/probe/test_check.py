@@ -130,7 +130,7 @@ def test_a_softmax_at_the_end_does_not_look_like_vanishing() -> None:
         ((nn.Linear(3, 1).requires_grad_(False), (3,)), "all 2 of Linear are frozen"),
         (
             (torch.jit.trace(nn.Linear(3, 1), torch.ones(3)), (3,)),
-            "model: needed a model in Python, got a scripted one",
+            "model: needed a model in Python, got a scripted",
         ),
     ],
     ids=["model", "float size", "nothing", "wrong shape", "frozen", "scripted"],
