@@ -42,7 +42,7 @@ from torch.nn import functional
 import gradprobe
 from gradprobe.probe.flow.inputs import given_batch, tensors_of
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE, LEARNING_RATE_PUBLISHED = 1e-3, 1e-4  # wide models take smaller steps
 
 Training = tuple[nn.Module, Callable[[], torch.Tensor]]  # a model, and a function that computes its loss
 
@@ -72,12 +72,13 @@ def check(real: PublishedModel) -> dict[str, Any]:
     }
 
 
-def train(build: Callable[[], Training], n_steps: int) -> dict[str, Any]:
+def train(build: Callable[[], Training], n_steps: int, learning_rate: float) -> dict[str, Any]:
     """Trains one model with AdamW and a probe that observes everything.
 
     Args:
         build: Returns a model, and a function that computes its loss.
         n_steps: Number of steps.
+        learning_rate: Learning rate.
 
     Returns:
         The findings, and the first and the last loss.
@@ -85,7 +86,7 @@ def train(build: Callable[[], Training], n_steps: int) -> dict[str, Any]:
     seed_all()
     model, loss_of = build()
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     losses = []
     with gradprobe.attach(model, optimizer=optimizer, activations=True, updates=True) as probe:
         for _ in range(n_steps):
@@ -149,7 +150,8 @@ def rows(patterns: list[str], n_steps: int, published: bool, fresh: bool) -> Ite
                 row = check(real)
             else:
                 prepare = published_training if published else partial(small_training, fresh=fresh)
-                row = train(partial(prepare, real), n_steps)
+                rate = LEARNING_RATE_PUBLISHED if published else LEARNING_RATE
+                row = train(partial(prepare, real), n_steps, rate)
         except Exception as error:  # noqa: BLE001
             row = {"verdict": "error", "findings": [f"{type(error).__name__}: {error}"]}
         gc.collect()
