@@ -26,6 +26,11 @@ class Seq2Seq(nn.Module):
         assert decoder_input_ids is not None, 'needs decoder_input_ids'
         return self.head(self.words(input_ids).mean(1, keepdim=True) + self.words(decoder_input_ids))
 
+def zero_head():
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    nn.init.zeros_(model[4].weight)
+    return model
+
 def keywords():
     return {'input_ids': torch.randint(9, (3, 5)), 'decoder_input_ids': torch.randint(9, (3, 2))}
 
@@ -109,6 +114,14 @@ def test_an_error_of_the_model_is_reported_as_its_own(check: Check) -> None:
     code, out, err = check("task.py:Seq2Seq", "--batch", "task.py:half")
     assert (code, out) == (3, "")
     assert err.splitlines()[-1] == "gradprobe: raised: AssertionError: needs decoder_input_ids"
+
+
+def test_a_head_that_starts_at_zero_is_no_fault(check: Check) -> None:
+    code, out, _ = check("task.py:zero_head", "--input", "8", "--batch-size", "16")
+    assert code == 0
+    assert "verdict: healthy" in out
+    assert "note: all gradients behind 4 are 0, because 4.weight is 0; the first step changes that" in out
+    assert "vanishing" not in out
 
 
 def test_model_and_batch_come_from_one_run_of_their_file(check: Check) -> None:
