@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
 from gradprobe.diagnosis.trend import Trend, fit_trend, fit_trends
 from gradprobe.snapshot.records import FloatArray, IntArray
-from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.snapshot.snapshot import SiteTable, Snapshot
 
 Flow = Literal["healthy", "non-finite", "vanishing", "exploding"]
 
@@ -117,25 +117,32 @@ def weight_names(snapshot: Snapshot) -> list[str]:
 def weight_norms(snapshot: Snapshot) -> list[float]:
     """Returns the gradient norms of the weights in model order. Length W.
 
-    Weights are parameters with more than one dimension and a gradient, or all with a gradient if there is none.
+    `weights_among` says which parameters are weights.
     """
     norms: list[float] = snapshot.columns["norm"][_weights(snapshot)].tolist()
     return norms
 
 
-def weights_among(present: npt.NDArray[np.bool_], ndims: Sequence[int]) -> npt.NDArray[np.intp]:
-    """Returns the positions of the weights that have a gradient, or of all parameters with one if there is no weight.
+def weights_among(present: npt.NDArray[np.bool_], table: SiteTable) -> npt.NDArray[np.intp]:
+    """Returns the positions of the weights that can be compared over depth.
+
+    These have a gradient, more than one dimension and one place in the model: the gradient of a tied weight is the sum
+    of those at all its places. If there is none, all parameters with a gradient count.
 
     Args:
         present: Which parameters have a gradient. [K]
-        ndims: Number of dimensions of each parameter. Length K.
+        table: The parameters.
     """
-    matrices = present & (np.asarray(ndims) > 1)
-    return np.flatnonzero(matrices if matrices.any() else present)
+    matrices = present & (np.asarray(table.ndims) > 1)
+    n_names = np.bincount(np.fromiter(table.index.values(), dtype=np.intp), minlength=len(present))
+    for found in (matrices & (n_names <= 1), matrices):
+        if found.any():
+            return np.flatnonzero(found)
+    return np.flatnonzero(present)
 
 
 def _weights(snapshot: Snapshot) -> npt.NDArray[np.intp]:
-    return weights_among(snapshot.measured.present, snapshot.table.ndims)
+    return weights_among(snapshot.measured.present, snapshot.table)
 
 
 def _is_deep(n_weights: int, thresholds: Thresholds) -> bool:

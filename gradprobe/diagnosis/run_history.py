@@ -122,7 +122,7 @@ class RunHistory:
             mask = present[left.argmax()]
             rows = np.flatnonzero((present == mask).all(axis=1))
             left[rows] = False
-            weights = weights_among(mask, self.table.ndims)
+            weights = weights_among(mask, self.table)
             if len(weights):
                 verdicts[rows] = flow_verdicts(norms[np.ix_(rows, weights)], self.limits)
         verdicts[(self.column("nonfinite")[chosen] * present).any(axis=1)] = "non-finite"

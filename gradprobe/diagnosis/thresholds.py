@@ -73,7 +73,7 @@ class Thresholds:
     dying_sites: float = 0.25
     drift_fall: float = 1e-3
     drift_rise: float = 70.0
-    variance_ratio: float = 1e4
+    variance_ratio: float = 1e5
     dead_activity: float = 0.01
     dead_share: float = 0.5
     saturated_slope: float = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,3 +146,10 @@ class TestDrift:
 
     def test_two_weights_have_no_others_to_compare_with(self) -> None:
         assert rules_of([snapshot(step, [1.0, 1.0 if step < 30 else 1e-5]) for step in range(45)]) == []
+
+
+def test_a_tied_weight_has_no_place_over_depth() -> None:
+    steps = [snapshot(step, [90.0, 1.0, 1.0]) for step in range(12)]
+    assert [finding.title for finding in diagnose(steps)] == ["exploding (backward)"]
+    tied = [replace(one, table=replace(one.table, index={**one.table.index, "head.weight": 0})) for one in steps]
+    assert diagnose(tied) == []

@@ -109,7 +109,7 @@ POOR_INITIALISATION = Rule(
     formula="largest / smallest variance of the outputs of weight layers with no normalisation and no residual add "
     "between them > variance_ratio in the first `window` steps, in a run that does not converge and starts without "
     "dead ReLUs; without embeddings, recurrent modules, the last layer and constant outputs. The source has a limit of "
-    "10 for any two layers, which a healthy transformer exceeds; the segments and 1e4 are ours",
+    "10 for any two layers, which a healthy transformer exceeds; the segments and 1e5 are ours",
     source=f"{SAGEMAKER}, rule PoorWeightInitialization",
     cause="weights too small or too large for the activation: the forward signal shrinks or grows from layer to layer",
     remedies=(INITIALISE, "normalisation", "residual connections"),
