@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradprobe.diagnosis.causes import causes_first
 from gradprobe.diagnosis.depth import Flow, flow_verdict, weight_norms
 from gradprobe.diagnosis.diagnose import diagnose, most_severe
 from gradprobe.diagnosis.finding import Finding
@@ -180,7 +181,7 @@ def _report(
         concerned = [name for name, status in statuses.items() if status == flow]
         findings.append(flow_finding(flow, measured.trunks[flows.index(flow)], concerned, measured.note))
     titles = [rule.title for rule in RULES]
-    findings.sort(key=lambda one: titles.index(one.title))
+    ordered = causes_first(sorted(findings, key=lambda one: titles.index(one.title)))
     notes = list(_explain(model, snapshot, seen, measured.gates, statuses, flow))
     if measured.note and not (flows and flow != "healthy"):
         notes.append(f"the verdict is that of{measured.note.strip(' ()').removeprefix('measured on')}")
@@ -198,8 +199,8 @@ def _report(
     return FlowReport(
         model=type(model).__name__,
         layers=tuple(layers),
-        findings=tuple(findings),
-        verdict=most_severe({finding.rule for finding in findings}),
+        findings=ordered,
+        verdict=most_severe({finding.rule for finding in ordered if not finding.follows}),
         snapshot=snapshot,
         loss=seen.loss,
         trunks=tuple(map(tuple, measured.trunks)),
@@ -242,6 +243,9 @@ def _explain(
     if others and flow == "healthy":
         statuses.update(dict.fromkeys(others, "zero"))
         yield f"the gradient of {_listed(others)} is exactly 0 with this batch"
+    missing = [name for name in snapshot.table.names if name not in snapshot]
+    if missing:
+        yield f"no gradient reaches {_listed(missing)}: not used by this batch, or detached"
 
 
 def _cancels(name: str, snapshot: Snapshot, seen: _Seen) -> bool:
