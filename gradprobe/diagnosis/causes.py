@@ -145,6 +145,8 @@ def _root(title: str, found: dict[str, Finding]) -> str:
 
 def _is_in_time(cause: Finding, symptom: Finding) -> bool:
     """A loss that blows up makes gradients infinite and the reverse: the first of the two is the cause."""
+    if cause.steps[0] > symptom.steps[1]:
+        return False
     if cause.title == "loss blow-up" and symptom.title == "non-finite":
         return cause.steps[0] < symptom.steps[0]
     return cause.title != "non-finite" or cause.steps[0] <= symptom.steps[0]

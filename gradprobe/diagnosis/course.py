@@ -23,8 +23,6 @@ class Course:
         norms: Step and total norm of the newest steps.
         n_steps: Number of steps with a gradient.
         n_losses: Number of steps with a loss.
-        n_observed: Number of steps in which activations or residual adds were observed.
-        n_updates: Number of steps in which updates were observed.
     """
 
     n_first: int
@@ -34,8 +32,6 @@ class Course:
     norms: deque[Point] = field(init=False)
     n_steps: int = 0
     n_losses: int = 0
-    n_observed: int = 0
-    n_updates: int = 0
 
     def __post_init__(self) -> None:
         self.losses = deque(maxlen=self.n_kept)
@@ -59,5 +55,4 @@ class Course:
         twin = Course(self.n_first, self.n_kept, list(self.first_losses))
         twin.losses, twin.norms = self.losses.copy(), self.norms.copy()
         twin.n_steps, twin.n_losses = self.n_steps, self.n_losses
-        twin.n_observed, twin.n_updates = self.n_observed, self.n_updates
         return twin

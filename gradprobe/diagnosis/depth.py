@@ -61,6 +61,7 @@ def flow_verdicts(norms: FloatArray, thresholds: Thresholds = DEFAULTS) -> list[
         with np.errstate(divide="ignore", invalid="ignore"):
             lines = fit_trends(np.log(norms[:, 1:-1]))
             is_slope = np.abs(np.log(lines.factor)) * lines.factor > thresholds.slope_errors * lines.std_error
+            is_slope &= np.isfinite(lines.first) & np.isfinite(lines.last)  # a line may leave the range of floats
         ends = np.where((ends == _HEALTHY) & is_slope, _statuses(lines.first, lines.last, thresholds), ends)
     ends = np.where(np.isfinite(norms).all(axis=1), ends, _NON_FINITE)
     return [_FLOWS[code] for code in ends.tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ Need = Literal[
     "a number of classes",
 ]
 
+Columns: TypeAlias = dict[str, FloatArray]
+
 _MIN_LAYERS = 3  # that a comparison over depth needs
 
 
@@ -43,6 +45,8 @@ class RunHistory:
         limits: Limits of the rules.
         observed: Step and signals of the newest steps in which activations or residual adds were observed.
         updated: The newest steps in which updates were observed.
+        columns_of: `gradient_columns` of each snapshot.
+        updates_of: `update_columns` of each step with updates.
         course: Losses and total norms of the run, given without the new steps and continued.
         n_new: Number of snapshots that are new to the course.
 
@@ -54,6 +58,8 @@ class RunHistory:
     limits: Thresholds
     observed: Sequence[tuple[int, Signals]]
     updated: Sequence[Snapshot]
+    columns_of: Sequence[Columns]
+    updates_of: Sequence[Columns]
     course: Course
     n_new: int
 
@@ -74,7 +80,8 @@ class RunHistory:
         """
         observed = [(one.step, one.signals) for one in snapshots if one.signals is not None]
         updated = [one for one in snapshots if one.parameter_updates is not None]
-        return cls(snapshots, limits, observed, updated, Course.under(limits), len(snapshots))
+        columns, updates = [gradient_columns(one) for one in snapshots], [update_columns(one) for one in updated]
+        return cls(snapshots, limits, observed, updated, columns, updates, Course.under(limits), len(snapshots))
 
     def provides(self, need: Need) -> bool:
         """Returns whether the run recorded what a rule needs."""
@@ -87,13 +94,15 @@ class RunHistory:
         return self.count(need) > 0
 
     def count(self, need: Need | None) -> int:
-        """Counts the steps of the run that provide what a rule needs; None counts those with a gradient."""
-        course = self.course
+        """Counts the steps that provide what a rule needs; None counts those with a gradient.
+
+        Losses count since the start of the run, since their course is known; everything else among the newest steps.
+        """
         if need == "loss":
-            return course.n_losses
+            return self.course.n_losses
         if need == "activations=True":
-            return course.n_observed
-        return course.n_updates if need == "updates=True" else course.n_steps
+            return len(self.observed)
+        return len(self.updates.steps) if need == "updates=True" else int(self.present.any(axis=1).sum())
 
     @property
     def table(self) -> SiteTable:
@@ -138,7 +147,7 @@ class RunHistory:
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
         """Statistics of the parameters' gradients, absent ones included. Values of shape [T, K]."""
-        return _statistics(self.snapshots, ("norm", "abs_max", "mean", "zero_fraction", "nonfinite"))
+        return {name: np.stack([columns[name] for columns in self.columns_of]) for name in _GRADIENT_COLUMNS}
 
     def column(self, name: str) -> FloatArray:
         """Returns one statistic of the parameters' gradients, absent ones included. Shape [T, K]."""
@@ -178,13 +187,18 @@ class RunHistory:
         return start > 0 and float(np.mean(self._newest_losses[-window:])) < self.limits.converging * start
 
     @cached_property
+    def is_solved(self) -> bool:
+        """Whether the loss has come down to exactly zero, as a hinge loss does; there is no gradient then."""
+        return self.has_fallen and not any(self._newest_losses[-self.limits.window :])
+
+    @cached_property
     def is_converging(self) -> bool:
         """Whether the loss has clearly fallen, and not only in the first quarter of the kept losses.
 
         AUTOTRAINER (Zhang et al., ICSE 2021) likewise reports a fault of the gradients only if training fails too.
         """
         window, past = self.limits.window, len(self._newest_losses) // 4
-        if past < window or not self.has_fallen:
+        if past < window or not self.has_fallen or self.is_solved:
             return self.has_fallen
         start = float(np.mean(self._newest_losses[past : past + window]))
         return float(np.mean(self._newest_losses[-window:])) < self.limits.converging * start
@@ -201,7 +215,7 @@ class RunHistory:
     @cached_property
     def updates(self) -> WeightUpdates:
         """The observed updates of the weights."""
-        return _weight_updates(self.updated)
+        return _weight_updates(self.updated, self.updates_of)
 
     def _continue_course(self) -> None:
         course, first = self.course, len(self.snapshots) - self.n_new
@@ -213,16 +227,31 @@ class RunHistory:
             norms = np.where(has_gradient, norms, np.nan)
             course.norms.extend((one.step, norm) for one, norm in zip(new, norms.tolist(), strict=True))
             course.n_steps += int(has_gradient.sum())
-        course.n_observed += sum(one.signals is not None for one in new)
-        course.n_updates += sum(one.parameter_updates is not None and not one.skipped for one in new)
 
 
-def _statistics(snapshots: Sequence[Snapshot], columns: Sequence[str]) -> dict[str, FloatArray]:
-    """Statistics of the gradients of T steps. Values of shape [T, K]."""
-    rows = np.stack([one.rows for one in snapshots])  # [T, K, 6]
-    numels = np.stack([one.measured.numels for one in snapshots])
-    scales = np.array([one.scale for one in snapshots])[:, None]
-    return finish_rows(rows, numels, scales, columns)
+_GRADIENT_COLUMNS = ("norm", "abs_max", "mean", "zero_fraction", "nonfinite")
+
+
+def gradient_columns(one: Snapshot) -> Columns:
+    """Returns the statistics of a step's gradients that the rules need. Values of shape [K]."""
+    return finish_rows(one.rows, one.measured.numels, one.scale, _GRADIENT_COLUMNS)
+
+
+def update_columns(one: Snapshot) -> Columns:
+    """Returns what the rules need of a step's updates: `ratios` and `lost` of `WeightUpdates`. Values of shape [K]."""
+    updates = one.parameter_updates
+    assert updates is not None
+    numels = updates.measured.numels
+    before = finish_rows(updates.weight_rows, numels, 1.0, ("norm",))["norm"]
+    moved = finish_rows(updates.update_rows, numels, 1.0, ("norm", "zero_fraction"))
+    gradients = finish_rows(one.rows, one.measured.numels, one.scale, ("abs_max", "zero_fraction"))
+    has_gradient = one.measured.present & (gradients["abs_max"] > 0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratios = moved["norm"] / before
+    return {
+        "ratios": ratios,
+        "lost": np.where(has_gradient, moved["zero_fraction"] - gradients["zero_fraction"], np.nan),
+    }
 
 
 def _total_norms(norms: FloatArray) -> FloatArray:
@@ -294,7 +323,7 @@ def _forward_passes(observed: Sequence[tuple[int, Signals]], parameters: SiteTab
         ran=tuple(ran),
         chains=tuple(chain for chain in chains if len(chain) >= _MIN_LAYERS),
         segments=tuple(_segments(in_order, newest.table, parameters)),
-        present=np.stack([signals.events.measured.present for _, signals in observed]),
+        present=np.stack([signals.events.measured.present for _, signals in observed]) & (numels > 0),
         columns=columns,
     )
 
@@ -339,27 +368,20 @@ def _module_type(table: SignalTable, site: int) -> str:
     return table.module_types[site // 2]  # two sites per module: output and gradient
 
 
-def _weight_updates(snapshots: Sequence[Snapshot]) -> WeightUpdates:
+def _weight_updates(snapshots: Sequence[Snapshot], columns_of: Sequence[Columns]) -> WeightUpdates:
     observed = [
-        (one, one.parameter_updates) for one in snapshots if one.parameter_updates is not None and not one.skipped
+        (one, one.parameter_updates, columns)
+        for one, columns in zip(snapshots, columns_of, strict=True)
+        if one.parameter_updates is not None and not one.skipped
     ]
     if not observed:
         return WeightUpdates((), (), np.empty((0, 0)), np.empty((0, 0)))
-    numels = np.stack([updates.measured.numels for _, updates in observed])  # [T, K]
-    weight_rows = np.stack([updates.weight_rows for _, updates in observed])  # [T, K, 6]
-    update_rows = np.stack([updates.update_rows for _, updates in observed])
-    before = finish_rows(weight_rows, numels, 1.0, ("norm",))
-    moved = finish_rows(update_rows, numels, 1.0, ("norm", "zero_fraction"))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = moved["norm"] / before["norm"]
-    present = np.stack([updates.measured.present for _, updates in observed]).all(axis=0)  # [K]
+    present = np.stack([updates.measured.present for _, updates, _ in observed]).all(axis=0)  # [K]
     matrices = present & (np.asarray(observed[0][0].table.ndims) > 1)
     weights = np.flatnonzero(matrices if matrices.any() else present)  # [W]
-    gradients = _statistics([one for one, _ in observed], ("abs_max", "zero_fraction"))
-    has_gradient = np.stack([one.measured.present for one, _ in observed]) & (gradients["abs_max"] > 0)  # [T, K]
     return WeightUpdates(
-        steps=tuple(one.step for one, _ in observed),
+        steps=tuple(one.step for one, _, _ in observed),
         names=tuple(observed[0][0].table.names[k] for k in weights),
-        ratios=ratios[:, weights],
-        lost=np.where(has_gradient, moved["zero_fraction"] - gradients["zero_fraction"], np.nan)[:, weights],
+        ratios=np.stack([columns["ratios"][weights] for _, _, columns in observed]),
+        lost=np.stack([columns["lost"][weights] for _, _, columns in observed]),
     )

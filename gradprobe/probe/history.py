@@ -208,7 +208,7 @@ class History:
                 self._running.take(snapshot)
 
     def _stop_judging(self) -> None:
-        self._running = RunningDiagnosis()
+        self._running.stop()
 
     def _snapshot(self, finished: FinishedStep) -> Snapshot:
         slot, whole = finished.slot, self._whole

@@ -26,6 +26,8 @@ _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 _Arguments = tuple[_Args, _Kwargs]
 
+_RIVAL_SHARE = 0.1  # of the model's size; a temperature or a bias with an optimizer of its own is none
+
 _STEP = Optimizer.profile_hook_step(lambda _: None).__code__  # of every optimizer's step, around the class's own
 _SCALER_STEP = GradScaler.step.__code__
 
@@ -172,7 +174,7 @@ class StepBoundaries:
         with self._fence.around("a step", self.stop):  # the step ends in any case
             recorder.follow()
         if not self._concerns(optimizer):
-            self.is_contested = self.is_contested or not self._concerned.get(optimizer, (0, True))[1]
+            self.is_contested = self.is_contested or self._is_rival(optimizer)
             return None
         if self._only_initialises(optimizer):
             return None
@@ -234,6 +236,15 @@ class StepBoundaries:
         elif known[1]:
             self.optimizers.add(optimizer)
         return known[1] and not self._given
+
+    def _is_rival(self, optimizer: Optimizer) -> bool:
+        """Returns whether an optimizer steps none of the model's parameters, but many others."""
+        known = self._concerned.get(optimizer)
+        if known is None or known[1]:
+            return False
+        others = sum(each.numel() for group in optimizer.param_groups for each in group["params"])
+        own = sum(each.numel() for each in self._observer.parameters() if each is not None)
+        return bool(others >= _RIVAL_SHARE * own)
 
     def _only_initialises(self, optimizer: Optimizer) -> bool:
         """Returns whether a step only makes the optimizer's state, as before a checkpoint is loaded into it.

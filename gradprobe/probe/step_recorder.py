@@ -512,9 +512,8 @@ class StepRecorder:
         scale = self._open.scale_of(optimizer)
         slot = Slot(opened.number, self._provenance(optimizer, scale), measured)
         slot.is_contested = self.boundaries.is_contested
-        # an earlier backward pass of the step may have added to gradients that were cleared before the last one
-        is_only = opened.n_backwards == 1 and not slot.is_contested
-        slot.is_accumulated = opened.accumulates and is_only and self.boundaries.has_stepped
+        # the other part of a GAN adds to gradients that are cleared before the backward pass that counts
+        slot.is_accumulated = opened.accumulates and self.boundaries.has_stepped and not slot.is_contested
         change = opened.change or (Change() if is_late else self._compare(optimizer, scale))
         slot.tolerance, slot.is_unscaled = change.tolerance, change.is_unscaled
         if self._signal_observer is not None and self._are_signals_due() and not is_late:

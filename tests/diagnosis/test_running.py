@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 
 import pytest
-from helpers.diagnose_cases import FALLING, course, snapshot
+from helpers.diagnose_cases import FALLING, course, layers, passing, snapshot
 
 from gradprobe.diagnosis.diagnose import diagnose
 from gradprobe.diagnosis.diagnosis import Diagnosis
@@ -170,3 +170,39 @@ def test_the_diagnosis_needs_no_torch_to_import() -> None:
     code = "import sys, gradprobe.diagnosis.diagnose; print('torch' in sys.modules, 'rich' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["False", "False"]
+
+
+class TestOddRuns:
+    """Found by a review of trainings that do not look like the tests'."""
+
+    def test_a_change_of_parameters_leaves_rules_without_data_unjudged(self) -> None:
+        observed = passing([2.3] * 40, layers([1.0] * 3), n_weights=3)
+        found = running([*observed, *(snapshot(step, [1.0] * 5) for step in range(40, 45))])
+        assert "precision loss" in found.read().judged
+
+    def test_one_step_after_a_change_is_no_silence(self) -> None:
+        found = running(noisy(60))
+        found.take(snapshot(60, [1.0, 0.0, 1.0]))
+        assert titles(found.read()) == []
+
+    def test_a_loss_of_exactly_zero_is_solved(self) -> None:
+        losses = [max(0.0, 1.0 - 0.01 * step) for step in range(400)]
+        steps = [snapshot(step, [loss, loss], loss=loss, n_classes=10) for step, loss in enumerate(losses)]
+        assert titles(diagnose(steps)) == []
+
+    def test_a_cause_does_not_come_after_its_symptom(self) -> None:
+        steps = [snapshot(step, [1.0, 1.0], nonfinite=step == 12) for step in range(600)]
+        steps += [snapshot(step, [1e4, 1.0]) for step in range(600, 1000)]
+        found = {found.title: found.follows for found in diagnose(steps)}
+        assert (found["non-finite"], found["exploding (backward)"]) == ("", "")
+
+    def test_a_fault_that_lasts_says_since_when(self) -> None:
+        dead = passing([2.3] * 600, layers([1.0] * 3, zeros=0.999), n_weights=3)
+        (finding,) = [found for found in diagnose(dead) if found.rule == "dead ReLU"]
+        assert finding.message.endswith("; first found in step 88")
+
+    def test_norms_of_any_magnitude_are_judged_without_a_warning(self, recwarn: pytest.WarningsRecorder) -> None:
+        for norms in ([1e150] * 6 + [1e-150] * 8, [1e-150] * 14, [0.0] * 14, [1e150] + [math.inf] * 13):
+            steps = [snapshot(step, norms, loss=1e308, n_classes=10) for step in range(40)]
+            assert diagnose(steps).n_steps == 40
+        assert [str(warning.message) for warning in recwarn] == []

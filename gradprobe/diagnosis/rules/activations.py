@@ -115,6 +115,7 @@ POOR_INITIALISATION = Rule(
     remedies=(INITIALISE, "normalisation", "residual connections"),
     check=_poor_initialisation,
     needs=("loss", "activations=True"),
+    is_event=True,
     n_steps=lambda limits: 2 * limits.window,
 )
 

@@ -143,16 +143,18 @@ def _not_learning(history: RunHistory) -> Finding | None:
     # A level loss may also be one that has been learned before; one of a uniform guess shows that nothing was.
     n_classes = max(history.n_classes, 2)
     guess = math.log(n_classes)
+    high = limits.guess_high if history.n_classes > 1 else 1.05  # one output may also be that of a regression
     # An untrained network mostly starts above a uniform guess, and falls to it whatever the labels.
     drop = min(float(start.mean()), guess) - float(end.mean())
     is_falling = float(values[-2 * n : -n].mean() - end.mean()) > limits.drop_errors * std_error
-    is_guess = limits.guess_low * guess <= end.mean() <= limits.guess_high * guess
+    is_guess = limits.guess_low * guess <= end.mean() <= high * guess
     if drop > limits.drop_errors * std_error or is_falling or not is_guess:
         return None
     steps = (first[0][0], losses[-1][0])
     message = (
         f"steps {steps[0]} to {steps[1]}: the loss was {start.mean():.4g} and is {end.mean():.4g}, with a standard "
-        f"error of {std_error:.2g}: no better than a uniform guess among {n_classes} classes, which has {guess:.4g}"
+        f"error of {std_error:.2g}: as a cross-entropy no better than a uniform guess among {n_classes} classes, "
+        f"which has {guess:.4g}"
     )
     evidence = {
         "loss_at_start": float(start.mean()),
@@ -213,9 +215,11 @@ def _spike(history: RunHistory) -> Finding | None:
 
 
 def _is_log_spike(before: FloatArray, value: float, limits: Thresholds) -> bool:
-    if not (before > 0).all():
+    if (before < 0).any():
         return True
-    logs = np.log(before)
+    logs = np.log(before[before > 0])
+    if len(logs) < limits.spike_warm_up:  # a loss that is zero most of the time, as of a solved hinge
+        return False
     return math.log(value) > float(logs.mean()) + limits.spike_log_sigmas * float(logs.std())
 
 

@@ -52,7 +52,7 @@ def _subnormal_shares(signals: Signals) -> FloatArray:
     nonzero = 1.0 - signals.columns["zero_fraction"]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # float64's smallest number divides to inf
         shares = 1.0 - signals.scaled_abs_mean / signals.events.smallest_normal / nonzero
-    return np.where(measured.present & np.isfinite(shares), shares, 0.0)
+    return np.where(measured.present & (measured.numels > 0) & np.isfinite(shares), shares, 0.0)
 
 
 PRECISION_LOSS = Rule(
