@@ -1,16 +1,68 @@
-"""Writes snapshots as JSON Lines."""
+"""Writes snapshots as JSON Lines: those given at once, or each step as it is finished."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
+from gradprobe.sinks.append import AppendedFile
+from gradprobe.sinks.tracker import Profile, Tracker, with_places
 from gradprobe.snapshot.export import strict
 from gradprobe.snapshot.files import write_files
+from gradprobe.snapshot.metrics import Detail
 from gradprobe.snapshot.snapshot import Snapshot
 from gradprobe.snapshot.stats import COLUMNS
+
+_START = '{"step":'
+
+
+class JSONL(Tracker):
+    """Appends each step to a file of strict JSON in UTF-8, one line per step or finding.
+
+    A step's line holds its number and `Snapshot.metrics()`; a finding's holds step, title and text. NaN and infinities
+    are written as the strings "nan", "inf" and "-inf". If the file exists, the lines are added to it. Each line is on
+    disk, whole, as soon as it is written.
+
+    Args:
+        path: The file.
+        detail: As for `Tracker`.
+        every: As for `Tracker`.
+        profile_every: As for `Tracker`; such a step has each quantity at each place.
+
+    Raises:
+        ArgumentError: An argument is invalid.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        detail: Detail = "summary",
+        every: int = 1,
+        profile_every: int = 100,
+    ) -> None:
+        super().__init__(detail, every, profile_every)
+        self._path = Path(path)
+        self._file: AppendedFile | None = None
+
+    def _open(self, about: Mapping[str, object]) -> None:
+        self._file = AppendedFile(self._path, _START)
+
+    def _log(self, step: int, numbers: Mapping[str, float], profile: Profile) -> None:
+        self._append({"step": step, **with_places(numbers, profile)})
+
+    def _say(self, step: int, title: str, text: str) -> None:
+        self._append({"step": step, "finding": title, "text": text})
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, line: dict[str, object]) -> None:
+        assert self._file is not None
+        self._file.append(json.dumps(strict(line), allow_nan=False) + "\n")
 
 
 def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> None:

@@ -43,7 +43,7 @@ def metrics(snapshot: Snapshot, detail: Detail = "summary") -> dict[str, float]:
     found["skipped"] = float(snapshot.skipped)
     present = snapshot.measured.present
     found["nonfinite"] = float(snapshot.columns["nonfinite"][present].sum())
-    for quantity, names, values in _quantities(snapshot):
+    for quantity, names, values in quantities(snapshot):
         if detail == "all":
             found |= {f"{quantity}/{name}": value for name, value in zip(names, values.tolist(), strict=True)}
             continue
@@ -56,7 +56,7 @@ def metrics(snapshot: Snapshot, detail: Detail = "summary") -> dict[str, float]:
     return {PREFIX + name: value for name, value in found.items()}
 
 
-def _quantities(snapshot: Snapshot) -> Iterator[tuple[str, Sequence[str], FloatArray]]:
+def quantities(snapshot: Snapshot) -> Iterator[tuple[str, Sequence[str], FloatArray]]:
     """Yields each quantity with the names of its places, in order of depth, and its values."""
     present = snapshot.measured.present
     matrices = present & (np.asarray(snapshot.table.ndims) > 1)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "snapshot": "ops.rows errors",
     "observers": "snapshot nn ops errors",
     "diagnosis": "snapshot errors",
-    "sinks": "snapshot errors",
+    "sinks": "diagnosis snapshot errors",
     "probe": "observers diagnosis sinks snapshot nn ops errors",
     "report": "diagnosis snapshot errors",
     "experiments": "probe report diagnosis snapshot networks nn errors",
