@@ -22,13 +22,14 @@ MAY_IMPORT = {
     "observers": "snapshot nn ops errors",
     "diagnosis": "snapshot errors",
     "sinks": "diagnosis snapshot errors",
-    "probe": "observers diagnosis sinks snapshot nn ops errors",
+    "log": "diagnosis snapshot ops.rows errors",
+    "probe": "observers diagnosis log sinks snapshot nn ops errors",
     "report": "diagnosis snapshot errors",
     "experiments": "probe report diagnosis snapshot networks nn errors",
     "__init__": "probe diagnosis snapshot networks nn ops errors",
     "cli": "experiments report probe diagnosis snapshot ops errors",
 }
-WITHOUT_TORCH = {"errors", "snapshot", "diagnosis", "sinks", "report"}
+WITHOUT_TORCH = {"errors", "snapshot", "diagnosis", "log", "sinks", "report"}
 NATIVE = {"_C", "_hooks"}
 
 
