@@ -181,6 +181,11 @@ class RingBuffer:
             position for position, slot in list(self._slots.items()) if slot.serial > serial and not slot.is_superseded
         ]
 
+    def oldest_serial(self) -> int | None:
+        """Returns the serial number of the oldest finished step, None if there is none."""
+        slots = list(self._slots.values())
+        return slots[0].serial if slots else None
+
     def newest_rows(self) -> dict[torch.device, torch.Tensor]:
         """Returns the parameter rows of the newest finished step, for each device; changed ones need `republish`."""
         return {device: self._on_device(device, self.newest)[:n_rows] for device, n_rows in self._n_rows.items()}

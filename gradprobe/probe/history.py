@@ -24,9 +24,74 @@ if TYPE_CHECKING:
     from gradprobe.observers.sharding import WholeGradients
     from gradprobe.probe.step_reduction import ClosedStep
 
+Newest = Literal["never", "complete", "always"]
 InModelOrder = Callable[[dict[torch.device, FloatArray]], FloatArray]
 
 _TAKEN_AT_ONCE = 16  # steps; the code that takes them is then warm in cache
+
+
+class Cursor:
+    """How far one reader has read the finished steps.
+
+    Attributes:
+        n_lost: Steps that left the history before they were read.
+
+    Args:
+        capacity: Number of unread steps that outlive the ring buffer.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.n_lost = 0
+        self._capacity = capacity
+        self._serial = 0  # of the last step that was read
+        self._has_losses = False
+        self._archived: deque[Snapshot] = deque()  # unread steps that are no longer in the ring buffer
+
+    def archive(self, snapshots: Mapping[int, Snapshot], serial: int) -> None:
+        """Keeps the unread steps of the ring buffer, which is about to go.
+
+        Args:
+            snapshots: Its steps by serial number.
+            serial: Number of steps committed so far.
+        """
+        new = [snapshot for number, snapshot in snapshots.items() if number > self._serial]
+        self._archived.extend(new)
+        self._serial = serial
+        while len(self._archived) > self._capacity:
+            self._archived.popleft()
+            self.n_lost += 1
+
+    def read(self, history: History, newest: Newest, wait: bool, most: int | None) -> list[Snapshot]:
+        """Reads the next steps, oldest first; the history holds its lock.
+
+        Args:
+            history: Where they are.
+            newest: As for `History.drain`.
+            wait: Wait for the device.
+            most: Largest number of steps.
+        """
+        found: list[Snapshot] = []
+        while self._archived and (most is None or len(found) < most):
+            found.append(self._archived.popleft())
+        ring = history.ring
+        oldest = ring.oldest_serial()
+        if oldest is not None and oldest > self._serial + 1:
+            self.n_lost += oldest - self._serial - 1
+            self._serial = oldest - 1
+        positions = ring.newer_than(self._serial)
+        for position in positions:
+            is_newest = position == positions[-1]  # of those listed: the training may add others meanwhile
+            if (most is not None and len(found) >= most) or (is_newest and newest == "never"):
+                break
+            finished = ring.read(position, wait)
+            if finished is None:
+                break
+            self._has_losses = self._has_losses or finished.loss is not None
+            if is_newest and newest == "complete" and finished.loss is None and self._has_losses:
+                break
+            self._serial = finished.slot.serial
+            found.append(history.snapshot(finished))
+        return found
 
 
 class History:
@@ -48,12 +113,12 @@ class History:
         self._updates = updates
         self._unseen: deque[int] = deque()  # positions in the ring that were not taken in yet, oldest first
         self._running = RunningDiagnosis()
-        self._lock = threading.Lock()  # of the two above
+        self._lock = threading.Lock()  # of what readers in several threads change
         self._fence = fence
         self._first_nonfinite: NonFinite | None = None
-        self._n_committed = self._n_drained = 0  # serial numbers
-        self._has_losses = False
-        self._undrained: deque[Snapshot] = deque(maxlen=capacity)  # of those in the archive
+        self._n_committed = 0
+        self._drained = Cursor(capacity)  # that of the user
+        self._cursors = [self._drained]
         self._whole: WholeGradients | None = None
         self.ring = RingBuffer(1, {})
 
@@ -61,13 +126,28 @@ class History:
         """Replaces the contents of the ring by snapshots. Waits for the device."""
         with self._lock:
             self._take_in(wait=True)
-            new = (self.ring.read(position, wait=True) for position in self.ring.newer_than(self._n_drained))
-            self._undrained.extend(self._snapshot(one) for one in new if one is not None)
-            self._n_drained = self._n_committed
-        kept = self.all()
-        self._archive.clear()
-        self._archive.extend(kept)
-        self.ring = RingBuffer(1, {})
+            finished = (self.ring.read(position, wait=True) for position in self.ring.positions())
+            kept = {one.slot.serial: self.snapshot(one) for one in finished if one is not None}
+            for cursor in self._cursors:
+                cursor.archive(kept, self._n_committed)
+            self._archive.extend(kept.values())
+            self.ring = RingBuffer(1, {})
+
+    def reader(self) -> Cursor:
+        """Returns a cursor of its own for one more reader, for `drain`."""
+        cursor = Cursor(self._capacity)
+        with self._lock:
+            self._cursors.append(cursor)
+        return cursor
+
+    def forget_reader(self, cursor: Cursor) -> None:
+        """Drops the cursor of a reader that has ended."""
+        with self._lock:
+            self._cursors = [one for one in self._cursors if one is not cursor]
+
+    def renew_lock(self) -> None:
+        """Makes a new lock in a forked process, where the thread that may hold the old one does not exist."""
+        self._lock = threading.Lock()
 
     def restart(
         self,
@@ -99,34 +179,35 @@ class History:
         for position in reversed(self.ring.positions()):
             finished = self.ring.read(position, wait)
             if finished is not None:
-                return self._snapshot(finished)
+                return self.snapshot(finished)
         return self._archive[-1] if self._archive else None
 
     def all(self) -> list[Snapshot]:
         """Returns the finished steps still kept, oldest first. Waits for the device."""
-        finished = (self.ring.read(position, wait=True) for position in self.ring.positions())
-        snapshots = [*self._archive, *(self._snapshot(one) for one in finished if one is not None)]
-        return snapshots[-self._capacity :]
+        with self._lock:
+            finished = (self.ring.read(position, wait=True) for position in self.ring.positions())
+            snapshots = [*self._archive, *(self.snapshot(one) for one in finished if one is not None)]
+            return snapshots[-self._capacity :]
 
-    def drain(self) -> list[Snapshot]:
+    def drain(
+        self,
+        cursor: Cursor | None = None,
+        *,
+        newest: Newest = "complete",
+        wait: bool = False,
+        most: int | None = None,
+    ) -> list[Snapshot]:
         """Returns the steps that have arrived since the last call, oldest first, as long as they are kept.
 
-        The newest is left for the next call while it lacks a loss that other steps have.
+        Args:
+            cursor: That of the reader, from `reader`; None for the user's.
+            newest: Whether to return the newest step, which may still change: "complete" leaves it for the next call
+                while it lacks a loss that other steps have.
+            wait: Wait for the device.
+            most: Largest number of steps to return.
         """
         with self._lock:
-            drained = list(self._undrained)
-            self._undrained.clear()
-            positions = self.ring.newer_than(self._n_drained)
-            for position in positions:
-                finished = self.ring.read(position, wait=False)
-                if finished is None:
-                    break
-                self._has_losses = self._has_losses or finished.loss is not None
-                if position == self.ring.newest and finished.loss is None and self._has_losses:
-                    break
-                self._n_drained = finished.slot.serial
-                drained.append(self._snapshot(finished))
-            return drained
+            return (cursor or self._drained).read(self, newest, wait, most)
 
     def supersede(self, step: int) -> None:
         """Drops the steps with this number or a larger one: they turned out to be part of the open step."""
@@ -190,7 +271,7 @@ class History:
     def _newest(self) -> Snapshot | None:
         """Returns the finished step that may still get a loss."""
         finished = self.ring.read(self._unseen[-1], wait=True) if self._unseen else None
-        return None if finished is None or finished.slot.is_superseded else self._snapshot(finished)
+        return None if finished is None or finished.slot.is_superseded else self.snapshot(finished)
 
     def _take_in(self, wait: bool, but_newest: bool = False) -> None:
         """Judges the steps that have arrived and looks for the first value that is not finite."""
@@ -201,7 +282,7 @@ class History:
             self._unseen.popleft()
             if finished.slot.is_superseded:
                 continue
-            snapshot = self._snapshot(finished)
+            snapshot = self.snapshot(finished)
             if self._first_nonfinite is None and finished.has_nonfinite:
                 self._first_nonfinite = snapshot.first_nonfinite()
             with self._fence.around("the diagnosis", self._stop_judging):
@@ -210,7 +291,8 @@ class History:
     def _stop_judging(self) -> None:
         self._running.stop()
 
-    def _snapshot(self, finished: FinishedStep) -> Snapshot:
+    def snapshot(self, finished: FinishedStep) -> Snapshot:
+        """Turns a step of the ring buffer into a snapshot."""
         slot, whole = finished.slot, self._whole
         reduced = None if whole is None else whole.unpack(finished.rows[whole.device])
         signals = None
