@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.ops.rows import STATS
 from gradprobe.snapshot.export import strict
-from gradprobe.snapshot.records import FloatArray, Measured
+from gradprobe.snapshot.records import JUNCTION_KINDS, FloatArray, Measured
 from gradprobe.snapshot.signals import Signals
 from gradprobe.snapshot.snapshot import Snapshot
 from gradprobe.snapshot.stats import COLUMNS, finish_rows
@@ -264,26 +264,26 @@ def _signals(observed: Sequence[tuple[int, Signals]], session: int) -> dict[str,
         rows["kind"] = _tiled(table.kinds[chosen], len(steps))
         rows |= _sites(measured)
         rows["smallest_normal"] = smallest.reshape(-1)
+        statistics = _statistics(raw[:, chosen], measured, scales[:, chosen])
         if name == "residual_adds":
-            rows["shortcut_share"] = _shortcut_shares(observed, len(names))
-        found[name] = rows | _statistics(raw[:, chosen], measured, scales[:, chosen])
+            rows["shortcut_share"] = _shortcut_shares(statistics, measured)
+        found[name] = rows | statistics
     return found
 
 
-def _shortcut_shares(observed: Sequence[tuple[int, Signals]], n_sites: int) -> Nullable:
-    """Returns the share of the shortcut in the rows of kind "shortcut_grad"."""
-    shares = np.full((len(observed), n_sites), np.nan)  # [T, S]
-    table = observed[0][1].table
-    row_of = {
-        name: row
-        for row, (name, kind) in enumerate(
-            zip(table.names[table.first_junction_site :], table.kinds[table.first_junction_site :], strict=True)
-        )
-        if kind == "shortcut_grad"
-    }
-    for t, (_, signals) in enumerate(observed):
-        for name, junction in signals.junctions.items():
-            shares[t, row_of[name]] = junction.shortcut_share
+def _shortcut_shares(statistics: Rows, measured: Sequence[Measured]) -> Nullable:
+    """Returns `Junction.shortcut_share` in the rows of kind "shortcut_grad"."""
+    n_kinds, (shortcut, branch) = len(JUNCTION_KINDS), map(JUNCTION_KINDS.index, ("shortcut_grad", "branch_grad"))
+    norms = statistics["norm"]
+    assert isinstance(norms, Nullable)
+    sizes = norms.values.astype(np.float64).reshape(-1, n_kinds)  # [T J, 7]
+    present = norms.valid.reshape(-1, n_kinds)
+    numels = np.stack([one.numels for one in measured]).reshape(-1, n_kinds)
+    shares = np.full(sizes.shape, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares[:, shortcut] = sizes[:, shortcut] / (sizes[:, shortcut] + sizes[:, branch])
+    is_known = present[:, shortcut] & present[:, branch] & (numels[:, shortcut] == numels[:, branch])
+    shares[~is_known] = np.nan
     return Nullable(shares.reshape(-1), np.isfinite(shares.reshape(-1)))
 
 

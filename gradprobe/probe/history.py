@@ -98,16 +98,23 @@ class History:
     """Owns the ring buffer and turns its rows into snapshots.
 
     Args:
-        capacity: Number of steps to keep.
+        capacity: Number of steps to keep for the user.
+        ring_capacity: Number of steps to keep for those that read them as they come.
         signals: The sites of activations and residual adds, None if there are none.
         updates: The updates of each step, None if they are not observed.
         fence: Takes the errors of judging.
     """
 
     def __init__(
-        self, capacity: int, signals: SignalTable | None, updates: UpdateObserver | None, fence: Fence
+        self,
+        capacity: int,
+        ring_capacity: int,
+        signals: SignalTable | None,
+        updates: UpdateObserver | None,
+        fence: Fence,
     ) -> None:
         self._capacity = capacity
+        self._ring_capacity = ring_capacity
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
         self._signals = signals
         self._updates = updates
@@ -135,7 +142,7 @@ class History:
 
     def reader(self) -> Cursor:
         """Returns a cursor of its own for one more reader, for `drain`."""
-        cursor = Cursor(self._capacity)
+        cursor = Cursor(self._ring_capacity)
         with self._lock:
             self._cursors.append(cursor)
         return cursor
@@ -168,7 +175,7 @@ class History:
         if whole is not None:
             rows_on = {whole.device: whole.n_rows}
         n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
-        self.ring = RingBuffer(self._capacity, rows_on, n_signals)
+        self.ring = RingBuffer(self._ring_capacity, rows_on, n_signals)
 
     def latest(self, wait: bool) -> Snapshot | None:
         """Returns the newest finished step that has arrived on the host, None if there is none.

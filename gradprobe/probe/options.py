@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -13,9 +15,12 @@ from torch import nn
 
 from gradprobe.errors import ArgumentError
 from gradprobe.observers.activations import Selection
+from gradprobe.snapshot.export import strict
 
 if TYPE_CHECKING:
+    from gradprobe.diagnosis.finding import Finding
     from gradprobe.observers.agreement import ProcessGroups
+    from gradprobe.sinks.sink import Sink
 
 When = Literal["auto", "step", "backward", "hook"]
 WHEN_CHOICES: tuple[When, ...] = ("auto", "step", "backward", "hook")
@@ -44,6 +49,10 @@ class Options:
     process_group: ProcessGroups = None
     reduce_activations: bool = False
     strict: bool = False
+    log_dir: str | os.PathLike[str] | None = None
+    sinks: Sequence[Sink] = ()
+    on_finding: Callable[[Finding], object] | None = None
+    start_step: int = 0
 
     def __post_init__(self) -> None:
         if self.params is not True:
@@ -57,6 +66,10 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: needed an integer of at least 1, got {value!r}")
+        start = self.start_step
+        if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+            raise ArgumentError(f"start_step: needed an integer of at least 0, got {start!r}")
+        self._check_stream()
         if self.when not in WHEN_CHOICES:
             raise ArgumentError(f"when: needed one of {', '.join(WHEN_CHOICES)}, got {self.when!r}")
         self._check_process_group()
@@ -69,13 +82,43 @@ class Options:
             signals: Names of the activations and residual adds that are reduced.
         """
         digest = hashlib.sha256(repr(tuple(signals)).encode()).hexdigest()[:16]
-        names = ("every", "updates", "updates_every", "reduce_activations")
+        names = ("every", "updates", "updates_every", "reduce_activations", "start_step")
         common: dict[str, object] = {name: getattr(self, name) for name in names}
         if self.reduce_activations:
             common |= {"activations": digest, "activations_every": self.activations_every}
         if self.updates:  # each step of each optimizer takes part
             common["optimizers"] = len(self.optimizers)
         return common
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether finished steps are handed on as they come."""
+        return self.log_dir is not None or len(self.sinks) > 0 or self.on_finding is not None
+
+    def described(self) -> dict[str, object]:
+        """Returns the options as values that JSON can hold, for those who read the log."""
+        plain = (str, int, float, bool, type(None))
+        found: dict[str, object] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "optimizer":
+                found[each.name] = [type(optimizer).__name__ for optimizer in self.optimizers]
+            elif each.name not in ("log_dir", "sinks", "on_finding", "grad_scaler"):
+                is_list = isinstance(value, (list, tuple)) and all(isinstance(item, plain) for item in value)
+                found[each.name] = value if isinstance(value, plain) or is_list else type(value).__name__
+        return found
+
+    def _check_stream(self) -> None:
+        if self.log_dir is not None and not isinstance(self.log_dir, (str, os.PathLike)):
+            raise ArgumentError(f"log_dir: needed a path or None, got {self.log_dir!r}")
+        methods = ("open", "write", "tell", "close")
+        if not isinstance(self.sinks, (list, tuple)):
+            raise ArgumentError(f"sinks: needed a list of sinks, got {type(self.sinks).__name__}")
+        for sink in self.sinks:
+            if isinstance(sink, type) or not all(callable(getattr(sink, method, None)) for method in methods):
+                raise ArgumentError(f"sinks: needed sinks such as gradprobe.sinks.CSV(path), got {sink!r}")
+        if self.on_finding is not None and not callable(self.on_finding):
+            raise ArgumentError(f"on_finding: needed a callable or None, got {type(self.on_finding).__name__}")
 
     def _check_process_group(self) -> None:
         given = self.process_group
@@ -167,6 +210,48 @@ def check_max_norm(max_norm: object) -> None:
     """Raises ArgumentError if `max_norm` is not a number above zero: a negative one would turn the gradients round."""
     if not _is_number(max_norm) or not max_norm > 0:  # type: ignore[operator]
         raise ArgumentError(f"max_norm: needed a number above 0, got {max_norm!r}")
+
+
+def check_timeout(timeout_s: object) -> None:
+    """Raises ArgumentError if a time to wait is not a number above zero."""
+    if not _is_number(timeout_s) or not timeout_s > 0:  # type: ignore[operator]
+        raise ArgumentError(f"timeout_s: needed a number above 0, got {timeout_s!r}")
+
+
+def check_n_steps(n_steps: object) -> None:
+    """Raises ArgumentError if a number of steps is not an integer above zero."""
+    if n_steps is not None and (isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1):
+        raise ArgumentError(f"n_steps: needed an integer of at least 1 or None, got {n_steps!r}")
+
+
+def checked_json(name: str, value: object) -> object:
+    """Returns a value as JSON holds it.
+
+    Args:
+        name: Name of the argument.
+        value: Its value; tensors and arrays become lists.
+
+    Raises:
+        ArgumentError: JSON cannot hold it.
+    """
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    try:
+        return strict(json.loads(json.dumps(value)))
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}: needed a value that JSON can hold, got {value!r}: {error}") from error
+
+
+def checked_step(state: object) -> int:
+    """Returns the step of a probe's state.
+
+    Raises:
+        ArgumentError: It is none.
+    """
+    step = state.get("step") if isinstance(state, Mapping) else None
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ArgumentError(f"state: needed one of Probe.state_dict(), such as {{'step': 100}}, got {state!r}")
+    return step
 
 
 def _is_number(value: object) -> bool:

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from gradprobe import sinks
 from gradprobe.diagnosis.diagnosis import Diagnosis
 from gradprobe.errors import ArgumentError, GradprobeError
+from gradprobe.log.writer import RunWriter
 from gradprobe.observers.activations import Selection
 from gradprobe.observers.unsupported import refuse_unsupported
 from gradprobe.probe.coverage import Coverage
-from gradprobe.probe.options import Options, When, check_loss, check_max_norm, check_model
+from gradprobe.probe.dump import versions, write_dump
+from gradprobe.probe.options import (
+    Options,
+    When,
+    check_loss,
+    check_max_norm,
+    check_model,
+    check_n_steps,
+    check_timeout,
+    checked_json,
+    checked_step,
+)
 from gradprobe.probe.step_recorder import StepRecorder
+from gradprobe.probe.stream import Stream
+from gradprobe.sinks.jsonl import write_jsonl
 from gradprobe.snapshot.export import to_pandas
 from gradprobe.snapshot.snapshot import NonFinite, Snapshot
 
 if TYPE_CHECKING:
     import pandas
 
+    from gradprobe.diagnosis.finding import Finding
     from gradprobe.observers.agreement import ProcessGroups
+    from gradprobe.sinks.sink import Sink
 
 _attached: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
 
@@ -50,6 +67,10 @@ def attach(
     process_group: ProcessGroups = None,
     reduce_activations: bool = False,
     strict: bool = False,
+    log_dir: str | PathLike[str] | None = None,
+    sinks: Sequence[Sink] = (),
+    on_finding: Callable[[Finding], object] | None = None,
+    start_step: int = 0,
 ) -> Probe:
     """Attaches a probe to a model. The training and the random numbers stay as they are, bit for bit.
 
@@ -87,6 +108,14 @@ def attach(
             the elements on all ranks together, copies included. Otherwise they are those of this rank.
         strict: Raise the errors of measuring. Otherwise whatever fails is reported once and no longer measured, and the
             training goes on as without a probe.
+        log_dir: Folder to which the finished steps stream from another thread: tables in Parquet, or in JSON Lines
+            without pyarrow, for `gradprobe.log.read_run`, pandas, polars and DuckDB. A folder that exists is continued,
+            and nothing in it is overwritten. Killing the process loses at most the last seconds.
+        sinks: Where else they go, e.g. `[gradprobe.sinks.CSV("steps.csv")]`. Like the log and `on_finding`, on rank 0
+            only. One that fails is switched off with a warning; that holds with `strict`, too.
+        on_finding: Called with each new finding, within seconds. In a thread of its own, so that the training never
+            waits: set a flag or call `Probe.dump`, but leave the model alone. What it raises is only reported.
+        start_step: Number of the first step. That of the training, if it resumes; see `Probe.load_state_dict`.
 
     Returns:
         The probe. It is also a context manager that detaches on exit.
@@ -96,6 +125,7 @@ def attach(
             is on another device than the CPU or a GPU of type cuda, or sharded in a way that is not supported
             (DeepSpeed, Megatron). Or ranks that hold a part of the model did not attach, or with other options.
         BackendError: The back end cannot run on the model's device.
+        StoreError: The log's folder cannot be written, or another probe is writing there.
 
     Example:
         >>> model = nn.Linear(3, 1)
@@ -123,6 +153,10 @@ def attach(
         process_group=process_group,
         reduce_activations=reduce_activations,
         strict=strict,
+        log_dir=log_dir,
+        sinks=sinks,
+        on_finding=on_finding,
+        start_step=start_step,
     )
     with torch.inference_mode(False):  # otherwise no training could write to the rows
         return Probe(model, options)
@@ -137,8 +171,29 @@ class Probe:
         refuse_unsupported(model)
         self._model = weakref.ref(model)
         self._description = f"when={options.measured_at!r}, every={options.every}"
-        self._recorder = StepRecorder(model, options)
+        self._on_finding = options.on_finding
+        self._stream: Stream | None = None
         self._is_detached = False
+        is_streaming = options.has_stream and _is_first_rank()
+        # before the ranks meet: afterwards, none may fail
+        writer = RunWriter(options.log_dir) if is_streaming and options.log_dir is not None else None
+        try:
+            self._recorder = StepRecorder(model, options)
+            self._about = {
+                "model": type(model).__name__,
+                "parameters": list(self._recorder.names),
+                "options": options.described(),
+                "versions": versions(),
+            }
+            if writer is not None:
+                writer.describe({name: value for name, value in self._about.items() if name != "parameters"})
+        except BaseException:
+            if writer is not None:
+                writer.close()
+            raise
+        if is_streaming:
+            history, about = self._recorder.history, self._about
+            self._stream = Stream(self, history, writer, options.sinks, about, self._tell)
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -207,7 +262,7 @@ class Probe:
         Raises:
             StoreError: The file exists or cannot be written.
         """
-        sinks.write_jsonl(self.history(), path)
+        write_jsonl(self.history(), path)
 
     def findings(self) -> Diagnosis:
         """Applies the rules of `gradprobe.diagnosis` to all steps since attach, kept in the history or not.
@@ -250,6 +305,78 @@ class Probe:
         """Returns what the probe has observed, and what it cannot observe."""
         self._settle()
         return self._recorder.coverage.report(self._recorder.boundaries.optimizers)
+
+    @property
+    def stored_step(self) -> int | None:
+        """Number of the newest step in the run folder, None if there is none: killing the process does not lose it."""
+        return None if self._stream is None else self._stream.stored_step
+
+    def flush(self, timeout_s: float = 30.0) -> int | None:
+        """Waits until the finished steps are in the run folder and have been handed to the sinks.
+
+        Args:
+            timeout_s: How long to wait at most.
+
+        Returns:
+            `stored_step`.
+
+        Raises:
+            ArgumentError: The time is not above zero.
+        """
+        check_timeout(timeout_s)
+        self._settle()
+        if self._stream is not None:
+            self._stream.flush(timeout_s)
+        return self.stored_step
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns what a checkpoint needs so that a probe of the resumed training goes on counting.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> probe = attach(model, start_step=100)
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> probe.step()
+            >>> probe.state_dict()
+            {'step': 101}
+        """
+        self._settle()
+        return {"step": self._recorder.number}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on counting where a checkpoint was made. Call it between two steps, on every rank.
+
+        Steps of that number or a larger one are dropped from the history, and replaced when the log is read.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ArgumentError: The state is not one of a probe.
+            GradprobeError: The probe is detached.
+        """
+        self._check_attached()
+        self._recorder.go_to(checked_step(state))
+
+    def dump(self, path: str | PathLike[str], *, batch_ids: object = None, n_steps: int | None = None) -> None:
+        """Writes what is needed to look at a training that has broken, and to repeat its step, to a new folder.
+
+        That is the newest steps and the findings as a run folder, the states of the random number generators of torch,
+        NumPy and Python in random_states.pt, and the batch ids in about.json.
+
+        Args:
+            path: The folder.
+            batch_ids: What identifies the batch at hand; anything that JSON can hold.
+            n_steps: Number of steps to write, None for all that the history holds.
+
+        Raises:
+            ArgumentError: `n_steps` is not above zero, or JSON cannot hold the batch ids.
+            StoreError: The folder is not empty or cannot be written.
+        """
+        given: dict[str, object] = {"step": self._recorder.number, "batch_ids": checked_json("batch_ids", batch_ids)}
+        check_n_steps(n_steps)
+        kept = self.history()
+        write_dump(Path(path), kept[-(n_steps or len(kept)) :], self.findings(), self._about, given)
 
     def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> torch.Tensor:
         """Clips the gradients as `torch.nn.utils.clip_grad_norm_` does, reusing the norms that the probe measures.
@@ -294,14 +421,21 @@ class Probe:
             self._recorder.pause(-1)
 
     def detach(self) -> None:
-        """Removes every hook. The history stays readable. Further calls do nothing."""
+        """Removes every hook, and stores the last steps. The history stays readable. Further calls do nothing.
+
+        It waits at most ten seconds for the log and the sinks.
+        """
         if self._is_detached:
             return
         self._is_detached = True
-        self._recorder.release()
-        model = self._model()
-        if model is not None and _attached.get(model) is self:
-            del _attached[model]
+        try:
+            self._recorder.release()
+        finally:
+            model = self._model()
+            if model is not None and _attached.get(model) is self:
+                del _attached[model]
+            if self._stream is not None:
+                self._stream.close()
 
     def __enter__(self) -> Probe:
         return self
@@ -320,9 +454,21 @@ class Probe:
         return type(None), ()  # a copied or unpickled owner has no probe
 
     def _settle(self) -> None:
-        if not self._is_detached:
+        is_callback = self._stream is not None and self._stream.is_own_thread  # beside the training
+        if not self._is_detached and not is_callback:
             self._recorder.settle()
+
+    def _tell(self, finding: Finding) -> None:
+        if self._on_finding is not None:
+            self._on_finding(finding)
 
     def _check_attached(self) -> None:
         if self._is_detached:
             raise GradprobeError("the probe is detached; attach a new one")
+
+
+def _is_first_rank() -> bool:
+    """Returns whether this process writes for all: those of torchrun have a number before they are a group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"

@@ -26,6 +26,7 @@ from gradprobe.probe.open_step import Change, OpenStep, kept, mean
 from gradprobe.probe.options import Options
 from gradprobe.probe.step_boundaries import StepBoundaries
 from gradprobe.probe.step_reduction import ClosedStep, StepReduction
+from gradprobe.probe.stream import LEAST_CAPACITY
 from gradprobe.snapshot.records import Measured, Provenance
 from gradprobe.snapshot.signals import SignalTable
 
@@ -54,7 +55,8 @@ class StepRecorder:
         self._every, self._activations_every = options.every, options.activations_every
         self._updates_every = options.updates_every
         self._fence = Fence(options.strict)
-        self._open = OpenStep(0)
+        self._open = OpenStep(options.start_step)
+        self._first = options.start_step  # number of the first step
         self._n_pending = 0  # steps in a row that the user has closed while gradients accumulated
         self._pending_losses: list[torch.Tensor | float] = []
         self._last_losses: list[torch.Tensor | float] = []
@@ -72,10 +74,11 @@ class StepRecorder:
             chosen = select_modules(model, options.activations, elsewhere=joined)
         module_types = tuple(type(module).__name__ for module in chosen.values())
         signals = SignalTable(tuple(chosen), tuple(joined), module_types) if chosen or joined else None
+        capacity = max(options.capacity, LEAST_CAPACITY) if options.has_stream else options.capacity
         self._updates: UpdateObserver | None = None
         if options.updates:
-            self._updates = UpdateObserver(options.backend, options.capacity, self._fence)
-        self.history = History(options.capacity, signals, self._updates, self._fence)
+            self._updates = UpdateObserver(options.backend, capacity, self._fence)
+        self.history = History(options.capacity, capacity, signals, self._updates, self._fence)
         self._scalers = Scalers(options.grad_scalers)
         self._signal_observer: SignalObserver | None = None
         self._observer = GradientObserver(
@@ -102,6 +105,7 @@ class StepRecorder:
             names = signals.names if signals is not None and options.reduce_activations else ()
             if self._observer.meet(options.process_group, options.common(names), len(names)):
                 self._restart()
+            self._set_enabled()
             self._is_whole = True
         except BaseException:
             self._observer.release()
@@ -276,8 +280,8 @@ class StepRecorder:
             return f"measuring {part} has failed: {error}"
         if has_steps:
             return ""
-        if self._open.number > 0:
-            return f"{self._open.number} steps have ended, in none of them was a gradient measured"
+        if self._open.number > self._first:
+            return f"{self._open.number - self._first} steps have ended, in none of them was a gradient measured"
         if not self._observer.has_fired():
             return "no backward pass has reached the model since attach"
         return self.boundaries.why_open()
@@ -296,6 +300,29 @@ class StepRecorder:
         self.history.archive()
         if self._updates is not None:
             self._updates.restart((), ())
+
+    @property
+    def number(self) -> int:
+        """Number of the open step."""
+        return self._open.number
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the observed parameters."""
+        return self._observer.table.names
+
+    def go_to(self, step: int) -> None:
+        """Gives the open step a number, as when a training resumes; later ones in the history are dropped.
+
+        Args:
+            step: The number.
+        """
+        self.settle()
+        self._restart()
+        self.history.supersede(step)
+        self._open, self._first = OpenStep(step), step
+        self._n_pending, self._last_was_measured = 0, False
+        self._set_enabled()
 
     @property
     def n_parameters(self) -> int:

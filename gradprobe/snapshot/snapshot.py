@@ -141,7 +141,10 @@ class Snapshot:
         That is before clipping, except with `when="step"`, and for gradients that fire no hook, such as those of
         `torch.autograd.grad` and of compiled autograd.
         """
-        norms = self.columns["norm"][self.measured.present]  # [K']
+        # the other columns may never be asked for
+        norms = finish_rows(self.rows, self.measured.numels, self.scale, ("norm",))["norm"][
+            self.measured.present
+        ]  # [K']
         if not len(norms):
             return math.nan
         largest = float(norms.max(initial=0.0))
