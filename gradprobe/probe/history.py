@@ -47,13 +47,15 @@ class Cursor:
         self._has_losses = False
         self._archived: deque[Snapshot] = deque()  # unread steps that are no longer in the ring buffer
 
-    def archive(self, snapshots: Mapping[int, Snapshot], serial: int) -> None:
+    def archive(self, ring: RingBuffer, snapshots: Mapping[int, Snapshot], serial: int) -> None:
         """Keeps the unread steps of the ring buffer, which is about to go.
 
         Args:
+            ring: The ring buffer.
             snapshots: Its steps by serial number.
             serial: Number of steps committed so far.
         """
+        self._skip_lost(ring)
         new = [snapshot for number, snapshot in snapshots.items() if number > self._serial]
         self._archived.extend(new)
         self._serial = serial
@@ -74,10 +76,7 @@ class Cursor:
         while self._archived and (most is None or len(found) < most):
             found.append(self._archived.popleft())
         ring = history.ring
-        oldest = ring.oldest_serial()
-        if oldest is not None and oldest > self._serial + 1:
-            self.n_lost += oldest - self._serial - 1
-            self._serial = oldest - 1
+        self._skip_lost(ring)
         positions = ring.newer_than(self._serial)
         for position in positions:
             is_newest = position == positions[-1]  # of those listed: the training may add others meanwhile
@@ -92,6 +91,12 @@ class Cursor:
             self._serial = finished.slot.serial
             found.append(history.snapshot(finished))
         return found
+
+    def _skip_lost(self, ring: RingBuffer) -> None:
+        oldest = ring.oldest_serial()
+        if oldest is not None and oldest > self._serial + 1:
+            self.n_lost += oldest - self._serial - 1
+            self._serial = oldest - 1
 
 
 class History:
@@ -136,7 +141,7 @@ class History:
             finished = (self.ring.read(position, wait=True) for position in self.ring.positions())
             kept = {one.slot.serial: self.snapshot(one) for one in finished if one is not None}
             for cursor in self._cursors:
-                cursor.archive(kept, self._n_committed)
+                cursor.archive(self.ring, kept, self._n_committed)
             self._archive.extend(kept.values())
             self.ring = RingBuffer(1, {})
 
