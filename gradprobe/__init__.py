@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gradprobe.ops import namespace as _namespace
 
 if TYPE_CHECKING:
-    from gradprobe import networks, nn
+    from gradprobe import log, networks, nn, sinks
     from gradprobe.diagnosis.finding import Finding
     from gradprobe.errors import ArgumentError, BackendError, GradprobeError, GradprobeWarning, StoreError
     from gradprobe.nn.instrument import Instrumented, instrument
@@ -60,15 +60,17 @@ __all__ = [
     "check_gradient_flow",
     "grad_stats",
     "instrument",
+    "log",
     "networks",
     "nn",
     "residual_add",
     "residual_add_",
+    "sinks",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("networks", "nn"):
+    if name in ("log", "networks", "nn", "sinks"):
         return import_module(f"gradprobe.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'gradprobe' has no attribute {name!r}")

@@ -58,9 +58,10 @@ class Run:
             while kept and steps["step"][kept[-1]] >= steps["step"][row]:
                 kept.pop()
             kept.append(row)
+        about = read_about(self.folder) or self.about  # the steps may be of tables that are newer than this object
         tables = _Tables(
-            [_site_table(*one) for one in self.about["parameter_tables"]],
-            [SignalTable(*map(tuple, one)) for one in self.about["signal_tables"]],
+            [_site_table(*one) for one in about["parameter_tables"]],
+            [SignalTable(*map(tuple, one)) for one in about["signal_tables"]],
             self._blocks("parameters", (*_MEASURED, "differ")),
             self._blocks("activations", (*_MEASURED, "smallest_normal")),
             self._blocks("residual_adds", (*_MEASURED, "smallest_normal")),

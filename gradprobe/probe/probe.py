@@ -175,25 +175,24 @@ class Probe:
         self._stream: Stream | None = None
         self._is_detached = False
         is_streaming = options.has_stream and _is_first_rank()
+        self._about: dict[str, object] = {
+            "model": type(model).__name__,
+            "options": options.described(),
+            "versions": versions(),
+        }
         # before the ranks meet: afterwards, none may fail
-        writer = RunWriter(options.log_dir) if is_streaming and options.log_dir is not None else None
+        writer = RunWriter(options.log_dir, self._about) if is_streaming and options.log_dir is not None else None
         try:
             self._recorder = StepRecorder(model, options)
-            self._about = {
-                "model": type(model).__name__,
-                "parameters": list(self._recorder.names),
-                "options": options.described(),
-                "versions": versions(),
-            }
-            if writer is not None:
-                writer.describe({name: value for name, value in self._about.items() if name != "parameters"})
+            if is_streaming:
+                about = {**self._about, "parameters": list(self._recorder.names)}
+                self._stream = Stream(self, self._recorder.history, writer, options.sinks, about, self._tell)
         except BaseException:
             if writer is not None:
                 writer.close()
+            if hasattr(self, "_recorder"):
+                self._recorder.release()
             raise
-        if is_streaming:
-            history, about = self._recorder.history, self._about
-            self._stream = Stream(self, history, writer, options.sinks, about, self._tell)
         _attached[model] = self
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:

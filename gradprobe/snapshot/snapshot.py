@@ -90,7 +90,7 @@ class Snapshot:
     Maps each parameter that had a gradient in this step to its statistics.
 
     Attributes:
-        step: Number of the step, counted from 0 at attach.
+        step: Number of the step, counted from `attach(start_step=...)` on, which is 0 unless given.
         loss: The mean of the losses given to `Probe.step(loss=...)` in this step, or None.
         provenance: Scale, reduction and state of the gradients.
         skipped: The gradient scaler skipped the optimizer's step because a gradient was not finite.

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "probe": "observers diagnosis log sinks snapshot nn ops errors",
     "report": "diagnosis snapshot errors",
     "experiments": "probe report diagnosis snapshot networks nn errors",
-    "__init__": "probe diagnosis snapshot networks nn ops errors",
+    "__init__": "probe diagnosis log sinks snapshot networks nn ops errors",
     "cli": "experiments report probe diagnosis snapshot ops errors",
 }
 WITHOUT_TORCH = {"errors", "snapshot", "diagnosis", "log", "sinks", "report"}
