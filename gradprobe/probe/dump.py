@@ -6,6 +6,7 @@ import json
 import platform
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def write_dump(
     write_files({folder / "diagnosis.json": [json.dumps(strict(diagnosis.to_dict()), indent=1) + "\n"]})
 
 
+@cache
 def versions() -> dict[str, str]:
     """Returns the versions of what computes the numbers."""
     try:

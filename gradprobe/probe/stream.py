@@ -166,8 +166,8 @@ class Stream:
             if self._cursor.n_lost > 0 and not self._has_warned_of_loss:
                 self._has_warned_of_loss = True
                 warn_user(
-                    f"the training is faster than its log: {self._cursor.n_lost} steps before step {self._newest} left the "
-                    "history unread, and later ones may too; about.json has their number at the end. With a larger "
+                    f"the training is faster than its log: {self._cursor.n_lost} steps before step {self._newest} left "
+                    "the history unread, and later ones may too; about.json has their number at the end. With a larger "
                     "every or capacity, none is lost"
                 )
             if len(batch) < _AT_ONCE:
