@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
-from gradprobe.errors import printable
 from gradprobe.sinks.append import AppendedFile
 from gradprobe.sinks.tracker import Profile, Tracker, with_places
 from gradprobe.snapshot.metrics import PREFIX, Detail
@@ -19,7 +18,8 @@ _HEADER = "step,name,value,text\n"
 class CSV(Tracker):
     """Appends steps to a CSV file with one row per number: step, name, value, and the text of findings.
 
-    If the file exists, the rows are added to it. Each step is on disk, whole, as soon as it is written.
+    Control characters in names are spelled out. If the file exists, the rows are added to it. Each step is on disk,
+    whole, as soon as it is written.
 
     Args:
         path: The file.
@@ -49,10 +49,10 @@ class CSV(Tracker):
             self._file.append(_HEADER)
 
     def _log(self, step: int, numbers: Mapping[str, float], profile: Profile) -> None:
-        self._append((step, printable(name), value, "") for name, value in with_places(numbers, profile).items())
+        self._append((step, name, value, "") for name, value in with_places(numbers, profile).items())
 
     def _say(self, step: int, title: str, text: str) -> None:
-        self._append([(step, f"{PREFIX}finding/{title}", "", printable(text))])
+        self._append([(step, f"{PREFIX}finding/{title}", "", text)])
 
     def _close(self) -> None:
         if self._file is not None:

@@ -166,7 +166,7 @@ class Feed:
             self._thread.start()
         except RuntimeError as error:  # no more threads, or the interpreter is about to exit
             self._thread = None
-            return f"{type(error).__name__}: {error}"
+            return _described(error)
         return ""
 
     def _work(self) -> None:
@@ -216,4 +216,4 @@ class Feed:
 
 
 def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}".rstrip(".: ")

@@ -35,6 +35,8 @@ class JSONL(Tracker):
         ArgumentError: An argument is invalid.
     """
 
+    _has_exact_names = True
+
     def __init__(
         self,
         path: str | PathLike[str],

@@ -10,7 +10,7 @@ from gradprobe.sinks.tracker import Profile, Tracker, library, plain_settings
 from gradprobe.snapshot.export import strict
 from gradprobe.snapshot.metrics import PREFIX, Detail
 
-_REFUSED = re.compile(r"[^/\w.\- ]")  # characters that names of metrics and tags may not hold
+_REFUSED = re.compile(r"[^\w.\- ]")  # characters that names of metrics and tags may not hold
 _LONGEST_NAME = 250
 _LONGEST_TEXT = 5000
 _BATCH = 1000
@@ -77,7 +77,6 @@ class MLflow(Tracker):
 
 
 def _allowed(name: str) -> str:
-    """Replaces what MLflow refuses in a name, which must also be a path without detours."""
-    parts = (_REFUSED.sub("_", part) for part in name.split("/"))
-    path = "/".join("_" if part in ("", ".", "..") else part for part in parts)
-    return path[:_LONGEST_NAME].rstrip("/")
+    """Replaces what MLflow refuses in `gradprobe/quantity/place`, and slashes in the place: names can be file paths."""
+    parts = (_REFUSED.sub("_", part) for part in name.split("/", 2))
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:_LONGEST_NAME]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, printable
 from gradprobe.snapshot.metrics import PREFIX, Detail, quantities
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Tracker(ABC):
         ArgumentError: An argument is invalid.
     """
 
+    _has_exact_names: ClassVar[bool] = False  # otherwise control characters in names are spelled out
+
     def __init__(self, detail: Detail = "summary", every: int = 1, profile_every: int = 100) -> None:
         if detail not in ("summary", "all"):
             raise ArgumentError(f"detail: needed 'summary' or 'all', got {detail!r}")
@@ -52,13 +54,15 @@ class Tracker(ABC):
         self._n_seen += 1
         if rest:
             return
+        shown = str if self._has_exact_names else printable
         profile: Profile = {}
         if self._profile_every and turn % self._profile_every == 0:
             profile = {
-                quantity: dict(zip(names, values.tolist(), strict=True))
+                quantity: dict(zip(map(shown, names), values.tolist(), strict=True))
                 for quantity, names, values in quantities(snapshot)
             }
-        self._log(step, snapshot.metrics(self._detail), profile)
+        numbers = {shown(name): value for name, value in snapshot.metrics(self._detail).items()}
+        self._log(step, numbers, profile)
 
     def tell(self, step: int, finding: Finding) -> None:
         """Writes a finding; see `Sink`."""
@@ -66,7 +70,7 @@ class Tracker(ABC):
         text = f"{message}. Usual cause: {finding.cause}."
         if finding.remedies:
             text += f" Try first: {finding.remedies[0]}."
-        self._say(step, finding.title, text)
+        self._say(step, finding.title, text if self._has_exact_names else printable(text))
 
     def close(self) -> None:
         """Closes the file, or the run unless it was open before; see `Sink`."""

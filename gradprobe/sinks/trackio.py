@@ -13,7 +13,8 @@ from gradprobe.snapshot.metrics import PREFIX, Detail
 class Trackio(Tracker):
     """Logs steps to a Trackio run: the one that is open when the sink is made, or else a new one.
 
-    Findings become alerts, and profiles become tables. A run that was open before is not finished.
+    Findings become alerts, and profiles become tables. A run that was open before is not finished; if its trainer logs
+    without `step=`, Trackio counts on from the newest step of the probe.
 
     Args:
         run: The run to log to, as from `trackio.init`. None: the one that is open, or a new run.
