@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from gradprobe.errors import warn_user
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from gradprobe.diagnosis.finding import Finding
     from gradprobe.snapshot.snapshot import Snapshot
 
+CLOSE_TIMEOUT_S = 5.0
+
 _CAPACITY = 512  # steps and findings that wait
 _PATIENCE_S = 30.0
-_CLOSE_TIMEOUT_S = 5.0
 
 
 class _Step(NamedTuple):
@@ -57,6 +58,9 @@ class Feed:
         about: What `Sink.open` gets.
         capacity: Largest number of steps and findings that wait.
         patience_s: How long the sink may block in one call while its queue is full.
+        opened: Called in the feed's thread once the sink is open. Whoever closes the feed when the interpreter exits
+            can register for that here: what is registered last is called first, and a tracker's library may have
+            registered an end of its own.
 
     Example:
         >>> class Collector:
@@ -79,6 +83,7 @@ class Feed:
         about: Mapping[str, object] | None = None,
         capacity: int = _CAPACITY,
         patience_s: float = _PATIENCE_S,
+        opened: Callable[[], object] | None = None,
     ) -> None:
         self.n_written = self.n_lost = 0
         self.failure = ""
@@ -86,10 +91,11 @@ class Feed:
         self._about = {} if about is None else about
         self._capacity = capacity
         self._patience_s = patience_s
+        self._opened = opened
         self._changed = threading.Condition()  # guards everything below, and the counts
         self._waiting: deque[_Step | _Told] = deque()
         self._busy_since: float | None = None  # when the call that the sink is in began
-        self._is_closed = False
+        self._is_ended = self._is_closed = False
         self._n_in_hand = 0  # steps and findings that the sink is writing
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
@@ -117,7 +123,15 @@ class Feed:
         """
         self._add(_Told(step, finding))
 
-    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+    def end(self) -> None:
+        """Takes nothing more; the sink writes what waits, and closes. Does not wait for it."""
+        if self._pid != os.getpid():
+            return
+        with self._changed:
+            self._is_ended = True
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Lets the sink write what waits and close, then warns of what was lost.
 
         Args:
@@ -125,15 +139,15 @@ class Feed:
         """
         if self._pid != os.getpid():
             return
+        self.end()
         with self._changed:
             is_first, self._is_closed = not self._is_closed, True
-            self._changed.notify_all()
             thread = self._thread
         if not is_first or thread is None or thread is threading.current_thread():
             return
         thread.join(timeout_s)
         if thread.is_alive():
-            self._switch_off(f"It did not finish within {timeout_s:g} s")
+            self._switch_off(f"It did not finish within {timeout_s:.2g} s")
         elif self.n_lost and not self.failure:
             warn_user(
                 f"the sink {self.name} is slower than the training: {self.n_lost} of {self.n_written + self.n_lost} "
@@ -145,7 +159,7 @@ class Feed:
             return
         failure = ""
         with self._changed:
-            if self._is_closed or self.failure:
+            if self._is_ended or self.failure:
                 self.n_lost += 1
             elif len(self._waiting) >= self._capacity:
                 self.n_lost += 1
@@ -173,6 +187,8 @@ class Feed:
         try:
             self._busy_since = time.monotonic()
             self._sink.open(self._about)
+            if self._opened is not None:
+                self._opened()
             while (record := self._next()) is not None:
                 record.hand_to(self._sink)
                 self._took()
@@ -186,7 +202,7 @@ class Feed:
     def _next(self) -> _Step | _Told | None:
         """Waits for what to hand over next; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed or self.failure)
+            self._changed.wait_for(lambda: self._waiting or self._is_ended or self.failure)
             if not self._waiting:
                 return None
             self._busy_since = time.monotonic()
@@ -208,11 +224,25 @@ class Feed:
             self._waiting.clear()
             self._changed.notify_all()
             lost = f"{self.n_lost} of {self.n_written + self.n_lost} steps and findings were not written"
-            if not self._is_closed:
+            if not self._is_ended:
                 lost += ", nor are later ones"
             elif not self.n_lost:
                 lost = "It took all steps and findings, but may not have stored the last"
         warn_user(f"the sink {self.name} is switched off; the training goes on. {failure}. {lost}")
+
+
+def close_all(feeds: Sequence[Feed], timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    """Closes several feeds, which finish side by side.
+
+    Args:
+        feeds: The feeds.
+        timeout_s: How long to wait for all of them together, as for `Feed.close`.
+    """
+    limit = time.monotonic() + timeout_s
+    for feed in feeds:
+        feed.end()
+    for feed in feeds:
+        feed.close(max(0.0, limit - time.monotonic()))
 
 
 def _described(error: BaseException) -> str:

@@ -50,7 +50,8 @@ class MLflow(Tracker):
     def _open(self, about: Mapping[str, object]) -> None:
         self._client = self._mlflow.MlflowClient()
         if self._run_id is None:
-            self._run_id = self._mlflow.start_run().info.run_id
+            # named, since MLflow's own names would take numbers from Python's generator, which the training may use
+            self._run_id = self._mlflow.start_run(run_name=time.strftime("gradprobe-%Y%m%d-%H%M%S")).info.run_id
             self._is_own_run = True
         for key, value in plain_settings(about):
             self._tag(key, str(value))

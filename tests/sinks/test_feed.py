@@ -16,6 +16,7 @@ from helpers.full_disk import full_disk
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.errors import GradprobeWarning
 from gradprobe.sinks import CSV, JSONL, Feed
+from gradprobe.sinks.feed import close_all
 from gradprobe.snapshot.snapshot import Snapshot
 
 FINDING = Finding("vanishing gradients", "", (), (0, 1), {}, "a fault", "", "", "a cause", ("a remedy",))
@@ -130,8 +131,7 @@ def test_a_sink_that_blocks_stops_neither_the_training_nor_other_sinks(told: lis
             feed.put(step, STEP)
         if step == 5:
             assert stuck.entered.wait(10)
-    feeds[0].close(timeout_s=0.2)
-    feeds[1].close()
+    close_all(feeds, timeout_s=0.2)
     assert time.monotonic() - began < 3
     assert other.calls == [("open", {}), *range(100), "close"]
     (message,) = told
@@ -222,3 +222,13 @@ def test_a_forked_process_does_not_write(told: list[str]) -> None:
     feed.close()
     assert sink.calls == [("open", {}), 0, 2, "close"]
     assert told == []
+
+
+def test_the_owner_is_told_when_the_sink_is_open() -> None:
+    sink = Recorder()
+    seen: list[list[object]] = []
+    feed = Feed(sink, opened=lambda: seen.append(list(sink.calls)))
+    feed.put(0, STEP)
+    feed.put(1, STEP)
+    feed.close()
+    assert seen == [[("open", {})]]
