@@ -18,8 +18,8 @@ _HEADER = "step,name,value,text\n"
 class CSV(Tracker):
     """Appends steps to a CSV file with one row per number: step, name, value, and the text of findings.
 
-    Control characters in names are spelled out. If the file exists, the rows are added to it. Each step is on disk,
-    whole, as soon as it is written.
+    Control characters in names are spelled out. If the file exists, the rows are added to it. A step is written at once
+    and whole, so a process that is killed loses none that was written.
 
     Args:
         path: The file.

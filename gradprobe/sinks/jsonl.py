@@ -22,8 +22,8 @@ class JSONL(Tracker):
     """Appends each step to a file of strict JSON in UTF-8, one line per step or finding.
 
     A step's line holds its number and `Snapshot.metrics()`; a finding's holds step, title and text. NaN and infinities
-    are written as the strings "nan", "inf" and "-inf". If the file exists, the lines are added to it. Each line is on
-    disk, whole, as soon as it is written.
+    are written as the strings "nan", "inf" and "-inf". If the file exists, the lines are added to it. A line is written
+    at once and whole, so a process that is killed loses none that was written.
 
     Args:
         path: The file.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -232,3 +234,11 @@ def test_the_owner_is_told_when_the_sink_is_open() -> None:
     feed.put(1, STEP)
     feed.close()
     assert seen == [[("open", {})]]
+
+
+def test_the_sinks_are_found_after_a_plain_import_and_load_no_tracker() -> None:
+    script = (
+        "import sys, gradprobe; gradprobe.sinks.CSV, gradprobe.sinks.WandB; "
+        "sys.exit(any(name in sys.modules for name in ('wandb', 'tensorboard', 'mlflow', 'trackio')))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
