@@ -50,6 +50,8 @@ class WandB(Tracker):
     ) -> None:
         super().__init__(detail, every, profile_every)
         self._wandb = library("wandb", "WandB", "wandb")
+        # W&B ends its process at exit: started before the training, it ends after whatever the probe registers
+        self._wandb.setup()
         self._run = run
         self._has_own_rows = own_rows
         self._project = project

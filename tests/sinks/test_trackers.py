@@ -7,7 +7,10 @@ import importlib
 import io
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -156,6 +159,20 @@ class TestWandB:
             sink.open({})
             with pytest.warns(GradprobeWarning, match=r"waits for a row of the trainer .*own_rows=True"):
                 _write(sink, 300)
+
+    def test_a_short_script_that_closes_at_exit_loses_nothing(self, wandb: Any, folder: Path) -> None:
+        script = (
+            "import atexit\n"
+            "from helpers.diagnose_cases import snapshot\n"
+            "from gradprobe.sinks import Feed, WandB\n"
+            "feed = Feed(WandB())\n"
+            "atexit.register(feed.close, 60)\n"
+            "for step in range(5): feed.put(step, snapshot(step, [1.0]))\n"
+        )
+        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, env=environment, timeout=120)
+        assert [row["gradprobe/step"] for row in wandb_file.rows(self.file(folder))] == list(range(5))
 
     def test_hostile_names_are_taken(self, wandb: Any, folder: Path) -> None:
         feed(WandB(detail="all"), [HOSTILE])
