@@ -14,6 +14,7 @@ _REFUSED = re.compile(r"[^\w.\- ]")  # characters that names of metrics and tags
 _LONGEST_NAME = 250
 _LONGEST_TEXT = 5000
 _BATCH = 1000
+_TAG_BATCH = 100
 
 
 class MLflow(Tracker):
@@ -53,8 +54,9 @@ class MLflow(Tracker):
             # named, since MLflow's own names would take numbers from Python's generator, which the training may use
             self._run_id = self._mlflow.start_run(run_name=time.strftime("gradprobe-%Y%m%d-%H%M%S")).info.run_id
             self._is_own_run = True
-        for key, value in plain_settings(about):
-            self._tag(key, str(value))
+        tags = [self._mlflow.entities.RunTag(*_tag(key, str(value))) for key, value in plain_settings(about)]
+        for first in range(0, len(tags), _TAG_BATCH):
+            self._client.log_batch(self._run_id, tags=tags[first : first + _TAG_BATCH])
 
     def _log(self, step: int, numbers: Mapping[str, float], profile: Profile) -> None:
         now = int(time.time() * 1000)
@@ -67,14 +69,15 @@ class MLflow(Tracker):
             self._client.log_dict(self._run_id, {"step": step, **values}, f"{PREFIX}profile_{step:08d}.json")
 
     def _say(self, step: int, title: str, text: str) -> None:
-        self._tag(f"finding/{title}", f"Step {step}: {text}")
+        self._client.set_tag(self._run_id, *_tag(f"finding/{title}", f"Step {step}: {text}"))
 
     def _close(self) -> None:
         if self._is_own_run:
             self._mlflow.end_run()
 
-    def _tag(self, name: str, text: str) -> None:
-        self._client.set_tag(self._run_id, _allowed(f"{PREFIX}{name}"), text[:_LONGEST_TEXT])
+
+def _tag(name: str, text: str) -> tuple[str, str]:
+    return _allowed(PREFIX + name), text[:_LONGEST_TEXT]
 
 
 def _allowed(name: str) -> str:

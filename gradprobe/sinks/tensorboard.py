@@ -17,17 +17,19 @@ from gradprobe.sinks.tracker import Profile, Tracker, library, plain_settings
 from gradprobe.snapshot.files import create_folder
 from gradprobe.snapshot.metrics import PREFIX, Detail
 
+_RUN = "gradprobe"  # the folder's name is the run's
 _N_BINS = 30
 _numbers = itertools.count()  # of the event files of this process
 
 
 class TensorBoard(Tracker):
-    """Writes steps to a new event file in a folder, which may be the trainer's.
+    """Writes steps to a new event file in `FOLDER/gradprobe`; the folder may be the trainer's.
 
+    TensorBoard follows one growing file per folder, so a second one beside the trainer's would stop its charts.
     Profiles become histograms of log10 over the places of the model, and findings become text.
 
     Args:
-        folder: The folder, which is created if it does not exist.
+        folder: The folder; it is created if it does not exist.
         detail: As for `Tracker`.
         every: As for `Tracker`.
         profile_every: As for `Tracker`.
@@ -50,7 +52,7 @@ class TensorBoard(Tracker):
         self._summaries = library(f"{proto}.summary_pb2", "TensorBoard", "tensorboard")
         self._texts = library("tensorboard.plugins.text.summary_v2", "TensorBoard", "tensorboard")
         self._records = library("tensorboard.summary.writer.record_writer", "TensorBoard", "tensorboard")
-        self._folder = Path(folder)
+        self._folder = Path(folder) / _RUN
         self._writer: Any = None
 
     def _open(self, about: Mapping[str, object]) -> None:

@@ -188,7 +188,7 @@ class TestTensorBoard:
     def read(self, folder: Path) -> Any:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        read = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
+        read = EventAccumulator(str(folder / "gradprobe"), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
         read.Reload()
         return read
 
@@ -217,20 +217,21 @@ class TestTensorBoard:
         (text,) = read.Tensors("gradprobe/findings/vanishing (backward)")
         assert (text.step, text.tensor_proto.string_val[0].decode()) == (1004, TEXT)
 
-    def test_it_shares_the_trainer_s_folder(self, tmp_path: Path) -> None:
+    def test_in_the_trainer_s_folder_both_grow_in_a_board_that_is_open(self, tmp_path: Path) -> None:
+        from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
         from torch.utils.tensorboard import SummaryWriter
 
+        sink, board = TensorBoard(tmp_path), EventMultiplexer()
+        sink.open(ABOUT)
         with SummaryWriter(str(tmp_path)) as writer:
             for one in STEPS:
-                writer.add_scalar("train/loss", one.loss, one.step + SHIFT)
-            feed(TensorBoard(tmp_path))
-        from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            read = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
-        assert len(list(tmp_path.iterdir())) == 2
-        assert read.Runs()
+                writer.add_scalar("train/loss", one.loss, one.step)
+                writer.flush()
+                sink.write(one.step, one)
+                board.AddRunsFromDirectory(str(tmp_path)).Reload()
+                assert len(board.Scalars(".", "train/loss")) == one.step + 1
+                assert len(board.Scalars("gradprobe", "gradprobe/total_norm")) == one.step + 1
+        sink.close()
 
     def test_hostile_names_are_taken(self, tmp_path: Path) -> None:
         feed(TensorBoard(tmp_path, detail="all"), [HOSTILE])
