@@ -22,7 +22,7 @@ from gradprobe.diagnosis.running import RunningDiagnosis
 from gradprobe.errors import warn_user
 from gradprobe.log.writer import RunWriter
 from gradprobe.probe.history import History, Newest
-from gradprobe.sinks.feed import Feed
+from gradprobe.sinks.feed import Feed, close_all
 from gradprobe.sinks.sink import Sink
 from gradprobe.snapshot.snapshot import Snapshot
 
@@ -72,7 +72,7 @@ class Stream:
         self._history, self._cursor = history, history.reader()
         self._writer = writer
         self._folder = None if writer is None else writer.folder
-        self._feeds = [Feed(sink, about) for sink in sinks]
+        self._feeds = [Feed(sink, about, opened=_register_last) for sink in sinks]
         self._running: RunningDiagnosis | None = RunningDiagnosis()
         self._told: set[str] = set()  # titles of findings
         self._pending: list[Snapshot] = []  # for the writer
@@ -265,8 +265,7 @@ class Stream:
             except Exception as error:  # noqa: BLE001
                 self._stop_writing(error, "the number of lost steps is not stored")
         deadline = self._deadline if self._deadline is not None else time.monotonic() + CLOSE_TIMEOUT_S
-        for feed in self._feeds:
-            feed.close(max(0.1, min(deadline - time.monotonic() - 0.2, CLOSE_TIMEOUT_S / 2)))
+        close_all(self._feeds, max(0.1, min(deadline - time.monotonic() - 0.2, CLOSE_TIMEOUT_S / 2)))
         _live.discard(self)
         while self._requests:
             self._requests.popleft().set()
@@ -275,14 +274,20 @@ class Stream:
 def _watch(stream: Stream) -> None:
     global _is_watching
     _live.add(stream)
-    if not _is_watching:  # not earlier: what is registered last is called first, and pyarrow's own is loaded by now
+    _register_last()
+    if not _is_watching:
         _is_watching = True
-        atexit.register(_close_all)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 _is_watching = False
+
+
+def _register_last() -> None:
+    """Lets the streams close before pyarrow and the libraries of the sinks end: who registers last is called first."""
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
 
 
 def _close_all() -> None:
