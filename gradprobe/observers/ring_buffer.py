@@ -232,6 +232,11 @@ class RingBuffer:
         """Position of the newest finished step."""
         return (self._next - 1) % self._n_places
 
+    def has_arrived(self, position: int) -> bool:
+        """Returns whether a finished step can be read without waiting for a device."""
+        slot = self._slots.get(position)
+        return slot is None or _has_arrived(slot, wait=False)
+
     def read(self, position: int, wait: bool) -> FinishedStep | None:
         """Copies one finished step out of the ring.
 

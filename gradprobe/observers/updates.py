@@ -151,6 +151,11 @@ class UpdateObserver:
             whole.finish(self._ring.rows()[whole.device])
             self._commit()
 
+    def has_arrived(self, step: int) -> bool:
+        """Returns whether the updates of a step, if there are any, can be read without waiting for a device."""
+        position = self._position_of.get(step)
+        return position is None or self._ring.has_arrived(position)
+
     def read(self, step: int, wait: bool) -> Updates | None:
         """Returns the updates of a step.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -82,7 +83,7 @@ class Cursor:
             is_newest = position == positions[-1]  # of those listed: the training may add others meanwhile
             if (most is not None and len(found) >= most) or (is_newest and newest == "never"):
                 break
-            finished = ring.read(position, wait)
+            finished = history.read(position, wait)
             if finished is None:
                 break
             self._has_losses = self._has_losses or finished.loss is not None
@@ -125,7 +126,9 @@ class History:
         self._updates = updates
         self._unseen: deque[int] = deque()  # positions in the ring that were not taken in yet, oldest first
         self._running = RunningDiagnosis()
-        self._lock = threading.Lock()  # of what readers in several threads change
+        self._lock = threading.RLock()  # of what readers in several threads change
+        self._is_held = False  # by this thread, which a signal handler may interrupt to read
+        self._diagnosis = Diagnosis((), 0, (), {}, None)  # the last that was made
         self._fence = fence
         self._first_nonfinite: NonFinite | None = None
         self._n_committed = 0
@@ -159,7 +162,7 @@ class History:
 
     def renew_lock(self) -> None:
         """Makes a new lock in a forked process, where the thread that may hold the old one does not exist."""
-        self._lock = threading.Lock()
+        self._lock, self._is_held = threading.RLock(), False
 
     def restart(
         self,
@@ -189,7 +192,7 @@ class History:
             wait: Wait for the device, so that the step finished last has arrived.
         """
         for position in reversed(self.ring.positions()):
-            finished = self.ring.read(position, wait)
+            finished = self.read(position, wait)
             if finished is not None:
                 return self.snapshot(finished)
         return self._archive[-1] if self._archive else None
@@ -218,8 +221,8 @@ class History:
             wait: Wait for the device.
             most: Largest number of steps to return.
         """
-        with self._lock:
-            return (cursor or self._drained).read(self, newest, wait, most)
+        with self._hold() as is_held:
+            return (cursor or self._drained).read(self, newest, wait, most) if is_held else []
 
     def supersede(self, step: int) -> None:
         """Drops the steps with this number or a larger one: they turned out to be part of the open step."""
@@ -253,11 +256,10 @@ class History:
         """
         is_full = len(self._unseen) >= self.ring.capacity
         # the newest finished step gets no loss any more; if another thread is reading, there is a next time
-        if (is_full or len(self._unseen) >= _TAKEN_AT_ONCE) and self._lock.acquire(blocking=is_full):
-            try:
-                self._take_in(wait=False)
-            finally:
-                self._lock.release()
+        if is_full or len(self._unseen) >= _TAKEN_AT_ONCE:
+            with self._hold(blocking=is_full) as is_held:
+                if is_held:
+                    self._take_in(wait=False)
         self._n_committed += 1
         step.slot.serial = self._n_committed
         self.ring.commit(*step)
@@ -265,16 +267,37 @@ class History:
 
     def first_nonfinite(self) -> NonFinite | None:
         """Returns where the first non-finite value was seen. Waits for the device."""
-        with self._lock:
-            self._take_in(wait=True, but_newest=True)
+        with self._hold() as is_held:
+            if is_held:
+                self._take_in(wait=True, but_newest=True)
             newest = self._newest()
             return self._first_nonfinite or (None if newest is None else newest.first_nonfinite())
 
     def diagnosis(self) -> Diagnosis:
         """Returns the diagnosis of all steps. Waits for the device."""
-        with self._lock:
-            self._take_in(wait=True, but_newest=True)
-            return self._running.read(self._newest())
+        with self._hold() as is_held:
+            if is_held:
+                self._take_in(wait=True, but_newest=True)
+                self._diagnosis = self._running.read(self._newest())
+            return self._diagnosis
+
+    @contextmanager
+    def _hold(self, blocking: bool = True) -> Iterator[bool]:
+        """Holds the lock; false if another thread has it, or if this thread is a signal handler inside such a block."""
+        if not self._lock.acquire(blocking=blocking):
+            yield False
+            return
+        try:
+            if self._is_held:
+                yield False
+                return
+            self._is_held = True
+            try:
+                yield True
+            finally:
+                self._is_held = False
+        finally:
+            self._lock.release()
 
     def _drop_archived(self, step: int) -> None:
         kept = [snapshot for snapshot in self._archive if snapshot.step < step]
@@ -288,7 +311,7 @@ class History:
     def _take_in(self, wait: bool, but_newest: bool = False) -> None:
         """Judges the steps that have arrived and looks for the first value that is not finite."""
         while len(self._unseen) > but_newest:
-            finished = self.ring.read(self._unseen[0], wait or len(self._unseen) == self.ring.capacity)
+            finished = self.read(self._unseen[0], wait or len(self._unseen) == self.ring.capacity)
             if finished is None:
                 return
             self._unseen.popleft()
@@ -302,6 +325,21 @@ class History:
 
     def _stop_judging(self) -> None:
         self._running.stop()
+
+    def read(self, position: int, wait: bool) -> FinishedStep | None:
+        """Reads a step of the ring buffer.
+
+        Args:
+            position: One of its positions.
+            wait: Wait for the device.
+
+        Returns:
+            The step, or None if it or its updates have not arrived.
+        """
+        finished = self.ring.read(position, wait)
+        if finished is None or wait or self._updates is None or self._updates.has_arrived(finished.slot.step):
+            return finished
+        return None
 
     def snapshot(self, finished: FinishedStep) -> Snapshot:
         """Turns a step of the ring buffer into a snapshot."""

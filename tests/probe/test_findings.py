@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 
@@ -287,3 +288,30 @@ class TestDrain:
             probe.step(loss.detach())
             with RejectReads():
                 assert len(probe.drain()) == 1
+
+
+def test_a_signal_handler_may_read_while_the_training_judges() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    seen: list[int] = []
+
+    def read(*_: object) -> None:
+        seen.append(probe.findings().n_steps)
+        probe.drain(), probe.first_nonfinite()
+
+    before = signal.signal(signal.SIGALRM, read)
+    try:
+        with gradprobe.attach(model, optimizer=optimizer, strict=True) as probe:
+            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+            for seed in range(300):
+                loss = loss_of(model, seed)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                probe.step(loss)
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(seen) > 3
+    assert probe.findings().n_steps == 300
