@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "report": "diagnosis snapshot errors",
     "experiments": "probe report diagnosis snapshot networks nn errors",
     "__init__": "probe diagnosis log sinks snapshot networks nn ops errors",
+    "integrations": "probe diagnosis snapshot errors",
     "cli": "experiments report probe diagnosis snapshot ops errors",
 }
 WITHOUT_TORCH = {"errors", "snapshot", "diagnosis", "log", "sinks", "report"}

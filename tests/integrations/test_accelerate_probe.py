@@ -1,0 +1,51 @@
+"""The probe in a loop that accelerate prepared, in real trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("tensorboard")
+
+from helpers.trainer_runs import N_BATCHES, differences, run_on_ranks, train_with_accelerate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """Reads back with TensorBoard's own reader what the tracker has written, by its step."""
+    found: dict[int, float] = {}
+    for path in sorted(folder.rglob("events.out.*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if name in events.Tags()["scalars"]:
+            found.update({event.step: event.value for event in events.Scalars(name)})
+    return found
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_training_stays_and_the_tracker_shows_what_was_measured(tmp_path: Path, precision: str) -> None:
+    bare = train_with_accelerate(tmp_path, precision=precision)
+    probed = train_with_accelerate(tmp_path, True, precision=precision, trackers=["tensorboard"], start_step=100)
+    assert differences(bare.training, probed.training) == []
+    history = probed.training.history
+    assert [snapshot.loss for snapshot in history] == pytest.approx(bare.step_losses())
+    for name in ("total_norm", "loss"):
+        expected = {100 + step: getattr(history[step], name) for step in range(4, 30, 5)}
+        assert scalars(tmp_path, f"gradprobe/{name}") == pytest.approx(expected)
+
+
+def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
+    ranks = run_on_ranks("accelerate", tmp_path)
+    for runs in ranks:
+        history = runs["probed"].training.history
+        assert {snapshot.provenance.reduction for snapshot in history} == {"averaged"}
+        norms = [truth.total_norm for truth in runs["bare"].training.truths]
+        assert [snapshot.total_norm for snapshot in history] == pytest.approx(norms)
+        assert [snapshot.loss for snapshot in history] == pytest.approx(runs["bare"].step_losses(N_BATCHES // 2))
+        bare, probed = runs["bare"].training.bits, runs["probed"].training.bits
+        assert not [name for name, bits in bare.items() if not torch.equal(bits, probed[name])]
+    history = ranks[0]["probed"].training.history
+    expected = {step: history[step].total_norm for step in (4, 9, 14)}
+    assert scalars(tmp_path, "gradprobe/total_norm") == pytest.approx(expected)

@@ -1,0 +1,82 @@
+"""The callback for the Trainer of transformers, in real trainings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("tensorboard")
+
+from helpers.trainer_runs import N_BATCHES, differences, run_on_ranks, train_with_transformers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gradprobe.integrations.transformers import GradProbeCallback
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """Reads back with TensorBoard's own reader what the trainer has written, by its step."""
+    found: dict[int, float] = {}
+    for path in sorted(folder.rglob("events.out.*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if name in events.Tags()["scalars"]:
+            found.update({event.step: event.value for event in events.Scalars(name)})
+    return found
+
+
+@pytest.fixture(autouse=True)
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    return tmp_path / "board"
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"is_language": True}], ids=["fp32", "bf16", "language"])
+def test_training_stays_and_report_to_shows_what_was_measured(
+    tmp_path: Path, board: Path, capsys: pytest.CaptureFixture[str], options: dict[str, bool]
+) -> None:
+    bare = train_with_transformers(tmp_path, **options)
+    probed = train_with_transformers(tmp_path, GradProbeCallback(), report_to=["tensorboard"], **options)
+    assert differences(bare.training, probed.training) == []
+    history = probed.training.history
+    for name, of in (("total_norm", "total_norm"), ("loss", "loss")):
+        logged = scalars(board, f"train/gradprobe/{name}")
+        assert logged == pytest.approx({step: getattr(history[step - 1], of) for step in range(5, 31, 5)})
+    assert scalars(board, "train/gradprobe/step") == {step: step for step in range(5, 31, 5)}
+    assert "gradprobe/" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_language", [False, True])
+def test_loss_is_the_one_that_the_trainer_takes(tmp_path: Path, board: Path, is_language: bool) -> None:
+    probed = train_with_transformers(
+        tmp_path, GradProbeCallback(), report_to=["tensorboard"], logging_steps=1, is_language=is_language
+    )
+    losses = {snapshot.step + 1: snapshot.loss for snapshot in probed.training.history}
+    assert scalars(board, "train/loss") == pytest.approx(losses, abs=1e-4)
+
+
+def test_resumed_training_goes_on_with_the_steps(tmp_path: Path, board: Path) -> None:
+    train_with_transformers(tmp_path, save_strategy="epoch", num_train_epochs=1)
+    half = tmp_path / f"checkpoint-{N_BATCHES // 2}"
+    bare = train_with_transformers(tmp_path, resume=half)
+    probed = train_with_transformers(tmp_path, GradProbeCallback(), report_to=["tensorboard"], resume=half)
+    assert not [name for name, bits in bare.training.bits.items() if not torch.equal(bits, probed.training.bits[name])]
+    truths = [truth.total_norm for truth in bare.training.truths]
+    expected = {20: truths[4], 25: truths[9], 30: truths[14]}
+    assert scalars(board, "train/gradprobe/total_norm") == pytest.approx(expected)
+
+
+def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
+    ranks = run_on_ranks("transformers", tmp_path)
+    for runs in ranks:
+        history = runs["probed"].training.history
+        assert {snapshot.provenance.reduction for snapshot in history} == {"averaged"}
+        norms = [truth.total_norm for truth in runs["bare"].training.truths]
+        assert [snapshot.total_norm for snapshot in history] == pytest.approx(norms)
+        bare, probed = runs["bare"].training.bits, runs["probed"].training.bits
+        assert not [name for name, bits in bare.items() if not torch.equal(bits, probed[name])]
+    history = ranks[0]["probed"].training.history
+    expected = {step: history[step - 1].total_norm for step in (5, 10, 15, 16)}  # the last is the summary
+    assert scalars(tmp_path, "train/gradprobe/total_norm") == pytest.approx(expected)
