@@ -58,7 +58,8 @@ bench: $(DEV_STAMP)  ## run every benchmark, one after another
 
 # torch is named again so that pip does not move it. With these packages in .venv, `make test` runs the trainers too.
 real-models: $(DEV_STAMP)  ## install model libraries and trainers; compare trainings with and without a probe
-	$(BIN)/python -m pip install $(TORCH) torchvision timm transformers diffusers torch_geometric lightning accelerate
+	$(BIN)/python -m pip install $(TORCH) torchvision timm transformers diffusers torch_geometric lightning accelerate \
+		tensorboard
 	$(BIN)/python benchmarks/real_models.py
 
 clean:  ## remove the environment, the build and the demo's results
