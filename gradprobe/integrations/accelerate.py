@@ -31,11 +31,10 @@ class AcceleratedProbe:
         probe: The probe.
     """
 
-    def __init__(self, accelerator: Accelerator, reports: Reports, start_step: int, log_every: int) -> None:
+    def __init__(self, accelerator: Accelerator, reports: Reports, log_every: int) -> None:
         self.probe = reports.probe
         self._accelerator = accelerator
         self._reports = reports
-        self._n_steps = start_step
         self._log_every = log_every
 
     def step(self, loss: torch.Tensor | float | None = None) -> None:
@@ -48,8 +47,8 @@ class AcceleratedProbe:
             self.probe.step(loss)
             if not self._accelerator.sync_gradients:
                 return
-            self._n_steps += 1
-            if self._reports.is_due(self._n_steps, self._log_every) and self._accelerator.is_main_process:
+            n_steps = self.probe.state_dict()["step"]
+            if self._reports.is_due(n_steps, self._log_every) and self._accelerator.is_main_process:
                 newest = self._reports.newest()
                 if newest is not None:
                     self._log(*newest)
@@ -71,9 +70,9 @@ class AcceleratedProbe:
         self.close()
 
     def _tell(self) -> None:
+        step = max(self.probe.state_dict()["step"] - 1, 0)
         for finding in self._reports.findings():
             _log.warning(sentence(finding))
-            step = max(self._n_steps - 1, 0)
             self._log(step, {f"gradprobe/finding/{finding.title}": 1.0})
             for tracker in self._accelerator.trackers:
                 if tracker.name in _TAKE_TEXT:
@@ -117,14 +116,13 @@ def attach(
     """
     if not isinstance(accelerator, Accelerator):
         raise ArgumentError(f"accelerator: needed an accelerate.Accelerator, got {type(accelerator).__name__}")
-    for name, value, least in (("start_step", start_step, 0), ("log_every", log_every, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name}: needed an integer of at least {least}, got {value!r}")
+    if isinstance(log_every, bool) or not isinstance(log_every, int) or log_every < 1:
+        raise ArgumentError(f"log_every: needed an integer of at least 1, got {log_every!r}")
     if accelerator.scaler is not None:
         check_options(options, ("grad_scaler",))
         options["grad_scaler"] = accelerator.scaler
     is_sharded = accelerator.distributed_type == DistributedType.FSDP  # what wraps the model then holds parameters
     observed = model if is_sharded else accelerator.unwrap_model(model, keep_torch_compile=True)
-    probe = attach_probe(observed, optimizer=optimizer, **options)
+    probe = attach_probe(observed, optimizer=optimizer, start_step=start_step, **options)
     reports = Reports(probe, start_step, detail, options.get("strict", False))
-    return AcceleratedProbe(accelerator, reports, start_step, log_every)
+    return AcceleratedProbe(accelerator, reports, log_every)

@@ -37,16 +37,17 @@ class GradProbeCallback(Callback):
     """Attaches a probe for the training, and logs what it measures through the trainer's loggers.
 
     Gradients are those before clipping, of all micro-batches of a step together; the loss of a step is the mean over
-    its micro-batches, in each process its own. Every `log_every_n_steps` steps of the trainer, the newest measured step
-    is logged at its own global step, where `self.log` logs that step. New findings are logged as warnings, as the
-    metric `gradprobe/finding/<name>`, and as text where the logger takes text. Only the first rank logs.
+    its micro-batches, in each process its own. The number of a step is the trainer's `global_step` in its training
+    step, from a checkpoint on, too. Every `log_every_n_steps` steps of the trainer, the newest measured step is logged
+    at its number, where `self.log` logs that step. New findings are logged as warnings, as the metric
+    `gradprobe/finding/<name>`, and as text where the logger takes text. Only the first rank logs.
 
     Attributes:
         probe: The probe, None before the training starts. It stays readable afterwards.
 
     Args:
         detail: Which numbers to log, as in `Snapshot.metrics`.
-        options: Further options of `gradprobe.attach`; the trainer gives the optimizers.
+        options: Further options of `gradprobe.attach`; the trainer gives `optimizer` and `start_step`.
 
     Raises:
         ArgumentError: An option is given that the trainer knows.
@@ -58,7 +59,7 @@ class GradProbeCallback(Callback):
     """
 
     def __init__(self, *, detail: Detail = "summary", **options: Any) -> None:
-        check_options(options, ("optimizer",))
+        check_options(options, ("optimizer", "start_step"))
         self.probe: Probe | None = None
         self._detail: Detail = detail
         self._options = options
@@ -68,9 +69,10 @@ class GradProbeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches the probe."""
         self._end()
-        self.probe = attach(_observed(trainer, pl_module), optimizer=trainer.optimizers, **self._options)
+        model, start = _observed(trainer, pl_module), trainer.global_step
+        self.probe = attach(model, optimizer=trainer.optimizers, start_step=start, **self._options)
         is_strict = self._options.get("strict", False)
-        self._reports = Reports(self.probe, trainer.global_step, self._detail, is_strict, self._told)
+        self._reports = Reports(self.probe, start, self._detail, is_strict, self._told)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

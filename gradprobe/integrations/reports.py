@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from gradprobe.diagnosis.finding import Finding
     from gradprobe.probe.probe import Probe
     from gradprobe.snapshot.metrics import Detail
-    from gradprobe.snapshot.snapshot import Snapshot
 
 
 class Reports:
@@ -26,19 +25,16 @@ class Reports:
 
     Args:
         probe: The probe.
-        first_step: The trainer's number of the probe's step 0: not 0 if the training resumes.
+        n_steps: Number of steps that the training has made so far.
         detail: As in `Snapshot.metrics`.
         is_strict: Raise the errors of reading and logging. Otherwise the first is reported, and ends the logging.
         told: Findings that were told before.
     """
 
-    def __init__(
-        self, probe: Probe, first_step: int, detail: Detail, is_strict: bool, told: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, probe: Probe, n_steps: int, detail: Detail, is_strict: bool, told: Iterable[str] = ()) -> None:
         self.probe = probe
         self.told = set(told)
-        self._first_step = first_step
-        self._n_steps = first_step
+        self._n_steps = n_steps
         self._detail: Detail = detail
         self._is_strict = is_strict
         self._reported = -1
@@ -71,12 +67,12 @@ class Reports:
         return is_due
 
     def newest(self) -> tuple[int, dict[str, float]] | None:
-        """Returns the trainer's number of the newest measured step with its numbers, None if there is no new one."""
-        snapshot = self._newest()
-        if snapshot is None:
+        """Returns the number of the newest measured step with its metrics, None if there is no new one."""
+        snapshot = None if self._is_off else self.probe.latest(wait=True)
+        if snapshot is None or snapshot.step <= self._reported:
             return None
         self._reported = snapshot.step
-        return self._first_step + snapshot.step, snapshot.metrics(self._detail)
+        return snapshot.step, snapshot.metrics(self._detail)
 
     def findings(self) -> list[Finding]:
         """Returns the findings that were not told yet."""
@@ -85,10 +81,6 @@ class Reports:
         new = [finding for finding in self.probe.findings() if finding.title not in self.told]
         self.told.update(finding.title for finding in new)
         return new
-
-    def _newest(self) -> Snapshot | None:
-        snapshot = None if self._is_off else self.probe.latest(wait=True)
-        return None if snapshot is None or snapshot.step <= self._reported else snapshot
 
 
 def sentence(finding: Finding) -> str:

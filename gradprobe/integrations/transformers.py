@@ -31,16 +31,17 @@ class GradProbeCallback(TrainerCallback):
     """Attaches a probe for the training, and adds what it measures to the trainer's logs, which `report_to` then shows.
 
     Gradients are those before clipping, of all micro-batches of a step together; the loss of a step is the one that the
-    trainer takes, in each process its own. When the trainer logs, every `logging_steps`, the newest measured step is
-    added to its logs; `gradprobe/step` is its global step. New findings are logged as warnings, and their
-    number so far is `gradprobe/findings`. Only the first rank logs. The numbers are not printed.
+    trainer takes, in each process its own. The number of a step is the `global_step` at which the trainer logs it: 1
+    for the first, and from a checkpoint on, too. When the trainer logs, every `logging_steps`, the newest measured step is
+    added to its logs, with its number as `gradprobe/step`. New findings are logged as warnings, and their number so far
+    is `gradprobe/findings`. Only the first rank logs. The numbers are not printed.
 
     Attributes:
         probe: The probe, None before the training starts. It stays readable afterwards.
 
     Args:
         detail: Which numbers to log, as in `Snapshot.metrics`.
-        options: Further options of `gradprobe.attach`; the trainer gives the optimizer.
+        options: Further options of `gradprobe.attach`; the trainer gives `optimizer` and `start_step`.
 
     Raises:
         ArgumentError: An option is given that the trainer knows.
@@ -52,7 +53,7 @@ class GradProbeCallback(TrainerCallback):
     """
 
     def __init__(self, *, detail: Detail = "summary", **options: Any) -> None:
-        check_options(options, ("optimizer",))
+        check_options(options, ("optimizer", "start_step"))
         self.probe: Probe | None = None
         self._detail: Detail = detail
         self._options = options
@@ -65,10 +66,10 @@ class GradProbeCallback(TrainerCallback):
     ) -> None:
         """Attaches the probe."""
         self._end()
-        self.probe = attach(kwargs["model"], optimizer=kwargs["optimizer"], **self._options)
-        # transformers counts the first step as 1
+        start = state.global_step + 1  # the trainer raises it before it logs a step
+        self.probe = attach(kwargs["model"], optimizer=kwargs["optimizer"], start_step=start, **self._options)
         is_strict = self._options.get("strict", False)
-        self._reports = Reports(self.probe, state.global_step + 1, self._detail, is_strict)
+        self._reports = Reports(self.probe, state.global_step, self._detail, is_strict)
         trainer = _calling(self)
         if trainer is None:
             warn_user("the Trainer was not found: the steps have no loss, and report_to does not show the numbers")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from _compare import MAX_NORM, Training, bits_of, differences, seed_all, truth_of  # noqa: F401
+from _compare import MAX_NORM, Training, bits_of, differences, seed_all, truth_of
 from _trainers import _forget_accelerators, network, samples
 
 import gradprobe
@@ -52,6 +52,31 @@ class Run:
         return [sum(parts) / len(parts) for parts in steps]
 
 
+def wrong(bare: Run, probed: Run, first_step: int = 0) -> list[object]:
+    """Lists what differs between two runs, and each number that is not that of the bare one.
+
+    Args:
+        bare: Without a probe.
+        probed: With one.
+        first_step: Number that the probe's first step must have.
+    """
+    history = [replace(snapshot, step=snapshot.step - first_step) for snapshot in probed.training.history]
+    return list(differences(bare.training, replace(probed.training, history=history)))
+
+
+def poison(step: int, model: nn.Module) -> None:
+    """Makes the gradients NaN from step 12 on."""
+    if step == 12:
+        with torch.no_grad():
+            next(model.parameters())[0].fill_(float("nan"))
+
+
+def break_off(step: int, model: nn.Module) -> None:
+    """Ends the training with an error in step 12."""
+    if step == 12:
+        raise RuntimeError("the data are gone")
+
+
 class _Console(logging.Handler):
     def __init__(self, console: list[str]) -> None:
         super().__init__()
@@ -77,7 +102,7 @@ def train_with_lightning(
     epochs: int = 2,
     log_every: int = 5,
     n_ranks: int = 1,
-    spoil: Callable[[int], None] = lambda step: None,
+    spoil: Callable[[int, nn.Module], None] = lambda step, model: None,
 ) -> Run:
     """Trains a small classifier with Lightning: accumulation, clipping and a learning rate of AdamW.
 
@@ -91,7 +116,7 @@ def train_with_lightning(
         epochs: Last epoch.
         log_every: Steps between logs.
         n_ranks: Processes, 1 or those that the environment describes.
-        spoil: Called in each training step with the global step.
+        spoil: Called in each training step with the global step and the model.
     """
     import lightning
 
@@ -104,7 +129,7 @@ def train_with_lightning(
             self.network = network()
 
         def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
-            spoil(self.global_step)
+            spoil(self.global_step, self)
             x, labels = batch
             loss = functional.cross_entropy(self.network(x).float(), labels)
             run.losses.append(loss.item())
@@ -173,7 +198,7 @@ def train_with_transformers(
     *,
     is_language: bool = False,
     resume: Path | None = None,
-    spoil: Callable[[int], None] = lambda step: None,
+    spoil: Callable[[int, nn.Module], None] = lambda step, model: None,
     **options: Any,
 ) -> Run:
     """Trains with the Trainer of transformers: accumulation and clipping.
@@ -183,7 +208,7 @@ def train_with_transformers(
         callback: As for `train_with_lightning`.
         is_language: Train the language model instead of the classifier.
         resume: Checkpoint to start from.
-        spoil: Called in each training step with the global step.
+        spoil: Called in each training step with the global step and the model.
         options: Further arguments of the Trainer.
     """
     import transformers
@@ -193,7 +218,7 @@ def train_with_transformers(
 
     class Noting(transformers.Trainer):
         def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> torch.Tensor:
-            spoil(self.state.global_step)
+            spoil(self.state.global_step, self.model)
             loss = super().training_step(model, *arguments, **options)
             run.losses.append(loss.item())
             if callback is None:
@@ -239,7 +264,7 @@ def train_with_accelerate(
     trackers: Any = None,
     start_step: int = 0,
     log_every: int = 5,
-    spoil: Callable[[int], None] = lambda step: None,
+    spoil: Callable[[int, nn.Module], None] = lambda step, model: None,
     **options: Any,
 ) -> Run:
     """Trains with a loop that accelerate prepared: accumulation and clipping.
@@ -251,7 +276,7 @@ def train_with_accelerate(
         trackers: What the accelerator logs with.
         start_step: Steps that the training has made before.
         log_every: Steps between logs.
-        spoil: Called in each training step with the number of the micro-batch.
+        spoil: Called in each training step with its number and the model.
         options: Options of the probe.
     """
     import accelerate
@@ -277,7 +302,7 @@ def train_with_accelerate(
     for _ in range(2):
         for x, labels in loader:
             with accelerator.accumulate(model):
-                spoil(len(run.losses))
+                spoil(len(run.losses) // N_PARTS, plain)
                 loss = functional.cross_entropy(model(x), labels)
                 run.losses.append(loss.item())
                 accelerator.backward(loss)

@@ -11,9 +11,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
 
-from helpers.trainer_runs import N_BATCHES, differences, run_on_ranks, train_with_transformers
+from helpers.trainer_runs import N_BATCHES, break_off, poison, run_on_ranks, train_with_transformers, wrong
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import gradprobe
 from gradprobe.integrations.transformers import GradProbeCallback
 
 
@@ -39,7 +40,7 @@ def test_training_stays_and_report_to_shows_what_was_measured(
 ) -> None:
     bare = train_with_transformers(tmp_path, **options)
     probed = train_with_transformers(tmp_path, GradProbeCallback(), report_to=["tensorboard"], **options)
-    assert differences(bare.training, probed.training) == []
+    assert wrong(bare, probed, first_step=1) == []
     history = probed.training.history
     for name, of in (("total_norm", "total_norm"), ("loss", "loss")):
         logged = scalars(board, f"train/gradprobe/{name}")
@@ -53,7 +54,7 @@ def test_loss_is_the_one_that_the_trainer_takes(tmp_path: Path, board: Path, is_
     probed = train_with_transformers(
         tmp_path, GradProbeCallback(), report_to=["tensorboard"], logging_steps=1, is_language=is_language
     )
-    losses = {snapshot.step + 1: snapshot.loss for snapshot in probed.training.history}
+    losses = {snapshot.step: snapshot.loss for snapshot in probed.training.history}
     assert scalars(board, "train/loss") == pytest.approx(losses, abs=1e-4)
 
 
@@ -62,7 +63,7 @@ def test_resumed_training_goes_on_with_the_steps(tmp_path: Path, board: Path) ->
     half = tmp_path / f"checkpoint-{N_BATCHES // 2}"
     bare = train_with_transformers(tmp_path, resume=half)
     probed = train_with_transformers(tmp_path, GradProbeCallback(), report_to=["tensorboard"], resume=half)
-    assert not [name for name, bits in bare.training.bits.items() if not torch.equal(bits, probed.training.bits[name])]
+    assert wrong(bare, probed, first_step=16) == []
     truths = [truth.total_norm for truth in bare.training.truths]
     expected = {20: truths[4], 25: truths[9], 30: truths[14]}
     assert scalars(board, "train/gradprobe/total_norm") == pytest.approx(expected)
@@ -80,3 +81,46 @@ def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
     history = ranks[0]["probed"].training.history
     expected = {step: history[step - 1].total_norm for step in (5, 10, 15, 16)}  # the last is the summary
     assert scalars(tmp_path, "train/gradprobe/total_norm") == pytest.approx(expected)
+
+
+def test_findings_are_told_once(tmp_path: Path, board: Path) -> None:
+    probed = train_with_transformers(tmp_path, GradProbeCallback(), spoil=poison, report_to=["tensorboard"])
+    told = [line for line in probed.console if line.startswith("gradprobe: ")]
+    assert len(told) == len(probed.findings) > 0
+    assert {finding.title for finding in probed.findings} == {line.split(": ")[1] for line in told}
+    counts = scalars(board, "train/gradprobe/findings")
+    assert [counts[step] for step in (5, 10)] == [0, 0]
+    assert counts[30] == len(told)
+
+
+class Full(dict[str, float]):
+    """Logs that take no more."""
+
+    def update(self, *arguments: object, **options: object) -> None:
+        raise OSError("no space left")
+
+
+def test_numbers_that_cannot_be_logged_do_not_touch_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = train_with_transformers(tmp_path)
+    callback = GradProbeCallback()
+    on_log = callback.on_log
+    monkeypatch.setattr(callback, "on_log", lambda *rest, logs, **options: on_log(*rest, logs=Full(logs), **options))
+    with pytest.warns(gradprobe.GradprobeWarning, match="no space left") as warned:
+        probed = train_with_transformers(tmp_path, callback)
+    assert len([one for one in warned if one.category is gradprobe.GradprobeWarning]) == 1
+    assert wrong(bare, probed, first_step=1) == []
+
+
+def test_a_training_that_broke_off_can_be_started_again(tmp_path: Path) -> None:
+    callback = GradProbeCallback()
+    with pytest.raises(RuntimeError, match="the data are gone"):
+        train_with_transformers(tmp_path, callback, spoil=break_off)
+    assert wrong(train_with_transformers(tmp_path), train_with_transformers(tmp_path, callback), first_step=1) == []
+
+
+@pytest.mark.parametrize("name", ["optimizer", "start_step"])
+def test_what_the_trainer_knows_is_refused(name: str) -> None:
+    with pytest.raises(gradprobe.ArgumentError, match=f"{name}: needed none, since it comes from the trainer, got 1"):
+        GradProbeCallback(**{name: 1})
