@@ -72,7 +72,7 @@ class AcceleratedProbe:
     def _tell(self) -> None:
         step = max(self.probe.state_dict()["step"] - 1, 0)
         for finding in self._reports.findings():
-            _log.warning(sentence(finding))
+            _log.warning("%s", sentence(finding))
             self._log(step, {f"gradprobe/finding/{finding.title}": 1.0})
             for tracker in self._accelerator.trackers:
                 if tracker.name in _TAKE_TEXT:

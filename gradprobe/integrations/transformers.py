@@ -32,9 +32,9 @@ class GradProbeCallback(TrainerCallback):
 
     Gradients are those before clipping, of all micro-batches of a step together; the loss of a step is the one that the
     trainer takes, in each process its own. The number of a step is the `global_step` at which the trainer logs it: 1
-    for the first, and from a checkpoint on, too. When the trainer logs, every `logging_steps`, the newest measured step is
-    added to its logs, with its number as `gradprobe/step`. New findings are logged as warnings, and their number so far
-    is `gradprobe/findings`. Only the first rank logs. The numbers are not printed.
+    for the first, and from a checkpoint on, too. When the trainer logs, every `logging_steps`, the newest measured step
+    is added to its logs, with its number as `gradprobe/step`. New findings are logged as warnings, and their number so
+    far is `gradprobe/findings`. Only the first rank logs. The numbers are not printed.
 
     Attributes:
         probe: The probe, None before the training starts. It stays readable afterwards.

@@ -64,6 +64,18 @@ def wrong(bare: Run, probed: Run, first_step: int = 0) -> list[object]:
     return list(differences(bare.training, replace(probed.training, history=history)))
 
 
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    """Reads back with TensorBoard's own reader what a trainer has written, by its step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[int, float] = {}
+    for path in sorted(folder.rglob("events.out.*")):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if name in events.Tags()["scalars"]:
+            found.update({event.step: event.value for event in events.Scalars(name)})
+    return found
+
+
 def poison(step: int, model: nn.Module) -> None:
     """Makes the gradients NaN from step 12 on."""
     if step == 12:

@@ -11,21 +11,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
 
-from helpers.trainer_runs import N_BATCHES, break_off, poison, run_on_ranks, train_with_transformers, wrong
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers.trainer_runs import N_BATCHES, break_off, poison, run_on_ranks, scalars, train_with_transformers, wrong
 
 import gradprobe
 from gradprobe.integrations.transformers import GradProbeCallback
-
-
-def scalars(folder: Path, name: str) -> dict[int, float]:
-    """Reads back with TensorBoard's own reader what the trainer has written, by its step."""
-    found: dict[int, float] = {}
-    for path in sorted(folder.rglob("events.out.*")):
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-        if name in events.Tags()["scalars"]:
-            found.update({event.step: event.value for event in events.Scalars(name)})
-    return found
 
 
 @pytest.fixture(autouse=True)
