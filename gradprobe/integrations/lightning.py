@@ -85,7 +85,7 @@ class GradProbeCallback(Callback):
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if isinstance(loss, torch.Tensor):  # the trainer has divided it by the number of micro-batches
                 reports.probe.step(loss.detach() * trainer.accumulate_grad_batches)
-            if reports.is_due(trainer.global_step, trainer.log_every_n_steps or 1) and trainer.is_global_zero:
+            if reports.is_due(trainer.global_step, trainer.log_every_n_steps) and trainer.is_global_zero:
                 self._report(trainer, reports)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

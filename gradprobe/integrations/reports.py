@@ -60,9 +60,9 @@ class Reports:
 
         Args:
             n_steps: Number of steps of the training so far.
-            every: Number of steps from one report to the next.
+            every: Number of steps from one report to the next, 0 for none.
         """
-        is_due = not self._is_off and n_steps // every > self._n_steps // every
+        is_due = not self._is_off and every > 0 and n_steps // every > self._n_steps // every
         self._n_steps = n_steps
         return is_due
 

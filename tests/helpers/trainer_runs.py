@@ -76,6 +76,11 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
     return found
 
 
+def told_by(run: Run) -> list[str]:
+    """Returns the findings that a trainer's log has told."""
+    return [line for line in run.console if "gradprobe: " in line]
+
+
 def poison(step: int, model: nn.Module) -> None:
     """Makes the gradients NaN from step 12 on."""
     if step == 12:
@@ -342,7 +347,7 @@ def _end(run: Run, owner: Any) -> None:
 
 
 def run_on_ranks(name: str, folder: Path, n_ranks: int = 2, limit_s: float = 200.0) -> list[dict[str, Run]]:
-    """Runs a training of `RANKS` in several processes, bare and probed.
+    """Runs a training of `RANKS` in several processes: bare, probed, and probed with gradients that become NaN.
 
     Args:
         name: Name of the training.
@@ -351,7 +356,7 @@ def run_on_ranks(name: str, folder: Path, n_ranks: int = 2, limit_s: float = 200
         limit_s: Time that they have.
 
     Returns:
-        For each rank, the bare run and the probed one, by name.
+        For each rank, the runs by name.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -379,31 +384,37 @@ def run_on_ranks(name: str, folder: Path, n_ranks: int = 2, limit_s: float = 200
     return [pickle.loads((folder / f"rank{rank}.pickle").read_bytes()) for rank in range(n_ranks)]
 
 
-def _lightning_rank(folder: Path, is_probed: bool) -> Run:
+def _lightning_rank(folder: Path, kind: str) -> Run:
     from lightning.pytorch.loggers import CSVLogger
 
     from gradprobe.integrations.lightning import GradProbeCallback
 
-    if not is_probed:
+    if kind == "bare":
         return train_with_lightning(folder, n_ranks=2)
+    if kind == "poisoned":
+        return train_with_lightning(folder, GradProbeCallback(), n_ranks=2, spoil=poison)
     return train_with_lightning(folder, GradProbeCallback(), n_ranks=2, logger=CSVLogger(folder, name="csv"))
 
 
-def _transformers_rank(folder: Path, is_probed: bool) -> Run:
+def _transformers_rank(folder: Path, kind: str) -> Run:
     from gradprobe.integrations.transformers import GradProbeCallback
 
     options: dict[str, Any] = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    if not is_probed:
+    if kind == "bare":
         return train_with_transformers(folder, **options)
+    if kind == "poisoned":
+        return train_with_transformers(folder, GradProbeCallback(), spoil=poison, **options)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
     return train_with_transformers(folder, GradProbeCallback(), report_to=["tensorboard"], **options)
 
 
-def _accelerate_rank(folder: Path, is_probed: bool) -> Run:
-    return train_with_accelerate(folder, is_probed, trackers=["tensorboard"] if is_probed else None)
+def _accelerate_rank(folder: Path, kind: str) -> Run:
+    if kind == "poisoned":
+        return train_with_accelerate(folder, True, spoil=poison)
+    return train_with_accelerate(folder, kind == "probed", trackers=["tensorboard"] if kind == "probed" else None)
 
 
-RANKS: dict[str, Callable[[Path, bool], Run]] = {
+RANKS: dict[str, Callable[[Path, str], Run]] = {
     "lightning": _lightning_rank,
     "transformers": _transformers_rank,
     "accelerate": _accelerate_rank,
@@ -413,6 +424,6 @@ RANKS: dict[str, Callable[[Path, bool], Run]] = {
 def run_rank(name: str, folder: str) -> None:
     """Runs the trainings of one rank, in a process of its own."""
     torch.set_num_threads(1)
-    runs = {kind: RANKS[name](Path(folder), is_probed) for kind, is_probed in (("bare", False), ("probed", True))}
+    runs = {kind: RANKS[name](Path(folder), kind) for kind in ("bare", "probed", "poisoned")}
     Path(folder, f"rank{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(runs))
     os._exit(0)

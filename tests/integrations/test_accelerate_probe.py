@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
 
 import accelerate
-from helpers.trainer_runs import N_BATCHES, poison, run_on_ranks, scalars, train_with_accelerate, wrong
+from helpers.trainer_runs import N_BATCHES, poison, run_on_ranks, scalars, told_by, train_with_accelerate, wrong
 
 import gradprobe
 from gradprobe.integrations.accelerate import attach
@@ -29,8 +29,11 @@ def test_training_stays_and_the_tracker_shows_what_was_measured(tmp_path: Path, 
         assert scalars(tmp_path, f"gradprobe/{name}") == pytest.approx(expected)
 
 
+@pytest.mark.soak
 def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
     ranks = run_on_ranks("accelerate", tmp_path)
+    assert len(told_by(ranks[0]["poisoned"])) == len(ranks[0]["poisoned"].findings) > 0
+    assert told_by(ranks[1]["poisoned"]) == []
     for runs in ranks:
         history = runs["probed"].training.history
         assert {snapshot.provenance.reduction for snapshot in history} == {"averaged"}
@@ -46,7 +49,7 @@ def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
 
 def test_findings_are_told_once(tmp_path: Path) -> None:
     probed = train_with_accelerate(tmp_path, True, trackers=["tensorboard"], spoil=poison)
-    told = [line for line in probed.console if "gradprobe: " in line]
+    told = told_by(probed)
     assert len(told) == len(probed.findings) > 0
     for finding in probed.findings:
         assert len(scalars(tmp_path, f"gradprobe/finding/{finding.title}")) == 1

@@ -11,7 +11,16 @@ import torch
 
 pytest.importorskip("lightning")
 
-from helpers.trainer_runs import N_BATCHES, N_PARTS, break_off, poison, run_on_ranks, train_with_lightning, wrong
+from helpers.trainer_runs import (
+    N_BATCHES,
+    N_PARTS,
+    break_off,
+    poison,
+    run_on_ranks,
+    told_by,
+    train_with_lightning,
+    wrong,
+)
 from lightning.pytorch.loggers import CSVLogger
 
 import gradprobe
@@ -58,8 +67,11 @@ def test_resumed_training_goes_on_with_the_steps(tmp_path: Path) -> None:
     assert [row["gradprobe/total_norm"] for row in logged.values()] == pytest.approx([truths[k] for k in (4, 9, 14)])
 
 
+@pytest.mark.soak
 def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
     ranks = run_on_ranks("lightning", tmp_path)
+    assert len(told_by(ranks[0]["poisoned"])) == len(ranks[0]["poisoned"].findings) > 0
+    assert told_by(ranks[1]["poisoned"]) == []
     for runs in ranks:
         history = runs["probed"].training.history
         assert {snapshot.provenance.reduction for snapshot in history} == {"averaged"}
@@ -80,7 +92,7 @@ def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
 def test_findings_are_told_once_and_stay_told_after_a_resume(tmp_path: Path) -> None:
     keep, logger = tmp_path / "half.ckpt", CSVLogger(tmp_path / "a", name="csv")
     first = train_with_lightning(tmp_path, GradProbeCallback(), spoil=poison, keep=keep, epochs=1, logger=logger)
-    told = [line for line in first.console if line.startswith("gradprobe: ")]
+    told = told_by(first)
     assert len(told) == len(first.findings) > 0
     assert {finding.title for finding in first.findings} == {line.split(": ")[1] for line in told}
     marks = {name: step for step, row in rows(tmp_path / "a").items() for name in row if "/finding/" in name}

@@ -11,7 +11,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("tensorboard")
 
-from helpers.trainer_runs import N_BATCHES, break_off, poison, run_on_ranks, scalars, train_with_transformers, wrong
+from helpers.trainer_runs import (
+    N_BATCHES,
+    break_off,
+    poison,
+    run_on_ranks,
+    scalars,
+    told_by,
+    train_with_transformers,
+    wrong,
+)
 
 import gradprobe
 from gradprobe.integrations.transformers import GradProbeCallback
@@ -58,8 +67,11 @@ def test_resumed_training_goes_on_with_the_steps(tmp_path: Path, board: Path) ->
     assert scalars(board, "train/gradprobe/total_norm") == pytest.approx(expected)
 
 
+@pytest.mark.soak
 def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
     ranks = run_on_ranks("transformers", tmp_path)
+    assert len(told_by(ranks[0]["poisoned"])) == len(ranks[0]["poisoned"].findings) > 0
+    assert told_by(ranks[1]["poisoned"]) == []
     for runs in ranks:
         history = runs["probed"].training.history
         assert {snapshot.provenance.reduction for snapshot in history} == {"averaged"}
@@ -74,7 +86,7 @@ def test_rank_0_logs_the_averaged_gradients(tmp_path: Path) -> None:
 
 def test_findings_are_told_once(tmp_path: Path, board: Path) -> None:
     probed = train_with_transformers(tmp_path, GradProbeCallback(), spoil=poison, report_to=["tensorboard"])
-    told = [line for line in probed.console if line.startswith("gradprobe: ")]
+    told = told_by(probed)
     assert len(told) == len(probed.findings) > 0
     assert {finding.title for finding in probed.findings} == {line.split(": ")[1] for line in told}
     counts = scalars(board, "train/gradprobe/findings")
