@@ -17,6 +17,8 @@ from gradprobe.report.summary import NetSummary
 FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 
 PNG_SCALE = 2.0
+# Room to the right for a font wider than the one that the text was measured in.
+_PADDING = {"left": 6, "top": 4, "right": 24, "bottom": 4}
 _LABEL_PX = 13.0  # height of one label
 _LABEL_WIDTH_PX = 66.0
 _LABEL_LENGTH = 24  # characters; a longer name loses its middle, but the tooltips have all of it
@@ -90,7 +92,7 @@ def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Cha
     axis = {"labelColor": FAINT, "titleColor": FAINT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
     lines = {"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "domain": False, "ticks": False}
     styled: Chart = (
-        chart.configure(font=FONT, background=BACKGROUND, padding={"left": 4, "top": 4, "right": 8, "bottom": 4})
+        chart.configure(font=FONT, background=BACKGROUND, padding=_PADDING)
         .configure_view(stroke=None)
         .configure_axis(**axis, **lines, labelPadding=6, titlePadding=8)
         .configure_axisX(domain=True, ticks=True, tickSize=4, labelPadding=3)
@@ -99,12 +101,13 @@ def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Cha
     return styled
 
 
-def line_rows(net: NetSummary, colour: str, places: Sequence[Row | None]) -> list[Row]:
+def line_rows(net: NetSummary, colour: str, label_colour: str, places: Sequence[Row | None]) -> list[Row]:
     """Makes the rows of one network's line.
 
     Args:
         net: The network.
         colour: Colour of the line.
+        label_colour: Colour of its name.
         places: For each position along the depth, `value`, the `low` and `high` of its band, and `note`, the tooltip;
             None leaves a gap.
 
@@ -117,8 +120,9 @@ def line_rows(net: NetSummary, colour: str, places: Sequence[Row | None]) -> lis
         if place is None:
             gaps += 1
             continue
-        shared = {"net": net.name, "family": net.family, "depth": net.depth, "colour": colour}
-        rows.append({**shared, "position": position, "segment": f"{net.name} {gaps}", **place})
+        shared = {"net": net.name, "family": net.family, "depth": net.depth}
+        colours = {"colour": colour, "label_colour": label_colour}
+        rows.append({**shared, **colours, "position": position, "segment": f"{net.name} {gaps}", **place})
     return rows
 
 
@@ -154,7 +158,7 @@ def lines_panel(
         return x_px, size.height * (high - row["value"]) / (high - low)
 
     ends_of_lines = {row["net"]: row for row in rows}.values()
-    labels = [Label(row["net"], row["colour"], row["position"], *pixel(row)) for row in ends_of_lines]
+    labels = [Label(row["net"], row["label_colour"], row["position"], *pixel(row)) for row in ends_of_lines]
     x_axis = alt.Axis(values=_depth_ticks(n_places), format="d", grid=False, title=f"{x_title}, from input to output")
     x = alt.X("position:Q", scale=alt.Scale(domain=[1, max(n_places, 2)], nice=False), axis=x_axis)
     y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gradprobe.report.chart_parts import NARROW, THIRDS, WIDE, Chart, svg
+from gradprobe.report.chart_parts import NARROW, THIRDS, WIDE
 from gradprobe.report.error_comparison import (
     EARLIEST_COMPARISON,
     FALLING_SHARE,
@@ -16,6 +16,7 @@ from gradprobe.report.error_comparison import (
     TRAINED_SHARE,
 )
 from gradprobe.report.formatting import duration, number, percent
+from gradprobe.report.page_parts import dark_rules, figure, typeset
 from gradprobe.report.page_template import document, escape
 from gradprobe.report.palette import Palette
 from gradprobe.report.published_errors import CITATION, PublishedTable, matching_tables
@@ -73,7 +74,7 @@ def page(summary: Summary) -> str:
     parts = [
         f'<p class="facts">{escape(_facts(summary))}</p>',
         _notice(summary),
-        *(f'<p class="lead">{_typeset(line)}</p>' for line in headline(summary)),
+        *(f'<p class="lead">{typeset(line)}</p>' for line in headline(summary)),
         *_figures(summary),
         _table(summary),
         _verdicts(summary),
@@ -82,7 +83,7 @@ def page(summary: Summary) -> str:
         _settings(summary),
     ]
     body = "\n".join(part for part in parts if part)
-    return document(f"Degradation sweep on {data}", _dark_rules(summary), body)
+    return document(f"Degradation sweep on {data}", dark_rules(Palette(summary).dark()), body)
 
 
 def _facts(summary: Summary) -> str:
@@ -115,7 +116,7 @@ def _figures(summary: Summary) -> Iterable[str]:
     if any(not net.finished for net in summary.nets):
         caption += " Networks that are still training are shown at their newest epoch."
     charts = [error_chart(summary, size) for size in (WIDE, NARROW)]
-    yield _figure("Error against depth", charts, caption, "No finite error is recorded yet.")
+    yield figure("Error against depth", charts, caption, "No finite error is recorded yet.")
     caption = "L2 norm of each weight's gradient, layer by layer, on a logarithmic scale."
     if several:
         caption += " Lines are medians over seeds, bands their range."
@@ -126,7 +127,7 @@ def _figures(summary: Summary) -> Iterable[str]:
         )
     nothing = "Every recorded norm is zero, NaN or infinite." if hidden else "No gradient is recorded yet."
     charts = [gradient_chart(summary, size) for size in (WIDE, NARROW)]
-    yield _figure("The gradient on its way to the input", charts, caption, nothing)
+    yield figure("The gradient on its way to the input", charts, caption, nothing)
     yield _shortcut_figure(summary, several)
 
 
@@ -145,36 +146,27 @@ def _shortcut_figure(summary: Summary, several: bool) -> str:
         caption += " Not shown if one part is missing, as behind a shortcut that changes the shape: "
         caption += f"{'; '.join(hidden)}."
     charts = [shortcut_chart(summary, size) for size in (THIRDS, NARROW)]
-    lead = "\n".join(f"<p>{_typeset(sentence)}</p>" for sentence in sentences)
-    return _figure("The gradient that arrives by the shortcut", charts, caption, "Nothing to draw.", lead)
-
-
-def _figure(title: str, charts: Sequence[Chart | None], caption: str, nothing: str, lead: str = "") -> str:
-    wide, narrow = charts
-    if wide is None or narrow is None:
-        return f'<h2>{escape(title)}</h2>\n{lead}<p class="note">{escape(nothing)}</p>'
-    return (
-        f'<h2>{escape(title)}</h2>\n{lead}<figure>\n<div class="wide">{_inline(wide)}</div>\n'
-        f'<div class="narrow">{_inline(narrow)}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
-    )
-
-
-def _inline(chart: Chart) -> str:
-    # Inside a page an SVG needs no namespace; without it the page contains no URL.
-    return re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg(chart))
+    lead = "\n".join(f"<p>{typeset(sentence)}</p>" for sentence in sentences)
+    return figure("The gradient that arrives by the shortcut", charts, caption, "Nothing to draw.", lead)
 
 
 def _table(summary: Summary) -> str:
     if not summary.nets:
         return ""
-    groups = '<th colspan="6"></th><th colspan="3" class="group">gradient at the first step</th>'
-    groups += '<th colspan="3" class="group">gradient at the end</th>'
-    columns = "".join(f'<th class="text">{head}</th>' for head in ("network", "verdict", "seeds"))
+    groups = '<td colspan="6"></td><th colspan="3" class="group" scope="colgroup">gradient at the first step</th>'
+    groups += '<th colspan="3" class="group" scope="colgroup">gradient at the end</th>'
+    button = '<button type="button">{}</button>'
+    columns = "".join(
+        f'<th class="text" scope="col">{button.format(head)}</th>' for head in ("network", "verdict", "seeds")
+    )
     errors = ("parameters", "training<br>error&nbsp;%", "test<br>error&nbsp;%")
-    columns += "".join(f"<th>{head}</th>" for head in (*errors, *("first", "last", "first/last") * 2))
+    columns += "".join(
+        f'<th scope="col">{button.format(head)}</th>' for head in (*errors, *("first", "last", "first/last") * 2)
+    )
     rows = "\n".join(_table_row(net) for net in summary.nets)
     return (
-        f'<h2>All numbers</h2>\n<div class="scroll"><table>\n<thead><tr>{groups}</tr>\n<tr>{columns}</tr></thead>\n'
+        f'<h2>All numbers</h2>\n<div class="scroll" tabindex="0" role="region" aria-label="All numbers">'
+        f'<table class="sortable">\n<thead><tr>{groups}</tr>\n<tr>{columns}</tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table></div>\n"
         '<p class="note">Errors are mean ± standard deviation over seeds. Gradient norms are those of the first and '
         "the last weight layer, medians over seeds.</p>"
@@ -182,8 +174,11 @@ def _table(summary: Summary) -> str:
 
 
 def _table_row(net: NetSummary) -> str:
-    cells = [f"{net.parameters:,}", percent(net.train_error_pct), percent(net.test_error_pct)]
-    numbers = "".join(f"<td>{_typeset(cell)}</td>" for cell in (*cells, *_ends(net.initial), *_ends(net.end)))
+    errors = [
+        (percent(spread), spread.mean if spread else math.nan) for spread in (net.train_error_pct, net.test_error_pct)
+    ]
+    cells = [(f"{net.parameters:,}", net.parameters), *errors, *_ends(net.initial), *_ends(net.end)]
+    numbers = "".join(f'<td data-value="{value}">{typeset(shown)}</td>' for shown, value in cells)
     when = f'<span class="small">{net.verdict_profile.when}</span>' if net.verdict_profile else ""
     return (
         f'<tr><th scope="row">{escape(net.name)}</th><td class="text">{_verdict(net)}{when}</td>'
@@ -191,8 +186,10 @@ def _table_row(net: NetSummary) -> str:
     )
 
 
-def _ends(profile: GradientProfile | None) -> list[str]:
-    return ["–"] * 3 if profile is None else [number(profile.first), number(profile.last), number(profile.ratio)]
+def _ends(profile: GradientProfile | None) -> list[tuple[str, float]]:
+    if profile is None:
+        return [("–", math.nan)] * 3
+    return [(number(value), value) for value in (profile.first, profile.last, profile.ratio)]
 
 
 def _verdict(net: NetSummary) -> str:
@@ -203,7 +200,7 @@ def _verdicts(summary: Summary) -> str:
     if not summary.nets:
         return ""
     items = "\n".join(
-        f"<dt>{escape(net.name)}</dt><dd>{_verdict(net)}<br>{_typeset(explain_verdict(net))}</dd>"
+        f"<dt>{escape(net.name)}</dt><dd>{_verdict(net)}<br>{typeset(explain_verdict(net))}</dd>"
         for net in summary.nets
     )
     return f"<h2>Verdicts and their evidence</h2>\n<dl>\n{items}\n</dl>"
@@ -213,7 +210,7 @@ def _published(summary: Summary, table: PublishedTable) -> str:
     here = {(net.family, net.depth): percent(net.test_error_pct) for net in summary.nets}
     rows = []
     for (family, depth), printed in table.error_pct.items():
-        ours = _typeset(here.get((family, depth), "–"))
+        ours = typeset(here.get((family, depth), "–"))
         rows.append(f'<tr><th scope="row">{family}-{depth}</th><td>{ours}</td><td>{printed}</td></tr>')
     return (
         f"<h2>Compared with the paper</h2>\n<p>{CITATION} report the {escape(table.what)}. "
@@ -295,25 +292,3 @@ def _value_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
-
-
-def _typeset(text: str) -> str:
-    """Escapes a text, typesets powers of ten, and keeps each number on one line with its unit."""
-    text = escape(text).replace(" ± ", "&nbsp;±&nbsp;").replace(" %", "&nbsp;%")
-    # Whole numbers only: a name may hold 2e5, too.
-    text = re.sub(
-        r"(?<![\w.])(\d(?:\.\d)?)e(-?)(\d+)\b",
-        lambda m: f"{m[1]}&nbsp;×&nbsp;10<sup>{'−' if m[2] else ''}{m[3]}</sup>",
-        text,
-    )
-    return re.sub(r"\b([a-z]\w{,30}-\d+)\b", r'<span class="net">\1</span>', text)
-
-
-def _dark_rules(summary: Summary) -> str:
-    """Returns CSS that recolours the charts on a dark page; a rule overrides a mark's own colour."""
-    rules = "".join(
-        f'svg [{kind}="{light}"] {{ {kind}: {dark}; }}\n'
-        for light, dark in Palette(summary).dark().items()
-        for kind in ("fill", "stroke")
-    )
-    return f"@media (prefers-color-scheme: dark) {{\n{rules}}}\n"

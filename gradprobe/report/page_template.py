@@ -1,4 +1,4 @@
-"""The HTML page around a report: its CSS, and the script that shows a tooltip for a mark of a chart."""
+"""The HTML page around a report: its CSS, and the script for tooltips, keys and the sorting of tables."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from gradprobe.errors import printable
 
 _CSS = """
 :root { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --line: #dfe3e8; --wash: #f6f7f9;
-  --healthy: #2e7d4f; --degraded: #b07800; --broken: #c0362c; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e6e8ea; --faint: #9aa3ad; --line: #30363d;
-  --wash: #1b1f24; --healthy: #6fcf97; --degraded: #e5b34b; --broken: #ff7b72; } }
+  --healthy: #2e7d4f; --degraded: #8f6200; --broken: #c0362c; --focus: #1d5fae; color-scheme: light dark; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --paper: #14171a; --ink: #e6e8ea; --faint: #9aa3ad; --line: #30363d;
+  --wash: #1b1f24; --healthy: #6fcf97; --degraded: #e5b34b; --broken: #ff7b72; --focus: #6cb0ff; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 Inter, ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; }
-main { max-width: 63rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; overflow-wrap: anywhere; }
+main { max-width: 70rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: clamp(1.6rem, 4.5vw, 2.2rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 .35rem; }
 h2 { font-size: 1.15rem; letter-spacing: -0.01em; margin: 2.75rem 0 .5rem; }
 p { margin: .5rem 0; max-width: 42rem; }
@@ -23,7 +24,8 @@ p { margin: .5rem 0; max-width: 42rem; }
 .notice { border-left: 3px solid var(--degraded); background: var(--wash); padding: .5rem .9rem; margin: 1.25rem 0; }
 figure { margin: 1rem 0 0; }
 figcaption { max-width: 42rem; margin-top: .6rem; }
-svg { display: block; max-width: 100%; height: auto; }
+svg { display: block; max-width: 100%; height: auto; overflow: visible; }
+:focus-visible { outline: 2px solid var(--focus); outline-offset: 3px; border-radius: 2px; }
 svg [aria-label][aria-roledescription="point"] { cursor: default; }
 .net { white-space: nowrap; }
 .narrow { display: none; }
@@ -33,6 +35,10 @@ svg [aria-label][aria-roledescription="point"] { cursor: default; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%; }
 th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
 thead th { font-weight: 500; color: var(--faint); font-size: .82rem; line-height: 1.3; vertical-align: bottom; }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--focus); }
+th button::after { content: "↕"; opacity: .55; font-size: .8em; margin-left: .2em; }
+th[aria-sort="ascending"] button::after { content: "↑"; opacity: 1; }
+th[aria-sort="descending"] button::after { content: "↓"; opacity: 1; }
 thead tr:last-child th { border-bottom: 1px solid var(--line); }
 thead .group { border-bottom: 1px solid var(--line); text-align: center; padding-bottom: .2rem; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
@@ -54,21 +60,122 @@ sup { font-size: .72em; line-height: 0; }
 #tip { position: fixed; z-index: 1; pointer-events: none; max-width: 19rem; padding: .3rem .55rem; border-radius: 4px;
   background: var(--ink); color: var(--paper); font-size: .82rem; line-height: 1.35; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .6rem; } }
-@media print { .scroll { overflow: visible; } #tip { display: none; } }
+ol.findings { list-style: none; margin: 1.25rem 0; padding: 0; max-width: none; display: grid; gap: .75rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
+ol.findings li { margin: 0; padding: .8rem 1rem; background: var(--wash); border-top: 3px solid var(--broken); }
+ol.findings h3 { font-size: 1rem; margin: 0 0 .35rem; } ol.findings p { font-size: .9rem; }
+code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
+#cursor { position: fixed; pointer-events: none; outline: 2px solid var(--ink); box-shadow: 0 0 0 3px var(--paper); }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+@page { margin: 14mm; }
+@media print { .scroll { overflow: visible; margin: 1rem 0 0; padding: 0; } #tip, #cursor { display: none; }
+  main { padding: 0; max-width: none; } body { font-size: 11pt; } table { font-size: 7pt; } th, td { padding: .25rem; }
+  .wide { display: block; } .narrow { display: none; } h2 { break-after: avoid; }
+  figure, tr, li { break-inside: avoid; }
+  th[scope="row"] { position: static; max-width: 12rem; } th button::after { content: none; }
+  .verdict::before, ol.findings li { print-color-adjust: exact; } }
 """
 
 _SCRIPT = """
 (function () {
-  var tip = document.createElement("div");
-  tip.id = "tip"; tip.hidden = true; document.body.appendChild(tip);
-  document.addEventListener("pointerover", function (event) {
-    var mark = event.target.closest && event.target.closest('svg [aria-roledescription="point"][aria-label]');
-    tip.hidden = !mark;
-    if (!mark) return;
-    tip.textContent = mark.getAttribute("aria-label");
-    var x = Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8);
-    tip.style.left = Math.max(8, x) + "px";
-    tip.style.top = Math.max(8, event.clientY - tip.offsetHeight - 12) + "px";
+  function add(id, name) {
+    var part = document.createElement("div");
+    part.id = id; part.className = name; part.hidden = !name; document.body.appendChild(part);
+    return part;
+  }
+  var tip = add("tip", ""), cursor = add("cursor", ""), said = add("said", "unseen");
+  said.setAttribute("aria-live", "polite");
+  var POINT = '[aria-roledescription="point"][aria-label]';
+  function show(text, x, y, aloud) {
+    tip.hidden = !text;
+    if (!text) { cursor.hidden = true; return; }
+    tip.textContent = text;
+    if (aloud) said.textContent = text;
+    tip.style.left = Math.max(8, Math.min(x + 14, window.innerWidth - tip.offsetWidth - 8)) + "px";
+    tip.style.top = Math.max(8, y - tip.offsetHeight - 12) + "px";
+  }
+  function mark(box) {
+    cursor.hidden = !box;
+    if (!box) return;
+    cursor.style.left = box.left + "px"; cursor.style.top = box.top + "px";
+    cursor.style.width = box.width + "px"; cursor.style.height = box.height + "px";
+  }
+  // The cells of a heatmap have no elements with a text of their own: their texts are in a table beside the chart.
+  function heat(svg) {
+    var source = svg.closest("figure"); source = source && source.querySelector("script.cells");
+    if (!source) return null;
+    if (!source.cells) source.cells = JSON.parse(source.textContent);
+    var plot = svg.querySelector(".plot_marks path, .plot_marks rect");
+    return plot && { cells: source.cells, box: plot.getBoundingClientRect() };
+  }
+  function cell(map, row, column) {
+    var box = map.box, cells = map.cells, edges = cells.edges, tall = box.height / cells.names.length;
+    var left = box.left + edges[column][0] * box.width, wide = (edges[column][1] - edges[column][0]) * box.width;
+    return { text: cells.names[row] + ", " + cells.steps[column] + ": " + cells.values[row][column],
+      box: { left: left, top: box.top + row * tall, width: wide, height: tall } };
+  }
+  function under(map, x, y) {
+    var at = (x - map.box.left) / map.box.width, deep = (y - map.box.top) / map.box.height;
+    var row = Math.floor(deep * map.cells.names.length);
+    if (row < 0 || row >= map.cells.names.length) return null;
+    for (var column = 0; column < map.cells.edges.length; column++)
+      if (at >= map.cells.edges[column][0] && at < map.cells.edges[column][1]) return cell(map, row, column);
+    return null;
+  }
+  document.addEventListener("pointermove", function (event) {
+    var svg = event.target.closest && event.target.closest("svg"), map = svg && heat(svg);
+    var found = map && under(map, event.clientX, event.clientY);
+    var point = !map && event.target.closest && event.target.closest("svg " + POINT);
+    if (found) { show(found.text, event.clientX, event.clientY); mark(found.box); }
+    else if (point) { show(point.getAttribute("aria-label"), event.clientX, event.clientY); mark(null); }
+    else show("");
+  });
+  document.addEventListener("scroll", function () { show(""); }, { passive: true, capture: true });
+  // Arrow keys walk over the points or cells of the chart that has the focus.
+  document.querySelectorAll("figure svg").forEach(function (svg) {
+    var points = svg.querySelectorAll(POINT), map = svg.querySelector(".plot_marks") && heat(svg);
+    if (!points.length && !map) return;
+    svg.setAttribute("tabindex", "0");
+    var place = -1, row = 0, column = -1;
+    svg.addEventListener("keydown", function (event) {
+      var steps = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key];
+      if (event.key === "Escape") show("");
+      if (!steps) return;
+      event.preventDefault();
+      var box, text;
+      if (map) {
+        map = heat(svg);
+        column = Math.max(0, Math.min(map.cells.edges.length - 1, column + steps[0]));
+        row = Math.max(0, Math.min(map.cells.names.length - 1, row + steps[1]));
+        var now = cell(map, row, column);
+        box = now.box; text = now.text;
+      } else {
+        place = Math.max(0, Math.min(points.length - 1, place + steps[0] + steps[1]));
+        box = points[place].getBoundingClientRect(); text = points[place].getAttribute("aria-label");
+      }
+      mark(box); show(text, box.left + box.width, box.top, true);
+    });
+    svg.addEventListener("blur", function () { show(""); });
+  });
+  document.querySelectorAll("table.sortable th button").forEach(function (button) {
+    button.addEventListener("click", function () {
+      var head = button.parentNode, table = head.closest("table"), column = head.cellIndex;
+      var down = head.getAttribute("aria-sort") === "ascending", body = table.tBodies[0];
+      table.querySelectorAll("th[aria-sort]").forEach(function (other) { other.removeAttribute("aria-sort"); });
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      function key(row) {
+        var value = row.cells[column].getAttribute("data-value");
+        if (value === null) return row.cells[column].textContent;
+        value = value.replace(/inf$/, "Infinity");
+        return value === "nan" ? NaN : Number(value);
+      }
+      Array.from(body.rows).map(function (row) { return [key(row), row]; }).sort(function (a, b) {
+        a = a[0]; b = b[0];
+        if (a !== a || b !== b) return (a !== a) - (b !== b);
+        return (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1);
+      }).forEach(function (pair) { body.appendChild(pair[1]); });
+    });
   });
 })();
 """

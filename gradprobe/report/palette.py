@@ -16,8 +16,9 @@ _DARK = {BACKGROUND: "#14171a", INK: "#e6e8ea", FAINT: "#9aa3ad", GRID: "#2b3036
 _FAMILY_COLOURS = {"plain": ("#b8480b", "#f59a5b"), "resnet": ("#1d5fae", "#6cb0ff")}
 _OTHER_COLOURS = (("#2e7d4f", "#6fcf97"), ("#7b4ba8", "#c39bf0"), ("#a3306b", "#f08bbb"), ("#5f6b00", "#c9d84a"))
 
-# Share of the family's colour in that of the shallowest network; the rest is the background.
-_LIGHTEST = 0.6
+# Share of the family's colour in that of the shallowest network; the rest is the background. The contrast of a line is
+# then at least 3 on both pages (WCAG 1.4.11).
+_LIGHTEST = 0.75
 
 
 class Palette:

@@ -141,7 +141,8 @@ def shortcut_chart(summary: Summary, size: Size = THIRDS) -> Chart | None:
     axis = alt.Axis(title=None, values=[0, 0.25, 0.5, 0.75, 1], format=".0%")
     data = ChartData()
     drawn = [lines_panel(title, rows, n_adds, "residual add", axis, (0.0, 1.0), size, data) for title, rows in panels]
-    titled: Chart = concat(drawn, size, data).properties(title="Share of the gradient that arrives by the shortcut")
+    title = ["Share of the gradient", "that arrives by the shortcut"]
+    titled: Chart = concat(drawn, size, data).properties(title=title if size.stacked else " ".join(title))
     return titled
 
 
@@ -224,7 +225,7 @@ def _error_panel(
         base.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q"),
     ]
     if seeds:
-        circles = alt.Chart(data.add(seeds)).mark_point(size=22, opacity=0.55, strokeWidth=1.2)
+        circles = alt.Chart(data.add(seeds)).mark_point(size=22, opacity=0.8, strokeWidth=1.2)
         layers.append(circles.encode(x=x, y=y, color=colour, description="note:N"))
     layers.append(base.mark_point(filled=True, size=52, opacity=1).encode(y=y, description="note:N"))
     layers.extend(label_layers(labels, x, y, y_domain, 10, size, data))
@@ -244,7 +245,7 @@ def _layer_rows(net: NetSummary, profile: GradientProfile, palette: Palette) -> 
         name = f"{net.name}, layer {place} of {len(profile.layers_by_seed[0])}, {layers[0].site}"
         note = f"{name}: norm {number(norm)}"
         places.append({"norm": norm, "value": value, "low": low, "high": high, "note": note})
-    return line_rows(net, palette.net(net.family, net.depth), places)
+    return line_rows(net, palette.net(net.family, net.depth), palette.family(net.family), places)
 
 
 def _junction_rows(net: NetSummary, profile: ShortcutProfile, palette: Palette) -> list[Row]:
@@ -255,7 +256,7 @@ def _junction_rows(net: NetSummary, profile: ShortcutProfile, palette: Palette) 
         note = f"{net.name}, residual add {place} of {len(profile.shares)}, {site}: {100 * share:.0f} % by the shortcut"
         drawn = {"value": share, "low": min(seeds), "high": max(seeds), "note": note}
         places.append(drawn if math.isfinite(share) else None)
-    return line_rows(net, palette.net(net.family, net.depth), places)
+    return line_rows(net, palette.net(net.family, net.depth), palette.family(net.family), places)
 
 
 def _power_axis(domain: tuple[float, float]) -> alt.Axis:
