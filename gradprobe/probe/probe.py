@@ -35,11 +35,13 @@ from gradprobe.probe.options import (
 )
 from gradprobe.probe.step_recorder import StepRecorder
 from gradprobe.probe.stream import Stream
+from gradprobe.report import run as run_report
 from gradprobe.sinks.jsonl import write_jsonl
 from gradprobe.snapshot.export import to_pandas
 from gradprobe.snapshot.snapshot import NonFinite, Snapshot
 
 if TYPE_CHECKING:
+    import altair
     import pandas
 
     from gradprobe.diagnosis.finding import Finding
@@ -280,6 +282,31 @@ class Probe:
         self._settle()
         diagnosis = self._recorder.history.diagnosis()
         return replace(diagnosis, note=self._recorder.why_blind(has_steps=diagnosis.n_steps > 0))
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Writes a page with the findings, charts and tables of the history. Waits for the device.
+
+        Args:
+            path: The HTML file; an existing one is replaced.
+
+        Raises:
+            ArgumentError: A library that draws is not installed.
+            StoreError: The file cannot be written.
+        """
+        run_report.write_page(self.history(), self.findings(), path)
+
+    def plot(self, kind: str = "heatmap") -> altair.HConcatChart | altair.VConcatChart:
+        """Draws one chart of the history; its `save` writes PNG, SVG, PDF or HTML. Waits for the device.
+
+        Args:
+            kind: "loss" with the findings, "heatmap" of gradient norms over layers and steps, "update_ratio",
+                "magnitude" against the dtype's range, "shortcut_share" of residual adds, or "dead_units".
+
+        Raises:
+            ArgumentError: The kind is unknown, the run did not record what the chart shows, or a library that draws is
+                not installed.
+        """
+        return run_report.plot(self.history(), self.findings(), kind)
 
     def first_nonfinite(self) -> NonFinite | None:
         """Returns where NaN or infinity was first seen since attach, in order of execution. Waits for the device.

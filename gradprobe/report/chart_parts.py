@@ -1,9 +1,11 @@
-"""Parts shared by all charts: sizes, theme, lines over depth with labels at their ends, SVG and PNG output."""
+"""Parts shared by all charts: sizes, theme, lines over depth with labels at their ends, SVG, PNG and PDF output."""
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,8 +19,8 @@ from gradprobe.report.summary import NetSummary
 FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 
 PNG_SCALE = 2.0
-# Room to the right for a font wider than the one that the text was measured in.
-_PADDING = {"left": 6, "top": 4, "right": 24, "bottom": 4}
+# Room for a font wider than the one that the text was measured in.
+_PADDING = {"left": 14, "top": 4, "right": 24, "bottom": 4}
 _LABEL_PX = 13.0  # height of one label
 _LABEL_WIDTH_PX = 66.0
 _LABEL_LENGTH = 24  # characters; a longer name loses its middle, but the tooltips have all of it
@@ -52,6 +54,11 @@ class Label:
     y_px: float
 
 
+def title_lines(title: str, size: Size) -> list[str]:
+    """Breaks the title of a panel so that it is no wider than the panel."""
+    return textwrap.wrap(title, max(16, size.width // 8))
+
+
 class ChartData:
     """The rows of one chart by name, so that the chart holds them once and altair does not copy them at each step.
 
@@ -82,6 +89,12 @@ def png(chart: Chart) -> bytes:
     return drawn
 
 
+def pdf(chart: Chart) -> bytes:
+    """Renders the chart as a PDF document, without network access."""
+    drawn: bytes = vl_convert.vegalite_to_pdf(chart.to_dict())
+    return drawn
+
+
 def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Chart:
     """Joins panels, side by side or stacked, into a chart with the theme that all charts share."""
     chart: Chart
@@ -89,13 +102,14 @@ def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Cha
         chart = alt.vconcat(*panels, spacing=28, datasets=data.rows)
     else:
         chart = alt.hconcat(*panels, spacing=44, datasets=data.rows)
-    axis = {"labelColor": FAINT, "titleColor": FAINT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
+    text = {"labelColor": FAINT, "titleColor": FAINT, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 400}
     lines = {"gridColor": GRID, "domainColor": FAINT, "tickColor": FAINT, "domain": False, "ticks": False}
     styled: Chart = (
         chart.configure(font=FONT, background=BACKGROUND, padding=_PADDING)
         .configure_view(stroke=None)
-        .configure_axis(**axis, **lines, labelPadding=6, titlePadding=8)
+        .configure_axis(**text, **lines, labelPadding=6, titlePadding=8)
         .configure_axisX(domain=True, ticks=True, tickSize=4, labelPadding=3)
+        .configure_legend(**text, titleLimit=400, labelLimit=300)
         .configure_title(anchor="start", frame="group", fontSize=13, fontWeight=600, color=INK, offset=12)
     )
     return styled
@@ -127,7 +141,7 @@ def line_rows(net: NetSummary, colour: str, label_colour: str, places: Sequence[
 
 
 def lines_panel(
-    title: str,
+    title: str | Sequence[str],
     rows: Sequence[Row],
     n_places: int,
     x_title: str,
@@ -178,7 +192,9 @@ def lines_panel(
         dots = alt.Chart(data.add(alone)).mark_point(filled=True, size=36, opacity=1)
         layers.append(dots.encode(x=x, y=y, color=colour))
     layers.extend(label_layers(labels, x, y, y_domain, 6, size, data, [pixel(row) for row in rows]))
-    return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
+    return alt.LayerChart(
+        layer=layers, width=size.width, height=size.height, title=title if isinstance(title, str) else list(title)
+    )
 
 
 def _depth_ticks(n_places: int) -> list[int]:
@@ -247,3 +263,42 @@ def _label_heights(labels: Sequence[Label], height: float, obstacles: Sequence[t
         places[index] = next(clear, next(iter(apart), label.y_px))
         taken.append((label.x_px, places[index]))
     return [places[index] for index in range(len(labels))]
+
+
+def power_axis(domain: tuple[float, float]) -> alt.Axis:
+    """Makes an axis of log10 values that is labelled with the powers, with at most seven ticks at whole powers.
+
+    Args:
+        domain: Range of the values.
+    """
+    first, last = math.ceil(domain[0]), math.floor(domain[1])
+    factors = (1, 2, 5) if last - first < 2 else (1,)
+    powers = range(first - (last - first < 2), last + 1, max(1, math.ceil((last - first + 1) / 7)))
+    names = {math.log10(factor) + power: _power_name(factor, power) for power in powers for factor in factors}
+    return alt.Axis(title=None, values=list(names), labelExpr=_spelled(names))
+
+
+def power_legend(domain: tuple[float, float], title: str, length: int) -> alt.Legend:
+    """Makes a legend of log10 values above the chart, as a gradient that is labelled with powers.
+
+    Args:
+        domain: Range of the values.
+        title: Title of the legend.
+        length: Length in pixels.
+    """
+    first, last = math.ceil(domain[0]), math.floor(domain[1])
+    powers = range(first, last + 1, max(1, math.ceil((last - first + 1) / max(2, length // 45))))
+    names = {float(power): _power_name(1, power) for power in powers} or {domain[0]: f"{10 ** domain[0]:.2g}"}
+    return alt.Legend(title=title, orient="top", gradientLength=length, values=list(names), labelExpr=_spelled(names))
+
+
+def _spelled(names: Mapping[float, str]) -> str:
+    cases = " : ".join(f"abs(datum.value - ({value})) < 1e-6 ? '{name}'" for value, name in names.items())
+    return f"{cases} : ''"
+
+
+def _power_name(factor: int, power: int) -> str:
+    if -2 <= power <= 3:
+        return f"{factor * 10.0**power:g}"
+    superscript = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{'' if factor == 1 else f'{factor}×'}10{superscript}"

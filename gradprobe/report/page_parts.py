@@ -65,7 +65,20 @@ def inline(chart: Chart) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg(chart))
     prefix = f"chart-{zlib.crc32(text.encode()):x}-"
     text = re.sub(r'(<(?:linearGradient|clipPath)[^>]*? id=")', rf"\1{prefix}", text)
-    return text.replace("url(#", f"url(#{prefix}")
+    text = text.replace("url(#", f"url(#{prefix}")
+    text = re.sub(r' d="([^"]*)"', lambda path: f' d="{re.sub(_LONG, _shortened, path[1])}"', text)
+    return re.sub(r'fill="rgb\((\d+), (\d+), (\d+)\)"', _hexadecimal, text)
+
+
+_LONG = re.compile(r"\d+\.\d{3,}(e-\d+)?")
+
+
+def _shortened(decimal: re.Match[str]) -> str:
+    return f"{float(decimal[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _hexadecimal(fill: re.Match[str]) -> str:
+    return 'fill="#{:02x}{:02x}{:02x}"'.format(*map(int, fill.groups()))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:

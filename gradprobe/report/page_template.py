@@ -24,6 +24,7 @@ p { margin: .5rem 0; max-width: 42rem; }
 .notice { border-left: 3px solid var(--degraded); background: var(--wash); padding: .5rem .9rem; margin: 1.25rem 0; }
 figure { margin: 1rem 0 0; }
 figcaption { max-width: 42rem; margin-top: .6rem; }
+svg .mark-rect path { shape-rendering: crispEdges; }
 svg { display: block; max-width: 100%; height: auto; overflow: visible; }
 :focus-visible { outline: 2px solid var(--focus); outline-offset: 3px; border-radius: 2px; }
 svg [aria-label][aria-roledescription="point"] { cursor: default; }

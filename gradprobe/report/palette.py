@@ -16,6 +16,15 @@ _DARK = {BACKGROUND: "#14171a", INK: "#e6e8ea", FAINT: "#9aa3ad", GRID: "#2b3036
 _FAMILY_COLOURS = {"plain": ("#b8480b", "#f59a5b"), "resnet": ("#1d5fae", "#6cb0ff")}
 _OTHER_COLOURS = (("#2e7d4f", "#6fcf97"), ("#7b4ba8", "#c39bf0"), ("#a3306b", "#f08bbb"), ("#5f6b00", "#c9d84a"))
 
+FIRST, SECOND, THIRD = (light for light, _ in (*reversed(_FAMILY_COLOURS.values()), _OTHER_COLOURS[0]))
+"""Colours of the lines of a run's charts."""
+
+BROKEN = "#c0362c"
+"""NaN, infinity and faults."""
+
+ZERO = "#8c959f"
+"""Zeros, which a logarithmic scale cannot show."""
+
 # Share of the family's colour in that of the shallowest network; the rest is the background. The contrast of a line is
 # then at least 3 on both pages (WCAG 1.4.11).
 _LIGHTEST = 0.75
@@ -48,6 +57,11 @@ class Palette:
     def dark(self) -> dict[str, str]:
         """Maps every colour in use to its counterpart on a dark page."""
         return {**_DARK, **dict(self._families.values()), **dict(self._nets.values())}
+
+
+def dark_of_run() -> dict[str, str]:
+    """Maps the colours of a run's charts to their counterparts on a dark page."""
+    return {**_DARK, **dict(_FAMILY_COLOURS.values()), **dict(_OTHER_COLOURS), BROKEN: "#ff7b72"}
 
 
 def shades(count: int) -> list[str]:

@@ -21,6 +21,7 @@ from gradprobe.report.chart_parts import (
     line_rows,
     lines_panel,
     png,
+    power_axis,
 )
 from gradprobe.report.formatting import number
 from gradprobe.report.palette import Palette
@@ -89,7 +90,7 @@ def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     # More room below than above: labels of shallow networks go under the lines of deeper ones.
     y_domain = (low - max(0.14 * (high - low), 0.3), high + max(0.05 * (high - low), 0.15))
     layers = max(row["position"] for _, rows in panels for row in rows)
-    axis = _power_axis(y_domain)
+    axis = power_axis(y_domain)
     data = ChartData()
     drawn = [
         lines_panel(title, rows, layers, "weight layer", axis, y_domain, size, data) for title, rows in panels if rows
@@ -257,20 +258,3 @@ def _junction_rows(net: NetSummary, profile: ShortcutProfile, palette: Palette) 
         drawn = {"value": share, "low": min(seeds), "high": max(seeds), "note": note}
         places.append(drawn if math.isfinite(share) else None)
     return line_rows(net, palette.net(net.family, net.depth), palette.family(net.family), places)
-
-
-def _power_axis(domain: tuple[float, float]) -> alt.Axis:
-    """Makes an axis of log10 values that is labelled with the powers, with at most seven ticks at whole powers."""
-    first, last = math.ceil(domain[0]), math.floor(domain[1])
-    factors = (1, 2, 5) if last - first < 2 else (1,)
-    powers = range(first - (last - first < 2), last + 1, max(1, math.ceil((last - first + 1) / 7)))
-    names = {math.log10(factor) + power: _power_name(factor, power) for power in powers for factor in factors}
-    cases = " : ".join(f"abs(datum.value - ({value})) < 1e-6 ? '{name}'" for value, name in names.items())
-    return alt.Axis(title=None, values=list(names), labelExpr=f"{cases} : ''")
-
-
-def _power_name(factor: int, power: int) -> str:
-    if -2 <= power <= 3:
-        return f"{factor * 10.0**power:g}"
-    superscript = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{'' if factor == 1 else f'{factor}×'}10{superscript}"

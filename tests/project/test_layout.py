@@ -23,8 +23,8 @@ MAY_IMPORT = {
     "diagnosis": "snapshot errors",
     "sinks": "diagnosis snapshot errors",
     "log": "diagnosis snapshot ops.rows errors",
-    "probe": "observers diagnosis log sinks snapshot nn ops errors",
-    "report": "diagnosis snapshot errors",
+    "report": "diagnosis snapshot errors",  # torch-free as a sink is, so that a probe may draw its own run
+    "probe": "observers diagnosis report log sinks snapshot nn ops errors",
     "experiments": "probe report diagnosis snapshot networks nn errors",
     "__init__": "probe diagnosis log sinks snapshot networks nn ops errors",
     "integrations": "probe diagnosis snapshot errors",
