@@ -3,7 +3,7 @@
 The first layers are plain sigmoid layers, through which the gradient vanishes. Behind them are residual blocks; one of
 them dies at step 180, and one batch, at step 90, has a loss that is far too large.
 
-    python benchmarks/run_picture.py docs/img
+    python benchmarks/run_picture.py docs/img run.html
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import nn
 
 import gradprobe
 from gradprobe.nn.residual import ResidualAdd
+from gradprobe.report.chart_parts import png
 
-WIDTH, N_SIGMOID, N_BLOCKS = 48, 5, 10
-STEPS, SPIKE_AT, DIES_AT, DYING = 300, 90, 180, 5
+WIDTH, N_SIGMOID, N_BLOCKS = 48, 8, 8
+STEPS, SPIKE_AT, DIES_AT, DYING = 300, 90, 180, 4
 
 
 class Block(nn.Module):
@@ -68,9 +69,9 @@ def train() -> gradprobe.Probe:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/img")
+    picture = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/img") / "heatmap.png"
     probe = train()
     print(probe.findings())
-    probe.plot("heatmap").save(str(folder / "heatmap.png"), scale_factor=2)
+    picture.write_bytes(png(probe.plot("heatmap")))
     if len(sys.argv) > 2:
         probe.report(sys.argv[2])

@@ -16,7 +16,7 @@ from gradprobe.report.run_view import Cells, Grid, cells
 from gradprobe.snapshot.records import FloatArray
 
 WIDE_HEAT = Size(width=760, height=440, stacked=True)
-NARROW_HEAT = Size(width=220, height=330, stacked=True)
+NARROW_HEAT = Size(width=240, height=330, stacked=True)
 
 _MOST_ROWS = 150
 _PX_PER_COLUMN = 5.0
@@ -148,14 +148,13 @@ def _steps(drawn: Cells, column: int) -> str:
 
 
 def _labels(drawn: Cells, height: float, size: Size) -> list[Row]:
-    """Names as many rows as there is room for: evenly, with the first and the last."""
+    """Names every row, or every second and so on, as there is room."""
     n_rows = len(drawn.names)
-    n_labels = max(2, min(n_rows, int(height // _LABEL_PX)))
-    chosen = dict.fromkeys(np.linspace(0, n_rows - 1, n_labels).round().astype(int).tolist())
+    pace = math.ceil(n_rows * _LABEL_PX / height)
     width = _LONG if size.width >= WIDE_HEAT.width else _SHORT
     return [
         {"first": drawn.first[0], "top": row + 0.5, "label": printable(_name(drawn.names[row][:1]), width)}
-        for row in chosen
+        for row in range(0, n_rows, pace)
     ]
 
 

@@ -123,14 +123,14 @@ def update_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) -> 
     y = alt.Y("value:Q", scale=y_scale, axis=power_axis(y_domain))
     base = alt.Chart(data.add(rows)).encode(x=x)
     colour = alt.value(FIRST)
-    rule = [{"value": healthy, "label": "healthy: about 0.001", "step": x_domain[0]}]
+    rule = [{"value": healthy, "label": "healthy", "step": x_domain[1]}]
     reference = alt.Chart(data.add(rule))
     layers = [
         base.mark_area(opacity=0.14, aria=False).encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q", color=colour),
         base.mark_area(opacity=0.3, aria=False).encode(y=alt.Y("lower:Q", scale=y_scale), y2="upper:Q", color=colour),
         reference.mark_rule(strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(y=y, color=alt.value(FAINT)),
         base.mark_line(strokeWidth=1.8, aria=False).encode(y=y, color=colour),
-        reference.mark_text(align="left", dx=4, dy=-7, fontSize=12, aria=False).encode(
+        reference.mark_text(align="left", baseline="middle", dx=6, fontSize=12, aria=False).encode(
             x=alt.X("step:Q", scale=alt.Scale(domain=list(x_domain), nice=False)),
             y=y,
             text="label:N",
@@ -378,7 +378,8 @@ def _notes(rows: Sequence[Row], x: alt.X, y: alt.Y, data: ChartData) -> alt.Char
     """Makes invisible points that carry the text for tooltips and screen readers."""
     pace = math.ceil(len(rows) / _MOST_NOTES)
     points = alt.Chart(data.add(rows[::pace])).mark_point(filled=True, size=90, opacity=0)
-    return points.encode(x=x, y=y, description="note:N")
+    noted: alt.Chart = points.encode(x=x, y=y, description="note:N")
+    return noted
 
 
 def _depth_rows(name: str, colour: str, values: FloatArray, places: Sequence[str], as_share: bool = False) -> list[Row]:

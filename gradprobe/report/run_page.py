@@ -142,7 +142,7 @@ def _captions(view: RunView) -> dict[str, str]:
         "loss": loss,
         "heatmap": heat,
         "update_ratio": "Norm of the update over the norm of the weight. The line is the median of the weights, the "
-        "bands are their quartiles and their range.",
+        "bands are their quartiles and their range. About 0.001 is healthy.",
         "magnitude": magnitude,
         "shortcut_share": "At every residual add, the norm of the part of the gradient that arrives by the shortcut, "
         "divided by the sum of this norm and that of the part that arrives through the branch. Medians over each third "
@@ -218,6 +218,8 @@ def _module_rows(view: RunView) -> list[tuple[str, list[Cell]]]:
 
 def _first(grid: Grid) -> FloatArray:
     """Returns the first measured value of each place."""
+    if not len(grid.steps):
+        return np.zeros(0)
     known = ~np.isnan(grid.values)
     return np.asarray(np.take_along_axis(grid.values, np.asarray(known.argmax(axis=0))[None], axis=0)[0])
 

@@ -199,7 +199,7 @@ def cells(grid: Grid, columns: int, rows: int, linear: bool = False) -> Cells:
 
 def middle(values: FloatArray) -> FloatArray:
     """Returns the median of the finite values of each place, NaN if there is none. [T, L] to [L]."""
-    return _quantiles(values, [0.5], axis=0)[0]
+    return np.asarray(_quantiles(values, [0.5], axis=0)[0])
 
 
 def spread(values: FloatArray) -> FloatArray:
