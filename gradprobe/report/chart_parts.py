@@ -82,13 +82,13 @@ class ChartData:
 
 def svg(chart: Chart) -> str:
     """Renders the chart as an SVG document, without network access."""
-    drawn: str = vl_convert.vegalite_to_svg(chart.to_dict())
+    drawn: str = vl_convert.vegalite_to_svg(_spec(chart))
     return drawn
 
 
 def png(chart: Chart) -> bytes:
     """Renders the chart as a PNG image, without network access."""
-    drawn: bytes = vl_convert.vegalite_to_png(chart.to_dict(), scale=PNG_SCALE)
+    drawn: bytes = vl_convert.vegalite_to_png(_spec(chart), scale=PNG_SCALE)
     return _deflated(drawn)
 
 
@@ -111,8 +111,15 @@ def _deflated(image: bytes) -> bytes:
 
 def pdf(chart: Chart) -> bytes:
     """Renders the chart as a PDF document, without network access."""
-    drawn: bytes = vl_convert.vegalite_to_pdf(chart.to_dict())
+    drawn: bytes = vl_convert.vegalite_to_pdf(_spec(chart))
     return drawn
+
+
+def _spec(chart: Chart) -> dict[str, Any]:
+    """Returns the chart for the renderer; its rows, which may be many, are neither checked nor copied."""
+    bare = chart.copy(deep=False)
+    rows, bare.datasets = bare.datasets, alt.Undefined
+    return {**bare.to_dict(), "datasets": rows}
 
 
 def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Chart:

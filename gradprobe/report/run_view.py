@@ -85,6 +85,7 @@ class RunView:
 
     def __init__(self, snapshots: Sequence[Snapshot]) -> None:
         self.snapshots = snapshots
+        self._outputs: dict[tuple[str, str], Grid] = {}
         self.signals = [(one.step, one.signals) for one in snapshots if one.signals is not None]
 
     @property
@@ -125,9 +126,11 @@ class RunView:
             column: Name of the statistic, as in `SiteStats`.
             kind: One of `ACTIVATION_KINDS`.
         """
-        return _grid(
-            (step, *_of_outputs(signals, column, ACTIVATION_KINDS.index(kind))) for step, signals in self.signals
-        )
+        if (column, kind) not in self._outputs:
+            offset = ACTIVATION_KINDS.index(kind)
+            rows = ((step, *_of_outputs(signals, column, offset)) for step, signals in self.signals)
+            self._outputs[column, kind] = _grid(rows)
+        return self._outputs[column, kind]
 
     @cached_property
     def zero_shares(self) -> Grid:
@@ -277,10 +280,11 @@ def _of_weights(one: Snapshot, column: str) -> tuple[tuple[str, ...], FloatArray
 
 def _of_outputs(signals: Signals, column: str, offset: int) -> tuple[tuple[str, ...], FloatArray]:
     table, present = signals.table, signals.events.measured.present
-    ran = dict.fromkeys(
-        site - site % len(ACTIVATION_KINDS) for site in signals.events.sites if site < table.first_junction_site
-    )
-    chosen = np.array([site + offset for site in ran if present[site + offset]], dtype=np.int64)
+    sites = np.array(signals.events.sites, dtype=np.int64)
+    modules = sites[sites < table.first_junction_site] // len(ACTIVATION_KINDS)
+    ran = modules[np.sort(np.unique(modules, return_index=True)[1])]  # in order of execution
+    chosen = ran * len(ACTIVATION_KINDS) + offset
+    chosen = chosen[present[chosen]]
     values = _marked(signals.columns, column, chosen)
     if offset and signals.scale > 0:
         values = values / signals.scale
