@@ -55,7 +55,7 @@ def figure(
         return f'<h2>{escape(title)}</h2>\n{lead}<p class="note">{escape(nothing)}</p>'
     return (
         f'<h2>{escape(title)}</h2>\n{lead}<figure aria-label="{escape(title)}">\n<div class="wide">{inline(wide)}</div>'
-        f'\n<div class="narrow">{inline(narrow)}</div>\n{data}<figcaption>{escape(caption)}</figcaption>\n</figure>'
+        f'\n<div class="narrow">{inline(narrow)}</div>\n{data}<figcaption>{typeset(caption)}</figcaption>\n</figure>'
     )
 
 

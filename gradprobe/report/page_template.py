@@ -71,7 +71,8 @@ summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @page { margin: 14mm; }
 @media print { .scroll { overflow: visible; margin: 1rem 0 0; padding: 0; } #tip, #cursor { display: none; }
-  main { padding: 0; max-width: none; } body { font-size: 11pt; } table { font-size: 7pt; } th, td { padding: .25rem; }
+  main { padding: 0; max-width: none; } body { font-size: 11pt; } table, thead th { font-size: 7pt; }
+  th, td { padding: .25rem; }
   .wide { display: block; } .narrow { display: none; } h2 { break-after: avoid; }
   figure, tr, li { break-inside: avoid; }
   th[scope="row"] { position: static; max-width: 12rem; } th button::after { content: none; }

@@ -10,10 +10,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe.diagnosis.depth import weights_among
 from gradprobe.snapshot.records import JUNCTION_KINDS, FloatArray, IntArray
 from gradprobe.snapshot.signals import ACTIVATION_KINDS, Signals
-from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.snapshot.snapshot import SiteTable, Snapshot
 
 OUTLIER = 1.0
 """Range of the steps that share a cell, in powers of ten, from which the outlier is shown instead of the median."""
@@ -115,7 +114,7 @@ class RunView:
         for one in self.snapshots:
             updates = one.parameter_updates
             if updates is not None and not one.skipped:
-                chosen = weights_among(updates.measured.present, one.table.ndims)
+                chosen = _weights(updates.measured.present, one.table)
                 found.append((one.step, tuple(updates.names[k] for k in chosen), updates.ratios[chosen]))
         return _grid(found)
 
@@ -273,8 +272,14 @@ def _grid(rows: Iterable[tuple[int, tuple[str, ...], FloatArray]]) -> Grid:
     return Grid(np.array([step for step, _, _ in kept], dtype=np.int64), names, values)
 
 
+def _weights(present: npt.NDArray[np.bool_], table: SiteTable) -> IntArray:
+    """Returns the positions of the weights, tied ones included; of all that are present if none has two dimensions."""
+    matrices = present & (np.asarray(table.ndims) > 1)
+    return np.flatnonzero(matrices if matrices.any() else present)
+
+
 def _of_weights(one: Snapshot, column: str) -> tuple[tuple[str, ...], FloatArray]:
-    chosen = weights_among(one.measured.present, one.table.ndims)
+    chosen = _weights(one.measured.present, one.table)
     return tuple(one.table.names[k] for k in chosen), _marked(one.columns, column, chosen)
 
 

@@ -22,8 +22,11 @@ def commands(program: str) -> list[str]:
     return re.findall(rf"^{program} ([\w-]+)", "\n".join(blocks("sh")), flags=re.MULTILINE)
 
 
-def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(blocks("python")) == 4
+def test_python_blocks_run_one_after_another(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks("python")) == 5
     names: dict[str, object] = {}
     for number, block in enumerate(blocks("python"), start=1):
         exec(compile(block, f"README.md, block {number}", "exec"), names)
@@ -32,6 +35,7 @@ def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str])
     assert any(line.startswith("conv1.weight ") or ".weight " in line for line in lines)
     assert any(line.startswith("stages.2.2.join 0.") for line in lines)  # the shortcut's share
     assert lines[-2:] == ["None", "vanishing"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.html", "run.png"]
 
 
 def test_make_targets_exist() -> None:

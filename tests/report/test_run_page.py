@@ -135,7 +135,7 @@ def test_half_precision_shows_its_range_in_the_chart_and_the_caption() -> None:
     snapshots = run(5, smallest_normal=2.0**-14)
     text = page(snapshots)
     assert "largest float16: 65504" in text
-    assert "Outputs are float16, 6.1e-5 to 65504." in text
+    assert "Outputs are float16, 6.1&nbsp;×&nbsp;10<sup>−5</sup> to 65504." in text
     assert "largest bfloat16" not in ordinary()
 
 
