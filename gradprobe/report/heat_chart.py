@@ -76,8 +76,8 @@ def heat_chart(grid: Grid, quantity: str, size: Size, as_share: bool = False) ->
         length = min(300, width)
         legend = power_legend(domain, quantity, length)
         if as_share:
-            legend = alt.Legend(title=quantity, orient="top", gradientLength=length, format=".0%", tickCount=4)
-        scale = alt.Scale(scheme="magma" if as_share else "viridis", domain=list(domain), clamp=True)
+            legend = alt.Legend(title=quantity, orient="top", gradientLength=length, format=".0%", values=[0, 0.5, 1])
+        scale = alt.Scale(scheme="plasma" if as_share else "viridis", domain=list(domain), clamp=True)
         colour = alt.Color("value:Q", scale=scale, legend=legend)
         heat = alt.Chart(data.add(rows)).mark_rect(aria=False)
         layers.append(heat.encode(**place_of, color=colour, tooltip=[*tooltip, alt.Tooltip("shown:N", title=quantity)]))

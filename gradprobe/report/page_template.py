@@ -63,8 +63,8 @@ sup { font-size: .72em; line-height: 0; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: .1rem; } dd { margin-bottom: .6rem; } }
 ol.findings { list-style: none; margin: 1.25rem 0; padding: 0; max-width: none; display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
-ol.findings li { margin: 0; padding: .8rem 1rem; background: var(--wash); border-top: 3px solid var(--broken); }
-ol.findings h2 { font-size: 1rem; margin: 0 0 .35rem; } ol.findings p { font-size: .9rem; }
+ol.findings > li { margin: 0; padding: .8rem 1rem; background: var(--wash); border-top: 3px solid var(--broken); }
+ol.findings h2 { font-size: 1rem; margin: 0 0 .35rem; } ol.findings p, ol.findings ul { font-size: .9rem; }
 code { font: .92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
 #cursor { position: fixed; pointer-events: none; outline: 2px solid var(--ink); box-shadow: 0 0 0 3px var(--paper); }
@@ -76,7 +76,7 @@ summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
   .wide { display: block; } .narrow { display: none; } h2 { break-after: avoid; }
   figure, tr, li { break-inside: avoid; }
   th[scope="row"] { position: static; max-width: 12rem; } th button::after { content: none; }
-  .verdict::before, ol.findings li { print-color-adjust: exact; } }
+  .verdict::before, ol.findings > li { print-color-adjust: exact; } }
 """
 
 _SCRIPT = """

@@ -98,11 +98,12 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _finding(place: int, one: Finding, diagnosis: Diagnosis) -> str:
     message = one.message[:1].upper() + one.message[1:]
-    symptoms = ", ".join(other.title for other in diagnosis if other.follows == one.title)
-    explains = f"<p>It explains: {escape(symptoms)}.</p>" if symptoms else ""
+    symptoms = [f"{other.title}: {other.meaning}" for other in diagnosis if other.follows == one.title]
+    points = "".join(f"<li>{typeset(symptom)}</li>" for symptom in symptoms)
+    explains = f"<p><b>It explains:</b></p>\n<ul>{points}</ul>\n" if symptoms else ""
     rule = f"'{one.rule}'" if " " in one.rule else one.rule
     return (
-        f"<li><h2>{place}. {escape(one.title)}</h2>\n<p>{typeset(message)}.</p>\n"
+        f"<li><h2>{place}. {escape(one.title)}: {typeset(one.meaning)}</h2>\n<p>{typeset(message)}.</p>\n"
         f"<p><b>Usual cause:</b> {typeset(one.cause)}.</p>\n<p><b>Try first:</b> {typeset(one.remedies[0])}.</p>\n"
         f"{explains}<p>More: <code>gradprobe explain {escape(rule)}</code></p></li>\n"
     )

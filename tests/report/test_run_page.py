@@ -60,7 +60,9 @@ def test_the_findings_are_on_top_as_the_diagnosis_prints_them() -> None:
     first = diagnosis[0]
     assert shown.index(printed.split(" 1. ")[0]) < shown.index(f"1. {first.title}") < shown.index("Loss, and when")
     assert first.message[1:] in shown
+    assert f"{first.title}: {first.meaning}" in shown
     assert f"Try first: {first.remedies[0]}." in shown
+    assert all(f"{one.title}: {one.meaning}" in shown for one in diagnosis)
 
 
 def test_a_healthy_run_and_an_empty_one_say_so() -> None:
