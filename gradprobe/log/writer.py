@@ -18,7 +18,7 @@ from gradprobe.snapshot.files import create_folder, write_files
 from gradprobe.snapshot.signals import SignalTable
 from gradprobe.snapshot.snapshot import Snapshot
 
-_PART_ROWS = 2**16  # a part is written again while it grows, so it must stay small
+_PART_ROWS = 2**15  # a part is written again while it grows, so it must stay small
 _MOST_KNOWN = 64
 
 

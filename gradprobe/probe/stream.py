@@ -30,10 +30,11 @@ LEAST_CAPACITY = 256  # of the ring buffer: a smaller one would lose steps betwe
 CLOSE_TIMEOUT_S = 10.0
 
 _SHORTEST_S, _LONGEST_S = 0.005, 0.25  # between two looks at the ring buffer
-_STORE_EVERY_S = 1.0
+_STORE_EVERY_S, _STORE_AT_LEAST_EVERY_S = 2.0, 5.0
 _MOST_PENDING = 256  # steps in memory that are not stored yet
 _AT_ONCE = 32  # steps taken under one lock
-_IDLE = 20  # times as long as storing takes
+_JUDGE_EVERY_S = 1.0
+_IDLE = 100  # times as long as storing takes
 _IDLE_JUDGING = 200  # the same for judging, which holds the interpreter's lock
 
 _live: weakref.WeakSet[Stream] = weakref.WeakSet()
@@ -208,7 +209,7 @@ class Stream:
                 error, f"steps {pending[0].step} to {pending[-1].step} are not stored, nor are later ones"
             )
         end = time.monotonic()
-        self._next_store = end + max(_STORE_EVERY_S, _IDLE * (end - start))
+        self._next_store = end + min(max(_STORE_EVERY_S, _IDLE * (end - start)), _STORE_AT_LEAST_EVERY_S)
 
     def _judge(self) -> None:
         self._is_unjudged = False
@@ -225,7 +226,7 @@ class Stream:
                 self._told.add(finding.title)
                 self._tell(finding)
         end = time.monotonic()
-        self._next_judging = end + max(_STORE_EVERY_S, _IDLE_JUDGING * (end - start))
+        self._next_judging = end + max(_JUDGE_EVERY_S, _IDLE_JUDGING * (end - start))
 
     def _tell(self, finding: Finding) -> None:
         for feed in self._feeds:
