@@ -73,7 +73,7 @@ class Stream:
         self._history, self._cursor = history, history.reader()
         self._writer = writer
         self._folder = None if writer is None else writer.folder
-        self._feeds = [Feed(sink, about, opened=_register_last) for sink in sinks]
+        self._feeds = [Feed(sink, about, opened=_close_all_at_exit) for sink in sinks]
         self._running: RunningDiagnosis | None = RunningDiagnosis()
         self._told: set[str] = set()  # titles of findings
         self._pending: list[Snapshot] = []  # for the writer
@@ -273,20 +273,19 @@ class Stream:
 
 
 def _watch(stream: Stream) -> None:
-    global _is_watching
+    global _is_watching_forks
     _live.add(stream)
-    _register_last()
-    if not _is_watching:
-        _is_watching = True
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_leave_to_parent)
+    _close_all_at_exit()
+    if not _is_watching_forks and hasattr(os, "register_at_fork"):
+        _is_watching_forks = True
+        os.register_at_fork(after_in_child=_leave_to_parent)
 
 
-_is_watching = False
+_is_watching_forks = False
 
 
-def _register_last() -> None:
-    """Lets the streams close before pyarrow and the libraries of the sinks end: who registers last is called first."""
+def _close_all_at_exit() -> None:
+    """Closes the streams before what pyarrow and trackers have registered so far: the last is called first."""
     atexit.unregister(_close_all)
     atexit.register(_close_all)
 
