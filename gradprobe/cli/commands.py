@@ -91,16 +91,22 @@ def sweep(
 
 @app.command()
 def report(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.sqlite", help="A file written by gradprobe sweep.")],
+    run_file: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A file written by gradprobe sweep, or the log_dir of a probe."),
+    ],
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page with the charts.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the tables as CSV files.")] = None,
     png: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the charts as PNG files.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the results of a sweep, finished or not.
+    """Show the results of a sweep, or what a probe has logged of a training, finished or not.
 
     Example: gradprobe report run.sqlite --html report.html
     """
+    if (run_file / "about.json").is_file():
+        _report_training(run_file, html, csv, png, as_json)
+        return
     from gradprobe.experiments.sweep.store import open_run
     from gradprobe.report import export, terminal
 
@@ -118,6 +124,48 @@ def report(
             written += drawing_module("--png", "gradprobe.report.sweep_charts").write_png(run, png)
     for path in written:
         print(f"wrote {printable(str(path))}", file=sys.stderr)
+
+
+def _report_training(folder: Path, html: Path | None, csv: Path | None, png: Path | None, as_json: bool) -> None:
+    from gradprobe.cli.logged import LoggedRun
+
+    if csv is not None:
+        raise ArgumentError(f"--csv: {folder} holds tables already; docs/run_folder.md lists them")
+    logged = LoggedRun.read(folder)
+    if as_json:
+        print_json(logged.diagnosis.to_dict())
+    else:
+        print_table(logged.diagnosis)
+    written: list[Path] = []
+    if html is not None:
+        page = drawing_module("--html", "gradprobe.report.run_page")
+        written.append(page.write(logged.snapshots, logged.diagnosis, html))
+    if png is not None:
+        charts = drawing_module("--png", "gradprobe.report.run_charts")
+        written += charts.write_images(logged.snapshots, logged.diagnosis, png)
+    for path in written:
+        print(f"wrote {printable(str(path))}", file=sys.stderr)
+
+
+@app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The log_dir of a probe; it may still be written.")],
+    as_json: Json = False,
+) -> None:
+    """Diagnose a training from what a probe has logged of it.
+
+    The exit status is 0 if nothing is wrong, 1 if there are findings, 2 for bad arguments, 3 for a crash.
+
+    Example: gradprobe diagnose runs/a
+    """
+    from gradprobe.cli.logged import LoggedRun
+
+    diagnosis = LoggedRun.read(run).diagnosis
+    if as_json:
+        print_json(diagnosis.to_dict())
+    else:
+        print_table(diagnosis)
+    raise typer.Exit(1 if diagnosis else 0)
 
 
 @app.command()

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "experiments": "probe report diagnosis snapshot networks nn errors",
     "__init__": "probe diagnosis log sinks snapshot networks nn ops errors",
     "integrations": "probe diagnosis snapshot errors",
-    "cli": "experiments report probe diagnosis snapshot ops errors",
+    "cli": "experiments report probe log diagnosis snapshot ops errors",
 }
 WITHOUT_TORCH = {"errors", "snapshot", "diagnosis", "log", "sinks", "report"}
 NATIVE = {"_C", "_hooks"}
