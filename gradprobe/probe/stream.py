@@ -33,9 +33,9 @@ _SHORTEST_S, _LONGEST_S = 0.005, 0.25  # between two looks at the ring buffer
 _STORE_EVERY_S, _STORE_AT_LEAST_EVERY_S = 2.0, 5.0
 _MOST_PENDING = 256  # steps in memory that are not stored yet
 _AT_ONCE = 32  # steps taken under one lock
-_JUDGE_EVERY_S = 1.0
+_JUDGE_EVERY_S = 2.0
 _IDLE = 100  # times as long as storing takes
-_IDLE_JUDGING = 200  # the same for judging, which holds the interpreter's lock
+_IDLE_JUDGING = 500  # the same for judging, which holds the interpreter's lock
 
 _live: weakref.WeakSet[Stream] = weakref.WeakSet()
 

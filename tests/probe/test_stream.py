@@ -499,3 +499,44 @@ def test_no_step_that_was_reported_as_stored_is_lost_by_a_kill(tmp_path: Path) -
         assert steps == list(range(first + 1, first + 1 + len(steps)))
         assert steps[-1] >= last > first
     assert steps_in(tmp_path / "run") == list(range(steps[-1] + 1))
+
+
+class Blocks(Sink):
+    """Never returns from its first write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = threading.Event()
+
+    def write(self, step: int, snapshot: gradprobe.Snapshot) -> None:
+        self.never.wait(60)
+
+
+class Fails(Sink):
+    """Cannot write."""
+
+    def write(self, step: int, snapshot: gradprobe.Snapshot) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_sink_that_blocks_and_one_that_fails_stop_neither_log_nor_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build()
+    blocks, good = Blocks(), Sink()
+    monkeypatch.setattr(stream.Stream.close, "__defaults__", (3.0,))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        probe = gradprobe.attach(
+            model, optimizer=optimizer, log_dir=tmp_path / "run", sinks=[blocks, Fails(), good], strict=True
+        )
+        train(probe, model, optimizer, 30)
+        start = time.monotonic()
+        probe.detach()
+    assert time.monotonic() - start < 10
+    blocks.never.set()
+    assert sorted(str(one.message).split(" is switched off")[0] for one in caught) == [
+        "gradprobe: the sink Blocks",
+        "gradprobe: the sink Fails",
+    ]
+    assert good.steps == steps_in(tmp_path / "run") == list(range(30))
