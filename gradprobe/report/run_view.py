@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe.snapshot.records import JUNCTION_KINDS, FloatArray, IntArray
+from gradprobe.snapshot.records import FloatArray, IntArray
 from gradprobe.snapshot.signals import ACTIVATION_KINDS, Signals
 from gradprobe.snapshot.snapshot import SiteTable, Snapshot
 
@@ -142,7 +142,11 @@ class RunView:
     @cached_property
     def shares(self) -> Grid:
         """Share of the gradient that arrives by the shortcut at each residual add."""
-        return _grid((step, *_of_adds(signals)) for step, signals in self.signals if signals.table.junctions)
+        return _grid(
+            (step, tuple(signals.shortcut_shares), np.array(list(signals.shortcut_shares.values())))
+            for step, signals in self.signals
+            if signals.table.junctions
+        )
 
     @cached_property
     def module_types(self) -> dict[str, str]:
@@ -294,21 +298,6 @@ def _of_outputs(signals: Signals, column: str, offset: int) -> tuple[tuple[str, 
     if offset and signals.scale > 0:
         values = values / signals.scale
     return tuple(table.names[site] for site in chosen), values
-
-
-def _of_adds(signals: Signals) -> tuple[tuple[str, ...], FloatArray]:
-    """Returns `Junction.shortcut_share` of each residual add that ran, without making the objects."""
-    table, measured = signals.table, signals.events.measured
-    ran = dict.fromkeys(site for site in signals.events.sites if table.kinds[site] == JUNCTION_KINDS[0])
-    shortcut = np.array(list(ran), dtype=np.int64) + JUNCTION_KINDS.index("shortcut_grad")
-    branch = np.array(list(ran), dtype=np.int64) + JUNCTION_KINDS.index("branch_grad")
-    usable = (
-        measured.present[shortcut] & measured.present[branch] & (measured.numels[shortcut] == measured.numels[branch])
-    )
-    norms = signals.columns["norm"]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares = norms[shortcut] / (norms[shortcut] + norms[branch])
-    return tuple(table.names[site] for site in ran), np.where(usable, shares, np.nan)
 
 
 def _marked(columns: dict[str, FloatArray], column: str, chosen: npt.NDArray[np.int64]) -> FloatArray:

@@ -66,12 +66,15 @@ def quantities(snapshot: Snapshot) -> Iterator[tuple[str, Sequence[str], FloatAr
     if updates is not None:
         moved = [k for k in weights.tolist() if updates.measured.present[k]]
         yield "update_ratio", [updates.names[k] for k in moved], updates.ratios[moved]
-    activations = snapshot.activations
-    if activations:
-        yield "act_rms", list(activations), np.array([seen.output.rms for seen in activations.values()])
-    junctions = snapshot.junctions
-    if junctions:
-        yield "shortcut_share", list(junctions), np.array([seen.shortcut_share for seen in junctions.values()])
+    signals = snapshot.signals
+    if signals is None:
+        return
+    ran = [site for site in dict.fromkeys(signals.events.sites) if signals.table.kinds[site] == "activation"]
+    if ran:
+        yield "act_rms", [signals.table.names[site] for site in ran], signals.columns["rms"][ran]
+    shares = signals.shortcut_shares
+    if shares:
+        yield "shortcut_share", list(shares), np.array(list(shares.values()))
 
 
 def _extremes(norms: FloatArray) -> list[int]:

@@ -183,6 +183,19 @@ class Signals:
                 found[name] = Junction(name, x, f, y, gradient, shortcut, branch, self._cosine(first))
         return found
 
+    @cached_property
+    def shortcut_shares(self) -> dict[str, float]:
+        """`Junction.shortcut_share` of the residual adds that were called, in order of execution."""
+        table, measured, norms = self.table, self.events.measured, self.columns["norm"]
+        ran = [site for site in dict.fromkeys(self.events.sites) if table.kinds[site] == JUNCTION_KINDS[0]]
+        shortcut = np.array(ran, dtype=np.int64) + JUNCTION_KINDS.index("shortcut_grad")
+        branch = np.array(ran, dtype=np.int64) + JUNCTION_KINDS.index("branch_grad")
+        is_known = measured.present[shortcut] & measured.present[branch]
+        is_known &= measured.numels[shortcut] == measured.numels[branch]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = np.where(is_known, norms[shortcut] / (norms[shortcut] + norms[branch]), math.nan)
+        return dict(zip((table.names[site] for site in ran), shares.tolist(), strict=True))
+
     def sender(self, name: str) -> str:
         """Names the module that ran after another and so computed the gradient of its output; "" for the loss.
 
