@@ -487,6 +487,7 @@ for kill in range(10):
 """
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_no_step_that_was_reported_as_stored_is_lost_by_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER, SCRIPT, str(tmp_path / "run")]

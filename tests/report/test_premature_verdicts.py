@@ -184,7 +184,7 @@ def test_one_seed_is_named_where_the_headline_is_about_overfitting() -> None:
 @pytest.mark.parametrize(
     ("data", "families"),
     [
-        pytest.param("digits", ["plain"], id="digits"),
+        pytest.param("digits", ["plain"], marks=pytest.mark.soak, id="digits"),
         pytest.param(f"cifar10:{REAL_CIFAR}", ["plain", "resnet"], marks=pytest.mark.soak, id="cifar10"),
     ],
 )

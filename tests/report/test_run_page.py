@@ -141,6 +141,7 @@ def test_half_precision_shows_its_range_in_the_chart_and_the_caption() -> None:
     assert "largest bfloat16" not in ordinary()
 
 
+@pytest.mark.soak
 def test_a_page_of_110_layers_and_2000_steps_stays_under_5_mb() -> None:
     assert len(page(run(2000, n_weights=110, n_adds=54)).encode()) < 5_000_000
 
