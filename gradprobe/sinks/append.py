@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import ClassVar
 
 from gradprobe.errors import StoreError
+from gradprobe.sinks.tracker import Tracker
 from gradprobe.snapshot.files import create_folder
+from gradprobe.snapshot.metrics import Detail
 
 
 class AppendedFile:
@@ -74,3 +78,38 @@ class AppendedFile:
         if position < end:
             self._file.truncate(position)
         return position == 0
+
+
+class FileTracker(Tracker):
+    """A sink that appends to a file of its own.
+
+    Args:
+        path: The file.
+        detail: As for `Tracker`.
+        every: As for `Tracker`.
+        profile_every: As for `Tracker`.
+
+    Raises:
+        ArgumentError: An argument is invalid.
+    """
+
+    _start: ClassVar[str]  # as for `AppendedFile`
+
+    def __init__(
+        self, path: str | PathLike[str], *, detail: Detail = "summary", every: int = 1, profile_every: int = 100
+    ) -> None:
+        super().__init__(detail, every, profile_every)
+        self._path = Path(path)
+        self._file: AppendedFile | None = None
+
+    @property
+    def _lines(self) -> AppendedFile:
+        assert self._file is not None
+        return self._file
+
+    def _open(self, about: Mapping[str, object]) -> None:
+        self._file = AppendedFile(self._path, self._start)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()

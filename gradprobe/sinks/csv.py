@@ -5,17 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping
-from os import PathLike
-from pathlib import Path
 
-from gradprobe.sinks.append import AppendedFile
-from gradprobe.sinks.tracker import Profile, Tracker, with_places
-from gradprobe.snapshot.metrics import PREFIX, Detail
-
-_HEADER = "step,name,value,text\n"
+from gradprobe.sinks.append import FileTracker
+from gradprobe.sinks.tracker import Profile, with_places
+from gradprobe.snapshot.metrics import PREFIX
 
 
-class CSV(Tracker):
+class CSV(FileTracker):
     """Appends steps to a CSV file with one row per number: step, name, value, and the text of findings.
 
     Control characters in names are spelled out. If the file exists, the rows are added to it. A step is written at once
@@ -31,22 +27,12 @@ class CSV(Tracker):
         ArgumentError: An argument is invalid.
     """
 
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        *,
-        detail: Detail = "summary",
-        every: int = 1,
-        profile_every: int = 100,
-    ) -> None:
-        super().__init__(detail, every, profile_every)
-        self._path = Path(path)
-        self._file: AppendedFile | None = None
+    _start = "step,name,value,text\n"
 
     def _open(self, about: Mapping[str, object]) -> None:
-        self._file = AppendedFile(self._path, _HEADER)
-        if self._file.is_empty:
-            self._file.append(_HEADER)
+        super()._open(about)
+        if self._lines.is_empty:
+            self._lines.append(self._start)
 
     def _log(self, step: int, numbers: Mapping[str, float], profile: Profile) -> None:
         self._append((step, name, value, "") for name, value in with_places(numbers, profile).items())
@@ -54,12 +40,7 @@ class CSV(Tracker):
     def _say(self, step: int, title: str, text: str) -> None:
         self._append([(step, f"{PREFIX}finding/{title}", "", text)])
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def _append(self, rows: Iterable[tuple[int, str, float | str, str]]) -> None:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        assert self._file is not None
-        self._file.append(text.getvalue())
+        self._lines.append(text.getvalue())

@@ -7,18 +7,15 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
-from gradprobe.sinks.append import AppendedFile
-from gradprobe.sinks.tracker import Profile, Tracker, with_places
+from gradprobe.sinks.append import FileTracker
+from gradprobe.sinks.tracker import Profile, with_places
 from gradprobe.snapshot.export import strict
 from gradprobe.snapshot.files import write_files
-from gradprobe.snapshot.metrics import Detail
 from gradprobe.snapshot.snapshot import Snapshot
 from gradprobe.snapshot.stats import COLUMNS
 
-_START = '{"step":'
 
-
-class JSONL(Tracker):
+class JSONL(FileTracker):
     """Appends each step to a file of strict JSON in UTF-8, one line per step or finding.
 
     A step's line holds its number and `Snapshot.metrics()`; a finding's holds step, title and text. NaN and infinities
@@ -36,21 +33,7 @@ class JSONL(Tracker):
     """
 
     _has_exact_names = True
-
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        *,
-        detail: Detail = "summary",
-        every: int = 1,
-        profile_every: int = 100,
-    ) -> None:
-        super().__init__(detail, every, profile_every)
-        self._path = Path(path)
-        self._file: AppendedFile | None = None
-
-    def _open(self, about: Mapping[str, object]) -> None:
-        self._file = AppendedFile(self._path, _START)
+    _start = '{"step":'
 
     def _log(self, step: int, numbers: Mapping[str, float], profile: Profile) -> None:
         self._append({"step": step, **with_places(numbers, profile)})
@@ -58,13 +41,8 @@ class JSONL(Tracker):
     def _say(self, step: int, title: str, text: str) -> None:
         self._append({"step": step, "finding": title, "text": text})
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def _append(self, line: dict[str, object]) -> None:
-        assert self._file is not None
-        self._file.append(json.dumps(strict(line), allow_nan=False) + "\n")
+        self._lines.append(json.dumps(strict(line), allow_nan=False) + "\n")
 
 
 def write_jsonl(snapshots: Iterable[Snapshot], path: str | PathLike[str]) -> None:
