@@ -1,8 +1,9 @@
-// What the hooks on outputs and on residual adds share: which forward passes they observe, and in which state of torch.
+// What the hooks and the operators in C++ share: which forward passes they observe, and in which state of torch.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -29,6 +30,17 @@ inline bool is_plain_execution() {
 // Returns the tensor of a Python object that is exactly a torch.Tensor, else null.
 inline const at::Tensor* exact_tensor(py::handle object) {
   return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
+}
+
+// Passes on unchanged a Python exception from below autograd, such as the one with which a checkpoint stops early.
+template <typename Call>
+auto keeping_python_errors(const Call& call) {
+  try {
+    return call();
+  } catch (python_error& error) {
+    error.restore();
+    throw py::error_already_set();
+  }
 }
 
 // Tells a checkpoint's recomputation from a first forward pass, like ForwardPasses in

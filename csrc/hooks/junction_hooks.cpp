@@ -8,7 +8,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstdint>
@@ -31,17 +30,6 @@ std::optional<std::pair<at::Tensor, at::Tensor>> operands(py::handle x, py::hand
   const at::Tensor* of_f = exact_tensor(f);
   if (of_x == nullptr || of_f == nullptr || !is_simple_pair(*of_x, *of_f) || !is_plain_execution()) return std::nullopt;
   return std::pair(*of_x, *of_f);
-}
-
-// Passes on unchanged a Python exception from below autograd, such as the one with which a checkpoint stops early.
-template <typename Call>
-auto keeping_python_errors(const Call& call) {
-  try {
-    return call();
-  } catch (python_error& error) {
-    error.restore();
-    throw py::error_already_set();
-  }
 }
 
 // Returns x + f, or max(x + f, 0); None, and does nothing, if the operator has to see the call.

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "cpu/residual_pass.h"
+#include "hooks/compiled_node.h"
 #include "hooks/plain_tensor.h"
 
 namespace gradprobe {
@@ -90,19 +91,10 @@ class ResidualAddBackward final : public autograd::Node {
 
   autograd::variable_list apply_with_saved(const autograd::variable_list& gradients,
                                            torch::dynamo::autograd::SwapSavedVariables& saved) override {
-    namespace compiled = torch::dynamo::autograd;
     saved.before(y_);
     std::vector<c10::IValue> arguments;
     if (relu) arguments.emplace_back(y_.unpack(getptr()));
-    const auto& compiler = compiled::getPyCompilerInterface();
-    const std::string function =
-        compiler->bind_function(saved.get_py_compiler(), name(), apply_functional,
-                                std::vector<at::TypePtr>(arguments.size(), at::TensorType::get()),
-                                /*is_custom_function=*/true, /*is_traceable=*/true);
-    const auto metadata = compiled::IValuePacker<std::vector<std::optional<autograd::InputMetadata>>>::pack(
-        compiled::get_input_metadata(next_edges()));
-    autograd::variable_list result =
-        compiler->call_function(saved.get_py_compiler(), "apply_functional", function, gradients, arguments, metadata);
+    autograd::variable_list result = call_compiled(saved, *this, apply_functional, gradients, arguments);
     saved.after(y_);
     return result;
   }

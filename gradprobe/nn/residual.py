@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from inspect import getattr_static
+from types import FunctionType, MethodType
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from gradprobe.nn.rewrite import CodeName, Replacement, Span, Unreadable, bare, name_of, read, rewritten
 from gradprobe.ops.residual import residual_add, residual_add_
 
 __all__ = ["ResidualAdd"]
@@ -31,6 +37,22 @@ class ResidualObserver(Protocol):
 
     def in_place(self, x: Tensor, f: Tensor, into_x: bool) -> Tensor:
         """Adds one operand into the other and returns the one written to."""
+
+    def is_waiting(self) -> bool:
+        """Returns whether the next call is observed."""
+
+
+class Watcher(Protocol):
+    """Observes models, and is told when `instrument` changes one."""
+
+    def pause(self, by: int) -> None:
+        """Begins a pause (1) or ends one (-1): a model is run to find its residual adds."""
+
+    def take_up(self) -> None:
+        """Called when residual adds have come or gone."""
+
+
+watchers: WeakSet[Watcher] = WeakSet()
 
 
 class ResidualAdd(nn.Module):
@@ -81,6 +103,16 @@ class ResidualAdd(nn.Module):
         observer = self.observer  # read once: another thread may detach the probe
         return residual_add(x, f, self.relu) if observer is None else observer(x, f, self.relu)
 
+    def is_observed(self) -> bool:
+        """Returns whether a probe observes the next call, which then needs both operands.
+
+        Example:
+            >>> ResidualAdd().is_observed()
+            False
+        """
+        observer = self.observer  # read once: another thread may detach the probe
+        return observer is not None and observer.is_waiting()
+
     def extra_repr(self) -> str:
         """Returns the constructor's arguments for the module's `repr`.
 
@@ -93,6 +125,9 @@ class ResidualAdd(nn.Module):
 
 class InlineAdd(ResidualAdd):
     """Replaces an addition that a model writes inline; created by `instrument`.
+
+    Attributes:
+        functions: For functions outside the module that the block calls through `copy_of`, the replacements in them.
 
     Args:
         shortcut_first: Whether the shortcut is the left operand.
@@ -107,6 +142,50 @@ class InlineAdd(ResidualAdd):
         super().__init__()
         self.shortcut_first = shortcut_first
         self.written = written
+        self.functions: dict[CodeName, dict[Span, Replacement]] = {}
+        self._copies: dict[FunctionType, FunctionType] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_copies": {}}  # they add by modules of this block
+
+    @torch.jit.unused
+    def copy_of(self, called: Any, block: nn.Module) -> Any:
+        """Returns the copy of a function outside the module that adds by modules of the block.
+
+        Args:
+            called: What the block calls: a function, a method, or an object with `__call__`.
+            block: The module that has this one as a child.
+
+        Returns:
+            The copy; `called` itself if it is not one of `functions`.
+
+        Example:
+            >>> InlineAdd(True, "+").copy_of(len, nn.Linear(1, 1))
+            <built-in function len>
+        """
+        if isinstance(called, FunctionType):
+            return self._copy(called, block)
+        if isinstance(called, partial):
+            return partial(self.copy_of(called.func, block), *called.args, **called.keywords)
+        bound = isinstance(called, MethodType)
+        function = called.__func__ if bound else getattr_static(type(called), "__call__", None)
+        if not isinstance(function, FunctionType):
+            return called
+        copied = self._copy(function, block)
+        return called if copied is function else MethodType(copied, called.__self__ if bound else called)
+
+    def _copy(self, function: FunctionType, block: nn.Module) -> FunctionType:
+        copied = self._copies.get(function)
+        if copied is None:
+            if torch.compiler.is_compiling():
+                return function
+            replacements = self.functions.get(name_of(function.__code__))
+            copied = function
+            if replacements is not None:
+                with suppress(Unreadable):  # its source has changed since
+                    copied = rewritten(read(bare(function), is_method=False), replacements, block)
+            self._copies[function] = copied
+        return copied
 
     @torch.jit.unused  # torch.jit.script compiles the methods of the model's class, which do not call this module
     def forward(self, x: Tensor, f: Tensor) -> Tensor:

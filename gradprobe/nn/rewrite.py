@@ -16,15 +16,35 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
+from typing import NamedTuple
 
 from gradprobe.errors import GradprobeError
 
 Span = tuple[int, int, int, int]  # first line, first column, last line, last column
-Place = tuple[str, Span]  # method, position in its source
+CodeName = tuple[str, int, str]  # file, line and name of a function; outlives a pickle
+
+
+class Place(NamedTuple):
+    """The place of an addition in the source.
+
+    Attributes:
+        method: The method of the module that adds.
+        spans: Position of the addition in it; or of the call of a function outside the module, followed by the
+            position of the addition, or the next call, in that function.
+        functions: The functions outside the module, one less than positions.
+    """
+
+    method: str
+    spans: tuple[Span, ...]
+    functions: tuple[CodeName, ...] = ()
+
 
 _FEATURES = functools.reduce(
     int.__or__, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names), 0
 )
+
+
+_BLOCK = "__gradprobe_block__"  # the variable that holds the module, in copies of functions outside it
 
 
 class Unreadable(GradprobeError):
@@ -69,25 +89,6 @@ class Source:
             return None
         return self.function.__globals__.get(name, getattr(builtins, name, None))
 
-    def mangled(self, name: str) -> str:
-        """Applies Python's name mangling to an attribute.
-
-        Args:
-            name: The attribute as written in the function.
-
-        Returns:
-            The attribute's real name, which differs if it is private to the class.
-
-        Example:
-            >>> import torch
-            >>> read(torch.nn.Linear.forward).mangled("__weight")
-            '_Linear__weight'
-        """
-        if not name.startswith("__") or name.endswith("__"):
-            return name
-        owner = self.function.__qualname__.split(".")[-2:][0]
-        return f"_{owner.lstrip('_')}{name}"
-
 
 @dataclass(frozen=True)
 class Replacement:
@@ -95,11 +96,12 @@ class Replacement:
 
     Attributes:
         child: Name of the called module.
-        shortcut_first: Whether the left operand is the shortcut.
+        shortcut_first: Whether the left operand is the shortcut; None at the call of a function that adds: its copy by
+            the module, see `InlineAdd.copy_of`, is called instead.
     """
 
     child: str
-    shortcut_first: bool
+    shortcut_first: bool | None
 
 
 def span_of(node: ast.expr | ast.stmt) -> Span:
@@ -166,18 +168,40 @@ def _read(function: FunctionType, code: CodeType, is_method: bool) -> tuple[ast.
         is_inner = isinstance(node, ast.arg) and node.arg == self_name and node is not positional[0]
         if is_method and (is_bound or is_inner):
             raise Unreadable(f"rebinds {self_name}")
-    tree = ast.Module([*(node for node in statements if node is within or _imports(node))], [])
+    tree = ast.Module([*(node for node in statements if node is not within and _imports(node)), within], [])
     if not _are_same(_compiled(tree, code), code):
         raise Unreadable("runs code that differs from its source")
     return tree, definition, self_name
 
 
-def rewritten(source: Source, replacements: Mapping[Span, Replacement]) -> FunctionType:
+def name_of(code: CodeType) -> CodeName:
+    """Returns a name by which a function is found again.
+
+    Example:
+        >>> name_of(span_of.__code__)[2]
+        'span_of'
+    """
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
+@functools.lru_cache(maxsize=256)
+def bare(function: FunctionType) -> FunctionType:
+    """Returns a copy of a function that runs the same code and says nothing of a function that it wraps.
+
+    Example:
+        >>> bare(span_of) is span_of, bare(span_of).__code__ is span_of.__code__
+        (False, True)
+    """
+    return _alike(function, function.__code__, function.__closure__ or ())
+
+
+def rewritten(source: Source, replacements: Mapping[Span, Replacement], block: object = None) -> FunctionType:
     """Builds a copy of a method in which module calls replace some additions.
 
     Args:
-        source: The method.
+        source: The method, or a function outside the module.
         replacements: Position of each addition to its replacement.
+        block: The module whose children replace additions in a function.
 
     Returns:
         A function with the same signature and decorators.
@@ -190,7 +214,7 @@ def rewritten(source: Source, replacements: Mapping[Span, Replacement]) -> Funct
     """
     inner = source.function
     code = _rewritten_code(source, inner.__code__, tuple(replacements.items()))
-    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True))
+    cells = dict(zip(inner.__code__.co_freevars, inner.__closure__ or (), strict=True)) | {_BLOCK: CellType(block)}
     made = _alike(inner, code, tuple(cells[name] for name in code.co_freevars))
     before = inner
     for wrapper in source.wrappers:
@@ -210,8 +234,21 @@ def _rewritten_code(source: Source, code: CodeType, replacements: tuple[tuple[Sp
     """Compiles one code object for all modules with the same replacements, so that torch.compile sees one function."""
     copies: dict[int, ast.AST] = {}
     tree = copy.deepcopy(source.tree, copies)
-    _Replacer(source.self_name, dict(replacements)).generic_visit(copies[id(source.definition)])
+    _Replacer(source.self_name or _BLOCK, dict(replacements)).generic_visit(copies[id(source.definition)])
+    if not source.self_name:
+        tree.body[-1] = _inside(tree.body[-1])
     return _compiled(tree, code)
+
+
+def _inside(statement: ast.stmt) -> ast.stmt:
+    """Puts a definition into a function with a variable that holds the block; its name stays global."""
+    if not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        raise Unreadable("is not defined at the top of its file")
+    outer = ast.parse(f"def outer({_BLOCK}):\n    global {statement.name}").body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    outer.name = "<block>"
+    outer.body.append(statement)
+    return ast.copy_location(outer, statement)
 
 
 class _Replacer(ast.NodeTransformer):
@@ -239,15 +276,22 @@ class _Replacer(ast.NodeTransformer):
         self.generic_visit(node)
         if replacement is None:
             return node
+        if replacement.shortcut_first is None:
+            copy_of = ast.Attribute(self._module(replacement), "copy_of", ast.Load())
+            node.func = ast.Call(copy_of, [node.func, ast.Name(self._self_name, ast.Load())], [])
+            ast.copy_location(node.func, node)
+            return ast.fix_missing_locations(node)
         operands = [node.func.value, *node.args] if isinstance(node.func, ast.Attribute) else node.args
         left, right = operands[-2:]
         return self._call(replacement, node, left, right)
 
     def _call(self, replacement: Replacement, at: ast.expr | ast.stmt, left: ast.expr, right: ast.expr) -> ast.Call:
-        module = ast.Attribute(ast.Name(self._self_name, ast.Load()), replacement.child, ast.Load())
         names = ("x", "f") if replacement.shortcut_first else ("f", "x")
         keywords = [ast.keyword(name, operand) for name, operand in zip(names, (left, right), strict=True)]
-        return ast.fix_missing_locations(ast.copy_location(ast.Call(module, [], keywords), at))
+        return ast.fix_missing_locations(ast.copy_location(ast.Call(self._module(replacement), [], keywords), at))
+
+    def _module(self, replacement: Replacement) -> ast.expr:
+        return ast.Attribute(ast.Name(self._self_name, ast.Load()), replacement.child, ast.Load())
 
 
 @functools.lru_cache(maxsize=16)
@@ -276,17 +320,18 @@ def _imports(statement: ast.stmt) -> bool:
 def _compiled(tree: ast.Module, before: CodeType) -> CodeType:
     """Compiles a source's tree and returns the code of one function in it."""
     code = compile(tree, before.co_filename, "exec", flags=before.co_flags & _FEATURES, dont_inherit=True)
-    for inner in _codes_in(code):
+    for inner in codes_in(code):
         if (inner.co_name, inner.co_firstlineno) == (before.co_name, before.co_firstlineno):
             return inner
     raise Unreadable("is not a plain function in its source")
 
 
-def _codes_in(code: CodeType) -> Iterator[CodeType]:
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yields the code objects of the functions that a function defines, at any depth."""
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield constant
-            yield from _codes_in(constant)
+            yield from codes_in(constant)
 
 
 def _are_same(a: CodeType, b: CodeType) -> bool:

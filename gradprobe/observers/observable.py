@@ -8,9 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling
 
 from gradprobe.observers.shards import local_of, partial_dims
 from gradprobe.ops.statistics import PLAIN, refusal
@@ -42,16 +39,6 @@ class ForwardPasses:
         """Forgets all calls; called when a step begins."""
         self._n_first.clear()
         self._n_in_backward.clear()
-
-
-def in_transform() -> bool:
-    """Returns whether a compiler, a tracer or a `torch.func` transform runs the model: hooks then do nothing."""
-    return (
-        is_compiling()
-        or torch._C._is_tracing()
-        or peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    )
 
 
 def is_measurable(tensor: torch.Tensor) -> bool:

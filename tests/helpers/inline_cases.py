@@ -376,11 +376,6 @@ class OverChildren(OneLayer):
         return x + self.layer(f)
 
 
-class TwoInputs(OneLayer):
-    def forward(self, x: Tensor, y: Tensor | float = 0.0) -> Tensor:
-        return self.layer(x) + y
-
-
 class Unclear(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -37,11 +37,11 @@ def net(block: Callable[[int], nn.Module]) -> nn.Sequential:
 def test_other_references_to_the_target_see_the_sum(case: type[OneLayer]) -> None:
     expected = outcome(net(case))
     model = net(case)
-    assert gradprobe.instrument(model).junctions == ("1.residual_add",)
+    assert gradprobe.instrument(model, TOKENS).junctions == ("1.layer+",)
     probe = gradprobe.attach(model)
     assert all(torch.equal(a, b) for a, b in zip(outcome(model), expected, strict=True))
     probe.step()
-    assert probe.latest().junctions["1.residual_add"].y.numel == TOKENS.numel()
+    assert probe.latest().junctions["1.layer+"].y.numel == TOKENS.numel()
 
 
 class Joined(nn.Module):
@@ -98,7 +98,7 @@ def test_a_compiled_model_keeps_its_numbers() -> None:
     torch._dynamo.reset()
     expected = outcome(net(cases.InPlaceRead))
     model = net(cases.InPlaceRead)
-    gradprobe.instrument(model)
+    gradprobe.instrument(model, TOKENS)
     gradprobe.attach(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outcome(compiled), expected, strict=True))
