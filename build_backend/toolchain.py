@@ -89,6 +89,8 @@ def find_cxx() -> tuple[list[str] | None, str]:
     Returns:
         The command, or None, and its version line, or the reason why there is none.
     """
+    if sys.platform == "win32":
+        return None, "not built on Windows"
     chosen = shlex.split(os.environ.get("CXX", ""))
     candidates = [chosen] if chosen else [[name] for name in _CXX_CANDIDATES]
     reason = f"no C++ compiler found (looked for {', '.join(command[0] for command in candidates)})"

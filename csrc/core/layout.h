@@ -57,6 +57,23 @@ inline Dims reduce_dims(const int64_t* sizes, const int64_t* strides, int64_t n_
   return joined;
 }
 
+// Whether a tensor of at least two dimensions is a dense matrix in memory with dimension 1, the channels, innermost and
+// the others in order: channels-last memory, or a contiguous [rows, channels]. The tensor must not be empty.
+inline bool has_channels_last(const int64_t* sizes, const int64_t* strides, int64_t n_dims) {
+  if (n_dims < 2) return false;
+  int64_t expected = 1;
+  const auto follows = [&](int64_t d) {
+    const bool is_next = sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+    return is_next;
+  };
+  if (!follows(1)) return false;
+  for (int64_t d = n_dims - 1; d > 1; --d) {
+    if (!follows(d)) return false;
+  }
+  return follows(0);
+}
+
 // Visits n elements from number `begin` on, in runs of constant stride: calls run(offset, stride, count) for each run.
 template <typename Run>
 void walk(const Dims& dims, int64_t begin, int64_t n, const Run& run) {

@@ -1,4 +1,5 @@
-// The arithmetic of the six statistics on host and device, defined here only: identity, add, merge, finish.
+// The arithmetic of the six statistics on host and device, defined here only: identity, add, merge, finish; and of
+// clipping.
 //
 // Elements are added in one of two ways; partial results are merged in one:
 //
@@ -10,6 +11,7 @@
 // Source: Blue 1978, "A portable Fortran program to find the Euclidean norm of a vector", for the three ranges.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -200,6 +202,21 @@ GRADPROBE_HD void finish(const Stats& stats, double* row) {
   row[kAbsMax] = stats.abs_max;
   row[kNZero] = static_cast<double>(stats.n_zero);
   row[kNNonfinite] = static_cast<double>(stats.n_nonfinite);
+}
+
+// Reads the sums of a raw row [kStats], without its counts.
+GRADPROBE_HD Stats sums_of(const double* row) { return {row[kSum], row[kSumAbs], row[kSumSq], row[kAbsMax], 0, 0}; }
+
+// ---- Clipping to a norm.
+
+// Writes the Euclidean norm of all elements, and the factor that clips it to max_norm, to out [2]. As in
+// torch.nn.utils.clip_grad_norm_, the factor is NaN if the norm is.
+GRADPROBE_HD void write_clip(const Stats& all, double max_norm, double* out) {
+  const int exponent = range_exponent(all.abs_max);
+  const double norm = sqrt(all.sum_sq) * (exponent > 0 ? 0x1p+600 : exponent < 0 ? 0x1p-600 : 1.0);
+  const double factor = max_norm / (norm + 1e-6);
+  out[0] = norm;
+  out[1] = factor > 1.0 ? 1.0 : factor;
 }
 
 }  // namespace gradprobe

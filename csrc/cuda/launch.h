@@ -35,6 +35,9 @@ cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element ele
 cudaError_t scale(const TensorSpan* tensors, int64_t n_tensors, Element element, const void* coefficient,
                   Element coefficient_element, cudaStream_t stream);
 
+// Writes the total norm of the tensors with these raw rows [n_rows, kStats], and the factor that clips it, to out [2].
+cudaError_t clip_coefficient(const double* rows, int64_t n_rows, double max_norm, double* out, cudaStream_t stream);
+
 // Computes y = x + f, or max(x + f, 0), and writes the statistics of y to row [kStats]. If row is null, it takes one
 // launch and no partials. y may be x or f.
 cudaError_t residual_add(const void* x, const void* f, void* y, int64_t numel, Element element, bool relu,

@@ -74,16 +74,16 @@ inline void check_cpu(const torch::stable::Tensor& tensor, const char* name) {
                   static_cast<int>(tensor.device().type()));
 }
 
-// Checks that `out` can hold the rows of n_tensors tensors; does not check its device.
-inline void check_rows(const torch::stable::Tensor& out, int64_t n_tensors) {
-  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Double, "out: needed dtype float64, got ",
-                  torch::headeronly::toString(out.scalar_type()));
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == n_tensors && out.size(1) == kStats, "out: needed shape [", n_tensors,
-                  ", ", kStats, "], got ",
-                  out.dim() == 2 ? "[" + std::to_string(out.size(0)) + ", " + std::to_string(out.size(1)) + "]"
-                                 : std::to_string(out.dim()) + " dimensions");
-  STD_TORCH_CHECK(out.is_contiguous(), "out: needed contiguous rows, got strides [", out.stride(0), ", ", out.stride(1),
-                  "]");
+// Checks that `rows` are the rows of n_tensors tensors; does not check their device.
+inline void check_rows(const torch::stable::Tensor& rows, int64_t n_tensors, const char* name = "out") {
+  STD_TORCH_CHECK(rows.scalar_type() == torch::headeronly::ScalarType::Double, name, ": needed dtype float64, got ",
+                  torch::headeronly::toString(rows.scalar_type()));
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == n_tensors && rows.size(1) == kStats, name, ": needed shape [",
+                  n_tensors, ", ", kStats, "], got ",
+                  rows.dim() == 2 ? "[" + std::to_string(rows.size(0)) + ", " + std::to_string(rows.size(1)) + "]"
+                                  : std::to_string(rows.dim()) + " dimensions");
+  STD_TORCH_CHECK(rows.is_contiguous(), name, ": needed contiguous rows, got strides [", rows.stride(0), ", ",
+                  rows.stride(1), "]");
 }
 
 // Tells autograd that a tensor is being written. The stable ABI has no call for that, but an in-place operation on an

@@ -13,6 +13,7 @@
 
 #include "core/chunks.h"
 #include "core/layout.h"
+#include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "stable/arguments.h"
@@ -104,10 +105,24 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   });
 }
 
+// clip_coefficient(Tensor rows, float max_norm) -> Tensor
+torch::stable::Tensor clip_coefficient(torch::stable::Tensor rows, double max_norm) {
+  check_cpu(rows, "rows");
+  check_rows(rows, rows.dim() > 0 ? rows.size(0) : 0, "rows");
+  const torch::stable::Tensor out = torch::stable::new_empty(rows, {2});
+  const auto* row = static_cast<const double*>(rows.const_data_ptr());  // [K, kStats]
+  const cpu::FloatEnvironment with_subnormals;
+  Stats all = identity();
+  for (int64_t k = 0; k < rows.size(0); ++k) all = merge(all, sums_of(row + k * kStats));
+  write_clip(all, max_norm, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
 }  // namespace
 }  // namespace gradprobe
 
 STABLE_TORCH_LIBRARY_IMPL(gradprobe, CPU, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
   m.impl("scale_", &gradprobe::scale_);
+  m.impl("clip_coefficient", TORCH_BOX(&gradprobe::clip_coefficient));
 }

@@ -204,6 +204,18 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   }
 }
 
+// clip_coefficient(Tensor rows, float max_norm) -> Tensor
+Tensor clip_coefficient(Tensor rows, double max_norm) {
+  const int32_t device_index = device_index_of(rows, "rows");
+  check_rows(rows, rows.dim() > 0 ? rows.size(0) : 0, "rows");
+  const cuda::DeviceScope scope(device_index);
+  Tensor out = torch::stable::new_empty(rows, {2});
+  check_launch(cuda::clip_coefficient(static_cast<const double*>(rows.const_data_ptr()), rows.size(0), max_norm,
+                                      static_cast<double*>(out.mutable_data_ptr()), cuda::current_stream(device_index)),
+               "clip_coefficient", device_index);
+  return out;
+}
+
 // Checks the operands of a residual operator and returns their element type.
 Element check_operands(const Tensor& a, const Tensor& b, const char* name_a, const char* name_b) {
   const Element element = element_of(a.get(), name_a);
@@ -333,6 +345,7 @@ Tensor residual_add_backward(Tensor grad_y, Tensor y) {
 STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
   m.impl("scale_", &gradprobe::scale_);
+  m.impl("clip_coefficient", TORCH_BOX(&gradprobe::clip_coefficient));
   m.impl("count_if", TORCH_BOX(&gradprobe::count_if));
   m.impl("residual_add", TORCH_BOX(&gradprobe::residual_add));
   m.impl("residual_add_backward", TORCH_BOX(&gradprobe::residual_add_backward));

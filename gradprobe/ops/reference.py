@@ -143,12 +143,12 @@ def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
             raise ArgumentError(f"tensors[{k}]: needed device {device}, got {tensor.device}")
 
 
-def check_rows(out: Tensor, n_tensors: int) -> None:
-    """Raises ArgumentError unless `out` can hold the rows of `n_tensors` tensors."""
-    if out.dtype != torch.float64 or list(out.shape) != [n_tensors, len(STATS)] or not out.is_contiguous():
+def check_rows(rows: Tensor, n_tensors: int, name: str = "out") -> None:
+    """Raises ArgumentError unless `rows` can hold the rows of `n_tensors` tensors."""
+    if rows.dtype != torch.float64 or list(rows.shape) != [n_tensors, len(STATS)] or not rows.is_contiguous():
+        got = f"{str(rows.dtype).removeprefix('torch.')} of shape {list(rows.shape)}"
         raise ArgumentError(
-            f"out: needed contiguous float64 of shape [{n_tensors}, 6], got {str(out.dtype).removeprefix('torch.')} "
-            f"of shape {list(out.shape)} with strides {list(out.stride())}"
+            f"{name}: needed contiguous float64 of shape [{n_tensors}, 6], got {got} with strides {list(rows.stride())}"
         )
 
 

@@ -14,22 +14,27 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gradprobe.ops import libraries, reference, residual_reference
-from gradprobe.ops.autograd import ReluMask, ResidualSum, autograd_kernel
+from gradprobe.ops import batch_norm_reference, libraries, reference, residual_reference
+from gradprobe.ops.autograd import Normalised, ReluMask, ResidualSum, autograd_kernel, differentiable_gradients
 from gradprobe.ops.residual_reference import check_operands
-from gradprobe.ops.row_math import empty_rows
+from gradprobe.ops.row_math import clip_coefficient, empty_rows
 from gradprobe.ops.rows import STATS
 from gradprobe.ops.triton import launcher as triton_launcher
 
 SCHEMAS = (
     "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()",
     "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
+    "clip_coefficient(Tensor rows, float max_norm) -> Tensor",
     "count_if(Tensor flag, bool on) -> ()",
     "residual_add(Tensor x, Tensor f, bool relu) -> Tensor",
     "residual_add_backward(Tensor grad_y, Tensor y) -> Tensor",
     "residual_add_stats(Tensor x, Tensor f, bool relu) -> (Tensor y, Tensor rows)",
     "residual_add_backward_stats(Tensor grad_y, Tensor? y) -> (Tensor grad_x, Tensor rows)",
     "residual_branch_stats(Tensor branch, Tensor shortcut) -> Tensor",
+    "batch_norm_relu(Tensor x, Tensor? shortcut, Tensor weight, Tensor bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps, bool relu) -> (Tensor y, Tensor saved)",
+    "batch_norm_relu_backward(Tensor grad_y, Tensor? y, Tensor x, Tensor weight, Tensor saved, bool masked) -> "
+    "(Tensor grad_x, Tensor grad_shortcut, Tensor grad_weight, Tensor grad_bias)",
 )
 
 
@@ -44,6 +49,10 @@ def _fake_scale(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
     torch._check(
         coefficient.numel() == 1, lambda: f"coefficient: needed one element, got shape {list(coefficient.shape)}"
     )
+
+
+def _fake_clip(rows: Tensor, max_norm: float) -> Tensor:
+    return rows.new_empty(2)
 
 
 def _ignore_flag(flag: Tensor, on: bool) -> None:
@@ -68,12 +77,15 @@ def _fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
 _REFERENCE: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
     ("scale_", _fake_scale, reference.scale_),
+    ("clip_coefficient", _fake_clip, clip_coefficient),
     ("count_if", _ignore_flag, _ignore_flag),
     ("residual_add", residual_reference.add, residual_reference.add),
     ("residual_add_backward", residual_reference.backward, residual_reference.backward),
     ("residual_add_stats", _fake_add_stats, residual_reference.add_stats),
     ("residual_add_backward_stats", _fake_backward_stats, residual_reference.backward_stats),
     ("residual_branch_stats", _fake_branch_stats, residual_reference.branch_stats),
+    ("batch_norm_relu", batch_norm_reference.fake, batch_norm_reference.forward),
+    ("batch_norm_relu_backward", batch_norm_reference.fake_backward, batch_norm_reference.backward),
 )
 
 
@@ -99,7 +111,12 @@ def define_operators(library: torch.library.Library) -> None:
 
 def _define_derivatives(library: torch.library.Library) -> None:
     """Registers the operators with autograd and with the transforms of `torch.func`."""
-    for name in ("grad_stats_into", "scale_", "residual_branch_stats"):  # measurements and updates have no derivative
+    for name in (
+        "grad_stats_into",
+        "scale_",
+        "clip_coefficient",
+        "residual_branch_stats",
+    ):  # measurements and updates have no derivative
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     operators, plain = getattr(torch.ops, library.ns), residual_reference
     library.impl("scale_", _count_writes(operators.scale_.default), "ADInplaceOrView", with_keyset=True)
@@ -111,7 +128,13 @@ def _define_derivatives(library: torch.library.Library) -> None:
         ("residual_add_backward_stats", ReluMask, _refuse_transform),
     ):
         library.impl(name, autograd_kernel(getattr(operators, name).default, function, mask, composite), "Autograd")
+    normalise, gradients = operators.batch_norm_relu.default, operators.batch_norm_relu_backward.default
+    of_norm = batch_norm_reference.composite
+    library.impl("batch_norm_relu", autograd_kernel(normalise, Normalised, gradients, of_norm), "Autograd")
+    library.impl("batch_norm_relu_backward", differentiable_gradients(gradients), "Autograd")
     # The first key of a call inside a torch.func transform: the transform sees torch's operators instead of ours.
+    library.impl("batch_norm_relu", of_norm, "FuncTorchDynamicLayerFrontMode")
+    library.impl("batch_norm_relu_backward", batch_norm_reference.composite_backward, "FuncTorchDynamicLayerFrontMode")
     library.impl("residual_add", plain.sum_of, "FuncTorchDynamicLayerFrontMode")
     library.impl("residual_add_backward", plain.composite_mask, "FuncTorchDynamicLayerFrontMode")
     for name in ("residual_add_stats", "residual_add_backward_stats", "residual_branch_stats"):
@@ -159,6 +182,7 @@ if libraries.parts()["cuda"] != "ready" and triton_launcher.is_installed():
 _operators = torch.ops.gradprobe
 GRAD_STATS_INTO = _operators.grad_stats_into.default
 SCALE = _operators.scale_.default
+CLIP_COEFFICIENT: Callable[[Tensor, float], Tensor] = _operators.clip_coefficient.default
 COUNT_IF = _operators.count_if.default
 RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = _operators.residual_add.default
 RESIDUAL_ADD_STATS: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = _operators.residual_add_stats.default
@@ -166,3 +190,4 @@ RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Ten
     _operators.residual_add_backward_stats.default
 )
 RESIDUAL_BRANCH_STATS: Callable[[Tensor, Tensor], Tensor] = _operators.residual_branch_stats.default
+BATCH_NORM_RELU: Callable[..., tuple[Tensor, Tensor]] = _operators.batch_norm_relu.default

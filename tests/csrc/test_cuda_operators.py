@@ -1,5 +1,6 @@
 """The operators' CUDA registration, on CPU tensors with emulated kernels, and on a GPU if there is one."""
 
+import math
 import sys
 from collections.abc import Callable
 
@@ -109,6 +110,11 @@ def test_scaling_of_every_layout(
         (lambda o, d: o.grad_stats_into([torch.ones(2, device=d)] * 2,
                                         torch.empty(6, 2, dtype=torch.float64, device=d).t()),
          "out: needed contiguous rows"),
+        (lambda o, d: o.clip_coefficient(torch.ones(2, 6, device=d), 1.0), "rows: needed dtype float64, got Float"),
+        (lambda o, d: o.clip_coefficient(torch.ones(2, 5, dtype=torch.float64, device=d), 1.0),
+         r"rows: needed shape \[2, 6\], got \[2, 5\]"),
+        (lambda o, d: o.clip_coefficient(torch.ones(6, dtype=torch.float64, device=d), 1.0),
+         r"rows: needed shape \[6, 6\], got 1 dimensions"),
         (lambda o, d: o.scale_([torch.ones(1, device=d).expand(4)], torch.ones((), device=d)),
          r"tensors\[0\]: needed elements that do not overlap"),
         (lambda o, d: o.scale_([torch.ones(1, device=d)], torch.ones(2, device=d)),
@@ -116,7 +122,8 @@ def test_scaling_of_every_layout(
         (lambda o, d: o.scale_([torch.ones(1, device=d)], torch.ones((), dtype=torch.float16, device=d)),
          "coefficient: needed dtype float32 or float64, got Half"),
     ],
-    ids=["dtype", "out-dtype", "out-shape", "out-strides", "overlap", "coefficient-shape", "coefficient-dtype"],
+    ids=["dtype", "out-dtype", "out-shape", "out-strides", "rows-dtype", "rows-shape", "rows-dimensions", "overlap",
+         "coefficient-shape", "coefficient-dtype"],
 )  # fmt: skip
 def test_bad_arguments_are_named(
     target: tuple[object, torch.device], call: Callable[[object, torch.device], None], message: str
@@ -124,6 +131,19 @@ def test_bad_arguments_are_named(
     operators, device = target
     with pytest.raises(RuntimeError, match=message):
         call(operators, device)
+
+
+def test_the_total_norm_and_the_factor_that_clips_it(target: tuple[object, torch.device]) -> None:
+    operators, device = target
+    tensors = [torch.randn(n, device=device) for n in (3, 50_000, 0, 7)]
+    rows = torch.empty(4, 6, dtype=torch.float64, device=device)
+    operators.grad_stats_into(tensors, rows)
+    needed = math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
+    for max_norm in (0.5, 1e6):
+        total, factor = operators.clip_coefficient(rows, max_norm).tolist()
+        assert total == pytest.approx(needed, rel=1e-6)
+        assert factor == pytest.approx(min(1.0, max_norm / needed), rel=1e-6)
+    torch.library.opcheck(operators.clip_coefficient.default, (rows, 0.5))
 
 
 def test_an_empty_list_is_no_work(target: tuple[object, torch.device]) -> None:

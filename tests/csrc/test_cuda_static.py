@@ -103,7 +103,8 @@ def test_registers_leave_room_for_the_claimed_occupancy(source: str, architectur
     """Four blocks fit on a multiprocessor (half of an H100, all of a T4); fewer where docs/kernels.md says so."""
     for kernel in compiled(source, architecture):
         two_sums = "MaskGradient" in kernel.name and "(Counted)0" not in kernel.name
-        blocks = 2 if two_sums or "merge_partials" in kernel.name else 3 if "branch_chunks" in kernel.name else 4
+        merges = "merge_partials" in kernel.name or "clip_rows" in kernel.name
+        blocks = 2 if two_sums or merges else 3 if "branch_chunks" in kernel.name else 4
         assert kernel.registers <= REGISTERS // THREADS // blocks, kernel.name
 
 
@@ -120,6 +121,8 @@ class TestMachineCode:
             assert not [i for i in kernel.instructions if re.match(r"(ATOM|RED)", i)], kernel.name
 
     def test_main_loop_moves_16_bytes_with_all_loads_in_flight(self, source: str, architecture: int) -> None:
+        if source not in MAIN_LOOPS:
+            pytest.skip("reads rows, not tensors")
         name, loads, stores = MAIN_LOOPS[source]
         for kernel in kernels(source, architecture, name):
             wide = [k for k, i in enumerate(kernel.instructions) if i.startswith("LDG") and ".128" in i]

@@ -21,8 +21,9 @@ from gradprobe.errors import BackendError
 from gradprobe.ops import residual_reference as plain
 from gradprobe.ops.reference import check_no_overlap, check_rows, check_tensors
 from gradprobe.ops.residual_reference import check_operands
-from gradprobe.ops.row_math import rows_by
+from gradprobe.ops.row_math import clip_of, rows_by
 from gradprobe.ops.rows import STATS
+from gradprobe.ops.transfer import to_device
 
 # dtype -> its name in the kernels, columns of a tile (16 bytes for each of 128 threads), rows of a tile.
 _TILES = {
@@ -93,12 +94,6 @@ def _share_order(a: Tensor, b: Tensor) -> bool:
     return (a.is_contiguous() and b.is_contiguous()) or (a.stride() == b.stride() and _is_dense(a))
 
 
-def _upload(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Copies a table to the device without a synchronisation: [len(columns), N] int64."""
-    table = torch.tensor(columns, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
-
-
 def _groups(tensors: Sequence[Tensor]) -> Iterator[tuple[torch.dtype, list[int]]]:
     """Yields each dtype with the indices of its non-empty tensors."""
     for dtype in _TILES:
@@ -153,7 +148,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         dense = [_dense(tensors[k].detach().resolve_neg()) for k in numbers]
         name, columns, rows = _TILES[dtype]
         table, counts, n_chunks = _table(dense, columns * rows * _TILES_IN_CHUNK)
-        on_device = _upload([*table, counts, numbers], out.device)
+        on_device = to_device(torch.tensor([*table, counts, numbers], dtype=torch.int64), out.device)
         partials = torch.empty(n_chunks, len(STATS), dtype=torch.float64, device=out.device)
         with _on(out.device):
             kernels.sum_chunks[(n_chunks,)](
@@ -181,7 +176,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         dense = [_dense(target) for target in targets]
         name, columns, rows = _TILES[dtype]
         table, _, n_chunks = _table(dense, columns * rows * _TILES_IN_CHUNK)
-        on_device = _upload(table, coefficient.device)
+        on_device = to_device(torch.tensor(table, dtype=torch.int64), coefficient.device)
         with _on(coefficient.device):
             kernels.scale_chunks[(n_chunks,)](
                 *(*on_device, len(dense), coefficient),
@@ -254,6 +249,16 @@ def _empty_sum(x: Tensor, f: Tensor) -> Tensor | None:
     return None if is_ambiguous or not _share_order(x, f) else torch.empty_like(x)
 
 
+def clip_coefficient(rows: Tensor, max_norm: float) -> Tensor:
+    """Computes a total norm and the factor that clips it, as `row_math.clip_coefficient` does."""
+    check_rows(rows, len(rows), "rows")
+    row = torch.zeros(1, len(STATS), dtype=torch.float64, device=rows.device)
+    if len(rows):
+        with _on(rows.device):
+            _device_code().merge_rows[(1,)](rows, len(rows), row, _MERGE_TILE, num_warps=_WARPS)
+    return clip_of(row, max_norm)
+
+
 def _launch_chunks(kernel: str, operands: Sequence[Tensor], n_rows: int, *constants: str) -> Tensor:
     """Runs a kernel that writes `n_rows` partial rows per chunk of flat operands; returns them merged, [n_rows, 6]."""
     numel, device = operands[0].numel(), operands[0].device
@@ -286,6 +291,7 @@ def _join_into(a: Tensor, b: Tensor, out: Tensor, operation: str) -> None:
 _KERNELS = (
     grad_stats_into,
     scale_,
+    clip_coefficient,
     residual_add,
     residual_add_backward,
     residual_add_stats,

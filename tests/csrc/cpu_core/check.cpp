@@ -17,6 +17,7 @@
 
 #include "core/layout.h"
 #include "core/stats.h"
+#include "cpu/batch_norm.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/residual_add.h"
@@ -337,6 +338,148 @@ void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
   }
 }
 
+// A batch normalisation of one tile in the middle of a matrix, both ways, and the same in parts.
+struct NormCheck {
+  NormCheck(Dtype dtype, Isa isa, const Matrix& matrix, const Tile& tile, std::mt19937_64& random)
+      : dtype(dtype),
+        isa(isa),
+        matrix(matrix),
+        tile(tile),
+        x(drawn(random)),
+        shortcut(drawn(random)),
+        grad_y(drawn(random)) {
+    for (std::vector<float>* values : {&mean, &scale, &bias, &mean_g, &slope}) {
+      for (int64_t c = 0; c < matrix.n_channels; ++c) {
+        values->push_back(static_cast<float>(static_cast<int>(random() % 2048) - 1024) / 512);
+      }
+    }
+  }
+
+  Buffer drawn(std::mt19937_64& random) const {
+    Buffer buffer(dtype, matrix.n_rows * matrix.n_channels);
+    fill(dtype, buffer.data.get(), buffer.n, random, 126, 4);  // magnitudes from 1/2 to 8
+    return buffer;
+  }
+
+  Buffer blank() const {
+    Buffer buffer(dtype, matrix.n_rows * matrix.n_channels);
+    std::memset(buffer.data.get(), 0x5a, buffer.n * item_bytes(dtype));
+    return buffer;
+  }
+
+  // Calls each(element of the matrix, channel) for every element of the tile.
+  template <typename Each>
+  void visit(const Each& each) const {
+    for (int64_t row = tile.row; row < tile.row + tile.n_rows; ++row) {
+      for (int64_t c = tile.channel; c < tile.channel + tile.n_channels; ++c) each(row * matrix.n_channels + c, c);
+    }
+  }
+
+  void expect(bool is_right, const char* what) const {
+    if (is_right) return;
+    ++failures;
+    std::printf("batch norm: %s is wrong, %s %s, %lld x %lld\n", what, kDtypeNames[static_cast<int>(dtype)],
+                kIsaNames[static_cast<int>(isa)], static_cast<long long>(tile.n_rows),
+                static_cast<long long>(tile.n_channels));
+  }
+
+  // Whether `of` gives the elements of the tile to within rounding, and nothing else was written.
+  template <typename Of>
+  void expect_tile(const Buffer& actual, const char* what, const Of& of) const {
+    Buffer outside(actual);
+    const Buffer untouched = blank();
+    bool is_right = true;
+    visit([&](int64_t i, int64_t c) {
+      const double expected = of(i, c);
+      is_right = is_right && std::fabs(actual[i] - expected) <= (dtype == Dtype::kFloat32 ? 1e-5 : 0.2);
+      std::memcpy(outside.data.get() + i * item_bytes(dtype), untouched.data.get(), item_bytes(dtype));
+    });
+    expect(is_right, what);
+    expect(std::memcmp(outside.data.get(), untouched.data.get(), actual.n * item_bytes(dtype)) == 0,
+           "the surroundings");
+  }
+
+  void check_forward() const {
+    std::unique_ptr<double[]> means(new double[tile.n_channels]), sums_sq(new double[tile.n_channels]);
+    moments_tile(matrix, x.data.get(), tile, isa, means.get(), sums_sq.get());
+    std::vector<double> sum(matrix.n_channels), sum_sq(matrix.n_channels);
+    visit([&](int64_t i, int64_t c) { sum[c] += x[i] / static_cast<double>(tile.n_rows); });
+    visit([&](int64_t i, int64_t c) { sum_sq[c] += (x[i] - sum[c]) * (x[i] - sum[c]); });
+    for (int64_t c = 0; c < tile.n_channels; ++c) {
+      expect(std::fabs(means[c] - sum[tile.channel + c]) <= 1e-6, "a mean");
+      expect(std::fabs(sums_sq[c] - sum_sq[tile.channel + c]) <= 1e-5 * sum_sq[tile.channel + c] + 1e-9, "a variance");
+    }
+    const auto normalised = [&](int64_t i, int64_t c) { return (x[i] - mean[c]) * scale[c] + bias[c]; };
+    const auto run = [&](const Buffer* added, bool relu) {
+      Buffer y = blank();
+      normalise_tile(matrix, x.data.get(), added ? added->data.get() : nullptr, y.data.get(), tile, mean.data(),
+                     scale.data(), bias.data(), relu, isa);
+      return y;
+    };
+    const Buffer plain = run(nullptr, false), fused = run(&shortcut, true);
+    expect_tile(plain, "y", normalised);
+    expect_tile(run(nullptr, true), "relu(y)", [&](int64_t i, int64_t c) { return std::max(normalised(i, c), 0.0); });
+    expect_tile(run(&shortcut, false), "y + x", [&](int64_t i, int64_t c) { return normalised(i, c) + shortcut[i]; });
+    expect_tile(fused, "relu(y + x)",
+                [&](int64_t i, int64_t c) { return std::max(normalised(i, c) + shortcut[i], 0.0); });
+    Buffer in_parts = blank();
+    add_chunk(dtype, shortcut.data.get(), plain.data.get(), in_parts.data.get(), 0, x.n, true, isa, nullptr);
+    visit([&](int64_t i, int64_t) { expect(in_parts[i] == fused[i], "y in parts"); });
+  }
+
+  void check_backward() const {
+    for (const bool masks : {false, true}) {
+      const char* y = masks ? shortcut.data.get() : nullptr;
+      const auto g = [&](int64_t i, int64_t = 0) { return masks && shortcut[i] <= 0 ? 0.0 : grad_y[i]; };
+      Buffer masked = blank(), grad_x = blank(), from_masked = blank();
+      std::unique_ptr<double[]> sums(new double[tile.n_channels]), dots(new double[tile.n_channels]);
+      gradient_sums_tile(matrix, grad_y.data.get(), y, x.data.get(), masks ? masked.data.get() : nullptr, tile,
+                         mean.data(), isa, sums.get(), dots.get());
+      std::vector<double> sum(matrix.n_channels), dot(matrix.n_channels), magnitude(matrix.n_channels);
+      visit([&](int64_t i, int64_t c) {
+        sum[c] += g(i);
+        dot[c] += g(i) * (x[i] - mean[c]);
+        magnitude[c] += std::fabs(g(i)) * (1 + std::fabs(x[i] - mean[c]));
+      });
+      for (int64_t c = 0; c < tile.n_channels; ++c) {
+        const double bound = 1e-5 * magnitude[tile.channel + c];
+        expect(std::fabs(sums[c] - sum[tile.channel + c]) <= bound, "a sum of gradients");
+        expect(std::fabs(dots[c] - dot[tile.channel + c]) <= bound, "a sum of products");
+      }
+      const auto run = [&](const char* from, const char* mask, Buffer& to) {
+        gradient_tile(matrix, from, mask, x.data.get(), to.data.get(), tile, mean.data(), scale.data(), mean_g.data(),
+                      slope.data(), isa);
+      };
+      run(grad_y.data.get(), y, grad_x);
+      expect_tile(grad_x, "the gradient",
+                  [&](int64_t i, int64_t c) { return scale[c] * (g(i) - mean_g[c] - (x[i] - mean[c]) * slope[c]); });
+      if (!masks) continue;
+      expect_tile(masked, "the masked gradient", g);
+      run(masked.data.get(), nullptr, from_masked);
+      visit([&](int64_t i, int64_t) { expect(from_masked[i] == grad_x[i], "the gradient in parts"); });
+    }
+  }
+
+  Dtype dtype;
+  Isa isa;
+  Matrix matrix;
+  Tile tile;
+  Buffer x, shortcut, grad_y;
+  std::vector<float> mean, scale, bias, mean_g, slope;
+};
+
+void check_batch_norm(Dtype dtype, Isa isa, std::mt19937_64& random) {
+  for (int64_t n_channels : {1, 3, 4, 7, 8, 9, 15, 16, 17, 24, 33, 64}) {
+    for (int64_t n_rows : {1, 2, 3, 4, 5, 50}) {
+      const int64_t above = random() % 2, below = random() % 2, left = random() % 2, right = random() % 3;
+      const Matrix matrix{dtype, above + n_rows + below, left + n_channels + right};
+      const NormCheck check(dtype, isa, matrix, {above, n_rows, left, n_channels}, random);
+      check.check_forward();
+      check.check_backward();
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -360,6 +503,7 @@ int main(int argc, char** argv) {
       check_strided(dtype, isa, random);
       check_residual(dtype, isa, random);
       if (item_bytes(dtype) == 2) check_scale(dtype, isa);
+      if (dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16) check_batch_norm(dtype, isa, random);
     }
     std::printf("checked %s\n", kIsaNames[i]);
   }

@@ -70,6 +70,10 @@ int emulated_scale(const TensorSpan* tensors, int64_t n_tensors, int element, co
   });
 }
 
+int emulated_clip_coefficient(const double* rows, int64_t n_rows, double max_norm, double* out) {
+  return guarded([&] { return gradprobe::cuda::clip_coefficient(rows, n_rows, max_norm, out, nullptr); });
+}
+
 int emulated_residual_add(const void* x, const void* f, void* y, int64_t numel, int element, int relu, double* row) {
   return guarded([&] {
     const auto type = static_cast<Element>(element);

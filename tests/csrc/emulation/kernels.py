@@ -147,6 +147,19 @@ class Kernels:
             memory.check_untouched(written=range(len(blocks)))
             return [np.frombuffer(memory.read(k), block.storage.dtype) for k, block in enumerate(blocks)]
 
+    def clip_coefficient(self, rows: NDArray[np.float64], max_norm: float) -> NDArray[np.float64]:
+        """Returns the total norm of tensors with raw rows [K, 6], and the factor that clips it."""
+        out = np.full(2, np.nan)
+        self._check(
+            self._library.emulated_clip_coefficient(
+                ctypes.c_void_p(np.ascontiguousarray(rows).ctypes.data),
+                ctypes.c_int64(len(rows)),
+                ctypes.c_double(max_norm),
+                ctypes.c_void_p(out.ctypes.data),
+            )
+        )
+        return out
+
     def residual_add(
         self, x: Block, f: Block, relu: bool, y_offset: int = 0, in_place: bool = False, counts: bool = True
     ) -> tuple[NDArray[np.generic], NDArray[np.float64]]:

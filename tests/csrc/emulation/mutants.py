@@ -189,6 +189,27 @@ MUTANTS = (
         "scale/boundaries/f64",
     ),
     Mutant(
+        "clip_reads_one_row_per_thread",
+        "cuda/clip_coefficient.cu",
+        "k < n_rows; k += kThreads)",
+        "k < n_rows && k < kThreads; k += kThreads)",
+        "clip_coefficient",
+    ),
+    Mutant(
+        "clip_forgets_the_exponent",
+        "core/stats.h",
+        "exponent > 0 ? 0x1p+600 : exponent < 0",
+        "exponent < 0",
+        "clip_coefficient",
+    ),
+    Mutant(
+        "clip_turns_nan_into_one",
+        "core/stats.h",
+        "factor > 1.0 ? 1.0 : factor",
+        "factor < 1.0 ? factor : 1.0",
+        "clip_coefficient",
+    ),
+    Mutant(
         "relu_loses_nan",
         "cuda/residual_add.cu",
         "sum <= 0 ? Wide<T>{0} : sum",

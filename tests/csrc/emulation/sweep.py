@@ -241,6 +241,30 @@ def scaled_many(kernels: Kernels) -> None:
         raise AssertionError("a coefficient of 1 changed a tensor")
 
 
+def clipped(kernels: Kernels) -> None:
+    """Rows of any number, any range of magnitudes, and not finite."""
+    rng = np.random.default_rng(9)
+    for n_rows in (0, 1, 2, 31, 33, THREADS - 1, THREADS, THREADS + 1, 3 * THREADS + 5):
+        for exponents in ((0, 1), (-3, 3), (-1070, -900), (900, 1010), (-1070, 1010)):
+            values = np.ldexp(rng.standard_normal((n_rows, 7)), rng.integers(*exponents, (n_rows, 7)))
+            values[rng.random((n_rows, 7)) < 0.1] = 0.0
+            blocks = [Block(row.copy(), "f64") for row in values]
+            rows = kernels.grad_stats(blocks) if blocks else np.empty((0, 6))
+            total, factor = kernels.clip_coefficient(rows, 0.75)
+            largest = np.abs(values).max(initial=0.0)
+            exponent = int(np.frexp(largest)[1])
+            half = exponent // 2  # in two steps, since 2**1074 is beyond float64
+            unit = np.ldexp(np.ldexp(values, -half), half - exponent)
+            needed = np.ldexp(np.sqrt((unit * unit).sum()), exponent)
+            np.testing.assert_allclose(total, needed, rtol=1e-14, atol=1e-322, err_msg=f"{n_rows} rows, 2**{exponents}")
+            np.testing.assert_allclose(factor, min(1.0, 0.75 / (needed + 1e-6)), rtol=1e-14)
+    for special, needed in ((np.nan, (np.nan, np.nan)), (-np.inf, (np.inf, 0.0)), (0.0, (0.0, 1.0))):
+        values = np.zeros(3)
+        values[1] = special
+        blocks = [Block(np.array([1e-300 if special else 0.0]), "f64"), Block(values, "f64")]
+        np.testing.assert_array_equal(kernels.clip_coefficient(kernels.grad_stats(blocks), 0.75), needed)
+
+
 def _joined_inputs(element: str, short: bool) -> list[tuple[Block, Block, int]]:
     """Returns pairs of operands of all boundary sizes, equally aligned or not, with special values."""
     rng = np.random.default_rng(9)
@@ -404,6 +428,7 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"residual_add/only_if/backward/{element}"] = only_if("residual_add_backward", element)
         checks[f"branch_stats/only_if/{element}"] = only_if("branch_stats", element)
     checks["branch_stats/ranges"] = products_of_any_range
+    checks["clip_coefficient"] = clipped
     checks["grad_stats/scattered_rows"] = scattered_rows
     checks["grad_stats/mixed_chunk_counts"] = mixed_chunk_counts
     if not short:

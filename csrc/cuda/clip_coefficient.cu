@@ -1,0 +1,22 @@
+// The last step of measuring a total norm: one small launch, so that clipping waits for nothing and costs no others.
+#include "cuda/device.cuh"
+
+namespace gradprobe::cuda {
+namespace {
+
+// One block. A model has few rows beside its elements.
+__global__ void __launch_bounds__(kThreads)
+    clip_rows(const double* rows, int64_t n_rows, double max_norm, double* out) {
+  Stats mine = identity();
+  for (int64_t k = threadIdx.x; k < n_rows; k += kThreads) mine = merge(mine, sums_of(rows + k * kStats));
+  const Stats all = merge_block(mine);
+  if (threadIdx.x == 0) write_clip(all, max_norm, out);
+}
+
+}  // namespace
+
+cudaError_t clip_coefficient(const double* rows, int64_t n_rows, double max_norm, double* out, cudaStream_t stream) {
+  return launch(clip_rows, 1, stream, rows, n_rows, max_norm, out);
+}
+
+}  // namespace gradprobe::cuda
