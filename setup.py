@@ -58,6 +58,7 @@ setup(
         plan.torch.requirement if plan.torch else f"torch=={PINNED_TORCH}",
         "numpy>=1.26",
         "rich>=13.7",
+        "scipy>=1.11",
         "typer>=0.12",
     ],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},

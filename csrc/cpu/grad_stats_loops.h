@@ -1,18 +1,9 @@
 // The vector loops of grad_stats for one instruction set (see each_isa.h).
+#include "cpu/vectors.h"
 
 #define GRADPROBE_INLINE static inline __attribute__((always_inline))
 
 namespace gradprobe::cpu::GRADPROBE_ISA {
-
-constexpr int kBytes = GRADPROBE_VECTOR_BYTES;
-constexpr int kFloats = kBytes / 4;
-constexpr int kDoubles = kBytes / 8;
-
-typedef float Floats __attribute__((vector_size(kBytes)));
-typedef int32_t Ints __attribute__((vector_size(kBytes)));
-typedef double Doubles __attribute__((vector_size(kBytes)));
-typedef int64_t Longs __attribute__((vector_size(kBytes)));
-typedef uint16_t Shorts __attribute__((vector_size(kBytes)));
 
 // Registers per sum, to hide the latency of an addition. More if the processor has 32 registers.
 #if GRADPROBE_VECTOR_BYTES == 64 || defined(__aarch64__)
@@ -36,13 +27,6 @@ static_assert(kFlush + 2 <= kFastAdds);
 // the second read hits L1.
 constexpr int64_t kGroup = 4096;  // few enough for 16-bit counters
 constexpr int64_t kDoubleGroup = 2048;
-
-template <typename Vector>
-GRADPROBE_INLINE Vector load(const void* from) {
-  Vector vector;
-  __builtin_memcpy(&vector, from, sizeof vector);
-  return vector;
-}
 
 // ---- Operations that compilers do not vectorise well by themselves.
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "hooks/batch_norm.h"
 #include "hooks/event_rows.h"
 #include "hooks/gradient_hooks.h"
 #include "hooks/gradients.h"
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_hooks, module) {
       .def("take_errors", &EventRows::take_errors);
   gradprobe::define_output_hooks(module);
   gradprobe::define_junction_hooks(module);
+  gradprobe::define_batch_norm(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
   module.def("free_removed_hooks", &gradprobe::free_removed_hooks);
   py::class_<GradientHooks>(module, "GradientHooks")

@@ -1,4 +1,4 @@
-"""Reverse-mode derivatives of the residual operators.
+"""Reverse-mode derivatives of the residual and the batch normalisation operators.
 
 `torch.library.register_autograd` doubles the cost of a call (25 µs more for forward and backward) and returns zero for
 every forward-mode derivative (torch 2.13).
@@ -14,14 +14,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from gradprobe.ops import batch_norm_reference
+
 
 def autograd_kernel(operator: Any, function: Any, mask: Any, composite: Callable[..., Any]) -> Callable[..., Any]:
-    """Builds a residual operator's kernel for the Autograd key.
+    """Builds an operator's kernel for the Autograd key.
 
     Args:
         operator: The operator to differentiate.
-        function: Its reverse-mode rule: `ResidualSum` or `ReluMask`.
-        mask: `residual_add_backward.default` of the operator's namespace.
+        function: Its reverse-mode rule: `ResidualSum`, `ReluMask` or `Normalised`.
+        mask: The operator that the rule calls, of the same namespace: `residual_add_backward.default`, or
+            `batch_norm_relu_backward.default` for `Normalised`.
         composite: Computes the same result in forward mode, from torch operators that support it, or refuses.
 
     Example:
@@ -74,6 +77,49 @@ class ReluMask(_SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         """Masks the gradient again."""
         return None, None, _masked(ctx, grad), None
+
+
+class Normalised(_SingleLevelFunction):
+    """Differentiates batch_norm_relu."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, operator: Any, gradients: Any, x: Tensor, shortcut: Tensor | None, weight: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Computes y and saved."""
+        ctx.gradients, ctx.adds = gradients, shortcut is not None
+        ctx.set_materialize_grads(False)
+        y, saved = _below_autograd(operator, x, shortcut, weight, *rest)
+        relu = rest[-1]
+        ctx.mark_non_differentiable(saved)
+        ctx.save_for_backward(x, weight, saved, *([y] if relu else []))
+        return y, saved
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Any:
+        """Returns the gradients of x, shortcut, weight and bias."""
+        if grad_y is None:
+            return (None,) * 11
+        x, weight, saved, *y = ctx.saved_tensors
+        masked = ctx.adds and bool(y)
+        arguments = (grad_y, y[0] if y else None, x, weight, saved, masked)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            grad_x, grad_masked, *others = batch_norm_reference.composite_backward(*arguments)
+        else:
+            grad_x, grad_masked, *others = _below_autograd(ctx.gradients, *arguments)
+        grad_shortcut = grad_masked if masked else grad_y if ctx.adds else None
+        return None, None, grad_x, grad_shortcut, *others, None, None, None, None, None
+
+
+def differentiable_gradients(operator: Any) -> Callable[..., Any]:
+    """Builds the kernel of `batch_norm_relu_backward` for the Autograd key, which records torch's own operators."""
+
+    def kernel(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return batch_norm_reference.composite_backward(*arguments)
+        return _below_autograd(operator, *arguments)
+
+    return kernel
 
 
 def _call(ctx: Any, operator: Any, mask: Any, *arguments: Any) -> Any:

@@ -14,6 +14,7 @@ from gradprobe.errors import ArgumentError, BackendError, warn_user
 from gradprobe.ops import libraries, reference, schemas
 from gradprobe.ops.rows import STATS
 from gradprobe.ops.schemas import GRAD_STATS_INTO, SCALE
+from gradprobe.ops.transfer import to_host
 from gradprobe.ops.triton import launcher as triton_launcher
 
 
@@ -214,19 +215,9 @@ def _run(backend: Backend, values: Tensor) -> str:
         magnitude = np.abs(scaled)
         columns = (scaled.sum(1), magnitude.sum(1), (scaled**2).sum(1), magnitude.max(1), (x == 0).sum(1), 0 * x[:, 0])
         rows[:-1] = np.stack(columns, axis=1)
-    got = _on_host(out).numpy()
+    got = to_host(out).numpy()
     wrong = np.argwhere(got != needed)
     if not len(wrong):
         return "ready"
     at = tuple(wrong[0])
     return f"it computes wrong numbers: needed a {STATS[at[2]]} of {needed[at]:g}, got {got[at]:g}"
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """Copies a tensor to the host and waits for it, also where torch.cuda.set_sync_debug_mode forbids to."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream(tensor.device).record_event().synchronize()
-    return host
