@@ -30,6 +30,10 @@ class StoreError(GradprobeError, OSError):
     """A results file cannot be read or written, or was not written by gradprobe."""
 
 
+class WorkerTraceback(Exception):
+    """The traceback of an exception in another process, as text; the cause of the error that is raised in this one."""
+
+
 class GradprobeWarning(UserWarning):
     """The probe does not see something that the user would expect it to see."""
 

@@ -18,12 +18,13 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from gradprobe.errors import ArgumentError
-from gradprobe.observers.compiled_ops import observe_output, register_signal_buffer
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.module_hooks import ModuleHook, ModuleHooks
-from gradprobe.observers.observable import ForwardPasses, in_transform, measurable_part, tensors_in
-from gradprobe.observers.signal_buffer import SignalBuffer
+from gradprobe.observers.observable import ForwardPasses, measurable_part, tensors_in
+from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
 from gradprobe.observers.tensor_hooks import TensorHooks
+from gradprobe.ops.transforms import in_transform
+from gradprobe.text.words import listed
 
 Selection = bool | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -78,9 +79,7 @@ def select_modules(model: nn.Module, selection: Selection, elsewhere: Collection
         )
     for pattern in selection:
         if not any(fnmatchcase(name, pattern) for name in named):
-            raise ArgumentError(
-                f"activations: no module name matches {pattern!r}; the model has {', '.join(list(named)[:5])}, …"
-            )
+            raise ArgumentError(f"activations: no module name matches {pattern!r}; the model has {listed(list(named))}")
     return {name: module for name, module in named.items() if any(fnmatchcase(name, pattern) for pattern in selection)}
 
 
@@ -130,6 +129,8 @@ class ActivationHooks:
         """
         if not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return None
+        from gradprobe.observers.compiled_ops import observe_output  # imports Dynamo
+
         return observe_output(output, inputs, self._buffer_key, 2 * m)
 
     def on_output(self, m: int, output: Any) -> None:

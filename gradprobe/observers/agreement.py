@@ -17,6 +17,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.observers.meeting import Part, meet
 from gradprobe.observers.parameters import Layout, ObservedParameter
 from gradprobe.observers.shards import is_dtensor, local_of
+from gradprobe.ops.transfer import to_device
 from gradprobe.snapshot.records import IntArray
 
 ProcessGroups: TypeAlias = Literal["local"] | dist.ProcessGroup | Mapping[str, dist.ProcessGroup] | None
@@ -138,7 +139,7 @@ def agree(
     held = np.zeros((2, len(parts)), dtype=np.int64)  # elements, and ranks that have some
     held[0, slots] = [layout.numel for layout in layouts]
     held[1] = held[0] > 0
-    on_device = torch.from_numpy(held).to(device)
+    on_device = to_device(torch.from_numpy(held), device)
     dist.all_reduce(on_device, group=group)
     elements, holders = on_device.cpu().numpy()
     padding = np.array([part.n_padding for part in parts], dtype=np.int64)

@@ -2,12 +2,12 @@
 
 Tensor hooks would break the graph. These operators have a side effect and keep their order in it, in forward and
 backward. They check at run time whether the step is observed, so that switching does not recompile.
+
+This module is imported while a graph is compiled: it imports Dynamo, which takes a second.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,27 +18,10 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.autograd.graph import Node
 
 from gradprobe.observers.autograd_edges import edges_into
-from gradprobe.observers.signal_buffer import SignalBuffer
+from gradprobe.observers.signal_buffer import registered_buffer
 from gradprobe.ops.residual import residual_add
 from gradprobe.ops.schemas import RESIDUAL_BRANCH_STATS
 from gradprobe.snapshot.records import JUNCTION_KINDS
-
-_signal_buffers: weakref.WeakValueDictionary[int, SignalBuffer] = weakref.WeakValueDictionary()
-_keys = itertools.count()
-
-
-def register_signal_buffer(buffer: SignalBuffer) -> int:
-    """Registers a signal buffer for use in graphs.
-
-    Args:
-        buffer: Receives statistics while it is alive and enabled.
-
-    Returns:
-        Its key, a constant in the graphs.
-    """
-    key = next(_keys)
-    _signal_buffers[key] = buffer
-    return key
 
 
 def observe_output(output: Any, inputs: tuple[Any, ...], buffer: int, site: int) -> Any:
@@ -103,7 +86,7 @@ def _shares_memory(output: Tensor, inputs: Any) -> bool:
 
 
 def _observe(x: Tensor, buffer: int, site: int) -> None:
-    known = _signal_buffers.get(buffer)
+    known = registered_buffer(buffer)
     if known is not None and known.enabled and not known.is_off(site):
         try:
             known.write_uncached(site, x)
@@ -177,7 +160,7 @@ class _ObservedJunction(torch.autograd.Function):
 
 
 def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -> None:
-    known = _signal_buffers.get(buffer)
+    known = registered_buffer(buffer)
     if known is None or not known.enabled or known.is_off(first):
         return
     try:

@@ -15,6 +15,7 @@ import torch
 from gradprobe import ops
 from gradprobe.observers.event_rows import EventRows, EventTable, PythonEventRows
 from gradprobe.ops.rows import ABS_MAX, N_NONFINITE
+from gradprobe.ops.transfer import to_device
 from gradprobe.snapshot.records import FloatArray, IntArray
 
 _NOT_WRITTEN = -1.0  # impossible as a largest magnitude
@@ -141,12 +142,12 @@ class GraphRows(PythonEventRows):
         graph_sites, graph_numels, graph_normals, graph_rows = self.events()
         n_events = len(graph_sites)
         if n_events != len(self._event_sites):
-            self._event_sites = torch.from_numpy(graph_sites).to(self._device)
-            self._event_numels = torch.from_numpy(graph_numels).to(self._device, torch.float64)
+            self._event_sites = to_device(torch.from_numpy(graph_sites), self._device)
+            self._event_numels = to_device(torch.from_numpy(graph_numels).double(), self._device)
         graph_rows = graph_rows[1 : 1 + n_events]
         is_written = graph_rows[:, ABS_MAX] != _NOT_WRITTEN
         eager_numels = np.bincount(sites, weights=numels, minlength=self._n_sites).astype(np.float64)  # [S]
-        total = torch.from_numpy(eager_numels).to(self._device, non_blocking=True)
+        total = to_device(torch.from_numpy(eager_numels), self._device)
         total = total.index_add(0, self._event_sites, self._event_numels * is_written)
         packed = out[self._n_sites :]
         padded = torch.nn.functional.pad(total, (0, len(packed) * _PACKED - self._n_sites))

@@ -23,6 +23,7 @@ from gradprobe.observers.unsupported import refuse_unsupported
 from gradprobe.ops.rows import STATS
 from gradprobe.snapshot.records import Measured
 from gradprobe.snapshot.snapshot import SiteTable
+from gradprobe.text.words import listed
 
 if TYPE_CHECKING:
     from gradprobe.observers.agreement import ProcessGroups
@@ -271,10 +272,9 @@ class GradientObserver:
                 raise
         if self.whole is not None:
             rows = self._reduced(rows, measured)
-        total = self.meter.total_norm(rows)
+        total, factor = self.meter.clipping(rows, max_norm)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(f"clip_grad_norm_: needed a finite total norm, got {total.item()}")
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         self.meter.scale_(gradients, regular, factor)
         return total.to(self.meter.norm_dtype), factor
 
@@ -388,6 +388,4 @@ class GradientObserver:
             "new": [name for name in found if name not in known],
             "no longer there or frozen": [name for name in known if name not in found],
         }
-        return "; ".join(
-            f"{kind}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" for kind, names in kinds.items() if names
-        )
+        return "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)

@@ -14,7 +14,9 @@ from gradprobe import ops
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.parameters import Layout, is_regular
 from gradprobe.ops.rows import ABS_MAX
+from gradprobe.ops.schemas import CLIP_COEFFICIENT
 from gradprobe.snapshot.records import FloatArray, Measured
+from gradprobe.text.words import quoted
 
 _MOST_COMPARED = 8  # gradients, to tell clipping from other changes
 
@@ -178,21 +180,21 @@ class GradientMeter:
             largest = torch.where(counts, ratios, -math.inf).max()
         return Comparison(smallest, largest, tolerance=4.0 * float(info.eps))
 
-    def total_norm(self, rows: dict[torch.device, torch.Tensor]) -> torch.Tensor:
-        """Computes the Euclidean norm of all gradients together, on the device of the first parameter.
+    def clipping(self, rows: dict[torch.device, torch.Tensor], max_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes the Euclidean norm of all gradients together and the factor that clips it.
 
         Args:
             rows: Rows that `measure` has written.
+            max_norm: Largest norm allowed.
 
         Returns:
-            The norm, float64, 0-d.
+            The norm and the factor, float64, 0-d, on the device of the first parameter.
         """
-        parts = [ops.norms(part) for part in rows.values()]  # of [K] each
-        norms = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
-        largest = norms.max()
-        unit = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1.0)
-        total: torch.Tensor = unit * torch.linalg.vector_norm(norms / unit)
-        return total
+        parts = list(rows.values())  # [K, 6] each
+        together = parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+        with torch.no_grad():
+            total, factor = CLIP_COEFFICIENT(together, max_norm)
+        return total, factor
 
     @property
     def norm_dtype(self) -> torch.dtype:
@@ -303,6 +305,6 @@ class GradientMeter:
             self.unmeasured |= errors.keys()
             first = next(iter(errors))
             others = f" and of {len(errors) - 1} other parameters" if len(errors) > 1 else ""
-            self._fence.caught(f"the gradient of {self._names[first]}{others}", errors[first])
+            self._fence.caught(f"the gradient of {quoted(self._names[first])}{others}", errors[first])
         present[list(self.unmeasured)] = False
         return Measured(present, numels)

@@ -20,10 +20,9 @@ from torch.compiler import is_compiling
 
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.autograd_edges import edges_into
-from gradprobe.observers.compiled_ops import observe_junction, register_signal_buffer
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
-from gradprobe.observers.observable import ForwardPasses, in_transform, is_measurable
-from gradprobe.observers.signal_buffer import SignalBuffer
+from gradprobe.observers.observable import ForwardPasses, is_measurable
+from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.residual import residual_add
 from gradprobe.ops.schemas import (
@@ -33,6 +32,7 @@ from gradprobe.ops.schemas import (
     RESIDUAL_BRANCH_STATS,
 )
 from gradprobe.ops.statistics import raw_rows
+from gradprobe.ops.transforms import in_transform
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
 N_SITES = len(JUNCTION_KINDS)
@@ -85,6 +85,8 @@ class JunctionHooks:
         is_observable = x.is_floating_point() and f.is_floating_point() and x.shape == f.shape and x.device == f.device
         if not is_observable or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return residual_add(x, f, relu)
+        from gradprobe.observers.compiled_ops import observe_junction  # imports Dynamo
+
         y: torch.Tensor = observe_junction(x, f, relu, self._buffer_key, self.first_site + N_SITES * j)
         return y
 
@@ -149,6 +151,14 @@ class JunctionObserver:
             call.on_result(y)
         call.hook_branch(x, y.grad_fn, [1])
         return y
+
+    def is_waiting(self) -> bool:
+        """Returns whether the next call is observed; a step that the next forward pass starts has begun by then."""
+        if is_compiling():
+            return True
+        if self._gate.on_forward is not None:
+            self._gate.on_forward()
+        return self._gate.is_open
 
     def in_place(self, x: torch.Tensor, f: torch.Tensor, into_x: bool) -> torch.Tensor:
         """Adds one operand to the other with `Tensor.add_`, and observes it if gradients are enabled."""

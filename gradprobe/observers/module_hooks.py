@@ -6,16 +6,19 @@ torch calls a module with any hook through a slower path, about 5 µs longer wha
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch._dynamo.callback import callback_handler
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from torch._dynamo.callback import CompilationCallbackHandler
 
 
 class ModuleHook:
@@ -104,8 +107,8 @@ class ModuleHooks:
     A hook is removed only if its module has no other, and is put back in front of hooks registered meanwhile. The hooks
     thus run in order of registration, except that one registered meanwhile with `prepend` runs after ours.
 
-    Dynamo compiles a module together with its hook and recompiles it when the hook is removed, so once anything is
-    compiled, all hooks are put back and stay.
+    Dynamo compiles a module together with its hook, so once anything is compiled, all hooks are put back and stay. They
+    also stay until Dynamo is imported, as torch's optimizers do: only then can it report a compilation.
 
     Args:
         modules: The M modules.
@@ -124,22 +127,27 @@ class ModuleHooks:
             raise
         with _lock:
             _alive.add(self)
-        if _on_compilation not in callback_handler.start_callbacks:
-            callback_handler.register_start_callback(_on_compilation)
+        self._is_listening = _listen()
 
     def need(self, needed: bool) -> None:
         """Puts the hooks back if they are needed from now on, and removes them if not."""
         with _lock:
-            # if torch._dynamo.reset() has removed the callback, something was compiled
-            self._stay = self._stay or _on_compilation not in callback_handler.start_callbacks
+            self._stay = self._stay or self._may_be_compiled()
             if needed or self._stay:
                 for hook in self._absent:
                     hook.put_back()
                 self._absent.clear()
-            elif not self._absent:
+            elif self._is_listening and not self._absent:
                 self._absent = [hook for hook in self._all if hook.is_alone()]
                 for hook in self._absent:
                     hook.remove()
+
+    def _may_be_compiled(self) -> bool:
+        if self._is_listening:
+            # if torch._dynamo.reset() has removed the callback, something was compiled
+            return _on_compilation not in _callback_handler().start_callbacks
+        self._is_listening = _listen()
+        return self._is_listening and _has_compiled()
 
     def keep(self) -> None:
         """Puts all hooks back, for good."""
@@ -157,6 +165,28 @@ class ModuleHooks:
 
 _alive: weakref.WeakSet[ModuleHooks] = weakref.WeakSet()
 _lock = threading.RLock()  # a garbage collection inside may remove the hooks of another probe
+
+
+def _listen() -> bool:
+    """Lets Dynamo report compilations; returns False if it is not imported, which takes a second."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    callbacks = _callback_handler()
+    if _on_compilation not in callbacks.start_callbacks:
+        callbacks.register_start_callback(_on_compilation)
+    return True
+
+
+def _callback_handler() -> CompilationCallbackHandler:
+    from torch._dynamo.callback import callback_handler
+
+    return callback_handler
+
+
+def _has_compiled() -> bool:
+    from torch._dynamo.utils import counters
+
+    return len(counters["frames"]) > 0
 
 
 def _on_compilation(*_: object) -> None:

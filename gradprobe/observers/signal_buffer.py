@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +16,7 @@ from gradprobe import ops
 from gradprobe.errors import warn_user
 from gradprobe.observers.cuda_graphs import make_graph_rows
 from gradprobe.observers.event_rows import PythonEventRows, make_rows
+from gradprobe.ops.transfer import to_device
 from gradprobe.snapshot.records import JUNCTION_KINDS, Events, FloatArray, IntArray, Measured
 
 
@@ -258,24 +261,30 @@ class SignalBuffer:
     def _plan_of(self, sites: IntArray, numels: IntArray, smallest_normals: FloatArray) -> _Plan:
         """Returns the plan for a step with these events [N]. Those of graphs come last, and have no `numels`."""
         off = sorted(self.rows.off_sites())
-        key = (sites.tobytes(), numels.tobytes(), smallest_normals.tobytes(), tuple(off))
-        if self._last_plan is not None and self._last_plan.key == key:
-            return self._last_plan
+        order = sites.tobytes(), tuple(off)
+        sizes = numels.tobytes(), smallest_normals.tobytes()
+        last = self._last_plan
+        if last is not None and last.order == order and last.sizes == sizes:
+            return last
         at_sites = np.bincount(sites[: len(numels)], weights=numels, minlength=self._n_sites).astype(np.int64)  # [S]
         present = np.zeros(self._n_sites, dtype=np.bool_)
         present[sites] = True
         smallest_normal = np.full(self._n_sites, np.nan)  # [S]
         smallest_normal[sites] = smallest_normals
         at_sites[off], present[off], smallest_normal[off] = 0, False, np.nan
-        if self._last_plan is not None:
-            known = self._last_plan.events.smallest_normal  # an equal array is shared by all snapshots in the history
+        if last is not None:
+            known = last.events.smallest_normal  # an equal array is shared by all snapshots in the history
             smallest_normal = known if np.array_equal(smallest_normal, known, equal_nan=True) else smallest_normal
         for shared in (present, at_sites, smallest_normal):
             shared.flags.writeable = False
         is_conditional = len(numels) < len(sites)
         kept = present[sites]  # [N]
         events = Events(tuple(sites[kept].tolist()), Measured(present, at_sites), smallest_normal, is_conditional)
-        self._last_plan = _Plan(key, events, self._gather_of(events.sites, (1 + np.flatnonzero(kept)).tolist()))
+        if last is not None and last.order == order:  # as with batches of changing size
+            gather = last.gather
+        else:
+            gather = self._gather_of(events.sites, (1 + np.flatnonzero(kept)).tolist())
+        self._last_plan = _Plan(order, sizes, events, gather)
         return self._last_plan
 
     def _gather_of(self, sites: tuple[int, ...], rows: list[int]) -> torch.Tensor:
@@ -286,7 +295,7 @@ class SignalBuffer:
         longest = max(1, *map(len, rows_of)) if rows_of else 1
         padded = [rows + [0] * (longest - len(rows)) for rows in rows_of]
         gather = torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(self._n_sites, longest)
-        return gather.to(self._device)
+        return to_device(gather, self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,12 +303,14 @@ class _Plan:
     """How the events of a step become rows; the next step reuses it if its events are the same.
 
     Attributes:
-        key: Bytes of the events' sites, numbers of elements and smallest normal numbers; the sites switched off.
+        order: Bytes of the events' sites; the sites switched off.
+        sizes: Bytes of the events' numbers of elements and smallest normal numbers.
         events: The events, shared by the snapshots of all such steps.
         gather: Rows of the pool for each site. [S, M]
     """
 
-    key: tuple[bytes, bytes, bytes, tuple[int, ...]]
+    order: tuple[bytes, tuple[int, ...]]
+    sizes: tuple[bytes, bytes]
     events: Events
     gather: torch.Tensor
 
@@ -307,3 +318,26 @@ class _Plan:
 @cache
 def _smallest_normal(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).smallest_normal)
+
+
+_registered: weakref.WeakValueDictionary[int, SignalBuffer] = weakref.WeakValueDictionary()
+_keys = itertools.count()
+
+
+def register_signal_buffer(buffer: SignalBuffer) -> int:
+    """Registers a signal buffer for use in compiled graphs.
+
+    Args:
+        buffer: Receives statistics while it is alive and enabled.
+
+    Returns:
+        Its key, a constant in the graphs.
+    """
+    key = next(_keys)
+    _registered[key] = buffer
+    return key
+
+
+def registered_buffer(key: int) -> SignalBuffer | None:
+    """Returns the signal buffer with a key from `register_signal_buffer`; None if it is no longer alive."""
+    return _registered.get(key)

@@ -16,6 +16,7 @@ from gradprobe.observers.junctions import JunctionHooks
 from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.snapshot.records import Events
 from gradprobe.snapshot.signals import ACTIVATION_KINDS, SignalTable
+from gradprobe.text.words import quoted
 
 _MOST_LISTED = 5  # parts in a message
 # Kinds of modules that models often hold for their rate alone, and call as a function.
@@ -131,7 +132,7 @@ class SignalObserver:
                 self._fence.caught(part, error)
 
     def _part(self, site: int) -> str:
-        name = self.table.names[site]
+        name = quoted(self.table.names[site])
         if site >= self.table.first_junction_site:
             return f"the residual add {name}"
         return f"the output of {name}" if site % len(ACTIVATION_KINDS) == 0 else f"the gradient at the output of {name}"

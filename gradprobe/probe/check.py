@@ -37,6 +37,7 @@ from gradprobe.probe.flow.trunk import Outputs, TrunkPoint, trunks
 from gradprobe.probe.flow.verdict import flow_along, flow_finding, layer_statuses
 from gradprobe.probe.probe import attach
 from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.text.words import quoted
 
 __all__ = ["FlowReport", "InputSpec", "LayerFlow", "check_gradient_flow", "parse_input"]
 
@@ -224,9 +225,9 @@ def _explain(
     closed = list(dict.fromkeys(blocked.values()))
     if len(closed) == 1:
         layer = closed[0].rpartition(".")[0] or closed[0]
-        which = "all gradients" if len(blocked) > 1 else f"the gradient of {next(iter(blocked))}"
+        which = "all gradients" if len(blocked) > 1 else f"the gradient of {quoted(next(iter(blocked)))}"
         is_ = "are" if len(blocked) > 1 else "is"
-        yield f"{which} behind {layer} {is_} 0, because {closed[0]} is 0; the first step changes that"
+        yield f"{which} behind {quoted(layer)} {is_} 0, because {quoted(closed[0])} is 0; the first step changes that"
     elif closed:
         yield f"{len(blocked)} gradients are 0, because they are behind {_listed(closed)}, which start at 0"
     for value in sorted({gate.value for gate in gates} - {0.0}):
@@ -255,8 +256,8 @@ def _cancels(name: str, snapshot: Snapshot, seen: _Seen) -> bool:
 
 def _listed(names: Sequence[str]) -> str:
     if len(names) <= 2:
-        return " and ".join(names)
-    return f"{names[0]} and {len(names) - 1} others"
+        return " and ".join(map(quoted, names))
+    return f"{quoted(names[0])} and {len(names) - 1} others"
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.snapshot.records import Measured
+from gradprobe.text.markup import Cells, form, grid, points
+from gradprobe.text.words import counted, listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,27 @@ class Coverage:
     failures: dict[str, str]
     tied: dict[str, tuple[str, ...]]
     steps: int
+
+    @property
+    def gaps(self) -> dict[str, tuple[str, ...]]:
+        """What is not observed, by the field that lists it; without empty ones."""
+        fields = ("silent", "unhooked", "unmeasured", "frozen", "unstepped", "unknown")
+        return {field: names for field in fields if (names := getattr(self, field))} | (
+            {"failures": tuple(self.failures)} if self.failures else {}
+        )
+
+    def __repr__(self) -> str:
+        gaps = "".join(f", {len(names)} {field}" for field, names in self.gaps.items())
+        return f"Coverage({len(self.observed)} observed{gaps}, {counted(self.steps, 'step')})"
+
+    def _repr_html_(self) -> str:
+        rows: list[Cells] = [["observed", len(self.observed), listed(self.observed)]]
+        rows += [[field, len(names), listed(names)] for field, names in self.gaps.items()]
+        if self.tied:
+            rows.append(["tied", len(self.tied), listed([" = ".join(names) for names in self.tied.values()])])
+        headline = f"{counted(len(self.observed), 'parameter')} observed in {counted(self.steps, 'step')}"
+        errors = [f"{part}: {error}" for part, error in self.failures.items()]
+        return form(headline, [grid(("parameters and modules", "number", "names"), rows), points(errors)])
 
 
 class CoverageLog:
@@ -148,7 +171,7 @@ class CoverageLog:
         self._warn(
             "silent modules",
             f"step {step}: {len(silent)} of {self._signal_observer.table.n_modules} observed modules returned nothing: "
-            f"{', '.join(silent[:5])}{', …' if len(silent) > 5 else ''}. They were not called as modules, were "
+            f"{listed(silent)}. They were not called as modules, were "
             "compiled before attach, or took or returned nothing that can be measured",
         )
 
@@ -180,6 +203,10 @@ class CoverageLog:
             f"step {step}: the parameters of the model are others now: {change}. The probe of a sharded model does not "
             "follow; to observe the new ones, detach and attach again on all ranks",
         )
+
+    def follow_signals(self, signals: SignalObserver | None, unobserved: tuple[str, ...]) -> None:
+        """Takes another observer of signals, and the names of other residual adds that cannot be observed."""
+        self._signal_observer, self._unobserved = signals, unobserved
 
     def note_never_closed(self, step: int, n_backwards: int, reason: str) -> None:
         """Warns about backward passes that no step has closed.
@@ -248,7 +275,7 @@ class CoverageLog:
 
     def _listed(self, chosen: npt.NDArray[np.bool_]) -> str:
         names = [name for name, is_chosen in zip(self._names, chosen, strict=True) if is_chosen]
-        return f"{len(names)} of {len(chosen)} parameters: {', '.join(names[:5])}" + (", …" if len(names) > 5 else "")
+        return f"{len(names)} of {len(chosen)} parameters: {listed(names)}"
 
     def _warn(self, topic: str, message: str) -> None:
         if topic not in self._told:

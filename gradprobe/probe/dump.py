@@ -7,7 +7,6 @@ import platform
 import random
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from gradprobe.log.writer import RunWriter
 from gradprobe.snapshot.export import strict
 from gradprobe.snapshot.files import write_files
 from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.version import VERSION
 
 
 def write_dump(
@@ -59,11 +59,12 @@ def write_dump(
 @cache
 def versions() -> dict[str, str]:
     """Returns the versions of what computes the numbers."""
-    try:
-        own = metadata.version("gradprobe")
-    except metadata.PackageNotFoundError:
-        own = "unknown"
-    return {"gradprobe": own, "torch": torch.__version__, "python": platform.python_version(), "numpy": np.__version__}
+    return {
+        "gradprobe": VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
 
 
 def random_states() -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,8 +83,22 @@ class Scalers:
         return scales
 
 
+_found: list[weakref.ref[GradScaler]] = []  # all of the process, when it was searched
+_n_references_then = -1
+
+
 def any_in_use() -> bool:
-    """Returns whether the process has a gradient scaler that has scaled a loss."""
-    # not isinstance, which would run the code of proxy objects
-    scalers = [one for one in gc.get_objects() if issubclass(type(one), GradScaler)]
-    return any(scaler.is_enabled() and scaler._scale is not None for scaler in scalers)
+    """Returns whether the process has a gradient scaler that has scaled a loss; searches only if there may be more."""
+    global _found, _n_references_then
+    n_references = _n_references(GradScaler)
+    if n_references != _n_references_then or any(known() is None for known in _found):
+        # not isinstance, which would run the code of proxy objects
+        _found = [weakref.ref(one) for one in gc.get_objects() if issubclass(type(one), GradScaler)]
+        _n_references_then = n_references
+    alive = (known() for known in _found)
+    return any(one is not None and one.is_enabled() and one._scale is not None for one in alive)
+
+
+def _n_references(cls: type[GradScaler]) -> int:
+    """Counts the references to a class and its subclasses: every object holds one to its class."""
+    return sys.getrefcount(cls) + sum(_n_references(one) for one in cls.__subclasses__())

@@ -103,6 +103,11 @@ class Cursor:
 class History:
     """Owns the ring buffer and turns its rows into snapshots.
 
+    Attributes:
+        ring: The newest steps.
+        signals: The sites of activations and residual adds in the ring, None if there are none.
+        is_judged_elsewhere: A thread calls `judge`; `commit` then judges only what would be lost otherwise.
+
     Args:
         capacity: Number of steps to keep for the user.
         ring_capacity: Number of steps to keep for those that read them as they come.
@@ -122,7 +127,7 @@ class History:
         self._capacity = capacity
         self._ring_capacity = ring_capacity
         self._archive: deque[Snapshot] = deque(maxlen=capacity)
-        self._signals = signals
+        self.signals = signals
         self._updates = updates
         self._unseen: deque[int] = deque()  # positions in the ring that were not taken in yet, oldest first
         self._running = RunningDiagnosis()
@@ -136,6 +141,7 @@ class History:
         self._cursors = [self._drained]
         self._whole: WholeGradients | None = None
         self.ring = RingBuffer(1, {})
+        self.is_judged_elsewhere = False
 
     def archive(self) -> None:
         """Replaces the contents of the ring by snapshots. Waits for the device."""
@@ -182,7 +188,7 @@ class History:
         self._table, self._in_model_order, self._whole = table, in_model_order, whole
         if whole is not None:
             rows_on = {whole.device: whole.n_rows}
-        n_signals = 0 if self._signals is None else n_rows(self._signals.n_sites, next(iter(rows_on)))
+        n_signals = 0 if self.signals is None else n_rows(self.signals.n_sites, next(iter(rows_on)))
         self.ring = RingBuffer(self._ring_capacity, rows_on, n_signals)
 
     def latest(self, wait: bool) -> Snapshot | None:
@@ -256,7 +262,7 @@ class History:
         """
         is_full = len(self._unseen) >= self.ring.capacity
         # the newest finished step gets no loss any more; if another thread is reading, there is a next time
-        if is_full or len(self._unseen) >= _TAKEN_AT_ONCE:
+        if is_full or (len(self._unseen) >= _TAKEN_AT_ONCE and not self.is_judged_elsewhere):
             with self._hold(blocking=is_full) as is_held:
                 if is_held:
                     self._take_in(wait=False)
@@ -273,12 +279,22 @@ class History:
             newest = self._newest()
             return self._first_nonfinite or (None if newest is None else newest.first_nonfinite())
 
-    def diagnosis(self) -> Diagnosis:
-        """Returns the diagnosis of all steps. Waits for the device."""
+    def judge(self) -> None:
+        """Judges the steps that have arrived, but for the newest, which may still change."""
         with self._hold() as is_held:
             if is_held:
-                self._take_in(wait=True, but_newest=True)
-                self._diagnosis = self._running.read(self._newest())
+                self._take_in(wait=False, but_newest=True)
+
+    def diagnosis(self, wait: bool = True) -> Diagnosis:
+        """Returns the diagnosis of all steps.
+
+        Args:
+            wait: Wait for the device; otherwise, that of the steps that have arrived.
+        """
+        with self._hold() as is_held:
+            if is_held:
+                self._take_in(wait, but_newest=True)
+                self._diagnosis = self._running.read(self._newest(wait))
             return self._diagnosis
 
     @contextmanager
@@ -303,9 +319,9 @@ class History:
         kept = [snapshot for snapshot in self._archive if snapshot.step < step]
         self._archive = deque(kept, maxlen=self._capacity)
 
-    def _newest(self) -> Snapshot | None:
+    def _newest(self, wait: bool = True) -> Snapshot | None:
         """Returns the finished step that may still get a loss."""
-        finished = self.ring.read(self._unseen[-1], wait=True) if self._unseen else None
+        finished = self.read(self._unseen[-1], wait) if self._unseen else None
         return None if finished is None or finished.slot.is_superseded else self.snapshot(finished)
 
     def _take_in(self, wait: bool, but_newest: bool = False) -> None:
@@ -346,14 +362,14 @@ class History:
         slot, whole = finished.slot, self._whole
         reduced = None if whole is None else whole.unpack(finished.rows[whole.device])
         signals = None
-        if self._signals is not None and slot.events is not None:
-            n_sites, events = self._signals.n_sites, slot.events
+        if self.signals is not None and slot.events is not None:
+            n_sites, events = self.signals.n_sites, slot.events
             if events.is_conditional:
                 events = events.seen(unpack_numels(finished.signals, n_sites))
             reduction: Literal["local", "global"] = "local"
             if reduced is not None and len(reduced.signal_numels) > 0:
                 events, reduction = events.seen(reduced.signal_numels), "global"
-            signals = Signals(self._signals, finished.signals[:n_sites], events, finished.signal_scale, reduction)
+            signals = Signals(self.signals, finished.signals[:n_sites], events, finished.signal_scale, reduction)
         provenance, clip_factor = slot.provenance, 1.0 if slot.provenance.state == "raw" else None
         if slot.tolerance is not None:
             # unscaling multiplies as clipping does

@@ -39,6 +39,8 @@ class OpenStep:
         clip_factor: Factor by which the probe has clipped the gradients, 0-d.
         change: What was done to the gradients between the backward pass and the end of the optimizer's closure.
         is_written: Something wrote to the gradients after they were measured.
+        is_stepped_by_others: An optimizer that was not given has stepped the model since.
+        has_missed_forward: What is observed in a forward pass has changed after that of this step.
         losses: Losses given so far.
         is_requested: The user has asked to close the step.
         is_shared: The ranks reduce its gradients.
@@ -58,6 +60,8 @@ class OpenStep:
     clip_factor: torch.Tensor | None = None
     change: Change | None = None
     is_written: bool = False
+    is_stepped_by_others: bool = False
+    has_missed_forward: bool = False
     losses: list[torch.Tensor | float] = field(default_factory=list)
     is_requested: bool = False
     is_shared: bool = False

@@ -39,6 +39,7 @@ from gradprobe.report import run as run_report
 from gradprobe.sinks.jsonl import write_jsonl
 from gradprobe.snapshot.export import to_pandas
 from gradprobe.snapshot.snapshot import NonFinite, Snapshot
+from gradprobe.text.markup import folded, form
 
 if TYPE_CHECKING:
     import altair
@@ -322,7 +323,7 @@ class Probe:
             >>> model(torch.tensor([[1.0, float("inf")]])).sum().backward()
             >>> probe.step()
             >>> print(probe.first_nonfinite())
-            step 0, forward: 2 of 2 values are not finite in the output of 0
+            step 0, forward: 2 of 2 values are not finite in the output of '0'
         """
         self._settle()
         return self._recorder.history.first_nonfinite()
@@ -475,6 +476,13 @@ class Probe:
         n_parameters, n_measured = self._recorder.n_parameters, self._recorder.coverage.n_measured
         state = "detached" if self._is_detached else self._description
         return f"Probe({n_parameters} parameters, {n_measured} steps measured, {state})"
+
+    def _repr_html_(self) -> str:
+        newest, shown = self.latest(), [self.findings()._repr_html_()]
+        if newest is not None:
+            shown.append(folded("Newest step", [newest._repr_html_()]))
+        shown.append(folded("Coverage", [self.coverage()._repr_html_()]))
+        return form(repr(self), shown)
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()  # a copied or unpickled owner has no probe

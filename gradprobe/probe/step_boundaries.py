@@ -61,6 +61,9 @@ class Recorder(Protocol):
     def note_scaler(self, optimizer: Optimizer, scaler: GradScaler | None) -> None:
         """Called before an optimizer closes a step, with the gradient scaler that calls its step, if any does."""
 
+    def note_other_step(self) -> None:
+        """Called before and after the step of an optimizer that was not given and steps the model."""
+
     def end_closure(self, optimizer: Optimizer) -> None:
         """Called each time the closure of an optimizer's step returns."""
 
@@ -175,6 +178,8 @@ class StepBoundaries:
             recorder.follow()
         if not self._concerns(optimizer):
             self.is_contested = self.is_contested or self._is_rival(optimizer)
+            if self._concerned[optimizer][1]:
+                recorder.note_other_step()
             return None
         if self._only_initialises(optimizer):
             return None

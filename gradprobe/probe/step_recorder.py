@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from gradprobe.errors import ArgumentError
-from gradprobe.observers.activations import select_modules
+from gradprobe.nn.residual import watchers
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradient_observer import GradientObserver
-from gradprobe.observers.junctions import junction_modules
 from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.ring_buffer import LOSS, SKIPPED, Slot
 from gradprobe.observers.signals import SignalObserver
@@ -24,11 +23,11 @@ from gradprobe.probe.grad_scaler import LossScale, Scalers, any_in_use
 from gradprobe.probe.history import History
 from gradprobe.probe.open_step import Change, OpenStep, kept, mean
 from gradprobe.probe.options import Options
+from gradprobe.probe.signal_choice import SignalChoice
 from gradprobe.probe.step_boundaries import StepBoundaries
 from gradprobe.probe.step_reduction import ClosedStep, StepReduction
 from gradprobe.probe.stream import LEAST_CAPACITY
 from gradprobe.snapshot.records import Measured, Provenance
-from gradprobe.snapshot.signals import SignalTable
 
 _MANY_BACKWARDS = 100  # that no step has closed
 
@@ -62,23 +61,18 @@ class StepRecorder:
         self._last_losses: list[torch.Tensor | float] = []
         self._last_was_measured = self.has_all_losses = False
         self._verdict: LossScale | None = None  # tells whether the step that the user has closed is skipped
-        self._has_unknown_scaler: bool | None = None  # None: not looked for yet
         self._before_forward = _weakly(self._settle_before_forward)
         self._pause_depth = 0
         self._is_clipped_in_graph = False
         self._is_whole = False  # another thread may be in a backward pass while the hooks are put on
         self._are_gradients_off = self._is_off = self._is_released = False
-        joined, unobserved = junction_modules(model) if options.junctions else ({}, ())
-        chosen: dict[str, nn.Module] = {}
-        if options.activations is not False:
-            chosen = select_modules(model, options.activations, elsewhere=joined)
-        module_types = tuple(type(module).__name__ for module in chosen.values())
-        signals = SignalTable(tuple(chosen), tuple(joined), module_types) if chosen or joined else None
+        self._choice = SignalChoice(model, options)
+        self._are_adds_new = False  # the model has other residual adds than at the start of the open step
         capacity = max(options.capacity, LEAST_CAPACITY) if options.has_stream else options.capacity
         self._updates: UpdateObserver | None = None
         if options.updates:
             self._updates = UpdateObserver(options.backend, capacity, self._fence)
-        self.history = History(options.capacity, capacity, signals, self._updates, self._fence)
+        self.history = History(options.capacity, capacity, self._choice.table, self._updates, self._fence)
         self._scalers = Scalers(options.grad_scalers)
         self._signal_observer: SignalObserver | None = None
         self._observer = GradientObserver(
@@ -91,10 +85,8 @@ class StepRecorder:
         self._reduction = StepReduction(self.history, self._observer, self._every)
         try:
             self._restart()
-            if signals is not None:
-                device = next(iter(self._observer.meter.rows_on))
-                self._signal_observer = SignalObserver(signals, chosen, joined, device, options.backend, self._fence)
-            self.coverage = CoverageLog(self._observer, self._signal_observer, unobserved, self._fence)
+            self._signal_observer = self._choice.observe(self._device(), self._fence)
+            self.coverage = CoverageLog(self._observer, self._signal_observer, self._choice.unobserved, self._fence)
             optimizers = options.optimizers
             if optimizers and not any(any(stepped_by(each, self._observer.parameters())) for each in optimizers):
                 raise ArgumentError("optimizer: needed one that steps parameters of the model; it steps none of them")
@@ -102,10 +94,13 @@ class StepRecorder:
                 optimizers, self._observer, self, self._fence, is_in_backward=self._measured_at == "hook"
             )
             # the last of all: when the ranks have met, none may fail
-            names = signals.names if signals is not None and options.reduce_activations else ()
+            table = self._choice.table
+            names = table.names if table is not None and options.reduce_activations else ()
             if self._observer.meet(options.process_group, options.common(names), len(names)):
                 self._restart()
             self._set_enabled()
+            self._are_adds_agreed_on = options.reduce_activations and self._observer.whole is not None
+            watchers.add(self)
             self._is_whole = True
         except BaseException:
             self._observer.release()
@@ -119,6 +114,18 @@ class StepRecorder:
         """Follows the model if it has other parameters than before; none of the old ones may have a hook that runs."""
         if not self._is_off and not self._are_gradients_off and self._observer.may_have_changed():
             self._look()
+
+    def take_up(self) -> None:
+        """Follows the model if it has other residual adds than before, in the next step if this one has begun."""
+        if self._is_released or self._is_off or not self._choice.is_outdated():
+            return
+        if self._are_adds_agreed_on:
+            self.coverage.note_unfollowed(self._open.number, "it has other residual adds")
+            return
+        self._are_adds_new = self._open.n_backwards > 0
+        if not self._are_adds_new:
+            with self._fence.around("activations and residual adds", self._stop_signals):
+                self._observe_new_adds()
 
     def settle(self, *, is_late: bool = False) -> None:
         """Closes the open step if a gradient scaler has skipped it, and learns whether it skipped the one before.
@@ -200,6 +207,10 @@ class StepRecorder:
             if opened.n_backwards > 0 and not opened.scales:
                 opened.scales = self._scalers.read()
 
+    def note_other_step(self) -> None:
+        """Notes that an optimizer that was not given steps the model."""
+        self._open.is_stepped_by_others = True
+
     def end_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Finds out what the closure of an optimizer did to the gradients, before the optimizer writes to them."""
         if not self._is_due() or self._observer.is_capturing():
@@ -255,8 +266,7 @@ class StepRecorder:
                     self._measure()
         opened, hooks = self._open, self._observer.hooks
         is_written = hooks.n_writes() > 0
-        is_unscaled_since = any(opened.unscaled(self.boundaries.optimizers)) and not opened.is_unscaled
-        is_other = is_written or is_unscaled_since or opened.clip_factor is not None
+        is_other = is_written or opened.clip_factor is not None or self._may_be_unscaled_since()
         cannot_measure_all = self._observer.unmeasured() or self._observer.has_other_gradients()
         is_local = self._observer.whole is None  # otherwise all ranks go the same way
         if is_local and (cannot_measure_all or self._are_gradients_off or self._is_off):
@@ -356,6 +366,7 @@ class StepRecorder:
         if self._open.is_requested and self._open.measured is not None and not hooks.accumulates():
             # the gradients of the step that the user wanted to close are gone, and no optimizer has used them
             self._close(None, 0.0, is_late=True)
+        self._take_up_late()
         opened = self._open
         opened.n_backwards += 1
         opened.change = None
@@ -375,6 +386,7 @@ class StepRecorder:
     def _measure_ready(self, k: int, gradient: torch.Tensor) -> None:
         if self._observer.is_capturing() or not self._is_due():
             return
+        self._take_up_late()
         opened = self._open
         if opened.measured is None:
             ready = self._observer.parameters()[k]
@@ -408,6 +420,7 @@ class StepRecorder:
         if measured is not observer.meter.all_present and self._regroup_if_moved():
             measured, _, n_fired = observer.measure(self._reduction.rows())
         opened.measured, opened.measured_after = measured, opened.n_backwards
+        opened.is_stepped_by_others = False
         unscaled = opened.unscaled(self.boundaries.optimizers, optimizer)
         opened.is_unscaled, opened.is_partly_unscaled = any(unscaled), any(unscaled) and not all(unscaled)
         # unscaling counts no write
@@ -454,7 +467,34 @@ class StepRecorder:
         return self._pause_depth == 0 and self._open.number % self._every == 0 and not self._is_off
 
     def _are_signals_due(self) -> bool:
-        return self._is_due() and self._open.number % self._activations_every == 0
+        is_turn = self._open.number % self._activations_every == 0
+        return self._is_due() and is_turn and not self._open.has_missed_forward
+
+    def _device(self) -> torch.device:
+        """Returns where the rows of signals lie."""
+        return next(iter(self._observer.meter.rows_on))
+
+    def _take_up_late(self) -> None:
+        """Follows the model now that the step before has its update and loss, and nothing of this one is measured."""
+        if self._are_adds_new and self._open.n_backwards == 0 and self._open.measured is None:
+            self._open.has_missed_forward = True
+            self.take_up()
+
+    def _observe_new_adds(self) -> None:
+        self._are_adds_new = False
+        self._stop_signals()
+        self.history.archive()
+        self._choice.choose()
+        self.history.signals = self._choice.table
+        self._restart()
+        self._signal_observer = self._choice.observe(self._device(), self._fence)
+        self.coverage.follow_signals(self._signal_observer, self._choice.unobserved)
+        self._set_enabled()
+
+    def _stop_signals(self) -> None:
+        if self._signal_observer is not None:
+            self._signal_observer.remove()
+            self._signal_observer = None
 
     def _set_enabled(self) -> None:
         if self._signal_observer is not None and not self._is_released:
@@ -572,16 +612,25 @@ class StepRecorder:
 
     def _provenance(self, optimizer: torch.optim.Optimizer | None, scale: LossScale | None) -> Provenance:
         opened = self._open
-        if scale is None and optimizer is None and self._has_unknown_scaler is None:
-            self._has_unknown_scaler = any_in_use()
-            if self._has_unknown_scaler:
-                self.coverage.note_unknown_scaler(opened.number)
-        is_unknown = opened.is_partly_unscaled or (scale is None and optimizer is None and self._has_unknown_scaler)
+        has_unknown_scaler = scale is None and optimizer is None and any_in_use()
+        if has_unknown_scaler:
+            self.coverage.note_unknown_scaler(opened.number)
+        is_unknown = opened.is_partly_unscaled or has_unknown_scaler
         return Provenance(
             "unknown" if is_unknown else "unscaled",
             self._observer.reduction(opened.is_averaged),
             opened.state,
         )
+
+    def _may_be_unscaled_since(self) -> bool:
+        """Returns whether a gradient scaler may have written to the gradients since they were measured, unseen."""
+        opened = self._open
+        if opened.is_stepped_by_others:
+            return True
+        if not opened.scales:
+            return any_in_use()
+        has_ended = any(scale.was_updated() for scale in opened.scales)
+        return has_ended or (any(opened.unscaled(self.boundaries.optimizers)) and not opened.is_unscaled)
 
     def _take_back(self) -> None:
         """Makes the steps that the user has closed last part of the open one: their gradients accumulated."""

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.running import RunningDiagnosis
 from gradprobe.errors import warn_user
 from gradprobe.log.writer import RunWriter
 from gradprobe.probe.history import History, Newest
@@ -74,10 +73,11 @@ class Stream:
         self._writer = writer
         self._folder = None if writer is None else writer.folder
         self._feeds = [Feed(sink, about, opened=_close_all_at_exit) for sink in sinks]
-        self._running: RunningDiagnosis | None = RunningDiagnosis()
+        self._history.is_judged_elsewhere = True
         self._told: set[str] = set()  # titles of findings
         self._pending: list[Snapshot] = []  # for the writer
         self._newest = -1
+        self._is_judging = True
         self._is_unjudged = self._has_warned_of_loss = self._is_callback_off = False
         self._next_store = self._next_judging = 0.0
         self._wake = threading.Event()
@@ -130,6 +130,7 @@ class Stream:
     def leave_to_parent(self) -> None:
         """Called in a forked process: its parent goes on writing."""
         self._history.renew_lock()
+        self._history.is_judged_elsewhere = False
 
     def _work(self) -> None:
         try:
@@ -164,6 +165,7 @@ class Stream:
             for snapshot in batch:
                 self._take_one(snapshot)
             n_taken += len(batch)
+            self._judge()
             if self._cursor.n_lost > 0 and not self._has_warned_of_loss:
                 self._has_warned_of_loss = True
                 warn_user(
@@ -182,19 +184,14 @@ class Stream:
             self._pending.append(snapshot)
             if len(self._pending) >= _MOST_PENDING:
                 self._store()
-        if self._running is not None:
-            try:
-                self._running.take(snapshot)
-                self._is_unjudged = True
-            except Exception as error:  # noqa: BLE001
-                self._stop_judging(error)
+        self._is_unjudged = self._is_judging
 
     def _serve(self, is_wanted: bool) -> None:
         """Stores and judges what was taken, if it is time or it is wanted now."""
         if self._pending and (is_wanted or time.monotonic() >= self._next_store):
             self._store()
         if self._is_unjudged and (is_wanted or time.monotonic() >= self._next_judging):
-            self._judge()
+            self._look_for_findings(is_wanted)
 
     def _store(self) -> None:
         pending, self._pending = self._pending, []
@@ -212,12 +209,18 @@ class Stream:
         self._next_store = end + min(max(_STORE_EVERY_S, _IDLE * (end - start)), _STORE_AT_LEAST_EVERY_S)
 
     def _judge(self) -> None:
-        self._is_unjudged = False
-        start = time.monotonic()
-        if self._running is None:
+        if not self._is_judging:
             return
         try:
-            found = self._running.read()
+            self._history.judge()
+        except Exception as error:  # noqa: BLE001, only with strict=True
+            self._stop_judging(error)
+
+    def _look_for_findings(self, is_wanted: bool) -> None:
+        self._is_unjudged = False
+        start = time.monotonic()
+        try:
+            found = self._history.diagnosis(wait=is_wanted)
         except Exception as error:  # noqa: BLE001
             self._stop_judging(error)
             return
@@ -247,17 +250,18 @@ class Stream:
     def _stop_writing(self, error: Exception, what: str) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            writer.close()
+            writer.close(_described(error))
         warn_user(
             f"the log in {self._folder} is switched off; the training goes on. {_described(error)}. In this run, {what}"
         )
 
     def _stop_judging(self, error: Exception) -> None:
-        self._running = None
+        self._is_judging = self._history.is_judged_elsewhere = False
         warn_user(f"findings are no longer looked for; the training goes on. {_described(error)}")
 
     def _end(self) -> None:
         self._history.forget_reader(self._cursor)
+        self._history.is_judged_elsewhere = False
         if self._writer is not None:
             try:
                 if self._cursor.n_lost > 0:

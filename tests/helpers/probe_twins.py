@@ -22,6 +22,7 @@ from gradprobe.nn import ResidualAdd
 Kind = Literal["plain", "residual", "tied", "conv", "mixed"]
 KINDS: tuple[Kind, ...] = ("plain", "residual", "tied", "conv", "mixed")
 Gradients = dict[str, torch.Tensor]
+Version = tuple[int, int] | None  # identity and version of a gradient
 
 _WIDTH = 4
 
@@ -171,9 +172,14 @@ def gradients_of(module: nn.Module) -> Gradients:
     }
 
 
-def versions_of(module: nn.Module) -> list[tuple[int, int] | None]:
+def versions_of(module: nn.Module) -> list[Version]:
     """Identifies the gradients of a module as they are now."""
     return [None if p.grad is None else (id(p.grad), p.grad._version) for p in module.parameters()]
+
+
+def named_versions_of(module: nn.Module) -> dict[str, Version]:
+    """The same by the parameters' names."""
+    return dict(zip((name for name, _ in module.named_parameters()), versions_of(module), strict=True))
 
 
 def _bits(tensor: torch.Tensor | None) -> object:
@@ -224,6 +230,8 @@ class Expected:
         given_scale: The loss scale that `given` carries.
         is_exact: The probe has no excuse to measure anything but `at_end`.
         is_skipped: The scaler skips the step; None if unknown.
+        is_written_unseen: Something wrote to the gradients before `when="step"` measured them; whether it changed them,
+            nobody can tell.
     """
 
     at_end: Gradients | None
@@ -232,6 +240,7 @@ class Expected:
     given_scale: float
     is_exact: bool
     is_skipped: bool | None
+    is_written_unseen: bool = False
 
     def check(self, snapshot: gradprobe.Snapshot) -> None:
         """Compares a snapshot with the truth."""
@@ -260,7 +269,7 @@ class Expected:
                 assert self._holds(snapshot, self.given, self.given_scale * factor, rounds=True), (
                     f"not clipped by {factor}: {self._difference(snapshot)}"
                 )
-        if is_changed == "not" and not self._are_uncountable(self.given):
+        if is_changed == "not" and not self.is_written_unseen and not self._are_uncountable(self.given):
             assert state == "raw", f"called {state}, and nothing changed the gradients"
 
     def _are_uncountable(self, gradients: Gradients) -> bool:
@@ -315,6 +324,7 @@ class Watch:
         options: Those of `attach`.
         given: Positions of the optimizers given to `attach`.
         at_end: Gradients at the end of the newest backward pass of the open step.
+        versions: Their versions, by name.
         scale: The loss scale that these carry.
         n_backwards: Backward passes of the open step.
         n_before: Those of the step before.
@@ -335,6 +345,7 @@ class Watch:
     options: dict[str, Any]
     given: tuple[int, ...]
     at_end: Gradients | None = None
+    versions: dict[str, Version] = field(default_factory=dict)
     scale: float = 1.0
     n_backwards: int = 0
     n_before: int = 1
@@ -357,6 +368,7 @@ class Watch:
     def end_backward(self, module: nn.Module, has_failed: bool, scale: float) -> None:
         """Notes a backward pass that reached the observed module."""
         self.at_end = None if has_failed else gradients_of(module)
+        self.versions = named_versions_of(module)
         self.scale = scale
         self.is_murky |= has_failed
         self.has_failed = has_failed
@@ -380,8 +392,15 @@ class Watch:
         """Notes that the optimizers given to `attach` are gone."""
         self.given = (-1,) if self.given else ()
 
-    def close(self, given: Gradients | None, given_scale: float, is_skipped: bool | None, number: int) -> None:
-        """Notes the end of a step."""
+    def close(
+        self,
+        given: Gradients | None,
+        given_scale: float,
+        is_skipped: bool | None,
+        number: int,
+        is_written: bool = False,
+    ) -> None:
+        """Notes the end of a step; `is_written`: the gradients were written to since the backward pass."""
         frozen = self.probe._recorder._observer.frozen  # these may hold gradients from before, which nobody observes
         self.at_end, given = _without(self.at_end, frozen), _without(given, frozen)
         if number % self.options["every"] == 0 and not self.pauses and not self.is_scale_unknown:
@@ -394,7 +413,10 @@ class Watch:
                 given = None  # nobody looks at the gradients after that
             if self.is_murky or self.at_end is None:
                 given, is_exact = (given, False) if not self.is_murky else (None, False)
-            self.expected[number] = Expected(self.at_end, given, self.scale, given_scale, is_exact, is_skipped)
+            is_written_unseen = is_written and self.options["when"] == "step"
+            self.expected[number] = Expected(
+                self.at_end, given, self.scale, given_scale, is_exact, is_skipped, is_written_unseen
+            )
         self.start_step()
 
     def read(self) -> None:

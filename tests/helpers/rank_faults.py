@@ -234,7 +234,7 @@ def differing_replicas(rank: int, n_ranks: int) -> list[str]:
             optimizer.zero_grad()
             backward(layout, part, step)
             optimizer.step()
-        return [f"{finding.rule}: {finding}" for finding in probe.findings()]
+        return [f"{finding.rule}: {', '.join(finding.sites)}" for finding in probe.findings()]
 
 
 def healthy(layout: str, rank: int, n_ranks: int) -> Summary:

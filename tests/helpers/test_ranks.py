@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 from helpers.rank_cases import first_raises, last_dies, sums
 from helpers.ranks import run_ranks
 
 
+@pytest.mark.soak
 def test_a_case_that_fails_does_not_take_the_others_with_it(tmp_path: Path) -> None:
     cases = {"before": sums, "raises": first_raises, "after": sums, "dies": last_dies, "after it": sums}
     found = run_ranks(2, cases, tmp_path, limit_s=120)

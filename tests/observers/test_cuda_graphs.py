@@ -230,4 +230,4 @@ def test_a_nan_in_a_replay_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         graph.replay()
         training.probe.step()
     first = str(training.probe.first_nonfinite())
-    assert first == "step 2, forward: 8 of 40 values are not finite in the output of 0"
+    assert first == "step 2, forward: 8 of 40 values are not finite in the output of '0'"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
+import torch._dynamo  # as torch's optimizers do: hooks are removed only then
 from helpers.signal_cases import net
 from torch import nn
 
@@ -114,3 +118,26 @@ class TestCompiled:
         for snapshot in probe.history():
             assert list(snapshot.activations) == ["0", "1.branch"]
             assert all(activation.gradient is not None for activation in snapshot.activations.values())
+
+    def test_dynamo_is_imported_only_when_a_model_is_compiled(self) -> None:
+        script = """
+            import sys, torch, gradprobe
+            from torch import nn
+            model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+            def step(module):
+                module(torch.ones(2, 3)).sum().backward()
+                probe.step()
+            probe = gradprobe.attach(model, activations=True, every=2)
+            step(model)
+            assert "torch._dynamo" not in sys.modules
+            compiled = torch.compile(model, backend="aot_eager")
+            for _ in range(4):
+                step(compiled)  # the first of them is not measured
+            for snapshot in probe.history():
+                assert list(snapshot.activations) == ["0", "1"], snapshot.step
+                assert all(activation.gradient is not None for activation in snapshot.activations.values())
+            assert len(probe.history()) == 3
+            assert all(module._forward_hooks for module in model)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -75,8 +75,8 @@ def of_module(target: object, name: str) -> Callable[[pytest.MonkeyPatch], None]
 
 JOIN = "the residual add 1.join"
 FAULTS = {
-    "output": Fault(in_write("output"), ["1.branch", "2"], ["1.join"], ["the output of 0"]),
-    "gradient": Fault(in_write("gradient"), ["0", "1.branch", "2"], ["1.join"], ["the gradient at the output of 0"]),
+    "output": Fault(in_write("output"), ["1.branch", "2"], ["1.join"], ["the output of '0'"]),
+    "gradient": Fault(in_write("gradient"), ["0", "1.branch", "2"], ["1.join"], ["the gradient at the output of '0'"]),
     "sum": Fault(of_module(junctions, "RESIDUAL_ADD_STATS"), ["0", "1.branch", "2"], [], [JOIN]),
     "gradient of the sum": Fault(
         of_module(junctions, "RESIDUAL_ADD_BACKWARD_STATS"), ["0", "1.branch", "2"], [], [JOIN]
@@ -174,7 +174,7 @@ def test_a_tensor_that_the_kernels_have_no_memory_for() -> None:
         assert names_of(observed.close()) == (["0", "1.branch", "3"], ["1.join"])
     assert same_weights(model, bare)
     assert observed.observer.unmeasured() == ("2",)
-    assert list(observed.fence.failures) == ["the output of 2, the gradient at the output of 2"]
+    assert list(observed.fence.failures) == ["the output of '2', the gradient at the output of '2'"]
     assert len(observed.messages) == 1
 
 
@@ -208,7 +208,7 @@ def test_a_fault_in_the_python_part_of_a_native_hook(monkeypatch: pytest.MonkeyP
         step(bare, k), step(model, k)
         observed.close()
     assert same_weights(model, bare)
-    assert list(observed.fence.failures) == ["the gradient at the output of 2"]
+    assert list(observed.fence.failures) == ["the gradient at the output of '2'"]
 
 
 @needs_native
@@ -262,7 +262,7 @@ def test_a_hundred_modules_that_fail_alike_are_reported_once(monkeypatch: pytest
         assert names_of(observed.close()) == ([], [])
         assert len(observed.observer.unmeasured()) == 99 + k
     assert len(observed.messages) == 1
-    assert "the output of 0" in observed.messages[0]
+    assert "the output of '0'" in observed.messages[0]
     assert "more failed" in observed.messages[0]
     assert any("99.layer" in part for part in observed.fence.failures)
 

@@ -176,7 +176,15 @@ class TestBadInput:
             gradprobe.attach(model, **arguments)  # type: ignore[arg-type]
         gradprobe.attach(model).detach()  # a refused attach leaves nothing behind
 
-    @pytest.mark.parametrize("place", ["CoverageLog", "StepBoundaries", "SignalObserver", "History.restart"])
+    @pytest.mark.parametrize(
+        "place",
+        [
+            "step_recorder.CoverageLog",
+            "step_recorder.StepBoundaries",
+            "signal_choice.SignalObserver",
+            "step_recorder.History.restart",
+        ],
+    )
     def test_an_attach_that_fails_leaves_nothing_behind(self, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
         model = nn.Sequential(nn.Linear(2, 2), gradprobe.networks.resnet(8))
 
@@ -186,7 +194,7 @@ class TestBadInput:
         registries = [module_registries._global_parameter_registration_hooks, optimizers._global_optimizer_pre_hooks]
         before = [dict(registry) for registry in registries]
         with monkeypatch.context() as patch:
-            patch.setattr(f"gradprobe.probe.step_recorder.{place}", fail)
+            patch.setattr(f"gradprobe.probe.{place}", fail)
             with pytest.raises(MemoryError, match="planted"):
                 gradprobe.attach(model, activations=True)
         assert [dict(registry) for registry in registries] == before

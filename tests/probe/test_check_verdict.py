@@ -115,7 +115,7 @@ def test_a_frozen_zero_is_no_start() -> None:
     model.get_parameter("2.weight").requires_grad_(False)
     report = check(model)
     assert report.verdict == "vanishing"
-    assert "no gradient at all reaches the output of 0" in report.findings[0].message
+    assert "no gradient at all reaches the output of '0'" in report.findings[0].message
 
 
 def test_zeros_that_no_step_opens_are_a_fault() -> None:
@@ -197,7 +197,7 @@ def test_the_finding_says_where_the_gradient_is_lost() -> None:
     torch.manual_seed(0)
     report = check(mlp(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), Damped(), nn.Linear(32, 32), nn.ReLU()))
     assert report.verdict == "vanishing"
-    assert "most of it between the output of 5 and the output of 6" in report.findings[0].message
+    assert "most of it between the output of '5' and the output of '6'" in report.findings[0].message
     assert {"0.weight", "2.weight", "4.weight"} <= set(report.findings[0].sites)
     assert "8.weight" not in report.findings[0].sites
 
@@ -207,7 +207,7 @@ def test_dead_units_let_no_gradient_through() -> None:
     nn.init.constant_(model.get_parameter("2.bias"), -99.0)
     report = check(model, torch.rand(8, 4))
     (finding,) = [one for one in report.findings if one.rule == "vanishing"]
-    assert "no gradient at all reaches the output of 0: it is exactly zero there" in finding.message
+    assert "no gradient at all reaches the output of '0': it is exactly zero there" in finding.message
     assert "inf" not in finding.message
     assert finding.sites[0] == "0.weight"
 

@@ -65,11 +65,12 @@ class TestScalers:
         assert clipped.clip_factor == pytest.approx(0.01 / total, rel=1e-4)
         assert clipped.total_norm == pytest.approx(total, rel=1e-6)
 
-    def test_the_probes_own_clipping_after_unscaling(self, any_hooks: str) -> None:
+    @pytest.mark.parametrize("given", [True, False])
+    def test_the_probes_own_clipping_after_unscaling(self, given: bool, any_hooks: str) -> None:
         model, twin = mlp(), mlp()
         optimizer = sgd(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        with gradprobe.attach(model, grad_scaler=scaler, strict=True) as probe:
+        with gradprobe.attach(model, grad_scaler=scaler if given else None, strict=True) as probe:
             scaler.scale(loss_of(model)).backward()
             scaler.unscale_(optimizer)
             total = probe.clip_grad_norm_(0.01)
@@ -81,6 +82,39 @@ class TestScalers:
         snapshot = probe.latest()
         assert snapshot.total_norm == pytest.approx(total.item(), rel=1e-6)
         assert snapshot.clip_factor == pytest.approx(0.01 / total.item(), rel=1e-4)
+
+    @pytest.mark.parametrize("is_made_first", [True, False])
+    def test_clipping_with_a_scaler_that_comes_into_use_later(self, is_made_first: bool, any_hooks: str) -> None:
+        model = mlp()
+        optimizer = sgd(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if is_made_first else None
+        with gradprobe.attach(model, strict=True) as probe:
+            loss_of(model).backward()
+            probe.clip_grad_norm_(1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+            scaler = scaler or torch.amp.GradScaler("cpu", init_scale=1024.0)
+            scaler.scale(loss_of(model)).backward()
+            scaler.unscale_(optimizer)
+            expected = math.hypot(*true_norms(model).values())
+            assert probe.clip_grad_norm_(1e-3).item() == pytest.approx(expected, rel=1e-5)
+            assert math.hypot(*true_norms(model).values()) == pytest.approx(1e-3, rel=1e-3)
+
+    @pytest.mark.parametrize("given", [True, False])
+    @pytest.mark.parametrize("updates", [True, False])
+    def test_clipping_after_the_step_of_an_optimizer_that_was_not_given(
+        self, given: bool, updates: bool, any_hooks: str
+    ) -> None:
+        model = mlp()
+        old, new = sgd(model), sgd(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        with gradprobe.attach(model, optimizer=old, grad_scaler=scaler if given else None, strict=True) as probe:
+            scaler.scale(loss_of(model)).backward()
+            scaler.step(new)
+            if updates:
+                scaler.update()
+            expected = math.hypot(*true_norms(model).values())
+            assert probe.clip_grad_norm_(1e-3).item() == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("loss_first", [True, False])
     @pytest.mark.parametrize("activations", [True, False])

@@ -17,11 +17,13 @@ from helpers.probe_twins import (
     Gradients,
     Kind,
     Twin,
+    Version,
     Watch,
     Wrapped,
     deep_copied,
     gradients_of,
     in_thread,
+    named_versions_of,
     parametrized,
     pickled,
     versions_of,
@@ -43,7 +45,7 @@ import gradprobe
 from gradprobe.ops import libraries
 from gradprobe.probe import step_recorder
 
-N_EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "2000" if os.environ.get("CI") else "300"))
+N_EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "2000" if os.environ.get("CI") else "100"))
 SEED = int(os.environ.get("STATEFUL_SEED", "0"))
 
 SEEDS = st.integers(0, 7)
@@ -77,6 +79,7 @@ class Training(RuleBasedStateMachine):
         super().__init__()
         self.watches: list[Watch] = []
         self.given: dict[int, Gradients] = {}  # what the bare optimizers got last, by position
+        self.given_versions: dict[str, Version] = {}  # of the gradients at the last step of a bare optimizer
         self.native_hooks, self.any_in_use = libraries.native_hooks, step_recorder.any_in_use
         step_recorder.any_in_use = lambda: False  # it searches the whole heap
         self.handle = register_optimizer_step_pre_hook(self._note_given)
@@ -318,18 +321,7 @@ class Training(RuleBasedStateMachine):
     @rule(which=SEEDS, loss=st.sampled_from([None, 0.5, "tensor"]))
     def step_of_probe(self, which: int, loss: Any) -> None:
         alive = [watch for watch in self.watches if not watch.is_gone]
-        watch = alive[which % len(alive)]
-        number, module = watch.number, self.bare.model.get_submodule(watch.path)
-        given = gradients_of(module)
-        # gradients of an earlier backward pass: nobody knows whether its loss was scaled
-        watch.is_scale_unknown |= watch.at_end is None and self.bare.scaler._scale is not None
-        watch.probe.step(torch.tensor(0.25) if loss == "tensor" else loss)
-        if watch.number == number + 1 and not watch.has_stepped and watch.n_skipped == 0:
-            watch.close(given, watch.scale, None, number)
-        elif watch.number != number:
-            watch.start_step()
-            watch.forget()
-        watch.closed_by_user = True
+        self._step_of_probe(alive[which % len(alive)], loss)
 
     @rule(
         start=SEEDS,
@@ -349,13 +341,19 @@ class Training(RuleBasedStateMachine):
         if loss:
             for watch in self.watches:
                 if not watch.is_gone:
-                    watch.probe.step(0.5)
+                    self._step_of_probe(watch, 0.5)
 
     # ------------------------------------------------------------------ the model changes
 
     @rule(dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]))
     def cast(self, dtype: torch.dtype) -> None:
-        self._change(lambda twin: twin.model.to(dtype))
+        def act(twin: Twin) -> None:
+            twin.model.to(dtype)
+            for parameter in twin.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1.0)  # a cast back and forth rounds the gradients and leaves no trace
+
+        self._change(act)
 
     @rule(which=SEEDS, trains=st.booleans())
     def freeze(self, which: int, trains: bool) -> None:
@@ -493,6 +491,7 @@ class Training(RuleBasedStateMachine):
     def _note_given(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if any(optimizer is mine for mine in self.bare.optimizers):
             self.given[self.bare.optimizers.index(optimizer)] = gradients_of(self.bare.model)
+            self.given_versions = named_versions_of(self.bare.model)
 
     def _step(
         self, k: int, action: Callable[[Twin], Any], *, has_closure: bool = False, is_scaled: bool = False
@@ -537,7 +536,21 @@ class Training(RuleBasedStateMachine):
                 watch.is_scale_unknown = True
             if given is not None:
                 given = {name: given[prefix + name] for name in names if prefix + name in given}
-            watch.close(given, 1.0, None if is_scaled else False, watch.number - 1)
+            is_written = any(watch.versions.get(name) != self.given_versions.get(prefix + name) for name in names)
+            watch.close(given, 1.0, None if is_scaled else False, watch.number - 1, is_written)
+
+    def _step_of_probe(self, watch: Watch, loss: Any) -> None:
+        number, module = watch.number, self.bare.model.get_submodule(watch.path)
+        given = gradients_of(module)
+        # gradients of an earlier backward pass: nobody knows whether its loss was scaled
+        watch.is_scale_unknown |= watch.at_end is None and self.bare.scaler._scale is not None
+        watch.probe.step(torch.tensor(0.25) if loss == "tensor" else loss)
+        if watch.number == number + 1 and not watch.has_stepped and watch.n_skipped == 0:
+            watch.close(given, watch.scale, None, number)
+        elif watch.number != number:
+            watch.start_step()
+            watch.forget()
+        watch.closed_by_user = True
 
     def _change(self, action: Callable[[Twin], Any], rebuilds: bool = False) -> None:
         self.both(action)

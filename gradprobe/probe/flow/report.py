@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gradprobe.diagnosis.diagnose import Verdict
-from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.finding import Finding, card
 from gradprobe.errors import printable
 from gradprobe.probe.flow.trunk import TrunkPoint
 from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.text.markup import BROKEN, HEALTHY, Cells, form, grid, log_bars, paragraph
+from gradprobe.text.words import counted
 
 BAR_WIDTH = 24
 # Longest name, and longest message with names in it, that the table shows in full.
@@ -116,6 +118,21 @@ class FlowReport:
             yield Text(f"  {printable(finding.message, MESSAGE_WIDTH)} (rule: {finding.source})")
         for note in self.notes:
             yield Text(f"note: {printable(note, MESSAGE_WIDTH)}")
+
+    def __repr__(self) -> str:
+        return f"FlowReport({self.model}: {self.verdict}, {counted(len(self.layers), 'parameter')})"
+
+    def _repr_html_(self) -> str:
+        bars = log_bars([layer.rms for layer in self.layers])
+        rows: list[Cells] = [
+            [layer.name, layer.depth, layer.norm, layer.rms, bar, layer.status]
+            for layer, bar in zip(self.layers, bars, strict=True)
+        ]
+        parts = [grid(("gradient of", "depth", "norm", "rms", "log scale", "status"), rows)]
+        parts += [paragraph(f"{note}.", "Note:") for note in self.notes]
+        colour = HEALTHY if self.verdict == "healthy" else BROKEN
+        cards = [card(finding) for finding in self.findings]
+        return form(f"Gradient flow through {printable(self.model, NAME_WIDTH)}: {self.verdict}", cards + parts, colour)
 
     def __str__(self) -> str:
         console = Console(width=120, color_system=None, force_terminal=False)

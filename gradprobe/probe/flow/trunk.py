@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from gradprobe.observers.observable import in_transform, measurable_part, tensors_in
+from gradprobe.observers.observable import measurable_part, tensors_in
 from gradprobe.ops import grad_stats, norms
+from gradprobe.ops.transforms import in_transform
 from gradprobe.probe.flow.graph import LossGraph
 
 _LEAST = 2  # points that a trunk needs

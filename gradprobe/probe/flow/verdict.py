@@ -12,6 +12,7 @@ from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.gradients import EXPLODING, VANISHING
 from gradprobe.probe.flow.trunk import TrunkPoint
 from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.text.words import quoted
 
 # Ratios of the sensitivity at the start of a trunk to that at its end. A gradient that vanishes is lost; one that grows
 # moderately is scaled by Adam or clipped, so its limit is wider.
@@ -105,7 +106,7 @@ def _largest_step(trunk: Sequence[TrunkPoint]) -> str:
 
 
 def _name(point: TrunkPoint) -> str:
-    return f"the output of {point.module}" if point.module else "the output"
+    return f"the output of {quoted(point.module)}" if point.module else "the output"
 
 
 def _role(site: str, snapshot: Snapshot) -> tuple[str, bool]:
