@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
 
 _STUCK = ("saturation", "dead ReLU")  # activations that pass no gradient
 _DEAD = ("dying", "silent parameter")
@@ -66,18 +67,19 @@ _EXPLAINS: dict[str, tuple[str, ...]] = {
 }
 
 
-def causes_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+def causes_first(findings: Sequence[Finding], limits: Thresholds = DEFAULTS) -> tuple[Finding, ...]:
     """Names for each finding the one that explains it, and puts it behind that one.
 
     Args:
         findings: At most one per rule, the most severe first.
+        limits: Limits that they were found with.
 
     Returns:
         The same, each with `follows` set. Those that nothing explains keep their order; each is followed by those that
         it explains.
     """
     by_title = {finding.title: finding for finding in findings}
-    root = {title: _root(title, by_title) for title in by_title}
+    root = {title: _root(title, by_title, limits) for title in by_title}
     ordered: list[Finding] = []
     for finding in findings:
         if root[finding.title] == finding.title:
@@ -90,16 +92,19 @@ def causes_first(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(ordered)
 
 
-def _root(title: str, found: dict[str, Finding]) -> str:
+def _root(title: str, found: dict[str, Finding], limits: Thresholds) -> str:
     for cause, symptoms in _EXPLAINS.items():
-        if cause in found and title in symptoms and _is_in_time(found[cause], found[title]):
-            return _root(cause, found)
+        if cause in found and title in symptoms and _is_in_time(found[cause], found[title], limits):
+            return _root(cause, found, limits)
     return title
 
 
-def _is_in_time(cause: Finding, symptom: Finding) -> bool:
-    """A loss that blows up makes gradients infinite and the reverse: the first of the two is the cause."""
-    if cause.steps[0] > symptom.steps[1]:
+def _is_in_time(cause: Finding, symptom: Finding, limits: Thresholds) -> bool:
+    """Whether a cause may have come before its symptom, given that a lasting fault dates from the start of a window.
+
+    A loss that blows up makes gradients infinite and the reverse: the first of the two is the cause.
+    """
+    if cause.steps[0] > min(symptom.steps[1], symptom.steps[0] + limits.n_recent):
         return False
     if cause.title == "loss blow-up" and symptom.title == "non-finite":
         return cause.steps[0] < symptom.steps[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.diagnosis.thresholds import DEFAULTS, Thresholds
-from gradprobe.diagnosis.trend import Trend, fit_trend, fit_trends
+from gradprobe.diagnosis.trend import Trend, fit_trend, fit_trends, rises
 from gradprobe.snapshot.records import FloatArray, IntArray
 from gradprobe.snapshot.snapshot import SiteTable, Snapshot
 
@@ -58,11 +59,14 @@ def flow_verdicts(norms: FloatArray, thresholds: Thresholds = DEFAULTS) -> list[
     """
     ends = _ends_verdicts(norms, thresholds)  # [T]
     if _is_deep(norms.shape[1], thresholds):
+        least = math.log(min(thresholds.exploding_ratio, 1 / thresholds.vanishing_ratio))
         with np.errstate(divide="ignore", invalid="ignore"):
-            lines = fit_trends(np.log(norms[:, 1:-1]))
+            logs = np.log(norms[:, 1:-1])  # [T, L]
+            steep = np.flatnonzero((ends == _HEALTHY) & (np.abs(rises(logs)) > least))  # most are not
+            lines = fit_trends(logs[steep])
             is_slope = np.abs(np.log(lines.factor)) * lines.factor > thresholds.slope_errors * lines.std_error
             is_slope &= np.isfinite(lines.first) & np.isfinite(lines.last)  # a line may leave the range of floats
-        ends = np.where((ends == _HEALTHY) & is_slope, _statuses(lines.first, lines.last, thresholds), ends)
+        ends[steep[is_slope]] = _statuses(lines.first, lines.last, thresholds)[is_slope]
     ends = np.where(np.isfinite(norms).all(axis=1), ends, _NON_FINITE)
     return [_FLOWS[code] for code in ends.tolist()]
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from gradprobe.diagnosis.finding import Finding
+from gradprobe.diagnosis.finding import NOTE_WIDTH, Finding, card, note
+from gradprobe.text.markup import BROKEN, HEALTHY, UNKNOWN, folded, form, paragraph, points
+from gradprobe.text.words import counted
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-_WIDTH = 100  # characters
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,56 +90,68 @@ class Diagnosis(Sequence[Finding]):
             "note": self.note,
         }
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+    @property
+    def roots(self) -> tuple[Finding, ...]:
+        """The findings that no other finding explains."""
+        return tuple(finding for finding in self.findings if not finding.follows)
 
-    def _lines(self) -> Iterator[str]:
+    @property
+    def headline(self) -> str:
+        """What was found, in how many steps, as one or two sentences."""
         if self.n_steps == 0 and not self.findings:
-            yield f"No gradient was measured, so nothing is known{f': {self.note}' if self.note else ''}."
-            return
-        steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
+            return f"No gradient was measured, so nothing is known{f': {self.note}' if self.note else ''}."
         n_rules = len(self.judged) + len(self.unjudged)
         rules = f", {len(self.judged)} of {n_rules} rules judged" if self.unjudged else ""
-        roots = [finding for finding in self.findings if not finding.follows]
-        if roots:
-            faults = "1 fault" if len(roots) == 1 else f"{len(roots)} faults, the most severe first"
-            yield f"{faults}. {steps}{rules}."
-        elif self.healthy:
-            yield f"No fault in {steps}{rules}."
-        else:
-            yield f"No fault so far, but too little was seen to call it healthy: {steps}{rules}."
-        for number, finding in enumerate(roots, start=1):
-            yield from ("", f"{number}. {finding.title}: {finding.meaning}")
-            yield from _wrapped(finding.message[:1].upper() + finding.message[1:] + ".")
-            yield from _wrapped(f"Usual cause: {finding.cause}.")
-            yield from _wrapped(f"Try first: {finding.remedies[0]}.")
-            symptoms = [other for other in self.findings if other.follows == finding.title]
-            if symptoms:
-                yield "   It explains:"
-                for other in symptoms:
-                    text = f"- {other.title}, {_steps(other)}: {other.meaning}"
-                    yield from textwrap.wrap(text, _WIDTH, initial_indent="   ", subsequent_indent="     ")
-            yield from _wrapped(f"More: gradprobe explain {_quoted(finding.rule)}")
-        needs: dict[str, list[str]] = {}
+        seen = f"{counted(self.n_steps, 'step')}{rules}"
+        n_faults = len(self.roots)
+        if n_faults:
+            return f"{counted(n_faults, 'fault')} in {seen}.{' The most severe comes first.' * (n_faults > 1)}"
+        if self.healthy:
+            return f"No fault in {seen}."
+        return f"No fault so far, but too little was seen to call it healthy: {seen}."
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """What the rules that could not be judged need, and their titles."""
+        found: dict[str, tuple[str, ...]] = {}
         for rule, need in self.unjudged.items():
-            needs.setdefault(need, []).append(rule)
-        if needs:
+            found[need] = (*found.get(need, ()), rule)
+        return found
+
+    def symptoms_of(self, finding: Finding) -> tuple[Finding, ...]:
+        """Returns the findings that one explains.
+
+        Args:
+            finding: The one.
+        """
+        return tuple(other for other in self.findings if other.follows == finding.title)
+
+    def __repr__(self) -> str:
+        named = f": {', '.join(finding.title for finding in self.roots)}" if self.findings else ""
+        state = {True: "healthy", False: counted(len(self.roots), "fault"), None: "not judged"}[self.healthy]
+        return f"Diagnosis({state} in {counted(self.n_steps, 'step')}{named})"
+
+    def _repr_html_(self) -> str:
+        colour = {True: HEALTHY, False: BROKEN, None: UNKNOWN}[self.healthy]
+        parts = [card(finding, f"{k}. ", self.symptoms_of(finding)) for k, finding in enumerate(self.roots, start=1)]
+        if self.unjudged:
+            texts = [f"without {need}: {', '.join(rules)}" for need, rules in self.needs.items()]
+            parts.append(folded(f"{counted(len(self.unjudged), 'rule')} not judged", [points(texts)]))
+        if self.note and self.n_steps:
+            parts.append(paragraph(f"{self.note}.", "Note:"))
+        return form(self.headline, parts, colour)
+
+    def _lines(self) -> Iterator[str]:
+        yield self.headline
+        if self.n_steps == 0 and not self.findings:
+            return
+        for number, finding in enumerate(self.roots, start=1):
             yield ""
-        for need, unjudged in needs.items():
-            text = f"Not judged without {need}: {', '.join(unjudged)}."
-            yield from textwrap.wrap(text, _WIDTH, subsequent_indent="  ")
+            yield from note(finding, f"{number}. ", self.symptoms_of(finding))
+        if self.unjudged:
+            yield ""
+        for need, rules in self.needs.items():
+            text = f"Not judged without {need}: {', '.join(rules)}."
+            yield from textwrap.wrap(text, NOTE_WIDTH, subsequent_indent="  ")
         if self.note:
-            yield from textwrap.wrap(f"Note: {self.note}.", _WIDTH, subsequent_indent="  ")
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="   ", subsequent_indent="   ")
-
-
-def _steps(finding: Finding) -> str:
-    first, last = finding.steps
-    return f"step {first}" if first == last else f"steps {first} to {last}"
-
-
-def _quoted(name: str) -> str:
-    return f"'{name}'" if " " in name else name
+            yield from textwrap.wrap(f"Note: {self.note}.", NOTE_WIDTH, subsequent_indent="  ")

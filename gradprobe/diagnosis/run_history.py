@@ -17,7 +17,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
 from gradprobe.snapshot.snapshot import SiteTable, Snapshot
-from gradprobe.snapshot.stats import finish_rows
+from gradprobe.snapshot.stats import finish_rows, total_norms
 
 # Probe.step(loss=...), arguments of attach, what only a sharded model has, what a GAN lacks, and what a layer tells
 Need = Literal[
@@ -64,9 +64,11 @@ class RunHistory:
     n_new: int
 
     def __post_init__(self) -> None:
-        if any(one.table.names != self.snapshots[0].table.names for one in self.snapshots):
+        table = self.snapshots[0].table
+        if any(one.table is not table and one.table.names != table.names for one in self.snapshots):
             raise ArgumentError("snapshots: needed the history of one probe, got snapshots with different parameters")
-        if any(signals.table != self.observed[0][1].table for _, signals in self.observed):
+        modules = self.observed[0][1].table if self.observed else None
+        if any(signals.table is not modules and signals.table != modules for _, signals in self.observed):
             raise ArgumentError("snapshots: needed the history of one probe, got snapshots with different modules")
         self._continue_course()
 
@@ -170,10 +172,16 @@ class RunHistory:
 
     @property
     def n_classes(self) -> int:
-        """Number of outputs of the last layer, 0 if it is unknown because that layer has no bias."""
+        """Number of outputs of the classifier, 0 if it is unknown.
+
+        That is the size of the last parameter if it is the bias of the last matrix. A transformer whose head has no
+        bias, or shares the embedding's weights, ends with a normalisation behind a matrix of another size.
+        """
+        names = self.table.names
         matrix = max((k for k, ndim in enumerate(self.table.ndims) if ndim > 1), default=-1)
-        bias = self.table.index.get(self.table.names[matrix].removesuffix("weight") + "bias", -1) if matrix >= 0 else -1
-        return 0 if bias < 0 else max(int(one.measured.numels[bias]) for one in self.snapshots)
+        if matrix < 0 or names[-1] != names[matrix].removesuffix("weight") + "bias":
+            return 0
+        return max(int(one.measured.numels[-1]) for one in self.snapshots)
 
     @cached_property
     def has_fallen(self) -> bool:
@@ -222,11 +230,10 @@ class RunHistory:
         new = self.snapshots[first:]
         course.add_losses((one.step, one.loss) for one in new if one.loss is not None)
         if new:
-            norms = _total_norms(np.where(self.present, self.column("norm"), 0.0)[first:])
-            has_gradient = self.present[first:].any(axis=1)
-            norms = np.where(has_gradient, norms, np.nan)
+            present = self.present[first:]
+            norms = total_norms(self.column("norm")[first:], present)
             course.norms.extend((one.step, norm) for one, norm in zip(new, norms.tolist(), strict=True))
-            course.n_steps += int(has_gradient.sum())
+            course.n_steps += int(present.any(axis=1).sum())
 
 
 _GRADIENT_COLUMNS = ("norm", "abs_max", "mean", "zero_fraction", "nonfinite")
@@ -252,13 +259,6 @@ def update_columns(one: Snapshot) -> Columns:
         "ratios": ratios,
         "lost": np.where(has_gradient, moved["zero_fraction"] - gradients["zero_fraction"], np.nan),
     }
-
-
-def _total_norms(norms: FloatArray) -> FloatArray:
-    """Euclidean norm of the gradients of each step, without overflow. [T, K] to [T]."""
-    largest = norms.max(axis=1, initial=0.0)
-    unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-    return np.asarray(unit * np.sqrt(((norms / unit[:, None]) ** 2).sum(axis=1)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

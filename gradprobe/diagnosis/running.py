@@ -83,16 +83,20 @@ class RunningDiagnosis:
     def take(self, snapshot: Snapshot) -> None:
         """Takes the next step of the run, as it will stay; does nothing after `stop`.
 
-        A step with other parameters than the one before starts new windows; findings and losses are kept.
+        A step with other parameters or residual adds than the one before starts new windows; findings and losses are
+        kept.
 
         Args:
             snapshot: The step.
         """
         if self._is_stopped:
             return
-        if self._recent and self._recent[-1].table.names != snapshot.table.names:
+        if self._is_other(snapshot):
             self._judge()
             self._clear()
+        elif self._has_other_residual_adds(snapshot):
+            self._judge()
+            self._observed.clear()
         self._append(snapshot)
         if self._n_new >= self._stride:
             self._judge()
@@ -130,11 +134,22 @@ class RunningDiagnosis:
         twin._observed, twin._updated = self._observed.copy(), self._updated.copy()
         twin._columns, twin._update_columns = self._columns.copy(), self._update_columns.copy()
         if newest is not None and not self._is_stopped:
-            if twin._recent and twin._recent[-1].table.names != newest.table.names:
+            if twin._is_other(newest) or twin._has_other_residual_adds(newest):
                 twin.take(newest)
             else:
                 twin._append(newest)
         return twin._judge()
+
+    def _is_other(self, snapshot: Snapshot) -> bool:
+        """Returns whether a step has other parameters than the one before."""
+        return len(self._recent) > 0 and self._recent[-1].table.names != snapshot.table.names
+
+    def _has_other_residual_adds(self, snapshot: Snapshot) -> bool:
+        """Returns whether the model has got other residual adds."""
+        if snapshot.signals is None or not self._observed:
+            return False
+        before, table = self._observed[-1][1].table, snapshot.signals.table
+        return before is not table and before.junctions != table.junctions
 
     def _clear(self) -> None:
         for steps in (self._recent, self._observed, self._updated, self._columns, self._update_columns):
@@ -160,7 +175,7 @@ class RunningDiagnosis:
         judged = tuple(rule.title for rule in RULES if rule.title in state.judged)
         is_known = course.n_steps >= self._limits.window  # the rules on gradients that need some steps were judged
         healthy = False if findings else (True if is_known else None)
-        return Diagnosis(causes_first(findings), course.n_steps, judged, unjudged, healthy)
+        return Diagnosis(causes_first(findings, self._limits), course.n_steps, judged, unjudged, healthy)
 
     def _apply_rules(self) -> dict[str, str]:
         """Updates the findings; returns the titles of the rules that were never judged, with what they lack."""

@@ -67,8 +67,7 @@ def fit_trends(log_norms: FloatArray) -> Trends:
     n_sets, n_layers = log_norms.shape
     is_usable = np.isfinite(log_norms).all(axis=1) & (n_layers >= 2)  # [T]
     y = np.where(is_usable[:, None], log_norms, 0.0)  # [T, L]
-    towards_input = -np.arange(n_layers, dtype=np.float64)
-    x = towards_input - (towards_input.mean() if n_layers else 0.0)  # [L]
+    x = _positions(n_layers)  # [L]
     n_squares = max(float(x @ x), 1.0)  # 1 below two layers, whose lines are not used
     slopes = y @ x / n_squares  # [T]
     means = y.mean(axis=1) if n_layers else np.zeros(n_sets)
@@ -81,3 +80,19 @@ def fit_trends(log_norms: FloatArray) -> Trends:
         variances = (residuals**2).sum(axis=1) / (n_layers - 2) / n_squares
     found = (factors, factors * np.sqrt(variances), firsts, lasts)
     return Trends(*(np.where(is_usable, each, math.nan) for each in found))
+
+
+def rises(log_norms: FloatArray) -> FloatArray:
+    """Returns by how much each line of `fit_trends` rises from its first layer to its last, NaN if it has no line.
+
+    Args:
+        log_norms: As for `fit_trends`. [T, L]
+    """
+    x = _positions(log_norms.shape[1])  # [L]
+    return np.asarray(log_norms @ x / max(float(x @ x), 1.0) * (x[-1] - x[0]))
+
+
+def _positions(n_layers: int) -> FloatArray:
+    """Returns the layers' positions, counted towards the input from their mean. Shape [L]."""
+    towards_input = -np.arange(n_layers, dtype=np.float64)
+    return towards_input - (towards_input.mean() if n_layers else 0.0)

@@ -38,9 +38,9 @@ class Provenance(NamedTuple):
         reduction: "local" to one process; "averaged" over the processes by DistributedDataParallel; "global": of the
             whole gradient, reduced over the ranks that hold a part; "shard": of this rank's part of it.
         state: "raw": the optimizer got these very gradients; "clipped": it got these times `Snapshot.clip_factor`;
-            "modified": they were changed in another way, or before `when="step"` measured them. At most eight gradients
-            are compared to tell, by norm and largest magnitude; with `when="hook"`, only the probe's own clipping is
-            noticed.
+            "modified": they were changed in another way, or written to before `when="step"` measured them. At most
+            eight gradients are compared to tell, by norm and largest magnitude; with `when="hook"`, only the probe's
+            own clipping is noticed. Assigning to a gradient's `.data` leaves no trace.
     """
 
     scale: Literal["unscaled", "scaled", "unknown"]

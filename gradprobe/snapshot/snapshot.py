@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.snapshot.metrics import Detail, metrics
+from gradprobe.snapshot.notebook import snapshot_form
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
 from gradprobe.snapshot.signals import Activation, Junction, Signals
-from gradprobe.snapshot.stats import SiteStats, finish_rows, site_stats
+from gradprobe.snapshot.stats import SiteStats, finish_rows, site_stats, total_norms
 from gradprobe.snapshot.updates import Update, Updates
+from gradprobe.text.words import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +74,14 @@ class NonFinite:
     numel: int
 
     def __str__(self) -> str:
-        origin = f", sent back by {self.module}" if self.kind == "activation_grad" and self.module else ""
+        origin = f", sent back by {quoted(self.module)}" if self.kind == "activation_grad" and self.module else ""
         count = f"{self.nonfinite} of {self.numel} values are not finite"
         return f"step {self.step}, {self.phase}: {count} in the {self.tensor}{origin}"
 
     @property
     def tensor(self) -> str:
         """The tensor in words, such as "output of layer1"."""
-        return f"{_KIND_PHRASES[self.kind]} {self.site}"
+        return f"{_KIND_PHRASES[self.kind]} {quoted(self.site)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +143,8 @@ class Snapshot:
         `torch.autograd.grad` and of compiled autograd.
         """
         # the other columns may never be asked for
-        norms = finish_rows(self.rows, self.measured.numels, self.scale, ("norm",))["norm"][
-            self.measured.present
-        ]  # [K']
-        if not len(norms):
-            return math.nan
-        largest = float(norms.max(initial=0.0))
-        if largest == 0.0 or not math.isfinite(largest):
-            return largest
-        return largest * float(np.sqrt(np.sum((norms / largest) ** 2)))
+        norms = finish_rows(self.rows, self.measured.numels, self.scale, ("norm",))["norm"]
+        return float(total_norms(norms, self.measured.present))
 
     @property
     def activations(self) -> dict[str, Activation]:
@@ -256,6 +250,9 @@ class Snapshot:
     def __repr__(self) -> str:
         loss = "" if self.loss is None else f", loss={self.loss:.4g}"
         return f"Snapshot(step={self.step}{loss}, total_norm={self.total_norm:.4g}, parameters={len(self)})"
+
+    def _repr_html_(self) -> str:
+        return snapshot_form(self)
 
     def _site(self, k: int) -> SiteStats:
         return site_stats(self.table.names[k], self.table.kinds[k], self.columns, k)

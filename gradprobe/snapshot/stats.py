@@ -87,6 +87,35 @@ def finish_rows(
         return {name: formulas[name]() for name in columns}
 
 
+_SAFE_SQUARES = (1e-250, 1e250)  # between these, no square that matters has left the range of floats
+
+
+def total_norms(norms: FloatArray, present: npt.NDArray[np.bool_]) -> FloatArray:
+    """Computes the Euclidean norms of all tensors of a step together, without overflow.
+
+    Args:
+        norms: Norms of the tensors of one step or several. [..., K]
+        present: Which tensors there were. [..., K]
+
+    Returns:
+        The norms, NaN where there was no tensor. [...]
+
+    Example:
+        >>> total_norms(np.array([[1e200, 0.0, 1.0], [3.0, np.inf, np.nan]]), np.array([True, True, False])).tolist()
+        [1e+200, inf]
+    """
+    known = np.where(present, norms, 0.0)
+    squares = np.asarray(np.einsum("...k,...k->...", known, known))
+    is_rest = np.asarray(~((squares > _SAFE_SQUARES[0]) & (squares < _SAFE_SQUARES[1])))
+    totals: FloatArray = np.asarray(np.sqrt(squares))
+    if is_rest.any():
+        rest = known[is_rest]
+        largest = rest.max(axis=1, initial=0.0)
+        unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+        totals[is_rest] = unit * np.sqrt(((rest / unit[:, None]) ** 2).sum(axis=1))
+    return np.where(present.any(axis=-1), totals, np.nan)
+
+
 def site_stats(name: str, kind: str, columns: Mapping[str, FloatArray], k: int) -> SiteStats:
     """Picks one tensor's statistics.
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers.diagnose_cases import FALLING, FLAT, course, rules_of, snapshot
 
@@ -10,6 +11,8 @@ from gradprobe.diagnosis.depth import flow_verdict
 from gradprobe.diagnosis.diagnose import diagnose, verdict
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.errors import ArgumentError
+from gradprobe.snapshot import SiteTable, Snapshot
+from gradprobe.snapshot.records import Measured
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,23 @@ class TestCourse:
         assert rules_of(course(FLAT, [1e-9, 1.0])) == ["vanishing", "not learning"]
         assert rules_of(course(FLAT, [1e3, 1.0])) == ["exploding", "not learning"]
         assert rules_of(course(FALLING[:5], [1e3, 1.0])) == ["exploding"]  # too early to tell
+
+    def test_a_bias_before_the_last_normalisation_does_not_tell_the_number_of_classes(self) -> None:
+        """As in GPT-2, whose head has no bias and shares the weights of the embedding, the first parameter."""
+
+        def normalised(one: Snapshot) -> Snapshot:
+            names = (*one.table.names, "norm.weight", "norm.bias")
+            table = SiteTable(
+                names, ("parameter",) * len(names), (*one.table.ndims, 1, 1), {name: k for k, name in enumerate(names)}
+            )
+            measured = Measured(np.append(one.measured.present, [True] * 2), np.append(one.measured.numels, [10] * 2))
+            return replace(one, table=table, rows=one.rows[[*range(len(one.rows)), 0, 0]], measured=measured)
+
+        steps = course(FLAT)
+        assert rules_of(steps) == ["not learning"]
+        diagnosis = diagnose([normalised(one) for one in steps])
+        assert [finding.rule for finding in diagnosis] == []
+        assert diagnosis.unjudged["not learning"].startswith("a bias in the last layer")
 
     def test_a_level_low_loss_without_the_first_steps_is_no_finding(self) -> None:
         assert rules_of(course([0.01 + 1e-4 * (-1) ** step for step in range(40)], first=5000)) == []

@@ -56,7 +56,7 @@ class TestForms:
     def test_the_text_names_fault_cause_and_first_remedy(self) -> None:
         text = str(diagnose([snapshot(0, [1.0, 1.0], nonfinite=3)]))
         lines = text.splitlines()
-        assert lines[0].startswith("1 fault. 1 step, ")
+        assert lines[0].startswith("1 fault in 1 step, ")
         assert "1. non-finite: a gradient is NaN or infinite" in lines
         assert "; the backward pass met the first in the gradient of layer0.weight." in " ".join(map(str.strip, lines))
         assert any(line.startswith("   Try first: attach(activations=True), and let") for line in lines)

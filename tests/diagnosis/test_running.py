@@ -10,9 +10,13 @@ from collections.abc import Iterable
 import pytest
 from helpers.diagnose_cases import FALLING, course, layers, passing, snapshot
 
+from gradprobe.diagnosis.causes import causes_first
 from gradprobe.diagnosis.diagnose import diagnose
 from gradprobe.diagnosis.diagnosis import Diagnosis
+from gradprobe.diagnosis.rules.activations import DEAD_RELU
+from gradprobe.diagnosis.rules.gradients import VANISHING
 from gradprobe.diagnosis.running import RunningDiagnosis
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.snapshot import Snapshot
 
 
@@ -142,7 +146,7 @@ class TestCauses:
             ("not learning", "vanishing (backward)"),
         ]
         text = str(findings)
-        assert text.startswith("1 fault. 40 steps")
+        assert text.startswith("1 fault in 40 steps")
         assert "   It explains:\n   - not learning, steps 0 to 39: the loss is that of a guess\n" in text
 
     def test_of_nan_gradients_and_a_nan_loss_the_first_is_the_cause(self) -> None:
@@ -206,3 +210,18 @@ class TestOddRuns:
             steps = [snapshot(step, norms, loss=1e308, n_classes=10) for step in range(40)]
             assert diagnose(steps).n_steps == 40
         assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.mark.parametrize(("first", "follows"), [(100, "dead ReLU"), (186, "")])
+def test_what_begins_long_after_a_fault_does_not_explain_it(first: int, follows: str) -> None:
+    dead = DEAD_RELU.finding(("0",), (first, 299), {}, "")
+    vanishing = VANISHING.finding(("0.weight",), (0, 299), {}, "")
+    found = {one.title: one.follows for one in causes_first([vanishing, dead])}
+    assert found == {"dead ReLU": "", "vanishing (backward)": follows}
+
+
+def test_how_long_before_depends_on_the_thresholds() -> None:
+    found = [VANISHING.finding(("0.weight",), (0, 299), {}, ""), DEAD_RELU.finding(("0",), (186, 299), {}, "")]
+    wide = Thresholds(spike_warm_up=100)
+    assert wide.n_recent > 186
+    assert {one.title: one.follows for one in causes_first(found, wide)}["vanishing (backward)"] == "dead ReLU"

@@ -67,7 +67,7 @@ class TestFirstNonfinite:
         self.run(model, optimizer, 2)
         first = probe.first_nonfinite()
         assert (first.step, first.phase, first.module, first.nonfinite) == (2, "forward", "4", 2)
-        assert str(first) == "step 2, forward: 2 of 12 values are not finite in the output of 4"
+        assert str(first) == "step 2, forward: 2 of 12 values are not finite in the output of '4'"
 
     def test_parameters_alone(self) -> None:
         model, optimizer = self.net()

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.gradients import DEAD_UNITS, REVIVE_UNITS
-from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule, quoted
+from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule
 from gradprobe.diagnosis.run_history import ForwardPasses, RunHistory
 from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.diagnosis.trend import fit_trend
+from gradprobe.text.words import quoted
 
 _LARGEST_SLOPE = {"Tanh": 1.0, "Sigmoid": 0.25}
 _RELUS = ("ReLU", "ReLU6")
@@ -181,10 +182,12 @@ def _dead_relu(history: RunHistory) -> Finding | None:
     steps = (passes.steps[last[0]], passes.steps[-1])
     active = 1.0 - float(passes.columns["zero_fraction"][last, chosen[found[0]]].mean())
     share = 1.0 - active / limits.dead_activity
+    shown = f"at least {min(share, 0.99):.0%}" if active else "all"
+    active_share = f"{active:.2g}" if active else "none"
     message = (
         f"steps {steps[0]} to {steps[1]}: most units are dead in {len(found)} of {len(chosen)} ReLU modules; the "
-        f"first is {quoted(names[0])}, where {active:.2g} of the outputs are above zero: at least {share:.0%} of its "
-        f"units are active less than {limits.dead_activity:.0%} of the time"
+        f"first is {quoted(names[0])}, where {active_share} of the outputs are above zero: {shown} of its units are "
+        f"active less than {limits.dead_activity:.0%} of the time"
     )
     evidence = {"active_share": active, "dead_share": share, "dead": float(len(found))}
     return DEAD_RELU.finding(names, steps, evidence, message)

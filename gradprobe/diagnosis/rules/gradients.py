@@ -13,7 +13,9 @@ from gradprobe.diagnosis.depth import ends_verdict, inner_trend, layer_statuses,
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.rule import AUTOTRAINER, CLIP, SAGEMAKER, Rule
 from gradprobe.diagnosis.run_history import RunHistory
+from gradprobe.diagnosis.thresholds import Thresholds
 from gradprobe.snapshot.records import FloatArray
+from gradprobe.text.words import quoted
 
 
 def _nonfinite(history: RunHistory) -> Finding | None:
@@ -28,7 +30,8 @@ def _nonfinite(history: RunHistory) -> Finding | None:
     )
     origin, remedy = first.first_nonfinite(), 0
     if origin is None or first.signals is None:
-        message += f"; the backward pass met the first in the {origin.tensor if origin else f'gradient of {names[0]}'}"
+        tensor = origin.tensor if origin else f"gradient of {quoted(names[0])}"
+        message += f"; the backward pass met the first in the {tensor}"
     else:
         message += f"; it began in the {origin.phase} pass, with the {origin.tensor}"
         ran = [name for name, seen in first.activations.items() if seen.output.numel]
@@ -105,7 +108,8 @@ def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) ->
         limit = f"< {limits.vanishing_ratio:g} with the first < {limits.vanishing_norm:g}"
     else:
         limit = f"> {limits.exploding_ratio:g}"
-    message = f"gradient norm {norms[0]:.2e} at {names[0]} and {norms[-1]:.2e} at {names[-1]}; first/last {ratio:.2e}"
+    first_name, last_name = quoted(names[0]), quoted(names[-1])
+    message = f"gradient norm {norms[0]:.2e} at {first_name} and {norms[-1]:.2e} at {last_name}; first/last {ratio:.2e}"
     if not by_ends:
         message += (
             f"; the line fitted to the {len(norms) - 2} between them goes from {first:.2e} to {last:.2e}, by "
@@ -114,8 +118,8 @@ def _over_depth(flow: Literal["exploding", "vanishing"], history: RunHistory) ->
     message = f"step {newest.step}: {message} is {limit}: {flow} towards the input"
     if norms[0] == 0.0:
         message = (
-            f"step {newest.step}: no gradient at all reaches {names[0]}: it is exactly zero there, and {norms[-1]:.2e} "
-            f"at {names[-1]}"
+            f"step {newest.step}: no gradient at all reaches {first_name}: it is exactly zero there, and "
+            f"{norms[-1]:.2e} at {last_name}"
         )
     rule = EXPLODING if flow == "exploding" else VANISHING
     return rule.finding(concerned, (hits[0].step, newest.step), evidence, message)
@@ -182,7 +186,7 @@ def _dying(history: RunHistory) -> Finding | None:
     steps = (history.snapshots[0].step, history.snapshots[-1].step)
     message = (
         f"steps {steps[0]} to {steps[1]}: in {len(found)} of {len(weights)} weights at least {limits.dying_share:.0%} "
-        f"of the gradient elements are exactly zero; the first is {names[0]} with {share:.0%}"
+        f"of the gradient elements are exactly zero; the first is {quoted(names[0])} with {share:.0%}"
     )
     evidence = {"zero_share": share, "dying": float(len(found)), "weights": float(len(weights))}
     return DYING.finding(names, steps, evidence, message)
@@ -214,7 +218,7 @@ def _silent(history: RunHistory) -> Finding | None:
     n_others = len(names) - 1
     others = f", and so is that of {n_others} more parameter{'s' * (n_others > 1)}" if n_others else ""
     before = f"; before step {steps[0]} it was not" if first else ""
-    message = f"steps {steps[0]} to {steps[1]}: the gradient of {names[0]} is exactly zero{others}{before}"
+    message = f"steps {steps[0]} to {steps[1]}: the gradient of {quoted(names[0])} is exactly zero{others}{before}"
     return SILENT.finding(names, steps, {"silent": float(len(names))}, message)
 
 
@@ -243,32 +247,45 @@ def _drift(history: RunHistory) -> Finding | None:
     if len(weights) < 3 or n_steps < limits.spike_warm_up + limits.window:
         return None
     norms = norms[is_usable]
-    shares = norms / _median_of_positive(norms)  # [T, W]
     starts = np.arange(limits.spike_warm_up, n_steps - limits.window + 1)  # [S]
-    means = _means_before(shares, starts)  # [S, W]
+    # No weight has left at any start whose last norm is not outside the limits.
+    may_have_left = (norms[-1] < limits.drift_fall * norms.max(axis=0)) | (
+        norms[-1] > limits.drift_rise * norms.min(axis=0)
+    )
+    left, risen = _departures(norms[:, may_have_left], starts, limits)  # [S, W']
+    if not (left | risen).any():
+        return None
     # If only the other layers change, a layer's share changes but not its norm.
-    has_left = np.ones_like(means, dtype=np.bool_)
-    has_risen = np.full_like(has_left, not history.is_converging)
-    for values, before in ((shares, means), (norms, _means_before(norms, starts))):
-        highest = np.maximum.accumulate(values[::-1], axis=0)[::-1][starts]  # [S, W], from each start on
-        lowest = np.minimum.accumulate(values[::-1], axis=0)[::-1][starts]
-        has_left &= highest < limits.drift_fall * before
-        has_risen &= (lowest > limits.drift_rise * before) & (before > 0)
-    has_left |= has_risen
+    shares = (norms / _median_of_positive(norms))[:, may_have_left]
+    left_by_share, risen_by_share = _departures(shares, starts, limits)
+    has_left = left & left_by_share
+    if not history.is_converging:
+        has_left |= risen & risen_by_share
     if not has_left.any():
         return None
+    weights = weights[may_have_left]
     first = np.where(has_left.any(axis=0), has_left.argmax(axis=0), len(starts))  # [W]
     order = [int(w) for w in np.argsort(first, kind="stable") if first[w] < len(starts)]
     w, start = order[0], int(first[order[0]])
-    factor = float(np.median(shares[starts[start] :, w]) / means[start, w])
+    factor = float(np.median(shares[starts[start] :, w]) / _means_before(shares, starts)[start, w])
     since = (int(steps[starts[start]]), int(steps[-1]))
     others = f"; {len(order) - 1} other weights have drifted too" if len(order) > 1 else ""
     message = (
-        f"steps {since[0]} to {since[1]}: the gradient of {table.names[weights[w]]}, relative to those of the other "
-        f"weights, has become {factor:.2g} times its mean over the steps before{others}"
+        f"steps {since[0]} to {since[1]}: the gradient of {quoted(table.names[weights[w]])}, relative to those of the "
+        f"other weights, has become {factor:.2g} times its mean over the steps before{others}"
     )
     evidence = {"factor": factor, "drifted": float(len(order))}
     return DRIFT.finding(tuple(table.names[weights[w]] for w in order), since, evidence, message)
+
+
+def _departures(
+    values: FloatArray, starts: npt.NDArray[np.intp], limits: Thresholds
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Returns which weights are, from each start on, far below their mean before it, and which far above. [S, W]."""
+    means = _means_before(values, starts)
+    highest = np.maximum.accumulate(values[::-1], axis=0)[::-1][starts]  # from each start on
+    lowest = np.minimum.accumulate(values[::-1], axis=0)[::-1][starts]
+    return highest < limits.drift_fall * means, (lowest > limits.drift_rise * means) & (means > 0)
 
 
 def _means_before(values: FloatArray, starts: npt.NDArray[np.intp]) -> FloatArray:

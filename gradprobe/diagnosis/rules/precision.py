@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.rules.rule import Rule, quoted
+from gradprobe.diagnosis.rules.rule import Rule
 from gradprobe.diagnosis.run_history import RunHistory
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals
+from gradprobe.text.words import quoted
 
 _KINDS = ("activation_grad", "junction_grad")  # the other gradients at a residual add are these or sums of them
 

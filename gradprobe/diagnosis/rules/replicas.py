@@ -7,6 +7,7 @@ import numpy as np
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.rule import Rule
 from gradprobe.diagnosis.run_history import RunHistory
+from gradprobe.text.words import quoted
 
 
 def _replicas_differ(history: RunHistory) -> Finding | None:
@@ -22,8 +23,8 @@ def _replicas_differ(history: RunHistory) -> Finding | None:
     steps = [one.step for one, hit in zip(compared, is_hit, strict=True) if hit]
     others = f" and of {len(names) - 1} other parameters" if len(names) > 1 else ""
     message = (
-        f"steps {steps[0]} to {steps[-1]}: the copies of the gradient of {names[0]}{others} that several ranks hold "
-        "are not the same"
+        f"steps {steps[0]} to {steps[-1]}: the copies of the gradient of {quoted(names[0])}{others} that several "
+        "ranks hold are not the same"
     )
     evidence = {"parameters": float(len(names)), "share_of_steps": float(is_hit.mean())}
     return REPLICAS_DIFFER.finding(names, (steps[0], steps[-1]), evidence, message)

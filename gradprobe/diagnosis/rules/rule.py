@@ -17,17 +17,12 @@ CLIP = "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step"
 INITIALISE = "an initialisation that suits the activation: He for ReLU, Xavier for tanh"
 
 
-def quoted(name: str) -> str:
-    """Returns a module's name for a message, in quotation marks if it is a bare number, as in `nn.Sequential`."""
-    return f"'{name}'" if name.isdigit() else name
-
-
 _HOW: dict[Need, str] = {
     "loss": "probe.step(loss)",
     "activations=True": "attach(activations=True)",
     "updates=True": "attach(updates=True)",
     "a loss of its own": "a loss that depends on this model alone; an optimizer of other parameters steps in turn",
-    "a number of classes": "a bias in the last layer, which tells the number of classes",
+    "a number of classes": "a bias in the last layer, behind all other parameters, which tells the number of classes",
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from gradprobe.diagnosis.finding import Finding
 from gradprobe.diagnosis.rules.rule import CLIP, INITIALISE, SAGEMAKER, Rule
 from gradprobe.diagnosis.run_history import RunHistory
+from gradprobe.text.words import quoted
 
 
 def _too_large(history: RunHistory) -> Finding | None:
@@ -26,9 +27,9 @@ def _huge_step(history: RunHistory) -> Finding | None:
     ratio = float(updates.ratios[at, first])
     last = int(np.flatnonzero(is_hit.any(axis=1))[-1])
     message = (
-        f"step {updates.steps[at]}: {updates.names[first]} is moved by {ratio:.3g} times its own norm; {len(found)} of "
-        f"{len(updates.names)} weights are moved by more than {limits.update_ratio_high:g} times, in this step or "
-        "another"
+        f"step {updates.steps[at]}: {quoted(updates.names[first])} is moved by {ratio:.3g} times its own norm; "
+        f"{len(found)} of {len(updates.names)} weights are moved by more than {limits.update_ratio_high:g} times, in "
+        "this step or another"
     )
     steps = (updates.steps[at], updates.steps[last])
     evidence = {"update_ratio": ratio, "weights": float(len(found))}
@@ -91,8 +92,8 @@ def _too_small(history: RunHistory) -> Finding | None:
     is_rounded = ratio >= history.limits.update_ratio_low  # the steps are large enough, but not for the dtype
     message = (
         f"steps {steps[0]} to {steps[1]}: {len(found)} of {len(updates.names)} weight tensors have a gradient but "
-        f"hardly move; the first is {updates.names[first]}, which moves by {ratio:.2g} of its norm in a step, while "
-        f"{max(lost, 0.0):.0%} of its elements with a gradient stay as they are"
+        f"hardly move; the first is {quoted(updates.names[first])}, which moves by {ratio:.2g} of its norm in a step, "
+        f"while {max(lost, 0.0):.0%} of its elements with a gradient stay as they are"
     )
     if is_rounded:
         message += ": such steps are rounded away in the dtype of the weights"
