@@ -18,7 +18,10 @@ def on_meta(make, *args, **options):
         return make(*args, **options)
 
 
-@pytest.mark.parametrize(("depth", "parameters"), CIFAR_PARAMETERS.items())
+@pytest.mark.parametrize(
+    ("depth", "parameters"),
+    [pytest.param(*pair, marks=pytest.mark.soak if pair[0] > 1000 else ()) for pair in CIFAR_PARAMETERS.items()],
+)
 @pytest.mark.parametrize("make", [networks.plain, networks.resnet], ids=["plain", "resnet"])
 def test_cifar_networks_have_the_published_number_of_parameters(make, depth, parameters):
     assert networks.count_parameters(on_meta(make, depth)) == parameters
@@ -153,7 +156,7 @@ def test_an_unknown_depth_is_refused_with_the_valid_ones(depth):
         ({"layout": "vgg"}, "layout: needed one of cifar, imagenet, got 'vgg'"),
         ({"layout": "imagenet"}, "depth: the ImageNet layout has 18, 34, 50, 101, 152, got 20"),
         ({"norm": "layer"}, "norm: needed one of batch, none, got 'layer'"),
-        ({"init": "zeros"}, "init: needed one of he, xavier, default, got 'zeros'"),
+        ({"init": "zeros"}, "init: needed one of he, xavier, orthogonal, default, got 'zeros'"),
         ({"width": 0}, "width: needed a whole number of at least 1, got 0"),
         ({"in_channels": 1.5}, "in_channels: needed a whole number of at least 1, got 1.5"),
         ({"num_classes": -1}, "num_classes: needed a whole number of at least 1, got -1"),

@@ -1,4 +1,4 @@
-"""Networks that show what depth does: plain and residual ones of equal depth, and a deep CNN without normalisation.
+"""Plain and residual networks of equal depth, in two layouts.
 
 Sources: He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), section 4.2 for the CIFAR
 layout and table 1 for the ImageNet layout.
@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
+from gradprobe.networks.common import INITS, Init, check_sizes, initialise, is_whole, listed
+from gradprobe.nn.batch_norm import BatchNorm2d, calls_are_watched
 from gradprobe.nn.residual import ResidualAdd
 
 Layout = Literal["cifar", "imagenet"]
 Norm = Literal["batch", "none"]
-Init = Literal["he", "xavier", "default"]
 Shortcut = Literal["none", "pad", "projection"]
 
-FAMILIES = ("plain", "resnet")
 LAYOUTS = ("cifar", "imagenet")
 NORMS = ("batch", "none")
-INITS = ("he", "xavier", "default")
 
 # Blocks per stage, and whether they are bottlenecks (He et al. 2015, table 1).
 _IMAGENET_STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
@@ -60,8 +59,8 @@ def plain(
         width: Channels of the first stage; by default 16 or 64. Each later stage doubles it.
         norm: ``"batch"`` adds batch normalisation after every convolution, which then has no bias; ``"none"`` omits it
             and gives the convolutions a bias.
-        init: Initialisation of the weights: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform) or ``"default"``
-            (PyTorch's). Biases keep PyTorch's initialisation.
+        init: Initialisation of the weights: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform), ``"orthogonal"`` or
+            ``"default"`` (PyTorch's). Biases keep PyTorch's initialisation.
 
     Returns:
         A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights are drawn
@@ -71,7 +70,7 @@ def plain(
         ArgumentError: An option is not one of the above; the message lists the valid ones.
 
     Example:
-        >>> count_parameters(plain(56))
+        >>> sum(parameter.numel() for parameter in plain(56).parameters())
         853018
     """
     return _build(False, depth, layout, in_channels, num_classes, width, norm, init)
@@ -95,40 +94,12 @@ def resnet(
     activations double with every block at initialisation.
 
     Example:
-        >>> count_parameters(resnet(20))
+        >>> sum(parameter.numel() for parameter in resnet(20).parameters())
         269722
         >>> resnet(8, in_channels=1)(torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 10])
     """
     return _build(True, depth, layout, in_channels, num_classes, width, norm, init)
-
-
-def deep_cnn(num_layers: int = 20, *, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> nn.Module:
-    """Builds a stack of 3x3 convolutions and ReLUs whose gradients vanish: no normalisation, PyTorch's initialisation.
-
-    Args:
-        num_layers: Number of convolutions, at least 1.
-        in_channels: Channels of the input images.
-        num_classes: Number of outputs.
-        width: Channels of every convolution.
-
-    Returns:
-        A module that maps [N, in_channels, H, W] to logits [N, num_classes].
-
-    Raises:
-        ArgumentError: A size is not a whole number of at least 1.
-
-    Example:
-        >>> deep_cnn(50)(torch.zeros(1, 3, 32, 32)).shape
-        torch.Size([1, 10])
-    """
-    _check_sizes(num_layers=num_layers, in_channels=in_channels, num_classes=num_classes, width=width)
-    return _DeepCNN(num_layers, in_channels, num_classes, width)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Counts the trainable elements of a model, tied parameters once."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def default_layout(depth: int) -> Layout:
@@ -149,37 +120,26 @@ def default_layout(depth: int) -> Layout:
     """
     if depth in _IMAGENET_STAGES:
         return "imagenet"
-    if _is_whole(depth) and depth >= 8 and depth % 6 == 2:
+    if is_whole(depth) and depth >= 8 and depth % 6 == 2:
         return "cifar"
     raise ArgumentError(
-        f"depth: needed 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …) or one of {_listed(IMAGENET_DEPTHS)}, got {depth!r}"
+        f"depth: needed 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …) or one of {listed(IMAGENET_DEPTHS)}, got {depth!r}"
     )
 
 
-def initialise(model: nn.Module, init: Init) -> None:
-    """Reinitialises the weights of all convolutions and linear layers from torch's global random generator.
+def cifar_blocks(depth: int) -> int:
+    """Returns the number of blocks of each stage of the CIFAR layout.
 
-    Args:
-        model: Any module, a single layer included; changed in place.
-        init: ``"he"`` (normal, fan-in), ``"xavier"`` (uniform), or ``"default"``, which keeps PyTorch's weights.
-
-    Source:
-        He et al. 2015, arXiv 1502.01852; Glorot and Bengio 2010 (AISTATS), equation 16.
+    Raises:
+        ArgumentError: The layout has no such depth.
 
     Example:
-        >>> layer = nn.Linear(3, 3)
-        >>> initialise(layer, "xavier")
-        >>> bool(layer.weight.abs().max() <= 1)
-        True
+        >>> cifar_blocks(56)
+        9
     """
-    if init == "default":
-        return
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            if init == "he":
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            else:
-                nn.init.xavier_uniform_(module.weight)
+    if not is_whole(depth) or depth < 8 or depth % 6 != 2:
+        raise ArgumentError(f"depth: the CIFAR layout has 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …), got {depth!r}")
+    return (depth - 2) // 6
 
 
 def _build(
@@ -196,19 +156,18 @@ def _build(
     layout = natural if layout is None else layout
     for name, value, allowed in (("layout", layout, LAYOUTS), ("norm", norm, NORMS), ("init", init, INITS)):
         if value not in allowed:
-            raise ArgumentError(f"{name}: needed one of {_listed(allowed)}, got {value!r}")
+            raise ArgumentError(f"{name}: needed one of {listed(allowed)}, got {value!r}")
     if layout == "imagenet" and natural != "imagenet":
-        raise ArgumentError(f"depth: the ImageNet layout has {_listed(IMAGENET_DEPTHS)}, got {depth}")
-    if layout == "cifar" and depth % 6 != 2:
-        raise ArgumentError(f"depth: the CIFAR layout has 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …), got {depth}")
+        raise ArgumentError(f"depth: the ImageNet layout has {listed(IMAGENET_DEPTHS)}, got {depth}")
+    blocks_of_cifar = cifar_blocks(depth) if layout == "cifar" else 0
     if num_classes is None:
         num_classes = 10 if layout == "cifar" else 1000
     if width is None:
         width = 16 if layout == "cifar" else 64
-    _check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
+    check_sizes(in_channels=in_channels, num_classes=num_classes, width=width)
     model: nn.Module
     if layout == "cifar":
-        model = _CifarNet((depth - 2) // 6, residual, in_channels, num_classes, width, norm)
+        model = CifarNet(blocks_of_cifar, residual, in_channels, num_classes, width, norm)
     else:
         blocks, bottleneck = _IMAGENET_STAGES[depth]
         model = _ImageNetNet(blocks, bottleneck, residual, in_channels, num_classes, width, norm)
@@ -216,28 +175,47 @@ def _build(
     return model
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not _is_whole(value) or value < 1:
-            raise ArgumentError(f"{name}: needed a whole number of at least 1, got {value!r}")
-
-
-def _listed(names: tuple[object, ...]) -> str:
-    return ", ".join(map(str, names))
-
-
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm == "none")]
     if norm == "batch":
-        layers.append(nn.BatchNorm2d(out_channels))
+        layers.append(BatchNorm2d(out_channels))
     return nn.Sequential(*layers)
 
 
-class _PadShortcut(nn.Module):
+def _relu_of(conv: nn.Module, x: Tensor) -> Tensor:
+    """Computes `relu(conv(x))`; normalisation and ReLU in one pass unless a hook waits for their modules."""
+    parts = _parts(conv)
+    if parts is None:
+        return torch.relu(conv(x))
+    convolution, norm = parts
+    f = convolution(x)
+    y = norm.in_one_pass(f, relu=True)
+    return torch.relu(norm(f)) if y is None else y
+
+
+def _joined(conv: nn.Module, f: Tensor, shortcut: nn.Module, x: Tensor, join: ResidualAdd) -> Tensor:
+    """Computes `join(shortcut(x), conv(f))`; in one pass unless the residual add is observed or a hook waits for it."""
+    is_other = type(join) is not ResidualAdd or join.inplace or join.is_observed()
+    parts = None if is_other else _parts(conv, join)
+    convolution, norm = parts or (conv, None)
+    f, x = convolution(f), shortcut(x)
+    y = None if norm is None else norm.in_one_pass(f, x, join.relu)
+    if y is None:
+        y = join(x, f if norm is None else norm(f))
+    return y
+
+
+def _parts(conv: nn.Module, *others: nn.Module) -> tuple[nn.Module, BatchNorm2d] | None:
+    """Returns a convolution and its normalisation if it trains and no hook waits for a call of conv, norm or others."""
+    if type(conv) is not nn.Sequential or len(conv) != 2:
+        return None
+    convolution, norm = conv
+    if type(norm) is not BatchNorm2d or not norm.training or calls_are_watched(conv, norm, *others):
+        return None
+    return convolution, norm
+
+
+class PadShortcut(nn.Module):
     """Option A: takes every second pixel and pads the new channels with zeros."""
 
     def __init__(self, new_channels: int) -> None:
@@ -246,10 +224,11 @@ class _PadShortcut(nn.Module):
         self.after = new_channels - self.before
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the shortcut of an input."""
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Normalised convolutions with ReLUs in between; the shortcut, if any, is added before the last ReLU."""
 
     def __init__(self, convs: list[nn.Sequential], shortcut: nn.Module | None) -> None:
@@ -259,10 +238,13 @@ class _Block(nn.Module):
         self.join = None if shortcut is None else ResidualAdd(relu=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the output of the block."""
         f = x
-        for index, conv in enumerate(self.convs):
-            f = conv(torch.relu(f) if index else f)
-        return torch.relu(f) if self.shortcut is None or self.join is None else self.join(self.shortcut(x), f)
+        for conv in self.convs[:-1]:
+            f = _relu_of(conv, f)
+        if self.shortcut is None or self.join is None:
+            return _relu_of(self.convs[-1], f)
+        return _joined(self.convs[-1], f, self.shortcut, x, self.join)
 
 
 def _basic_convs(in_channels: int, channels: int, stride: int, norm: Norm) -> list[nn.Sequential]:
@@ -278,46 +260,66 @@ def _bottleneck_convs(in_channels: int, channels: int, stride: int, norm: Norm) 
     ]
 
 
-def _stages(
-    blocks_per_stage: tuple[int, ...],
-    convs_of: Callable[[int, int, int, Norm], list[nn.Sequential]],
-    expansion: int,
-    shortcut: Shortcut,
-    width: int,
-    norm: Norm,
+def pad_shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
+    """Returns the parameter-free shortcut (option A), which is the identity where the shape stays."""
+    return nn.Identity() if stride == 1 and in_channels == channels else PadShortcut(channels - in_channels)
+
+
+def _blocks_of(
+    convs_of: Callable[[int, int, int, Norm], list[nn.Sequential]], expansion: int, shortcut: Shortcut, norm: Norm
+) -> Callable[[int, int, int], nn.Module]:
+    """Returns the function that builds a block from its input channels, its channels and its stride."""
+
+    def block(in_channels: int, channels: int, stride: int) -> nn.Module:
+        out_channels = channels * expansion
+        connection: nn.Module | None = None
+        if shortcut == "projection" and (stride != 1 or in_channels != out_channels):
+            connection = _conv(in_channels, out_channels, 1, stride, norm)
+        elif shortcut != "none":
+            connection = pad_shortcut(in_channels, out_channels, stride)
+        return Block(convs_of(in_channels, channels, stride, norm), connection)
+
+    return block
+
+
+def stages(
+    blocks_per_stage: tuple[int, ...], width: int, expansion: int, block_of: Callable[[int, int, int], nn.Module]
 ) -> nn.Sequential:
-    """Builds the body of both layouts: each stage after the first doubles the channels and halves the resolution."""
-    stages: list[nn.Module] = []
+    """Builds the body of a layout: each stage after the first doubles the channels and halves the resolution.
+
+    Args:
+        blocks_per_stage: Number of blocks of each stage.
+        width: Channels of the first stage.
+        expansion: Output channels of a block over its channels.
+        block_of: Builds a block from its input channels, its channels and its stride.
+
+    Returns:
+        The stages, each a sequence of blocks.
+    """
+    built: list[nn.Module] = []
     in_channels = width
     for index, blocks in enumerate(blocks_per_stage):
         channels = width * 2**index
         stage: list[nn.Module] = []
         for block in range(blocks):
-            stride = 2 if index > 0 and block == 0 else 1
-            out_channels = channels * expansion
-            connection: nn.Module | None = None
-            if shortcut != "none":
-                if stride == 1 and in_channels == out_channels:
-                    connection = nn.Identity()
-                elif shortcut == "pad":
-                    connection = _PadShortcut(out_channels - in_channels)
-                else:
-                    connection = _conv(in_channels, out_channels, 1, stride, norm)
-            stage.append(_Block(convs_of(in_channels, channels, stride, norm), connection))
-            in_channels = out_channels
-        stages.append(nn.Sequential(*stage))
-    return nn.Sequential(*stages)
+            stage.append(block_of(in_channels, channels, 2 if index > 0 and block == 0 else 1))
+            in_channels = channels * expansion
+        built.append(nn.Sequential(*stage))
+    return nn.Sequential(*built)
 
 
-class _CifarNet(nn.Module):
+class CifarNet(nn.Module):
+    """The CIFAR layout; `plain` and `resnet` build it."""
+
     def __init__(self, blocks: int, residual: bool, in_channels: int, num_classes: int, width: int, norm: Norm) -> None:
         super().__init__()
         self.stem = _conv(in_channels, width, 3, 1, norm)
-        self.stages = _stages((blocks,) * 3, _basic_convs, 1, "pad" if residual else "none", width, norm)
+        self.stages = stages((blocks,) * 3, width, 1, _blocks_of(_basic_convs, 1, "pad" if residual else "none", norm))
         self.fc = nn.Linear(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(torch.relu(self.stem(x)))
+        """Returns the logits of images."""
+        x = self.stages(_relu_of(self.stem, x))
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
         return logits
 
@@ -336,25 +338,12 @@ class _ImageNetNet(nn.Module):
         super().__init__()
         convs_of, expansion = (_bottleneck_convs, 4) if bottleneck else (_basic_convs, 1)
         self.stem = _conv(in_channels, width, 7, 2, norm)
-        self.stages = _stages(blocks, convs_of, expansion, "projection" if residual else "none", width, norm)
+        shortcut: Shortcut = "projection" if residual else "none"
+        self.stages = stages(blocks, width, expansion, _blocks_of(convs_of, expansion, shortcut, norm))
         self.fc = nn.Linear(8 * width * expansion, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(torch.relu(self.stem(x)), kernel_size=3, stride=2, padding=1)
+        x = F.max_pool2d(_relu_of(self.stem, x), kernel_size=3, stride=2, padding=1)
         x = self.stages(x)
         logits: Tensor = self.fc(x.mean(dim=(2, 3)))
-        return logits
-
-
-class _DeepCNN(nn.Module):
-    def __init__(self, num_layers: int, in_channels: int, num_classes: int, width: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for index in range(num_layers):
-            layers += [nn.Conv2d(width if index else in_channels, width, 3, padding=1), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.fc = nn.Linear(width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.features(x).mean(dim=(2, 3)))
         return logits
