@@ -7,16 +7,25 @@ from contextlib import contextmanager
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from gradprobe.errors import ArgumentError
 
 
-def progress_bar(console: Console | None) -> Progress:
+def progress_bar(console: Console | None, left: ProgressColumn | None = None) -> Progress:
     """Makes a bar with the share completed, the time elapsed and remaining, and the network trained last.
 
     Args:
         console: Console to draw on; None, or a console that is not a terminal, draws nothing.
+        left: Column with the time remaining; by default by the speed of the bar.
 
     Returns:
         The bar, for a ``with`` statement; it has no task yet.
@@ -32,8 +41,7 @@ def progress_bar(console: Console | None) -> Progress:
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *((TextColumn("left"), TimeRemainingColumn()) if left is None else (left,)),
         TextColumn("{task.description}", markup=False),
         console=Console(quiet=True) if quiet else console,
         disable=quiet,

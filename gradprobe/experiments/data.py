@@ -1,38 +1,45 @@
-"""Loads images for the experiments, preprocessed and augmented as in He et al. 2015, section 4.2."""
+"""Loads data for the experiments, preprocessed and augmented as in He et al. 2015, section 4.2.
+
+`gradprobe.experiments.readers` has a module for each kind of data.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
+from gradprobe.experiments.readers import cifar, digits, hf, imagefolder, npz
+from gradprobe.experiments.readers.raw import DataSpec, Examples, Raw, first_of_each, scaled, take
 
-_SPECS = "digits, cifar10:DIR"
-_PLANNED = ("imagefolder", "hf")
-
-_CIFAR_PIXELS = 3 * 32 * 32
-_CIFAR_RECORD = 1 + _CIFAR_PIXELS
-_CIFAR_TRAIN = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
-_CIFAR_TEST = "test_batch.bin"
-_CIFAR_FOLDER = "cifar-10-batches-bin"
+# Each kind of data: what follows its colon, and its reader.
+_KINDS: dict[str, tuple[str, Callable[[DataSpec], Raw]]] = {
+    "digits": ("", digits.read),
+    "cifar10": ("DIR", cifar.read),
+    "cifar100": ("DIR", cifar.read),
+    "imagefolder": ("DIR", imagefolder.read),
+    "hf": ("NAME_OR_PATH", hf.read),
+    "npz": ("FILE", npz.read),
+}
+_PAD = 4  # pixels on each side of an image before it is cropped at random
+_SOURCES = ", ".join(f"{kind}:{place}" if place else kind for kind, (place, _) in _KINDS.items())
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels in memory, with the training images' per-pixel mean subtracted from both sets.
+    """Examples and labels in memory, with the training set's mean subtracted from both sets, pixel by pixel.
 
     Attributes:
-        name: ``"digits"`` or ``"cifar10"``.
+        name: Short name, such as ``"digits"`` or ``"npz:f.npz"``.
         spec: Argument of `load` that loads the same data from any working folder.
-        train_x: [N, C, H, W] float32.
+        train_x: Images [N, C, H, W] or features [N, F], float32.
         train_y: [N] int64.
-        test_x: [M, C, H, W] float32.
+        test_x: [M, C, H, W] or [M, F], float32.
         test_y: [M] int64.
         num_classes: Number of classes; labels are 0 to num_classes - 1.
         augmented: Whether training images should go through `augment`.
@@ -40,7 +47,7 @@ class Dataset:
     """
 
     name: str
-    spec: str
+    spec: DataSpec
     train_x: Tensor
     train_y: Tensor
     test_x: Tensor
@@ -49,9 +56,16 @@ class Dataset:
     augmented: bool
     files: tuple[str, ...] = ()
 
+    def to(self, device: torch.device) -> Dataset:
+        """Returns the data set on a device; itself if it is there."""
+        if self.train_x.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "test_x", "test_y")}
+        return replace(self, **moved)
+
     @property
     def in_channels(self) -> int:
-        """Number of channels of the images."""
+        """Number of channels of the images, or of features."""
         return self.train_x.shape[1]
 
     @property
@@ -59,11 +73,12 @@ class Dataset:
         """The sizes and files in one line."""
         shape = "x".join(map(str, self.train_x.shape[1:]))
         source = f" from {', '.join(self.files)}" if self.files else ""
-        return f"{self.name}: {len(self.train_x):,} training and {len(self.test_x):,} test images of {shape}{source}"
+        kind = "images of" if self.train_x.ndim == 4 else "rows of"
+        return f"{self.name}: {len(self.train_x):,} training and {len(self.test_x):,} test {kind} {shape}{source}"
 
     @property
     def sha256(self) -> str:
-        """Hash of all images and labels."""
+        """Hash of all examples and labels."""
         digest = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             digest.update(str(tuple(tensor.shape)).encode())
@@ -71,33 +86,104 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(spec: str) -> Dataset:
+def load(spec: DataSpec | str) -> Dataset:
     """Loads a data set.
 
     Args:
-        spec: ``"digits"`` (scikit-learn's 1,797 handwritten digits of 8x8, embedded, split 75/25 by class) or
-            ``"cifar10:DIR"`` (CIFAR-10's binary files: test_batch.bin and any of data_batch_1.bin to data_batch_5.bin).
+        spec: The data set, or only its `DataSpec.source`:
+
+            - ``"digits"``: scikit-learn's 1,797 handwritten digits of 8x8, embedded, split 75/25 by class.
+            - ``"cifar10:DIR"``, ``"cifar100:DIR"``: the binary files; of CIFAR-10 test_batch.bin and any of
+              data_batch_1.bin to data_batch_5.bin.
+            - ``"imagefolder:DIR"``: DIR/train/CLASS/* and DIR/test/CLASS/*, or DIR/CLASS/*.
+            - ``"hf:NAME_OR_PATH"``: a folder of Hugging Face's ``datasets``, or a name on its hub.
+            - ``"npz:FILE"``: NumPy arrays x and y, or x_train, y_train, x_test and y_test.
+
+            Where there is no test set, every fourth example of a class is a test example, except for the digits.
 
     Returns:
         The data set. Pixels are scaled to 0..1 before the mean is subtracted.
 
     Raises:
-        ArgumentError: The data set is unknown, files are missing, or a file is damaged or truncated.
+        ArgumentError: The data set is unknown, a library or files are missing, or a file is damaged or truncated.
 
     Example:
         >>> load("digits").summary
         'digits: 1,347 training and 450 test images of 1x8x8'
+        >>> load(DataSpec("digits", image_size=4, per_class=10)).summary
+        'digits: 100 training and 100 test images of 1x4x4'
     """
-    kind, _, place = spec.partition(":")
-    if spec == "digits":
-        return _digits()
-    if kind == "cifar10" and place:
-        return _cifar10(Path(place).expanduser())
-    if kind == "cifar10":
-        raise ArgumentError(f"data: needed cifar10:DIR with DIR the folder of the binary files, got {spec!r}")
-    if kind in _PLANNED:
-        raise ArgumentError(f"data: {kind} is not supported yet; needed one of {_SPECS}, got {spec!r}")
-    raise ArgumentError(f"data: needed one of {_SPECS}, got {spec!r}")
+    if isinstance(spec, str):
+        spec = DataSpec(spec)
+    if spec.kind not in _KINDS:
+        raise ArgumentError(f"data: needed one of {_SOURCES}, got {spec.source!r}")
+    needed, read = _KINDS[spec.kind]
+    if bool(needed) != bool(spec.place):
+        form = f"{spec.kind}:{needed}" if needed else spec.kind
+        raise ArgumentError(f"data: needed {form}, got {spec.source!r}; the kinds are {_SOURCES}")
+    raw = read(spec)
+    train, test = (_cut(examples, spec) for examples in (raw.train, raw.test))
+    is_images = train.x.ndim == 4
+    if spec.augment and not is_images:
+        raise ArgumentError(f"augment: needed images, got features of shape {list(train.x.shape)}")
+    mean = train.x.mean(dim=0)
+    return Dataset(
+        name=raw.name,
+        spec=replace(spec, source=raw.source),
+        train_x=train.x - mean,
+        train_y=train.y,
+        test_x=test.x - mean,
+        test_y=test.y,
+        num_classes=raw.num_classes,
+        augmented=raw.augmented if spec.augment is None else spec.augment,
+        files=raw.files,
+    )
+
+
+def channels_last(inputs: Tensor) -> Tensor:
+    """Lays images out with the channels last, on which convolutions are faster; features stay as they are."""
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs
+
+
+def draw_batches(data: Dataset, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Draws the batches of an epoch on the CPU, so that every device gets the same ones.
+
+    Args:
+        data: The data set; a last, smaller batch is dropped.
+        batch_size: Images per batch, B.
+        generator: Source of the random numbers.
+
+    Returns:
+        For each batch the indices of its images, and if they are augmented, the first row and the first column of each
+        crop and whether it is flipped: [steps, 1 or 4, B] int64, on the device of the data.
+
+    Example:
+        >>> draw_batches(load("digits"), 64, torch.Generator().manual_seed(0)).shape
+        torch.Size([21, 1, 64])
+    """
+    order = torch.randperm(len(data.train_x), generator=generator)
+    steps = len(order) // batch_size
+    plan = order[: steps * batch_size].view(steps, 1, batch_size)
+    if data.augmented:
+        crops = [_draw_crops(batch_size, generator) for _ in range(steps)]
+        plan = torch.cat((plan, torch.stack(crops)), dim=1)
+    return plan.to(data.train_x.device)
+
+
+def take_batch(data: Dataset, plan: Tensor) -> tuple[Tensor, Tensor]:
+    """Gathers a batch on the device of the data, without waiting for the device.
+
+    Args:
+        data: The data set.
+        plan: One of `draw_batches`, [1 or 4, B].
+
+    Returns:
+        Images [B, C, H, W] with the channels last or features [B, F], and labels [B].
+    """
+    images = data.train_x[plan[0]]
+    if len(plan) > 1:
+        images = _crop(images, plan[1:])
+    return channels_last(images), data.train_y[plan[0]]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -117,76 +203,34 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         >>> augment(torch.ones(5, 3, 32, 32), torch.Generator().manual_seed(0)).shape
         torch.Size([5, 3, 32, 32])
     """
-    pad = 4
+    return _crop(images, _draw_crops(len(images), generator).to(images.device)).contiguous()
+
+
+def _draw_crops(count: int, generator: torch.Generator) -> Tensor:
+    """Draws the first row, the first column and whether to flip for each image, [3, N] int64."""
+    top = torch.randint(0, 2 * _PAD + 1, (count,), generator=generator)
+    left = torch.randint(0, 2 * _PAD + 1, (count,), generator=generator)
+    return torch.stack((top, left, (torch.rand(count, generator=generator) < 0.5).long()))
+
+
+def _crop(images: Tensor, crops: Tensor) -> Tensor:
+    """Crops and flips padded images as drawn; returns them with the channels last in memory."""
     count, _, height, width = images.shape
-    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
-    flipped = torch.rand(count, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)  # [N, H]
-    columns = left + torch.where(flipped, torch.arange(width - 1, -1, -1), torch.arange(width))  # [N, W]
-    padded = F.pad(images, (pad, pad, pad, pad))
+    top, left, flipped = crops[:, :, None]  # [N, 1] each
+    device = images.device
+    rows = top + torch.arange(height, device=device)  # [N, H]
+    columns = torch.arange(width, device=device)
+    columns = left + torch.where(flipped > 0, columns.flip(0), columns)  # [N, W]
+    padded = F.pad(images, (_PAD, _PAD, _PAD, _PAD))
     # Index arrays on both sides of the channel slice put the channels last: [N, H, W, C].
-    crops = padded[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return crops.permute(0, 3, 1, 2).contiguous()
+    nth = torch.arange(count, device=device)[:, None, None]
+    return padded[nth, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _centred(
-    name: str,
-    spec: str,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    *,
-    augmented: bool,
-    files: tuple[str, ...] = (),
-) -> Dataset:
-    mean = train[0].mean(dim=0)  # [C, H, W]
-    return Dataset(name, spec, train[0] - mean, train[1], test[0] - mean, test[1], 10, augmented, files)
-
-
-def _digits() -> Dataset:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ArgumentError("data: digits needs scikit-learn: pip install gradprobe[sweep]") from error
-    bunch = load_digits()
-    train, test = train_test_split(np.arange(len(bunch.target)), test_size=0.25, random_state=0, stratify=bunch.target)
-    images = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16  # [N, 1, 8, 8]
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    return _centred("digits", "digits", (images[train], labels[train]), (images[test], labels[test]), augmented=False)
-
-
-def _cifar10(folder: Path) -> Dataset:
-    if (folder / _CIFAR_FOLDER).is_dir():
-        folder = folder / _CIFAR_FOLDER
-    present = [name for name in _CIFAR_TRAIN if (folder / name).is_file()]
-    missing = [name for name in _CIFAR_TRAIN if name not in present] if not present else []
-    if not (folder / _CIFAR_TEST).is_file():
-        missing.append(_CIFAR_TEST)
-    if missing:
-        state = "has no" if folder.is_dir() else "is not a folder; it should have"
-        raise ArgumentError(f"data: {folder} {state} {', '.join(missing)}")
-    batches = [_cifar10_file(folder / name) for name in present]
-    train = (torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
-    test = _cifar10_file(folder / _CIFAR_TEST)
-    spec = f"cifar10:{folder.resolve()}"
-    return _centred("cifar10", spec, train, test, augmented=True, files=(*present, _CIFAR_TEST))
-
-
-def _cifar10_file(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        raw = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise ArgumentError(f"data: {path} cannot be read: {error}") from error
-    if raw.size == 0 or raw.size % _CIFAR_RECORD:
-        raise ArgumentError(
-            f"data: {path} is damaged or truncated: needed a multiple of {_CIFAR_RECORD:,} bytes (1 label and "
-            f"{_CIFAR_PIXELS:,} pixels; {10_000 * _CIFAR_RECORD:,} for the full 10,000 images), found {raw.size:,}"
-        )
-    records = raw.reshape(-1, _CIFAR_RECORD)
-    labels = records[:, 0]
-    if labels.max() > 9:
-        first = int(np.argmax(labels > 9))
-        raise ArgumentError(f"data: {path} is damaged: needed labels 0 to 9, found {labels[first]} at image {first}")
-    images = torch.tensor(records[:, 1:], dtype=torch.float32).reshape(-1, 3, 32, 32) / 255
-    return images, torch.tensor(labels, dtype=torch.int64)
+def _cut(examples: Examples, spec: DataSpec) -> Examples:
+    examples = take(examples, first_of_each(examples.y.tolist(), spec.per_class))
+    if spec.image_size is None:
+        return examples
+    if examples.x.ndim != 4:
+        raise ArgumentError(f"image_size: needed images, got features of shape {list(examples.x.shape)}")
+    return Examples(scaled(examples.x, spec.image_size), examples.y)

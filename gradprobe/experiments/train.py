@@ -1,7 +1,7 @@
 """Trains one cell of the sweep with the probe attached; an interrupted cell resumes to bit-identical numbers.
 
 No random stream runs through the whole training: initialisation, order of the images and augmentation come from a
-generator keyed by (seed, epoch). A cell needs one thread.
+generator keyed by (seed, epoch), and so does what a user's network draws on the device. A cell needs one thread.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ import io
 import math
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
-from gradprobe.experiments.data import Dataset, augment
+from gradprobe.experiments import device as devices
+from gradprobe.experiments import optimizers
+from gradprobe.experiments.data import Dataset, draw_batches
+from gradprobe.experiments.device import Precision
+from gradprobe.experiments.evaluation import evaluate
+from gradprobe.experiments.graphed_step import GraphedStep, may_capture
+from gradprobe.experiments.models import build, trained_weights
+from gradprobe.experiments.step import TrainingStep
 from gradprobe.probe.probe import attach
 from gradprobe.report.records import EpochRow, JunctionRow, LayerRow, Status
 from gradprobe.snapshot.snapshot import Snapshot
 
-EVALUATION_BATCH = 128
 # Denormals are flushed in an epoch only if in its first step no parameter's largest gradient is between 0 and this: the
 # elements that flushing loses (below 1.2e-38) are then eight orders of magnitude too small to affect any norm.
 FLUSH_ABOVE = 1e-30
@@ -40,12 +46,16 @@ class Recipe:
         epochs: Passes over the training set.
         batch_size: Images per step; the last, smaller batch of an epoch is dropped.
         learning_rate: Initial learning rate, divided by 10 at 50 % and at 75 % of the steps.
-        momentum: Momentum of SGD.
+        momentum: Momentum, of an optimizer that has one.
         weight_decay: Weight decay of all parameters.
         warmup_learning_rate: Learning rate of networks of ``warmup_depth`` layers or more until an epoch ends with a
             training error below ``warmup_error_pct``.
         warmup_depth: Depth from which networks warm up, in layers.
         warmup_error_pct: Training error that ends the warm-up, in percent.
+        optimizer: An optimizer of ``torch.optim``, for `gradprobe.experiments.optimizers.parse`.
+        norm: Normalisation of the networks of `gradprobe.networks`.
+        init: Initialisation of the networks of `gradprobe.networks`.
+        precision: ``"float32"``, or ``"bfloat16"`` by autocast; the weights are float32 in either case.
     """
 
     epochs: int
@@ -56,6 +66,10 @@ class Recipe:
     warmup_learning_rate: float = 0.01
     warmup_depth: int = 110
     warmup_error_pct: float = 80.0
+    optimizer: str = "sgd"
+    norm: networks.Norm = "batch"
+    init: networks.Init = "he"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
@@ -97,65 +111,77 @@ class EpochResult:
     status: Status
 
 
-def build(family: str, depth: int, in_channels: int, num_classes: int) -> nn.Module:
-    """Builds the network of a cell.
+@dataclass(frozen=True)
+class EpochProgress:
+    """How far an epoch is.
 
-    Args:
-        family: ``"plain"`` or ``"resnet"``.
-        depth: Depth that `gradprobe.networks` supports.
-        in_channels: Number of channels of the images.
-        num_classes: Number of classes.
-
-    Returns:
-        The network.
-
-    Raises:
-        ArgumentError: The family or the depth is unknown.
+    Attributes:
+        share: Share of its steps that are done.
+        seconds: Time since it began.
     """
-    makers = {"plain": networks.plain, "resnet": networks.resnet}
-    if family not in makers:
-        raise ArgumentError(f"families: needed one or more of {', '.join(networks.FAMILIES)}, got {family!r}")
-    return makers[family](depth, in_channels=in_channels, num_classes=num_classes)
+
+    share: float
+    seconds: float
 
 
 def train_cell(
-    family: str, depth: int, seed: int, data: Dataset, recipe: Recipe, state: bytes | None
-) -> Iterator[EpochResult]:
+    family: str,
+    depth: int,
+    seed: int,
+    data: Dataset,
+    recipe: Recipe,
+    state: bytes | None,
+    whole_train_error: bool = False,
+    progress_every_s: float = math.inf,
+    *,
+    device: str = "cpu",
+    graph: bool = True,
+) -> Iterator[EpochResult | EpochProgress]:
     """Trains a cell from its start or from a checkpoint to its end.
 
-    Many CPUs are slow on denormals, so training flushes them to zero, unless that could hide a small gradient: the
-    first step of every epoch, and so the record of epoch 0, runs without flushing, and the rest of the epoch flushes
-    only if every gradient of that step was far above the denormals (`FLUSH_ABOVE`). The probe's own arithmetic sees
-    denormals in either case.
+    Many CPUs are slow on denormals, so training there flushes them to zero, unless that could hide a small gradient:
+    the first step of every epoch, and so the record of epoch 0, runs without flushing, and the rest of the epoch
+    flushes only if every gradient of that step was far above the denormals (`FLUSH_ABOVE`). The probe's own arithmetic
+    sees denormals in either case.
 
-    Residual adds are observed only in the first step of each epoch, to save time.
+    Residual adds are observed only in the first step of each epoch, to save time. The whole training set is evaluated
+    only before the first step and after the last; in between the running training error is recorded, as most training
+    scripts do. The numbers of the training do not depend on that.
 
     A cell whose training loss becomes non-finite stops within that epoch: the epoch is recorded, and the status is
     ``"diverged"``.
 
     Args:
-        family: ``"plain"`` or ``"resnet"``.
-        depth: Depth that `gradprobe.networks` supports.
+        family: ``"plain"``, ``"resnet"`` or ``MODULE:CALLABLE``; see `gradprobe.experiments.models.build`.
+        depth: Depth that the family supports.
         seed: Seed of the initialisation, the order of the images and their augmentation.
         data: Data set to train on.
         recipe: Training settings.
         state: Checkpoint from an earlier result of the same cell, or None.
+        whole_train_error: Evaluate the whole training set after every epoch.
+        progress_every_s: Seconds of an epoch after which its progress is yielded, again and again; by default never.
+        device: Device of torch to train on, such as ``"cuda"``. The batches are the same on all devices, and the
+            numbers are equal within rounding.
+        graph: Capture the training step as a CUDA graph, on a device that has such.
 
     Yields:
-        One result per epoch.
+        One result per epoch, and the progress between its steps.
 
     Raises:
         ArgumentError: The family or the depth is unknown.
+        BackendError: The training step cannot be captured as a CUDA graph.
 
     Source:
         He et al. 2015, section 4.2.
     """
+    on = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_generator_seed(seed, 0))
-        model = build(family, depth, data.in_channels, data.num_classes)
+        model = build(family, depth, data, recipe.norm, recipe.init)
+    data = data.to(on)
     # On a CPU nearly twice as fast for 32x32 images, and 10 % faster for 8x8.
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = sgd(model, recipe)
+    model = model.to(on, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(model, recipe)
     batch_size = min(recipe.batch_size, len(data.train_x))
     steps = len(data.train_x) // batch_size
     first_epoch, warming = 1, depth >= recipe.warmup_depth
@@ -164,46 +190,53 @@ def train_cell(
         optimizer.load_state_dict(saved["optimizer"])
         first_epoch, warming = saved["epoch"] + 1, saved["warming"]
 
-    weights = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    weights = trained_weights(family, model, data)
+    stream = devices.make_stream(on)
+    measure = partial(_measure, model, data, recipe.precision)
     with attach(model, optimizer=optimizer, activations_every=steps, capacity=steps) as probe:
+        eager_step = TrainingStep(model, optimizer, data, recipe.precision)
+        train_step = GraphedStep(eager_step, probe) if graph and may_capture(optimizer, on) else eager_step
         for epoch in range(first_epoch, recipe.epochs + 1):
             began = time.perf_counter()
-            start = [_measure(model, data, epoch=0, began=began)] if epoch == 1 else []
-            began = time.perf_counter()
-            generator = torch.Generator().manual_seed(_generator_seed(seed, epoch))
-            order = torch.randperm(len(data.train_x), generator=generator)
-            finite = True
-            model.train()
-            torch.set_flush_denormal(False)
-            for step in range(steps):
-                rate = recipe.learning_rate_at((epoch - 1) * steps + step, recipe.epochs * steps, warming)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                chosen = order[step * batch_size : (step + 1) * batch_size]
-                images = data.train_x[chosen]
-                if data.augmented:
-                    images = augment(images, generator)
-                images = images.contiguous(memory_format=torch.channels_last)
-                loss = F.cross_entropy(model(images), data.train_y[chosen])
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
-                optimizer.step()
-                if step == 0:
-                    torch.set_flush_denormal(_may_flush(probe.history()[-1]))
-                finite = bool(torch.isfinite(loss))
-                if not finite:
-                    break
-            snapshots = probe.history()[-(step + 1) :]
-            row = _measure(model, data, epoch, began)
-            torch.set_flush_denormal(False)
-            warming = warming and not row.train_error_pct < recipe.warmup_error_pct
+            with devices.training(on, stream, _generator_seed(seed, epoch)):
+                start = [measure(epoch=0, began=began)] if epoch == 1 else []
+                began = told_at = time.perf_counter()
+                plan = draw_batches(data, batch_size, torch.Generator().manual_seed(_generator_seed(seed, epoch)))
+                outcomes = torch.empty(steps, 2, dtype=torch.float64, device=on)  # loss and number right
+                model.train()
+                for step in range(steps):
+                    rate = recipe.learning_rate_at((epoch - 1) * steps + step, recipe.epochs * steps, warming)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    outcomes[step] = train_step(plan[step])
+                    if on.type == "cpu":  # to ask another device now would wait for it
+                        if step == 0:
+                            torch.set_flush_denormal(_may_flush(probe.history()[-1]))
+                        if not torch.isfinite(outcomes[step, 0]):
+                            break
+                    if (now := time.perf_counter()) - told_at >= progress_every_s:
+                        told_at = now
+                        yield EpochProgress((step + 1) / steps, now - began)
+                losses, right = outcomes[: step + 1].T.tolist()
+                n_steps = next((n for n, loss in enumerate(losses, 1) if not math.isfinite(loss)), steps)
+                finite = math.isfinite(losses[n_steps - 1])
+                snapshots = probe.history()[-(step + 1) :][:n_steps]
+                row = measure(
+                    epoch,
+                    began,
+                    whole=whole_train_error or not finite or epoch == recipe.epochs,
+                    running_loss=sum(loss * batch_size for loss in losses[:n_steps]) / (n_steps * batch_size),
+                    running_error_pct=100.0 * (1 - sum(right[:n_steps]) / (n_steps * batch_size)),
+                )
+                warming = warming and not row.running_error_pct < recipe.warmup_error_pct
+                checkpoint = save_state(model, optimizer, epoch, warming)
             layers = (_layers(0, weights, snapshots[:1]) if epoch == 1 else ()) + _layers(epoch, weights, snapshots)
             status: Status = "diverged" if not finite else "done" if epoch == recipe.epochs else "pending"
             yield EpochResult(
                 epochs=(*start, row),
                 layers=layers,
                 junctions=_junctions(epoch - 1, snapshots[0]),
-                state=save_state(model, optimizer, epoch, warming),
+                state=checkpoint,
                 status=status,
             )
             if not finite:
@@ -220,7 +253,7 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, w
 
     Args:
         model: The network.
-        optimizer: Its optimizer, from `sgd`.
+        optimizer: Its optimizer, from `make_optimizer`.
         epoch: The last completed epoch.
         warming: Whether the network is still warming up.
 
@@ -264,75 +297,72 @@ def load_state(model: nn.Module, state: bytes) -> dict[str, Any]:
     Returns:
         The rest of the checkpoint: ``optimizer``, ``epoch`` and ``warming``.
     """
-    saved: dict[str, Any] = torch.load(io.BytesIO(state), weights_only=True)
+    saved: dict[str, Any] = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
     model.load_state_dict(saved.pop("model"))
     return saved
 
 
-def sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Makes a network's optimizer as the recipe says."""
-    return torch.optim.SGD(
-        model.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    return optimizers.make(
+        recipe.optimizer,
+        model.parameters(),
+        recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
     )
 
 
-def _measure(model: nn.Module, data: Dataset, epoch: int, began: float) -> EpochRow:
+def _measure(
+    model: nn.Module,
+    data: Dataset,
+    precision: Precision,
+    epoch: int,
+    began: float,
+    *,
+    whole: bool = True,
+    **running: float,
+) -> EpochRow:
+    """Evaluates a network on the test set and, if ``whole``, on the training set, and adds the running errors."""
     # The running averages of an untrained network are meaningless.
-    train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, by_batch=epoch == 0)
-    _, test_error_pct = evaluate(model, data.test_x, data.test_y, by_batch=epoch == 0)
-    return EpochRow(epoch, train_loss, train_error_pct, test_error_pct, time.perf_counter() - began)
-
-
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, *, by_batch: bool = False) -> tuple[float, float]:
-    """Computes a network's loss and error over a whole set, and leaves the network unchanged.
-
-    Args:
-        model: The network.
-        images: [N, C, H, W] float32.
-        labels: [N] int64.
-        by_batch: Normalise by batch statistics instead of running averages.
-
-    Returns:
-        Mean cross-entropy, and the error in percent. An image with a non-finite logit counts as an error.
-    """
-    training = model.training
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.train(by_batch)
-    loss, right = 0.0, 0
-    with torch.no_grad():
-        for x, y in zip(torch.split(images, EVALUATION_BATCH), torch.split(labels, EVALUATION_BATCH), strict=True):
-            logits = model(x.contiguous(memory_format=torch.channels_last))  # [B, num_classes]
-            loss += F.cross_entropy(logits.double(), y, reduction="sum").item()
-            right += int((torch.isfinite(logits).all(dim=1) & (logits.argmax(dim=1) == y)).sum())
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    model.train(training)
-    return loss / len(labels), 100.0 * (1 - right / len(labels))
+    options: dict[str, Any] = {"by_batch": epoch == 0, "precision": precision}
+    train_loss, train_error_pct = math.nan, math.nan
+    if whole:
+        train_loss, train_error_pct = evaluate(model, data.train_x, data.train_y, **options)
+    _, test_error_pct = evaluate(model, data.test_x, data.test_y, **options)
+    return EpochRow(epoch, train_loss, train_error_pct, test_error_pct, time.perf_counter() - began, **running)
 
 
 def _may_flush(snapshot: Snapshot) -> bool:
     return not any(0 < site.abs_max < FLUSH_ABOVE for site in snapshot.sites.values())
 
 
-def _layers(epoch: int, weights: Sequence[str], snapshots: Sequence[Snapshot]) -> tuple[LayerRow, ...]:
-    """Summarises the weights' gradients over several steps: the median of each statistic, NaN if any step has NaN."""
+def _layers(epoch: int, weights: Mapping[str, int], snapshots: Sequence[Snapshot]) -> tuple[LayerRow, ...]:
+    """Summarises the weights' gradients over several steps: the median of each statistic, NaN if any step has NaN.
+
+    A weight without a gradient in a step, as in a layer that is skipped at random, counts as one of zeros.
+    """
     rows = []
-    for position, name in enumerate(weights):
-        seen = [snapshot[name] for snapshot in snapshots]
+    for position, (name, numel) in enumerate(weights.items()):
+        seen = [snapshot[name] if name in snapshot else None for snapshot in snapshots]  # noqa: SIM401  no mapping
         rows.append(
             LayerRow(
                 epoch=epoch,
                 position=position,
                 site=name,
-                norm_l2=float(np.median([site.norm for site in seen])),
-                rms=float(np.median([site.rms for site in seen])),
-                abs_max=float(np.median([site.abs_max for site in seen])),
-                zero_fraction=float(np.median([site.zero_fraction for site in seen])),
-                nonfinite=max(site.nonfinite for site in seen),
-                numel=seen[0].numel,
+                norm_l2=_median([site.norm if site else 0.0 for site in seen]),
+                rms=_median([site.rms if site else 0.0 for site in seen]),
+                abs_max=_median([site.abs_max if site else 0.0 for site in seen]),
+                zero_fraction=_median([site.zero_fraction if site else 1.0 for site in seen]),
+                nonfinite=max(site.nonfinite if site else 0 for site in seen),
+                numel=numel,
             )
         )
     return tuple(rows)
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
 
 
 def _junctions(epoch: int, snapshot: Snapshot) -> tuple[JunctionRow, ...]:

@@ -111,9 +111,7 @@ def test_missing_files_are_listed(cifar, tmp_path):
         load(f"cifar10:{tmp_path / 'nowhere'}")
 
 
-@pytest.mark.parametrize(
-    "spec", ["", "mnist", "Digits", "digits:x", "imagefolder:/tmp", "hf:cifar10", "cifar10", "cifar10:"]
-)
+@pytest.mark.parametrize("spec", ["", "mnist", "Digits", "digits:x", "hf", "imagefolder:", "cifar10", "cifar10:"])
 def test_an_unknown_set_is_rejected_with_the_known_ones(spec):
     with pytest.raises(ArgumentError, match="cifar10:DIR"):
         load(spec)

@@ -178,6 +178,7 @@ def test_the_conclusions_on_the_stacks_follow_from_their_numbers(
     assert not_said not in text
 
 
+@pytest.mark.soak
 def test_stacks_learn_and_deeper_ones_learn_less() -> None:
     result = train_stacks(depths=[1, 8])
     assert 0.3 < result.constant_loss < 0.42  # the variance of |N(0, 1)| is 1 - 2 / pi

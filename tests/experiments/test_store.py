@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers.full_disk import full_disk
 from helpers.names import NAMES
+from helpers.older_runs import make_version_1, make_version_2, make_version_3
 
 from gradprobe.errors import StoreError
 from gradprobe.experiments.sweep.store import open_run, start_run
@@ -58,7 +59,7 @@ def test_rows_are_read_as_written(path):
     with open_run(path) as run:
         assert run.config == CONFIG
         assert run.meta["torch_version"] == "2.13.0"
-        assert run.meta["schema_version"] == "2"
+        assert run.meta["schema_version"] == "4"
         assert [(c.id, c.name, c.seed, c.parameters, c.status) for c in run.cells()] == [
             (1, "plain-8", 0, 75_002, "pending"),
             (2, "resnet-8", 0, 75_002, "pending"),
@@ -255,13 +256,18 @@ def test_missing_folders_are_created(tmp_path):
 
 
 @pytest.fixture
-def old_path(path):
-    """An unfinished run of schema version 1, which has no residual adds."""
+def path_of_version_2(path):
+    """An unfinished run of schema version 2."""
     write(path)
-    with sqlite3.connect(path) as database:
-        database.execute("DROP TABLE junction")
-        database.execute("UPDATE meta SET value = '1' WHERE key = 'schema_version'")
-    database.close()
+    make_version_2(path)
+    return path
+
+
+@pytest.fixture
+def old_path(path):
+    """An unfinished run of schema version 1."""
+    write(path)
+    make_version_1(path)
     return path
 
 
@@ -281,6 +287,58 @@ def test_an_older_file_is_resumed(old_path):
         assert reader.junctions(1, 0) == []
         assert reader.junctions(1, 1) == [junction_row(0, 1)]
         assert reader.epochs(1) == [epoch_row(0), epoch_row(1), epoch_row(2)]
+
+
+def test_a_file_without_running_errors_is_read_and_resumed(path_of_version_2):
+    running = replace(epoch_row(2), train_loss=math.nan, train_error_pct=math.nan, running_loss=1.5)
+    running = replace(running, running_error_pct=40.0)
+    with open_run(path_of_version_2) as reader:
+        assert reader.epochs(1) == [epoch_row(0), epoch_row(1)]
+        with start_run(path_of_version_2, CONFIG, {}) as run:
+            run.save(1, [running], [layer_row(2)], [], b"second")
+        *before, last = reader.epochs(1)
+    assert before == [epoch_row(0), epoch_row(1)]
+    assert not before[-1].is_running
+    assert (last.is_running, last.any_train_error_pct, last.running_loss) == (True, 40.0, 1.5)
+
+
+@pytest.mark.parametrize("make_older", [make_version_1, make_version_2])
+def test_an_older_file_records_failures_once_it_is_resumed(path, make_older):
+    write(path)
+    make_older(path)
+    with open_run(path) as reader:
+        assert [cell.failure for cell in reader.cells()] == ["", ""]
+        for reason in ("ValueError: once", "ValueError: twice"):
+            with start_run(path, CONFIG, {}) as run:
+                run.record_failure(2, reason)
+            assert [cell.failure for cell in reader.cells()] == ["", reason]
+
+
+@pytest.mark.parametrize("make_older", [make_version_1, make_version_2, make_version_3])
+def test_an_older_file_records_progress_once_it_is_resumed(path, make_older):
+    write(path)
+    make_older(path)
+    with open_run(path) as reader:
+        assert [cell.progress for cell in reader.cells()] == [0.0, 0.0]
+        with start_run(path, CONFIG, {}) as run:
+            run.record_progress(1, 0.25)
+        assert [cell.progress for cell in reader.cells()] == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("has_progress", [False, True])
+def test_the_reasons_of_failures_in_a_file_of_version_3_are_kept(path, has_progress):
+    write(path)
+    with start_run(path, CONFIG, {}) as run:
+        run.record_failure(2, "ValueError: once")
+    make_version_3(path)
+    if has_progress:
+        with sqlite3.connect(path) as database:
+            database.execute("CREATE TABLE progress(cell INTEGER PRIMARY KEY, share REAL NOT NULL)")
+        database.close()
+    for _ in range(2):
+        with open_run(path) as reader:
+            assert [cell.failure for cell in reader.cells()] == ["", "ValueError: once"]
+        start_run(path, CONFIG, {}).close()
 
 
 def test_an_older_file_that_is_rejected_is_unchanged(old_path):
@@ -313,7 +371,7 @@ def foreign_empty_database(path):
 def newer_schema(path):
     write(path)
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE meta SET value = '3' WHERE key = 'schema_version'")
+        database.execute("UPDATE meta SET value = '5' WHERE key = 'schema_version'")
     database.close()
 
 
@@ -336,7 +394,7 @@ def cut_short(path):
         (foreign_short, "found one that is not an SQLite database"),
         (foreign_database, "found another SQLite database"),
         (foreign_empty_database, "found another SQLite database"),
-        (newer_schema, "schema version 3; this gradprobe reads versions 1 to 2"),
+        (newer_schema, "schema version 5; this gradprobe reads versions 1 to 4"),
         (damaged_pages, "malformed|damaged"),
         (cut_short, "malformed|damaged"),
     ],

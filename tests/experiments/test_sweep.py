@@ -1,60 +1,28 @@
 """The sweep: it resumes to the same numbers after any kill, and names bad options, files and failed cells."""
 
 import io
-import os
-import random
-import signal
+import re
 import sqlite3
 import subprocess
 import sys
+import textwrap
 import time
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import closing
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.older_runs import make_version_3
+from helpers.sweep_commands import contents, trained_here
 from rich.console import Console
 
 from gradprobe.errors import ArgumentError, BackendError, GradprobeError, StoreError
+from gradprobe.experiments import train
 from gradprobe.experiments.sweep import engines
+from gradprobe.experiments.sweep import run as run_module
 from gradprobe.experiments.sweep.run import sweep
 from gradprobe.experiments.sweep.store import open_run
-
-TABLES = ("meta", "cell", "epoch", "layer", "junction", "checkpoint")
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """A small set in CIFAR-10's layout; classes differ in brightness, so that networks can learn them."""
-    folder = tmp_path_factory.mktemp("cifar")
-    rng = np.random.default_rng(0)
-    for name, count in {"data_batch_1.bin": 64, "test_batch.bin": 16}.items():
-        labels = rng.integers(0, 10, count, dtype=np.uint8)
-        pixels = rng.integers(0, 100, (count, 3072), dtype=np.uint8) + 15 * labels[:, None]
-        np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8).tofile(folder / name)
-    return folder
-
-
-@contextmanager
-def trained_here():
-    """Trains in this process, which is faster than starting others; yields the list of epochs trained."""
-    trained = []
-
-    def run(jobs, workers, checkpoint):
-        for job in jobs:
-            for result in job.run(checkpoint(job.cell.id)):
-                trained.append((job.cell.name, job.cell.seed, result.epochs[-1].epoch))
-                yield job, result
-
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "run_local", run)
-        yield trained
-    torch.set_num_threads(threads)
+from gradprobe.report.live_sweep import LiveSweep
 
 
 @pytest.fixture
@@ -69,26 +37,15 @@ def options(images, tmp_path):
         "out": tmp_path / "run.sqlite",
         "data": f"cifar10:{images}",
         "depths": (8,),
+        "seeds": (0,),
         "epochs": 2,
         "batch_size": 32,
         "jobs": 2,
     }
 
 
-def contents(path):
-    """Returns everything in the file except times."""
-    database = sqlite3.connect(path)
-    try:
-        tables = {name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3").fetchall() for name in TABLES[1:]}
-        tables["meta"] = database.execute("SELECT * FROM meta WHERE key != 'created' ORDER BY 1").fetchall()
-    finally:
-        database.close()
-    tables["epoch"] = [row[:-1] for row in tables["epoch"]]
-    return tables
-
-
 def test_every_cell_is_trained_and_recorded(in_process, options):
-    sweep(**options, families=("plain", "resnet"), seeds=(0, 1))
+    sweep(**{**options, "seeds": (0, 1)}, families=("plain", "resnet"))
     with open_run(options["out"]) as run:
         cells = run.cells()
         assert [(c.name, c.seed, c.status) for c in cells] == [
@@ -123,10 +80,18 @@ def test_the_same_sweep_again_trains_nothing(in_process, options):
     assert contents(options["out"]) == before
 
 
+def test_the_whole_training_set_is_evaluated_on_request(in_process, options):
+    sweep(**options, families=["plain"])
+    sweep(**options, families=["resnet"], whole_train_error=True)
+    with open_run(options["out"]) as run:
+        running = {cell.name: [row.is_running for row in run.epochs(cell.id)] for cell in run.cells()}
+    assert running == {"plain-8": [False, True, False], "resnet-8": [False, False, False]}
+
+
 def test_a_later_sweep_trains_only_what_is_new(in_process, options):
     sweep(**options, families=["plain"])
     in_process.clear()
-    sweep(**{**options, "depths": (8, 14)}, families=["plain", "resnet"], seeds=[0])
+    sweep(**{**options, "depths": (8, 14)}, families=["plain", "resnet"])
     assert {name for name, _, _ in in_process} == {"plain-14", "resnet-8", "resnet-14"}
 
 
@@ -186,7 +151,7 @@ def test_another_torch_version_is_rejected(in_process, options, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"families": ["vgg"]}, "families: needed one or more of plain, resnet, got 'vgg'"),
+        ({"families": ["vgg"]}, "families: needed one or more of plain, resnet, fixup, .*, got 'vgg'"),
         ({"families": []}, "families: needed at least one, got none"),
         ({"depths": [21]}, r"depth: needed 6n\+2 .* or one of 18, 34, 50, 101, 152, got 21"),
         ({"seeds": [-1]}, r"seeds: needed a whole number from 0 to 2\^32 - 1, got -1"),
@@ -194,8 +159,10 @@ def test_another_torch_version_is_rejected(in_process, options, monkeypatch):
         ({"epochs": 0}, "epochs: needed at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: needed at least 1, got 0"),
         ({"jobs": 0}, "jobs: needed at least 1, got 0"),
+        ({"num_gpus": 1}, "num_gpus: needed engine ray, which reserves them, got engine local"),
+        ({"num_gpus": 1.5, "engine": "ray"}, "num_gpus: needed a number from 0 to 1, or a whole number, got 1.5"),
         ({"engine": "slurm"}, "engine: needed one of local, ray, got 'slurm'"),
-        ({"data": "imagenet"}, "data: needed one of digits, cifar10:DIR, got 'imagenet'"),
+        ({"data": "imagenet"}, "data: needed one of digits, cifar10:DIR, .*npz:FILE, got 'imagenet'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -211,23 +178,67 @@ def test_a_missing_ray_is_named(options, monkeypatch):
         sweep(**options, engine="ray")
 
 
-def test_ray_gives_the_numbers_of_local_processes(in_process, options, tmp_path):
-    pytest.importorskip("ray", reason="needs ray, which gradprobe[ray] installs")
-    sweep(**options)
-    sweep(**{**options, "out": tmp_path / "ray.sqlite"}, engine="ray")
-    assert contents(tmp_path / "ray.sqlite") == contents(options["out"])
-
-
-@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
-def test_progress_is_shown_on_a_terminal_only(in_process, options, terminal):
+def test_progress_is_a_bar_on_a_terminal(in_process, options):
     screen = io.StringIO()
-    sweep(**options, console=Console(file=screen, force_terminal=terminal, width=120))
-    if terminal:
-        assert "100%" in screen.getvalue()
-        assert "resnet-8 seed 0: epoch 2/2, train error" in screen.getvalue()
-        assert "left" in screen.getvalue()
-    else:
-        assert screen.getvalue() == ""
+    sweep(**options, console=Console(file=screen, force_terminal=True, width=120))
+    assert "100%" in screen.getvalue()
+    assert "resnet-8 seed 0: epoch 2/2, train error" in screen.getvalue()
+    assert re.search(r"about [\d.]+ s left", screen.getvalue())
+
+
+def test_progress_is_a_line_per_epoch_elsewhere(in_process, options):
+    out = io.StringIO()
+    sweep(**options, console=Console(file=out))
+    lines = out.getvalue().splitlines()
+    assert [re.sub(r"[\d.]+ (%|s\b)", r"_ \1", line) for line in lines] == [
+        "plain-8 seed 0: epoch 1/2, train error _ %, about _ s left",
+        "plain-8 seed 0: epoch 2/2, train error _ %, about _ s left",
+        "resnet-8 seed 0: epoch 1/2, train error _ %, about _ s left",
+        "resnet-8 seed 0: epoch 2/2, train error _ %",
+    ]
+
+
+def test_progress_moves_within_an_epoch(in_process, options, monkeypatch):
+    monkeypatch.setattr(run_module, "_PROGRESS_EVERY_S", 0.0)
+    train_all, seen = engines.run_local, []
+
+    def look(jobs, workers, checkpoint):
+        for pair in train_all(jobs, workers, checkpoint):
+            yield pair
+            with open_run(options["out"]) as run:
+                view = LiveSweep("run.sqlite")
+                view.take(run, time.time())
+                seen.append((run.cells()[0].progress, re.findall(r"epoch ([\d.]+)/2", view.line())))
+
+    monkeypatch.setattr(engines, "run_local", look)
+    screen = io.StringIO()
+    sweep(**options, families=["plain"], console=Console(file=screen, force_terminal=True, width=120))
+    half, whole = [(0.5, ["0.5"]), (1.0, ["0.9"])], [(0.5, ["1.5"]), (1.0, ["1.9"])]
+    assert seen == [*half, (0.0, ["1"]), *whole, (0.0, [])]
+    with closing(sqlite3.connect(options["out"])) as database:
+        assert database.execute("SELECT * FROM progress").fetchall() == []
+
+
+def test_a_file_without_progress_is_read_and_resumed(in_process, options):
+    sweep(**options, families=["plain"])
+    make_version_3(options["out"])
+    with open_run(options["out"]) as run:
+        assert [cell.progress for cell in run.cells()] == [0.0]
+    sweep(**options)
+    with open_run(options["out"]) as run:
+        assert [cell.status for cell in run.cells()] == ["done", "done"]
+
+
+def test_a_sweep_that_runs_out_of_time_resumes_to_the_same_numbers(in_process, options, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(engines.Job, "is_late", lambda _: len(in_process) >= 1)
+        sweep(**options)
+    assert in_process == [("plain-8", 0, 1)]
+    sweep(**options)
+    assert len(in_process) == 4
+    undisturbed = tmp_path / "undisturbed.sqlite"
+    sweep(**{**options, "out": undisturbed})
+    assert contents(options["out"]) == contents(undisturbed)
 
 
 def test_progress_of_a_resumed_sweep_starts_where_it_stopped(in_process, options, monkeypatch):
@@ -246,136 +257,6 @@ def test_progress_of_a_resumed_sweep_starts_where_it_stopped(in_process, options
     screen = io.StringIO()
     sweep(**options, console=Console(file=screen, force_terminal=True, width=120))
     assert "75%" in screen.getvalue()
-
-
-@dataclass
-class Command:
-    """A sweep in its own process group, as a shell starts it."""
-
-    out: Path
-    images: Path
-    epochs: int = 4
-
-    def start(self):
-        command = [sys.executable, "-m", "gradprobe.cli", "sweep", "--data", f"cifar10:{self.images}", "--depths", "8"]
-        command += [
-            "--seeds",
-            "0,1",
-            "--epochs",
-            str(self.epochs),
-            "--batch-size",
-            "32",
-            "--jobs",
-            "2",
-            "--out",
-            str(self.out),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
-
-    def undisturbed(self):
-        """Runs the same sweep in this process, one cell after another, and returns the expected contents."""
-        out = self.out.with_name("undisturbed.sqlite")
-        with trained_here():
-            sweep(out=out, data=f"cifar10:{self.images}", depths=[8], seeds=[0, 1], epochs=self.epochs, batch_size=32)
-        return contents(out)
-
-    def finish(self):
-        process = self.start()
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors.decode()
-
-    def recorded_epochs(self):
-        if not self.out.exists():
-            return 0
-        with open_run(self.out) as run:
-            return sum(len(run.epochs(cell.id)) for cell in run.cells())
-
-
-def workers_of(process):
-    """Returns the ids of all child processes of a sweep."""
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(pid) for pid in found]
-
-
-def is_running(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def none_runs(pids):
-    return not any(map(is_running, pids))
-
-
-def wait_until(condition, timeout_s):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def kill_at_random(command, moments, whole_group):
-    """Kills a sweep at a random time after it has recorded a random number of epochs."""
-    before = command.recorded_epochs()
-    process = command.start()
-    epochs, delay_s = moments.randrange(4), moments.uniform(0, 0.4)
-    wait_until(lambda: process.poll() is not None or command.recorded_epochs() >= before + epochs, 100)
-    time.sleep(delay_s)
-    assert process.poll() is None, "the sweep ended before it could be killed: train for more epochs"
-    workers = workers_of(process)
-    if whole_group:
-        os.killpg(process.pid, signal.SIGKILL)
-    else:
-        process.kill()
-    process.communicate()
-    return workers
-
-
-def check_kills(command, count, seed):
-    moments = random.Random(seed)
-    for number in range(count):
-        workers = kill_at_random(command, moments, whole_group=number % 2 == 1)
-        assert wait_until(partial(none_runs, workers), 30), "a worker outlived its sweep"
-    command.finish()
-    names = sorted(entry.name for entry in command.out.parent.iterdir())
-    assert names == [command.out.name, f"{command.out.name}.lock"]
-    assert contents(command.out) == command.undisturbed()
-
-
-linux_only = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads process states from Linux's /proc")
-
-
-@linux_only
-def test_a_kill_changes_nothing(images, tmp_path):
-    check_kills(Command(tmp_path / "run.sqlite", images), count=1, seed=4)
-
-
-@linux_only
-@pytest.mark.soak
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("seed", range(2))
-def test_ten_kills_change_nothing(images, tmp_path, seed):
-    check_kills(Command(tmp_path / "run.sqlite", images, epochs=16), count=10, seed=seed)
-
-
-@linux_only
-@pytest.mark.soak
-def test_a_killed_worker_is_an_error_that_keeps_recorded_epochs(images, tmp_path):
-    command = Command(tmp_path / "run.sqlite", images)
-    process = command.start()
-    assert wait_until(lambda: command.recorded_epochs() >= 2, 100)
-    # The first child may be multiprocessing's resource tracker, so select a worker.
-    workers = [pid for pid in workers_of(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(workers[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert b"its process ended with exit code -9; run the same command again to resume" in errors
-    assert errors.count(b"\n") == 1
-    assert command.recorded_epochs() >= 2
 
 
 def test_a_damaged_checkpoint_is_rejected_instead_of_trained_on(in_process, options, monkeypatch):
@@ -398,20 +279,39 @@ def test_a_damaged_checkpoint_is_rejected_instead_of_trained_on(in_process, opti
         sweep(**options, families=["plain"])
 
 
-def test_a_failing_cell_is_named_in_one_line(options, monkeypatch, images):
-    batch = images / "data_batch_1.bin"
-    content = batch.read_bytes()
-    run_local = engines.run_local
+def test_a_failing_cell_is_named_in_one_line(options, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("no such weight")
+        yield
 
-    def damage_then_run(jobs, workers, checkpoint):
-        batch.write_bytes(content[:-1])
-        yield from run_local(jobs, workers, checkpoint)
-
-    monkeypatch.setattr(engines, "run_local", damage_then_run)
-    try:
-        with pytest.raises(GradprobeError, match=r"^plain-8 seed 0: ArgumentError: .*damaged or truncated"):
-            sweep(**{**options, "jobs": 1}, families=["plain"])
-    finally:
-        batch.write_bytes(content)
+    monkeypatch.setattr(engines, "_can_fork", lambda: True)  # a worker that is forked has the patch
+    monkeypatch.setattr(train, "train_cell", fail)
+    with pytest.raises(GradprobeError, match=r"^plain-8 seed 0: ValueError: no such weight$") as raised:
+        sweep(**{**options, "jobs": 1}, families=["plain"])
+    assert 'raise ValueError("no such weight")' in str(raised.value.__cause__)
     with open_run(options["out"]) as run:
         assert run.cells()[0].status == "pending"
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.soak)])
+def test_workers_give_the_numbers_of_one_process(options, tmp_path, monkeypatch, method):
+    with trained_here():
+        sweep(**{**options, "out": tmp_path / "here.sqlite", "epochs": 1})
+    torch.ones(300, 300) @ torch.ones(300, 300)  # starts OpenMP's threads, which a forked worker lacks
+    monkeypatch.setattr(engines, "_can_fork", lambda: method == "fork")
+    sweep(**{**options, "epochs": 1})
+    assert contents(options["out"]) == contents(tmp_path / "here.sqlite")
+
+
+def test_a_process_with_threads_does_not_fork():
+    script = """
+        import sys, threading
+        from gradprobe.experiments.sweep import engines
+        assert engines._can_fork() == (sys.platform == "linux")
+        end = threading.Event()
+        threading.Thread(target=end.wait).start()
+        assert not engines._can_fork()
+        assert "torch._dynamo" not in sys.modules
+        end.set()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -1,6 +1,7 @@
 """One cell: the recorded rows, bit-identical resumption, and the recording of small gradients."""
 
 import io
+import itertools
 import math
 from dataclasses import astuple, replace
 from functools import partial
@@ -8,14 +9,15 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers.few_digits import few_digits
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
-from gradprobe.experiments import train
-from gradprobe.experiments.data import load
-from gradprobe.experiments.train import Recipe, evaluate, train_cell
+from gradprobe.experiments import step, train
+from gradprobe.experiments.evaluation import evaluate
+from gradprobe.experiments.train import Recipe, train_cell
 from gradprobe.nn import ResidualAdd
 
 RECIPE = Recipe(epochs=3, batch_size=32)
@@ -31,15 +33,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data():
-    """A hundred digits, enough for a network of 8 layers to learn something in seconds."""
-    digits = load("digits")
-    return replace(
-        digits,
-        train_x=digits.train_x[:100],
-        train_y=digits.train_y[:100],
-        test_x=digits.test_x[:40],
-        test_y=digits.test_y[:40],
-    )
+    return few_digits(100, 40)
 
 
 def without_time(results):
@@ -242,6 +236,28 @@ def test_denormals_are_flushed_only_after_a_first_step_without_small_gradients(d
     assert seen[-3:] == [False, expected, expected]
 
 
+@pytest.mark.parametrize("ends", ["closed", "fails"])
+def test_a_cell_that_ends_within_an_epoch_leaves_denormals_alone(data, monkeypatch, ends):
+    net = Faint(1.0)
+    calls = itertools.count()
+
+    def forward(*_):
+        if torch.is_grad_enabled() and next(calls) == 2:
+            assert flushes()
+            raise ValueError("the third step")
+
+    net.register_forward_pre_hook(forward)
+    monkeypatch.setattr(train, "build", lambda *_: net)
+    results = train_cell("plain", 8, 0, data, RECIPE, None, progress_every_s=0.0)
+    assert [next(results).share for _ in range(2)] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
+    if ends == "closed":
+        results.close()
+    else:
+        with pytest.raises(ValueError, match="the third step"):
+            next(results)
+    assert not flushes()
+
+
 def test_evaluation_leaves_the_network_unchanged(data):
     model = networks.resnet(8, in_channels=1)
     model.train()
@@ -275,5 +291,58 @@ def test_a_recipe_without_steps_is_rejected(options):
 
 
 def test_an_unknown_family_is_rejected_with_the_known_ones(data):
-    with pytest.raises(ArgumentError, match="families: needed one or more of plain, resnet, got 'vgg'"):
+    with pytest.raises(ArgumentError, match=r"families: needed one or more of plain, resnet, fixup, .*, got 'vgg'"):
         next(train_cell("vgg", 8, 0, data, RECIPE, None))
+
+
+def test_the_optimizer_computes_what_torchs_computes(data):
+    def trained(make):
+        torch.manual_seed(0)
+        model = networks.resnet(8, in_channels=1)
+        optimizer = make(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(data.train_x), data.train_y).backward()
+            optimizer.step()
+        return model.state_dict(), optimizer.state_dict()
+
+    (model, ours), (expected, theirs) = (
+        trained(make)
+        for make in (
+            lambda model: train.make_optimizer(model, RECIPE),
+            lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
+        )
+    )
+    assert all(torch.equal(model[name], value) for name, value in expected.items())
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, state in theirs["state"].items():
+        assert torch.equal(ours["state"][index]["momentum_buffer"], state["momentum_buffer"])
+
+
+def test_the_whole_training_set_is_evaluated_before_the_first_step_and_after_the_last(undisturbed):
+    rows = [row for result in undisturbed for row in result.epochs]
+    assert [row.is_running for row in rows] == [False, True, True, False]
+    assert [math.isnan(row.train_loss) for row in rows] == [False, True, True, False]
+    assert [math.isnan(row.running_error_pct) for row in rows] == [True, False, False, False]
+    assert all(0 <= row.test_error_pct <= 100 for row in rows)
+
+
+def test_the_running_error_is_that_of_the_epochs_steps(data, monkeypatch):
+    seen, count = [], step.n_right
+    monkeypatch.setattr(step, "n_right", lambda *pair: seen.append(pair) or count(*pair))
+    row = next(train_cell("resnet", 8, 0, data, RECIPE, None)).epochs[-1]
+    logits, labels = map(torch.cat, zip(*seen[:3], strict=True))
+    assert len(labels) == 96
+    assert row.running_error_pct == pytest.approx(100 * (logits.argmax(dim=1) != labels).double().mean().item())
+    assert row.running_loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_evaluating_the_whole_training_set_changes_no_other_number(data, undisturbed):
+    every = list(train_cell("resnet", 8, 0, data, RECIPE, None, whole_train_error=True))
+    assert [result.state for result in every] == [result.state for result in undisturbed]
+    rows, others = ([row for result in results for row in result.epochs] for results in (every, undisturbed))
+    assert not any(row.is_running or math.isnan(row.train_loss) for row in rows)
+    for row, other in zip(rows, others, strict=True):
+        measured = other if not other.is_running else row
+        expected = replace(other, train_loss=measured.train_loss, train_error_pct=measured.train_error_pct)
+        assert replace(row, seconds=0.0) == replace(expected, seconds=0.0)

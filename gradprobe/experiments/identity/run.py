@@ -15,14 +15,16 @@ from rich.console import Console
 from torch import nn
 
 from gradprobe import networks
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, GradprobeError, WorkerTraceback
 from gradprobe.experiments import DEFAULT_EPOCHS, STACK_STEPS
 from gradprobe.experiments.common import progress_bar
 from gradprobe.experiments.data import Dataset, load
+from gradprobe.experiments.evaluation import evaluate
 from gradprobe.experiments.identity.result import Identity, NetErrors, Paradox
 from gradprobe.experiments.identity.stacks import DEPTHS, check_options, train_stacks
+from gradprobe.experiments.models import build
 from gradprobe.experiments.sweep import engines
-from gradprobe.experiments.train import Recipe, build, evaluate, load_state, save_state, sgd
+from gradprobe.experiments.train import EpochProgress, Recipe, load_state, make_optimizer, save_state
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.report.records import Cell, EpochRow
 
@@ -143,7 +145,7 @@ Advance = Callable[[float, str], None]
 def _paradox(
     data: Dataset, seed: int, depths: Sequence[int], recipe: Recipe, further: int, advance: Advance
 ) -> Paradox:
-    nets = [build("plain", depth, data.in_channels, data.num_classes) for depth in depths]
+    nets = [build("plain", depth, data) for depth in depths]
     parameters = [networks.count_parameters(net) for net in nets]
     cells = [Cell(id, "plain", depths[id], seed, parameters[id], "pending") for id in (0, 1)]
     # The longer run first, so that the two overlap most.
@@ -164,7 +166,7 @@ def _paradox(
     by_batch = _measure(constructed, data, by_batch=True)
     # Resumes as if its epochs had passed; with at most a third more, all further steps use the last learning rate.
     longer = Recipe(recipe.epochs + further, recipe.batch_size)
-    start = save_state(constructed, sgd(constructed, recipe), recipe.epochs, False)
+    start = save_state(constructed, make_optimizer(constructed, recipe), recipe.epochs, False)
     trained_on = _run([engines.Job(cells[1], data.spec, longer)], {1: start}, advance)
     return Paradox(
         shallow_depth=depths[0],
@@ -185,10 +187,14 @@ def _run(jobs: list[engines.Job], states: dict[int, bytes], advance: Advance) ->
     """Trains the cells to the end, and returns the last row and checkpoint of each by its id."""
     ends: dict[int, tuple[EpochRow, bytes]] = {}
     for job, result in engines.run_local(jobs, min(len(jobs), engines.cpus()), states.get):
+        if isinstance(result, engines.Failure):
+            raise GradprobeError(f"{job.title}: {result.message}") from WorkerTraceback(result.trace)
+        if isinstance(result, EpochProgress):
+            continue
         row = result.epochs[-1]
         ends[job.cell.id] = row, result.state
         missing = job.recipe.epochs - row.epoch if result.status == "diverged" else 0
-        text = f"{job.cell.name}: epoch {row.epoch}/{job.recipe.epochs}, train error {row.train_error_pct:.1f} %"
+        text = f"{job.cell.name}: epoch {row.epoch}/{job.recipe.epochs}, train error {row.any_train_error_pct:.1f} %"
         advance(job.cell.depth * (1 + missing), text)
     return ends
 

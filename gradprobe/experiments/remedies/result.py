@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradprobe.experiments.remedies.networks import CHANNELS, GROUPS, WIDTH
-from gradprobe.report.formatting import number
 from gradprobe.report.records import RemedyCell
+from gradprobe.text.words import number
 
 BATCH_SIZE = 64
 MAX_NORM = 1.0
@@ -48,7 +48,10 @@ class Remedies:
 
     def as_dict(self) -> dict[str, object]:
         """Converts the result to plain data, with the ratios and the conclusions."""
-        cells = [{**asdict(cell), "ratio": cell.ratio} for cell in self.cells]
+        cells = [
+            {**asdict(cell), "ratio": cell.ratio, "growth": cell.growth, "expected_growth": cell.expected_growth}
+            for cell in self.cells
+        ]
         return {**asdict(self), "cells": cells, "conclusions": list(self.conclusions)}
 
     def of(self, remedy: str, activation: str, depth: int) -> RemedyCell | None:
@@ -91,6 +94,15 @@ class Remedies:
                 f"theory assumes wide layers and groups and large batches ({worst.remedy}, {worst.activation}, "
                 f"{worst.depth} layers: {worst.factor:.2f}, theory {worst.theory:.2f})."
             )
+        grown = [(cell, cell.growth or 0.0, cell.expected_growth or 0.0) for cell in self.cells]
+        paired = [one for one in grown if 0 < one[1] < math.inf and 0 < one[2] < math.inf]
+        if paired:
+            cell, growth, expected = max(paired, key=lambda one: abs(math.log(one[1] / one[2])))
+            factor = math.exp(abs(math.log(growth / expected)))
+            sentences.append(
+                f"The growth of the variance differs from theory by a factor of {factor:.2f} at most ({cell.remedy}, "
+                f"{cell.activation}, {cell.depth} layers: {number(growth)}, theory {number(expected)})."
+            )
         return tuple(sentences)
 
     def _unclipped(self, cell: RemedyCell) -> RemedyCell | None:
@@ -132,12 +144,45 @@ class Remedies:
             f"{MAX_NORM:g}; groupnorm with {GROUPS} groups; without xavier or he, PyTorch's default initialisation. "
             "first: norm of the gradient of the weight next to the input; first/last: that over the norm next to the "
             "loss; per layer: factor of the norm per layer towards the input, least squares over the hidden layers, "
-            "± standard error; theory: its prediction for plain fully connected networks of wide layers and groups; "
+            "± standard error; theory: its prediction for fully connected networks of wide layers and groups; "
             f"fell: seeds whose loss ended below {FELL_SHARE:g} of its start and of {self.constant_loss:.2f}, the loss "
             "of a constant output; NaN: steps completed before the loss became NaN or infinite."
         )
+        if any(cell.variances for cell in self.cells):
+            yield Text()
+            yield self._growth_table()
+            yield Text(
+                "Mean square of the signal behind the last residual add over that behind the first layer. A ReLU "
+                "without normalisation adds in proportion to the signal, which grows exponentially with depth; behind "
+                "a normalisation, or with tanh or sigmoid, each branch adds about the same. Factors or weights of zero "
+                "(fixup, skipinit, rezero) add nothing; the weights behind them, with fixup all but the classifier's, "
+                "then have no gradient until the first step."
+            )
         yield Text(
             f"For scale: over 20 layers, a factor of 0.5 per layer gives 0.5^20 = {0.5**20:.1e}, a factor of 2 gives "
             f"2^20 = {2**20:,}."
         )
         yield from (Text(sentence) for sentence in self.conclusions)
+
+    def _growth_table(self) -> Table:
+        """Makes the table of the variance of the signal, with a column for each depth and its theory."""
+        depths = sorted({cell.depth for cell in self.cells})
+        table = Table("remedy", title="Growth of the variance")
+        table.title_justify = "left"
+        for depth in depths:
+            table.add_column(f"{depth} layers", justify="right", no_wrap=True)
+            table.add_column("theory", justify="right", no_wrap=True)
+        rows: dict[str, dict[str, dict[int, RemedyCell]]] = {}
+        for cell in self.cells:
+            if cell.variances:
+                rows.setdefault(cell.activation, {}).setdefault(cell.remedy, {})[cell.depth] = cell
+        for activation, remedies in rows.items():
+            table.add_section()
+            table.add_row(Text(activation, style="bold"))
+            for remedy, cells in remedies.items():
+                values: list[float | None] = []
+                for depth in depths:
+                    one = cells.get(depth)
+                    values += [None, None] if one is None else [one.growth, one.expected_growth]
+                table.add_row(remedy, *("–" if value is None else number(value) for value in values))
+        return table

@@ -8,6 +8,7 @@ initialisation in float64, so that norms that float32 would round to zero are se
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,10 +24,11 @@ from gradprobe.errors import ArgumentError
 from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.common import check_seeds, one_thread, progress_bar
 from gradprobe.experiments.data import Dataset, load
+from gradprobe.experiments.evaluation import evaluate
 from gradprobe.experiments.remedies.networks import LAYERS, network, parse_remedy
 from gradprobe.experiments.remedies.result import BATCH_SIZE, FELL_SHARE, MAX_NORM, Remedies
-from gradprobe.experiments.remedies.theory import ACTIVATIONS, factor_per_layer
-from gradprobe.experiments.train import Recipe, evaluate, sgd
+from gradprobe.experiments.remedies.theory import ACTIVATIONS, factor_per_layer, residual_theory
+from gradprobe.experiments.train import Recipe, make_optimizer
 from gradprobe.probe.probe import attach
 from gradprobe.report.records import RemedyCell
 from gradprobe.snapshot.snapshot import Snapshot
@@ -34,6 +36,9 @@ from gradprobe.snapshot.snapshot import Snapshot
 RECIPE = Recipe(epochs=1, batch_size=BATCH_SIZE, learning_rate=0.01)
 DEPTHS = (20, 50)
 SEEDS = (0, 1)
+
+# No logarithm of a float64 is larger.
+_LOG_MAX = math.log(sys.float_info.max)
 
 REMEDIES = (
     "none",
@@ -50,6 +55,11 @@ REMEDIES = (
     "batchnorm+residual",
     "layernorm+residual",
     "groupnorm+residual",
+    "orthogonal",
+    "he+fixup",
+    "he+skipinit",
+    "he+rezero",
+    "he+layerscale",
 )
 
 
@@ -154,7 +164,7 @@ def _run(layers: str, remedy: str, activation: str, depth: int, seed: int, steps
     norms = tuple(snapshot[name].norm for name in weights)
 
     model.float()
-    optimizer = sgd(model, RECIPE)
+    optimizer = make_optimizer(model, RECIPE)
     # Normalised by batch statistics here and at the end: running averages lag behind in such a short training.
     start_loss, _ = evaluate(model, data.train_x, data.train_y, by_batch=True)
     nan_after = None
@@ -210,14 +220,9 @@ def _cell(
     logs = [_mean_log(norms) for norms in zip(*(run.norms for run in runs), strict=True)]
     # Without the first and last layer, which have other shapes and neighbours.
     line = fit_trend(logs[1:-1])
-    parts = parse_remedy(remedy)
-    theory = None
-    # The theory of linear layers does not cover the zero padding of convolutions.
-    if layers == "linear" and not parts.residual and depth > 3:
-        mean_square = float(data.train_x.square().mean())
-        theory = factor_per_layer(
-            activation, parts.norm, parts.weight_gain, parts.bias_variance, mean_square, depth - 2
-        )
+    theory, expected = _theory(remedy, activation, depth, data) if layers == "linear" and depth > 3 else (None, ())
+    adds = [tuple(run.snapshot.junctions.values()) for run in runs]
+    measured = [[junctions[0].x.rms, *(one.y.rms for one in junctions)] for junctions in adds if junctions]
     return RemedyCell(
         remedy=remedy,
         activation=activation,
@@ -232,9 +237,30 @@ def _cell(
         final_loss=sum(run.final_loss for run in runs) / len(runs),
         n_fell=sum(run.final_loss < FELL_SHARE * min(run.start_loss, constant_loss) for run in runs),
         nan_after=tuple(run.nan_after for run in runs if run.nan_after is not None),
+        variances=tuple(_exp(2 * _mean_log(rms)) for rms in zip(*measured, strict=True)),
+        expected_variances=expected,
     )
+
+
+def _theory(remedy: str, activation: str, depth: int, data: Dataset) -> tuple[float | None, tuple[float, ...]]:
+    """Predicts the factor per layer, if there is one, and of a residual network the variances.
+
+    The theory is for linear layers: it does not cover the zero padding of convolutions.
+    """
+    parts = parse_remedy(remedy)
+    mean_square = float(data.train_x.square().mean())
+    start = (activation, parts.norm, parts.weight_gain, parts.bias_variance, mean_square, depth - 2)
+    if parts.shortcut == "none":
+        return factor_per_layer(*start), ()
+    residual = residual_theory(*start, branch_factor=parts.branch_factor(depth))
+    return None if math.isnan(residual.factor) else residual.factor, residual.variances
 
 
 def _mean_log(norms: Sequence[float]) -> float:
     """Computes the mean of the logarithms; minus infinity if one norm is zero."""
     return sum(-math.inf if norm == 0 else math.log(norm) for norm in norms) / len(norms)
+
+
+def _exp(value: float) -> float:
+    """Computes the exponential; infinity if float64 ends before."""
+    return math.exp(value) if value < _LOG_MAX else math.inf

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, get_args
 
 from gradprobe.errors import StoreError
-from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Status
+from gradprobe.report.records import SPEC_KEY, Cell, EpochRow, JunctionRow, LayerRow, Status
 
 if sys.platform == "win32":
     import msvcrt
@@ -28,15 +28,28 @@ else:
     import fcntl
 
 APPLICATION_ID = 0x67725072  # "grPr"
-SCHEMA_VERSION = 2
-_WITHOUT_JUNCTIONS = 1  # the schema version that lacks only the junction table
+SCHEMA_VERSION = 4
+_WITHOUT_PROGRESS = 3  # the schema version whose table of progress within an epoch may be missing
+_WITHOUT_RUNNING_ERRORS = 2  # the schema version that lacks the columns of running errors and the table of failures too
+_WITHOUT_JUNCTIONS = 1  # the schema version that lacks the junction table as well
 
 _TIMEOUT_S = 60.0
+
+# Settings that files of older versions do not record, with the values that they had.
+_IMPLIED = {
+    "image_size": None,
+    "per_class": None,
+    "optimizer": "sgd",
+    "norm": "batch",
+    "init": "he",
+    "precision": "float32",
+    "device": "cpu",
+}
 
 # Settings of the configuration that are whole numbers; the report computes with them.
 _COUNTS = ("epochs", "batch_size", "train_images", "test_images")
 # Columns whose finite values are at least 0 and at most this.
-_LIMITS = {"train_error_pct": 100.0, "test_error_pct": 100.0, "seconds": 1e12}
+_LIMITS = {"train_error_pct": 100.0, "test_error_pct": 100.0, "seconds": 1e12, "running_error_pct": 100.0}
 
 RunT = TypeVar("RunT", bound="Run")
 RecordT = TypeVar("RecordT", Cell, EpochRow, LayerRow, JunctionRow)
@@ -47,6 +60,12 @@ CREATE TABLE junction(
     shortcut_norm_l2 REAL, branch_norm_l2 REAL, cosine REAL, shortcut_share REAL,
     PRIMARY KEY(cell, epoch, position)) WITHOUT ROWID;
 """
+_FAILURE_TABLE = """
+CREATE TABLE failure(cell INTEGER PRIMARY KEY REFERENCES cell(id), reason TEXT NOT NULL);
+"""
+_PROGRESS_TABLE = """
+CREATE TABLE IF NOT EXISTS progress(cell INTEGER PRIMARY KEY REFERENCES cell(id), share REAL NOT NULL);
+"""
 _SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -56,12 +75,14 @@ CREATE TABLE cell(
     UNIQUE(family, depth, seed));
 CREATE TABLE epoch(
     cell INTEGER NOT NULL REFERENCES cell(id), epoch INTEGER NOT NULL, train_loss REAL, train_error_pct REAL,
-    test_error_pct REAL, seconds REAL, PRIMARY KEY(cell, epoch));
+    test_error_pct REAL, seconds REAL, running_loss REAL, running_error_pct REAL, PRIMARY KEY(cell, epoch));
 CREATE TABLE layer(
     cell INTEGER NOT NULL REFERENCES cell(id), epoch INTEGER NOT NULL, position INTEGER NOT NULL, site TEXT NOT NULL,
     norm_l2 REAL, rms REAL, abs_max REAL, zero_fraction REAL, nonfinite INTEGER NOT NULL, numel INTEGER NOT NULL,
     PRIMARY KEY(cell, epoch, position)) WITHOUT ROWID;
 {_JUNCTION_TABLE}
+{_FAILURE_TABLE}
+{_PROGRESS_TABLE}
 CREATE TABLE checkpoint(cell INTEGER PRIMARY KEY REFERENCES cell(id), epoch INTEGER NOT NULL, state BLOB NOT NULL);
 """
 
@@ -137,13 +158,33 @@ class Run:
         """Settings that all cells share: data, epochs, recipe."""
         return _config(self.path, self.meta)
 
+    @property
+    def _version(self) -> int:
+        """The schema version, which a sweep may raise at any time."""
+        return int(self.meta["schema_version"])
+
     def cells(self) -> list[Cell]:
         """Returns all cells, in the order in which they were added."""
-        return self._records(Cell, "SELECT id, family, depth, seed, parameters, status FROM cell ORDER BY id")
+        failure, share = "''", "0.0"
+        version = self._version
+        if version > _WITHOUT_RUNNING_ERRORS:
+            failure = "coalesce((SELECT reason FROM failure WHERE failure.cell = cell.id), '')"
+        if version > _WITHOUT_PROGRESS:
+            share = "(SELECT share FROM progress WHERE progress.cell = cell.id AND share BETWEEN 0 AND 1)"
+            share = f"coalesce({share}, 0.0)"
+        columns = f"id, family, depth, seed, parameters, status, {failure}, {share}"
+        return self._records(Cell, f"SELECT {columns} FROM cell ORDER BY id")
+
+    def specs(self) -> list[str]:
+        """Returns the settings of each different command that wrote the file, as TOML; none in an older file."""
+        specs = {int(key.partition(" ")[2] or 1): value for key, value in self.meta.items() if SPEC_KEY.fullmatch(key)}
+        return [specs[number] for number in sorted(specs)]
 
     def epochs(self, cell_id: int) -> list[EpochRow]:
         """Returns the epochs of a cell recorded so far, from 0."""
-        query = f"SELECT {', '.join(_EPOCH_COLUMNS)} FROM epoch WHERE cell = ? ORDER BY epoch"
+        is_older = self._version <= _WITHOUT_RUNNING_ERRORS
+        columns = ["NULL" if is_older and name in _RUNNING_COLUMNS else name for name in _EPOCH_COLUMNS]
+        query = f"SELECT {', '.join(columns)} FROM epoch WHERE cell = ? ORDER BY epoch"
         return self._records(EpochRow, query, cell_id)
 
     def layers(self, cell_id: int, epoch: int) -> list[LayerRow]:
@@ -156,12 +197,23 @@ class Run:
 
         Empty for a plain network, if the step is not recorded, and in a file of schema version 1.
         """
-        if self.meta["schema_version"] == str(_WITHOUT_JUNCTIONS):
+        if self._version == _WITHOUT_JUNCTIONS:
             return []
         query = f"SELECT {', '.join(_JUNCTION_COLUMNS)} FROM junction WHERE cell = ? AND epoch = ? ORDER BY position"
         return self._records(JunctionRow, query, cell_id, epoch)
 
+    def checkpoint(self, cell_id: int) -> bytes | None:
+        """Returns the checkpoint after a cell's last recorded epoch; None if no epoch is recorded."""
+        rows = self._rows("SELECT state FROM checkpoint WHERE cell = ?", cell_id)
+        if not rows:
+            return None
+        state = rows[0][0]
+        if not isinstance(state, bytes):
+            raise _damaged(self.path, f"a checkpoint is {reprlib.repr(state)}")
+        return state
 
+
+_RUNNING_COLUMNS = ("running_loss", "running_error_pct")
 _EPOCH_COLUMNS = tuple(field.name for field in fields(EpochRow))
 _LAYER_COLUMNS = tuple(field.name for field in fields(LayerRow))
 _JUNCTION_COLUMNS = tuple(field.name for field in fields(JunctionRow))
@@ -188,15 +240,25 @@ class RunWriter(Run):
                 cells,
             )
 
-    def checkpoint(self, cell_id: int) -> bytes | None:
-        """Returns the checkpoint after a cell's last recorded epoch; None if no epoch is recorded."""
-        rows = self._rows("SELECT state FROM checkpoint WHERE cell = ?", cell_id)
-        if not rows:
-            return None
-        state = rows[0][0]
-        if not isinstance(state, bytes):
-            raise _damaged(self.path, f"a checkpoint is {reprlib.repr(state)}")
-        return state
+    def add_spec(self, spec: str) -> None:
+        """Adds the settings of another command that writes the file, unless the file is older and lacks the first."""
+        specs = self.specs()
+        if specs and spec not in specs:
+            with _store_errors(self.path), self._db:
+                self._db.execute("INSERT INTO meta VALUES(?, ?)", (f"spec {len(specs) + 1}", spec))
+
+    def record_failure(self, cell_id: int, reason: str) -> None:
+        """Records the exception that stopped a cell; its next progress or epoch removes it."""
+        with _store_errors(self.path), self._db:
+            text = reason.encode("utf-8", "backslashreplace").decode()
+            self._db.execute("DELETE FROM progress WHERE cell = ?", (cell_id,))
+            self._db.execute("INSERT OR REPLACE INTO failure VALUES(?, ?)", (cell_id, text))
+
+    def record_progress(self, cell_id: int, share: float) -> None:
+        """Records the share of the steps of a cell's epoch in progress that are done."""
+        with _store_errors(self.path), self._db:
+            self._db.execute("DELETE FROM failure WHERE cell = ?", (cell_id,))
+            self._db.execute("INSERT OR REPLACE INTO progress VALUES(?, ?)", (cell_id, share))
 
     def save(
         self,
@@ -227,6 +289,8 @@ class RunWriter(Run):
                     f"INSERT INTO {table}(cell, {', '.join(columns)}) VALUES(?{', ?' * len(columns)})",
                     [(cell_id, *astuple(row)) for row in rows],
                 )
+            for table in ("failure", "progress"):
+                self._db.execute(f"DELETE FROM {table} WHERE cell = ?", (cell_id,))
             if status == "pending":
                 last = max(row.epoch for row in epochs)
                 self._db.execute("INSERT OR REPLACE INTO checkpoint VALUES(?, ?, ?)", (cell_id, last, state))
@@ -288,7 +352,7 @@ def open_run(path: str | Path) -> Run:
 def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, str]) -> RunWriter:
     """Opens a sweep's file for writing: creates it, or resumes it if it has the same configuration.
 
-    A file of schema version 1 gets the missing table.
+    A file of an older schema version gets the missing tables and columns.
 
     Args:
         path: The file; missing folders are created.
@@ -334,6 +398,13 @@ def start_run(path: str | Path, config: Mapping[str, Any], meta: Mapping[str, st
             connection.execute("BEGIN IMMEDIATE")
             if version == _WITHOUT_JUNCTIONS:
                 connection.execute(_JUNCTION_TABLE)
+            if version <= _WITHOUT_RUNNING_ERRORS:
+                for column in _RUNNING_COLUMNS:
+                    connection.execute(f"ALTER TABLE epoch ADD COLUMN {column} REAL")
+                connection.execute(_FAILURE_TABLE)
+            if version <= _WITHOUT_PROGRESS:
+                connection.execute(_PROGRESS_TABLE)
+            connection.execute("DELETE FROM progress")
             connection.execute("UPDATE meta SET value = ? WHERE key = 'schema_version'", (str(SCHEMA_VERSION),))
             connection.commit()
     except BaseException:
@@ -431,7 +502,7 @@ def _check_file(path: Path) -> None:
 
 def _check_version(path: Path, connection: sqlite3.Connection) -> int:
     version = _meta(path, connection)["schema_version"]
-    if version not in (str(_WITHOUT_JUNCTIONS), str(SCHEMA_VERSION)):
+    if version not in map(str, range(_WITHOUT_JUNCTIONS, SCHEMA_VERSION + 1)):
         raise StoreError(
             f"{path}: has schema version {version}; this gradprobe reads versions {_WITHOUT_JUNCTIONS} to "
             f"{SCHEMA_VERSION}"
@@ -452,6 +523,7 @@ def _check_rows(path: Path, connection: sqlite3.Connection, version: int) -> Non
 
 
 def _check_config(path: Path, asked: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    asked, stored = {**_IMPLIED, **asked}, {**_IMPLIED, **stored}
     differences = [
         f"{key} is {stored.get(key)!r} in the file and {asked.get(key)!r} now"
         for key in sorted({*asked, *stored})

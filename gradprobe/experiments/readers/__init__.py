@@ -1,0 +1,1 @@
+"""Readers of data sets: one module per kind of ``--data``. `raw` has the parts that they share."""
