@@ -1,1 +1,1 @@
-"""The command line: `commands` defines the commands, `target` reads MODULE:CALLABLE, `output` prints."""
+"""The command line: `commands` has the commands, `target` reads MODULE:CALLABLE, `output` prints, `watch` follows."""

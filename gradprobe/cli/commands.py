@@ -7,20 +7,21 @@ import io
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group
 from rich.table import Table
 
-from gradprobe.cli.output import drawing_module, print_json, print_table, show
+from gradprobe.cli.options import Json, listed
+from gradprobe.cli.output import drawing_module, print_error, print_json, print_table, show
+from gradprobe.cli.signals import FAILED
+from gradprobe.cli.sweep import sweep
 from gradprobe.cli.target import load_model
 from gradprobe.errors import ArgumentError, GradprobeError, printable
 from gradprobe.experiments import DEFAULT_EPOCHS, REMEDY_STEPS, STACK_STEPS
-
-T = TypeVar("T")
+from gradprobe.version import VERSION
 
 app = typer.Typer(
     help="Measure and diagnose the gradients of deep networks.\n\nExample: gradprobe sweep --depths 8,14 --epochs 2",
@@ -28,65 +29,40 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(sweep)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"gradprobe {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Takes the options in front of a command."""
 
 
 @app.command()
-def sweep(
-    data: Annotated[
-        str, typer.Option(help="digits, or cifar10:DIR, where DIR holds the binary version of CIFAR-10.")
-    ] = "digits",
-    families: Annotated[str, typer.Option(help="Comma-separated: plain, resnet.")] = "plain,resnet",
-    depths: Annotated[
-        str, typer.Option(help="Comma-separated: 6n+2 (CIFAR layout), or 18, 34, 50, 101, 152 (ImageNet layout).")
-    ] = "20,56",
-    seeds: Annotated[str, typer.Option(help="Comma-separated whole numbers.")] = "0",
-    epochs: Annotated[int, typer.Option(help="Passes over the training set (He et al. use 164).")] = DEFAULT_EPOCHS,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per step.", show_default="64 for digits, else 128")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="SQLite file for the results; if the file exists, the sweep resumes.")
-    ] = Path("run.sqlite"),
-    jobs: Annotated[int | None, typer.Option(help="Networks trained in parallel.", show_default="one per CPU")] = None,
-    engine: Annotated[str, typer.Option(help="local (processes on this machine) or ray.")] = "local",
-    as_json: Json = False,
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; if it exists, runs are added to it.")],
+    parts: Annotated[list[Path], typer.Argument(metavar="PART...", help="Files written by gradprobe sweep.")],
 ) -> None:
-    """Train networks of every family, depth and seed while measuring their gradients.
+    """Join the files of sweeps that trained parts of the same grid, as on several machines.
 
-    Example: gradprobe sweep --families plain,resnet --depths 20,56 --seeds 0,1,2 --out run.sqlite
+    Example: gradprobe merge run.sqlite part-0.sqlite part-1.sqlite
     """
-    from gradprobe.experiments.sweep.run import sweep as run_sweep
+    from gradprobe.experiments.sweep.merge import merge as merge_files
     from gradprobe.experiments.sweep.store import open_run
-    from gradprobe.report import export
 
-    try:
-        path = run_sweep(
-            out=out,
-            data=data,
-            families=_listed("--families", families, str),
-            depths=_listed("--depths", depths, int),
-            seeds=_listed("--seeds", seeds, int),
-            epochs=epochs,
-            batch_size=batch_size,
-            jobs=jobs,
-            engine=engine,
-            console=Console(stderr=True),
-        )
-    except KeyboardInterrupt:
-        print(f"stopped; run the same command again to resume {printable(str(out))}", file=sys.stderr)
-        raise typer.Exit(130) from None
-    with open_run(path) as run:
-        if as_json:
-            print_json(export.as_dict(run))
-            return
+    with open_run(merge_files(out, parts)) as run:
         cells = run.cells()
-    done = sum(cell.status == "done" for cell in cells)
-    diverged = sum(cell.status == "diverged" for cell in cells)
-    more = f", {diverged} diverged" if diverged else ""
-    name = printable(str(path))
-    print(f"{name}: {done} of {len(cells)} training runs done{more}; read it with: gradprobe report {name}")
+    done = sum(cell.status != "pending" for cell in cells)
+    print(f"{printable(str(out))}: {done} of {len(cells)} training runs done")
 
 
 @app.command()
@@ -104,7 +80,9 @@ def report(
 
     Example: gradprobe report run.sqlite --html report.html
     """
-    if (run_file / "about.json").is_file():
+    from gradprobe.cli.logged import run_kind
+
+    if run_kind(run_file) == "training":
         _report_training(run_file, html, csv, png, as_json)
         return
     from gradprobe.experiments.sweep.store import open_run
@@ -129,9 +107,9 @@ def report(
 def _report_training(folder: Path, html: Path | None, csv: Path | None, png: Path | None, as_json: bool) -> None:
     from gradprobe.cli.logged import LoggedRun
 
+    logged = LoggedRun.read(folder)
     if csv is not None:
         raise ArgumentError(f"--csv: {folder} holds tables already; docs/run_folder.md lists them")
-    logged = LoggedRun.read(folder)
     if as_json:
         print_json(logged.diagnosis.to_dict())
     else:
@@ -169,6 +147,59 @@ def diagnose(
 
 
 @app.command()
+def watch(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The log_dir of a probe, or the file of a sweep; it need not exist yet."),
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
+    every: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Time between two looks.", show_default="1; 10 if there is no terminal"),
+    ] = None,
+) -> None:
+    """Follow a training or a sweep until it ends: a screen in a terminal, lines elsewhere.
+
+    The exit status is 0, also after Ctrl-C, 2 for bad arguments, 3 for a crash.
+
+    Example: gradprobe watch runs/a
+    """
+    from gradprobe.cli.watch import watch as follow
+
+    follow(run, once, every)
+
+
+@app.command()
+def compare(
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="The log_dir of a probe, which may still be written, or a sweep's file.")
+    ],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one of the same kind.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page with the charts of two trainings.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Name the first step at which two runs differ, bit for bit and by more than rounding, and what differs there.
+
+    The exit status is 0 if all that both runs recorded is equal, 1 if not, 2 for bad arguments, 3 for a crash.
+
+    Example: gradprobe compare runs/a runs/b --html compare.html
+    """
+    from gradprobe.cli.logged import compare_paths
+    from gradprobe.report.comparison.output import ComparisonView
+
+    found = compare_paths(a, b)
+    if html is not None and not isinstance(found, ComparisonView):
+        raise ArgumentError("--html: needed two run folders, got the files of two sweeps")
+    show(found, as_json)
+    if html is not None:
+        path = drawing_module("--html", "gradprobe.report.comparison.page").write(found, html)
+        print(f"wrote {printable(str(path))}", file=sys.stderr)
+    raise typer.Exit(0 if found.equal else 1)
+
+
+@app.command()
 def identity(
     seed: Annotated[int, typer.Option(help="Seed of the weights, the inputs and the order of the images.")] = 0,
     depths: Annotated[str, typer.Option(help="A shallow and a deeper network, comma-separated, both 6n+2.")] = "20,56",
@@ -186,7 +217,7 @@ def identity(
 
     result = run_identity(
         seed=seed,
-        depths=_listed("--depths", depths, int),
+        depths=listed("--depths", depths, int),
         epochs=epochs,
         steps=steps,
         console=Console(stderr=True),
@@ -200,8 +231,8 @@ def remedies(
     remedies: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: none, clipping, xavier, he, batchnorm, layernorm, groupnorm, residual; combine them "
-            "with +, as in he+residual.",
+            help="Comma-separated: none, clipping, xavier, he, orthogonal, batchnorm, layernorm, groupnorm, residual, "
+            "fixup, skipinit, rezero, layerscale; combine them with +, as in he+residual.",
             show_default="each alone, and some combinations",
         ),
     ] = None,
@@ -226,10 +257,10 @@ def remedies(
         drawing.check_suffix(chart)
     result = run_remedies(
         layers=layers,
-        remedies=REMEDIES if remedies is None else _listed("--remedies", remedies, str),
-        depths=_listed("--depths", depths, int),
-        activations=_listed("--activations", activations, str),
-        seeds=_listed("--seeds", seeds, int),
+        remedies=REMEDIES if remedies is None else listed("--remedies", remedies, str),
+        depths=listed("--depths", depths, int),
+        activations=listed("--activations", activations, str),
+        seeds=listed("--seeds", seeds, int),
         steps=steps,
         console=Console(stderr=True),
     )
@@ -351,8 +382,8 @@ def main() -> None:
     try:
         app()
     except GradprobeError as error:
-        print(f"gradprobe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
+        print_error(error)
+        sys.exit(FAILED)
     except Exception as error:  # noqa: BLE001
         traceback.print_exception(error)
         is_ours = Path(__file__).parents[1] in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents
@@ -361,15 +392,3 @@ def main() -> None:
             f"gradprobe: {'crashed, which is a fault of gradprobe' if is_ours else 'raised'}: {what}", file=sys.stderr
         )
         sys.exit(3)
-
-
-def _listed(option: str, text: str, read: Callable[[str], T]) -> list[T]:
-    """Parses ``a,b,c``."""
-    kind = "whole numbers" if read is int else "names"
-    try:
-        values = [read(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise ArgumentError(f"{option}: needed comma-separated {kind}, got {text!r}") from error
-    if not values:
-        raise ArgumentError(f"{option}: needed comma-separated {kind}, got {text!r}")
-    return values

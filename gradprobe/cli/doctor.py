@@ -14,6 +14,7 @@ from rich.text import Text
 from gradprobe import ops
 from gradprobe.errors import printable
 from gradprobe.ops import libraries
+from gradprobe.version import VERSION
 
 _COSTS = {
     "native": "statistics use plain torch operations in float64: several passes over each gradient",
@@ -62,7 +63,7 @@ def doctor() -> Installation:
         >>> doctor().parts["reference"]
         'ready'
     """
-    versions = {name: _version(name) for name in ("gradprobe", "torch", "triton", "numpy")}
+    versions = {"gradprobe": VERSION} | {name: _version(name) for name in ("torch", "triton", "numpy")}
     versions["python"] = platform.python_version()
     versions["cuda of torch"] = torch.version.cuda or "none"
     versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

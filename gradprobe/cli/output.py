@@ -11,7 +11,7 @@ from typing import Protocol
 
 from rich.console import Console, ConsoleRenderable, RenderableType
 
-from gradprobe.errors import GradprobeError
+from gradprobe.errors import GradprobeError, WorkerTraceback, printable
 
 # Columns of the output if it does not go to a terminal.
 PLAIN_WIDTH = 120
@@ -35,6 +35,16 @@ def show(result: Result, as_json: bool) -> None:
 def print_table(renderable: RenderableType) -> None:
     """Prints anything that rich can render."""
     Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(renderable)
+
+
+def print_error(error: GradprobeError) -> None:
+    """Prints an error in one line on stderr.
+
+    The traceback of a training that failed in another process precedes it: the fault may be in the user's code.
+    """
+    if isinstance(error.__cause__, WorkerTraceback):
+        print(*map(printable, str(error.__cause__).splitlines()), sep="\n", file=sys.stderr)
+    print(f"gradprobe: {printable(' '.join(str(error).split()))}", file=sys.stderr)
 
 
 def print_json(value: object) -> None:

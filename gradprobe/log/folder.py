@@ -15,6 +15,8 @@ if sys.platform != "win32":
 
 FORMAT = 1
 
+_LISTS = ("sessions", "parameter_tables", "signal_tables")  # in about.json
+
 _in_use: set[Path] = set()  # by this process, whose own locks do not exclude each other
 
 
@@ -36,9 +38,25 @@ def read_about(folder: Path) -> dict[str, Any] | None:
         raise StoreError(f"{path}: cannot read this file: {error.strerror or error}") from error
     except ValueError as error:
         raise StoreError(f"{path}: needed JSON, got something else: {error}") from error
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    if (
+        not isinstance(about, dict)
+        or about.get("format") != FORMAT
+        or not all(isinstance(about.get(name), list) for name in _LISTS)
+    ):
         raise StoreError(f"{path}: needed a run folder of format {FORMAT}, got another")
     return about
+
+
+def part_path(table: Path, session: int, number: int, suffix: str) -> Path:
+    """Returns the path of a part of a table.
+
+    Args:
+        table: The folder of the table.
+        session: Number of the session that writes the part.
+        number: Number of the part within the session.
+        suffix: That of the file's format.
+    """
+    return table / f"{session:04d}-{number:06d}{suffix}"
 
 
 class FolderLock:

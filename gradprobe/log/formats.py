@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from gradprobe.log.tables import Column, Kind, Nullable, Rows, Texts
 from gradprobe.snapshot.export import strict
 
 INSTALL = "pip install 'gradprobe[log]'"
+
+_CHUNK = 2**20  # bytes read at once from the end of a file
 
 
 class Format(Protocol):
@@ -29,6 +32,21 @@ class Format(Protocol):
 
     def read(self, path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Reads some columns of a file; missing values are None."""
+
+    def read_new(self, path: Path, columns: Sequence[str], past: int) -> tuple[dict[str, list[Any]], int]:
+        """Reads the rows after a place in a file that grows.
+
+        Args:
+            path: The file.
+            columns: The columns to read.
+            past: The place: 0, or what an earlier call returned.
+
+        Returns:
+            The columns as `read` gives them, and the place where the file ends.
+        """
+
+    def read_last(self, path: Path, columns: Sequence[str], n: int) -> dict[str, list[Any]]:
+        """Reads some columns of the last n rows of a file, or of all if it has fewer."""
 
 
 class JsonLines:
@@ -48,13 +66,31 @@ class JsonLines:
 
     def read(self, path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Reads some columns of a file; missing values are None."""
-        found: dict[str, list[Any]] = {name: [] for name in columns}
-        with path.open(encoding="utf-8") as file:
+        return self.read_new(path, columns, 0)[0]
+
+    def read_new(self, path: Path, columns: Sequence[str], past: int) -> tuple[dict[str, list[Any]], int]:
+        """Reads the rows after a place, which is a number of bytes, and the place where the file ends."""
+        with path.open("rb") as file:
+            file.seek(past)
+            found: dict[str, list[Any]] = {name: [] for name in columns}
             for line in file:
+                past += len(line)
                 row = json.loads(line)
                 for name, values in found.items():
                     values.append(row[name])
-        return found
+        return found, past
+
+    def read_last(self, path: Path, columns: Sequence[str], n: int) -> dict[str, list[Any]]:
+        """Reads some columns of the last n rows of a file, or of all if it has fewer."""
+        with path.open("rb") as file:
+            start, tail = file.seek(0, os.SEEK_END), b""
+            while start > 0 and tail.count(b"\n") <= n:
+                end, start = start, max(0, start - _CHUNK)
+                file.seek(start)
+                tail = file.read(end - start) + tail
+        lines = tail.splitlines()
+        rows = [json.loads(line) for line in lines[max(0, len(lines) - n) :]]
+        return {name: [row[name] for row in rows] for name in columns}
 
 
 class Parquet:
@@ -95,8 +131,23 @@ class Parquet:
 
     def read(self, path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Reads some columns of a file; missing values are None."""
+        return self.read_new(path, columns, 0)[0]
+
+    def read_new(self, path: Path, columns: Sequence[str], past: int) -> tuple[dict[str, list[Any]], int]:
+        """Reads the rows after a place, which is a number of rows, and the place where the file ends."""
+        table = self._table(path, columns)
+        return self._columns(table.slice(past), columns), table.num_rows
+
+    def read_last(self, path: Path, columns: Sequence[str], n: int) -> dict[str, list[Any]]:
+        """Reads some columns of the last n rows of a file, or of all if it has fewer."""
+        table = self._table(path, columns)
+        return self._columns(table.slice(max(0, table.num_rows - n)), columns)
+
+    def _table(self, path: Path, columns: Sequence[str]) -> Any:
         with path.open("rb") as file:
-            table = self._pa.parquet.read_table(file, columns=list(columns))
+            return self._pa.parquet.read_table(file, columns=list(columns))
+
+    def _columns(self, table: Any, columns: Sequence[str]) -> dict[str, list[Any]]:
         return {name: self._values(table.column(name)) for name in columns}
 
     def _array(self, column: Column, kind: Any) -> Any:
@@ -112,6 +163,9 @@ class Parquet:
         if column.null_count == 0 and not self._pa.types.is_nested(column.type):
             return column.to_numpy()
         return column.to_pylist()
+
+
+SUFFIXES = (Parquet.suffix, JsonLines.suffix)
 
 
 def best_format() -> Format:

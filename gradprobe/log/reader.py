@@ -50,7 +50,7 @@ class Run:
             ArgumentError: The files are in Parquet, and pyarrow is not installed.
             StoreError: A file cannot be read.
         """
-        steps = self._read("steps", _STEP_COLUMNS)
+        steps = self._read("steps", STEP_COLUMNS)
         kept: list[int] = []
         for row in range(len(steps["step"])):
             if session is not None and steps["session"][row] != session:
@@ -62,10 +62,10 @@ class Run:
         tables = _Tables(
             [_site_table(*one) for one in about["parameter_tables"]],
             [SignalTable(*map(tuple, one)) for one in about["signal_tables"]],
-            self._blocks("parameters", (*_MEASURED, "differ")),
+            self._blocks("parameters", PARAMETER_COLUMNS),
             self._blocks("activations", (*_MEASURED, "smallest_normal")),
             self._blocks("residual_adds", (*_MEASURED, "smallest_normal")),
-            self._blocks("updates", _UPDATE_COLUMNS),
+            self._blocks("updates", UPDATE_COLUMNS),
         )
         return [tables.snapshot({name: values[row] for name, values in steps.items()}) for row in kept]
 
@@ -74,7 +74,7 @@ class Run:
         """The findings in the order in which they were made; of one that was made again, the newest."""
         found: dict[str, Finding] = {}
         for text in self._read("findings", ("finding",))["finding"]:
-            finding = _finding(json.loads(text))
+            finding = finding_of(text)
             found.pop(finding.title, None)
             found[finding.title] = finding
         return tuple(found.values())
@@ -114,7 +114,9 @@ def read_run(folder: str | PathLike[str]) -> Run:
     return Run(path, about)
 
 
-_STEP_COLUMNS = (
+PARAMETER_COLUMNS = (*_MEASURED, "differ")
+UPDATE_COLUMNS = (*_SITE, "numel", *(f"raw_{part}_{name}" for part in ("weight", "update") for name in STATS))
+STEP_COLUMNS = (
     "session",
     "step",
     "loss",
@@ -133,7 +135,30 @@ _STEP_COLUMNS = (
     "signal_reduction",
     "execution",
 )
-_UPDATE_COLUMNS = (*_SITE, "numel", *(f"raw_{part}_{name}" for part in ("weight", "update") for name in STATS))
+
+
+def snapshot_of(
+    step: Mapping[str, Any], about: Mapping[str, Any], parameters: Mapping[str, Any], updates: Mapping[str, Any] | None
+) -> Snapshot:
+    """Returns a step without its activations and residual adds.
+
+    Args:
+        step: Its row in the table `steps`.
+        about: What about.json says.
+        parameters: `PARAMETER_COLUMNS` of its rows in the table `parameters`.
+        updates: `UPDATE_COLUMNS` of its rows in the table `updates`; None to leave the updates out.
+    """
+    nothing = _Blocks(Path(), {"position": ()})
+    tables = _Tables(
+        [_site_table(*one) for one in about["parameter_tables"]],
+        (),
+        _Blocks(Path("parameters"), parameters),
+        nothing,
+        nothing,
+        nothing if updates is None else _Blocks(Path("updates"), updates),
+    )
+    is_bare = {"signal_table": None, **({"update_table": None} if updates is None else {})}
+    return tables.snapshot({**step, **is_bare})
 
 
 class _Blocks:
@@ -236,7 +261,9 @@ def _site_table(
     return SiteTable(tuple(names), tuple(kinds), tuple(ndims), dict(index))
 
 
-def _finding(values: dict[str, Any]) -> Finding:
+def finding_of(text: str) -> Finding:
+    """Reads a finding back from the column `finding`."""
+    values: dict[str, Any] = json.loads(text)
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     values["evidence"] = {name: float(value) for name, value in values["evidence"].items()}
     known = {each.name for each in fields(Finding)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.log.folder import FORMAT, FolderLock, read_about
+from gradprobe.errors import StoreError
+from gradprobe.log.folder import FORMAT, FolderLock, part_path, read_about
 from gradprobe.log.formats import Format, best_format
 from gradprobe.log.tables import SCHEMAS, Rows, TableIds, finding_rows, length, rows_of
 from gradprobe.snapshot.export import strict
@@ -46,13 +48,14 @@ class RunWriter:
             self._about: dict[str, Any] = read_about(self.folder) or empty
             self._sessions: list[dict[str, object]] = self._about["sessions"]
             self.session = len(self._sessions)
-            self._sessions.append({"started": datetime.now(timezone.utc).isoformat(timespec="seconds")})
+            self._sessions.append({"started": _now()})
             self._format = best_format()
             self._parts = {table: _Part(self.folder / table, self.session, self._format) for table in SCHEMAS}
             self._parameter_ids = {json.dumps(table): k for k, table in enumerate(self._about["parameter_tables"])}
             self._signal_ids = {json.dumps(table): k for k, table in enumerate(self._about["signal_tables"])}
             self._known: dict[int, tuple[object, int]] = {}  # number of a site table by its identity
             self._newest = -1
+            self._is_closed = False
             for draft in self.folder.rglob(".*.unfinished"):  # of a process that was killed
                 draft.unlink(missing_ok=True)
             self.describe(about or {})
@@ -105,9 +108,20 @@ class RunWriter:
         """
         self._append({"findings": [finding_rows(max(self._newest, finding.steps[1]), finding, self.session)]})
 
-    def close(self) -> None:
-        """Lets go of the folder. Nothing is left to write."""
-        self._lock.release()
+    def close(self, fault: str = "") -> None:
+        """Notes when the session ended, and lets go of the folder. A second call does nothing.
+
+        Args:
+            fault: Why nothing more is written although the training may go on; empty if it has ended.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            with contextlib.suppress(StoreError):  # a full disk: the steps so far are stored
+                self.describe({"ended": _now(), **({"fault": fault} if fault else {})})
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> RunWriter:
         return self
@@ -176,7 +190,7 @@ class _Part:
 
     @property
     def path(self) -> Path:
-        return self.folder / f"{self._session:04d}-{self._number:06d}{self._format.suffix}"
+        return part_path(self.folder, self._session, self._number, self._format.suffix)
 
     def extend(self, blocks: Sequence[Rows]) -> None:
         schema = SCHEMAS[self.folder.name]
@@ -192,6 +206,10 @@ class _Part:
         if sum(n for _, n in self._blocks) >= _PART_ROWS:
             self._number += 1
             self._blocks = []
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _intern(content: list[object], known: dict[str, int], tables: list[object]) -> int:

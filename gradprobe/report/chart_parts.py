@@ -15,17 +15,20 @@ import altair as alt
 import vl_convert
 
 from gradprobe.errors import printable
+from gradprobe.report.label_places import Label, label_heights
 from gradprobe.report.palette import BACKGROUND, FAINT, GRID, INK
 from gradprobe.report.summary import NetSummary
 
 FONT = "Inter, Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 
+# Liberation Sans lacks most superscripts, which images would show in any other font that has them.
+_POWER_FONT = FONT.replace("Liberation Sans", "DejaVu Sans, Liberation Sans").replace("Arial, ", "")
+
 PNG_SCALE = 2.0
+_LEGEND_OFFSET = 18.0  # Vega's default
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Room for a font wider than the one that the text was measured in.
 _PADDING = {"left": 14, "top": 4, "right": 24, "bottom": 4}
-_LABEL_PX = 13.0  # height of one label
-_LABEL_WIDTH_PX = 66.0
 _LABEL_LENGTH = 24  # characters; a longer name loses its middle, but the tooltips have all of it
 
 Row = dict[str, Any]
@@ -44,17 +47,6 @@ class Size:
 WIDE = Size(width=370, height=270, stacked=False)
 THIRDS = Size(width=205, height=220, stacked=False)
 NARROW = Size(width=240, height=220, stacked=True)
-
-
-@dataclass(frozen=True)
-class Label:
-    """A label to the right of its line's end (x_px, y_px), in pixels from the panel's upper left corner."""
-
-    text: str
-    colour: str
-    x: float
-    x_px: float
-    y_px: float
 
 
 def title_lines(title: str, size: Size) -> list[str]:
@@ -116,10 +108,10 @@ def pdf(chart: Chart) -> bytes:
 
 
 def _spec(chart: Chart) -> dict[str, Any]:
-    """Returns the chart for the renderer; its rows, which may be many, are neither checked nor copied."""
+    """Returns the chart for the renderer; neither the chart nor its rows, which may be many, are checked or copied."""
     bare = chart.copy(deep=False)
     rows, bare.datasets = bare.datasets, alt.Undefined
-    return {**bare.to_dict(), "datasets": rows}
+    return {**bare.to_dict(validate=False), "datasets": rows}
 
 
 def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Chart:
@@ -142,22 +134,25 @@ def concat(panels: Sequence[alt.LayerChart], size: Size, data: ChartData) -> Cha
     return styled
 
 
-def line_rows(net: NetSummary, colour: str, label_colour: str, places: Sequence[Row | None]) -> list[Row]:
+def line_rows(
+    net: NetSummary, colour: str, label_colour: str, places: Sequence[Row | None], first: int = 1
+) -> list[Row]:
     """Makes the rows of one network's line.
 
     Args:
         net: The network.
         colour: Colour of the line.
         label_colour: Colour of its name.
-        places: For each position along the depth, `value`, the `low` and `high` of its band, and `note`, the tooltip;
+        places: For each position, `value`, the `low` and `high` of its band, and `note`, the tooltip;
             None leaves a gap.
+        first: The first position.
 
     Returns:
         Rows for `lines_panel`; `segment` changes at each gap.
     """
     rows: list[Row] = []
     gaps = 0
-    for position, place in enumerate(places, start=1):
+    for position, place in enumerate(places, start=first):
         if place is None:
             gaps += 1
             continue
@@ -192,29 +187,70 @@ def lines_panel(
     Returns:
         The panel.
     """
+    axis = alt.Axis(values=_depth_ticks(n_places), format="d", grid=False, title=f"{x_title}, from input to output")
+    return named_lines_panel(title, rows, (1, max(n_places, 2)), axis, y_axis, y_domain, size, data)
+
+
+def named_lines_panel(
+    title: str | Sequence[str],
+    rows: Sequence[Row],
+    x_domain: tuple[int, int],
+    x_axis: alt.Axis,
+    y_axis: alt.Axis,
+    y_domain: tuple[float, float],
+    size: Size,
+    data: ChartData,
+    note_every: int = 1,
+    clip: bool = False,
+) -> alt.LayerChart:
+    """Draws lines, each with its band and with its name at its end.
+
+    Args:
+        title: Title of the panel.
+        rows: Rows of all lines, from `line_rows`.
+        x_domain: Range of the positions.
+        x_axis: Axis of the positions.
+        y_axis: Axis of the values.
+        y_domain: Range of the values.
+        size: Size of the panel.
+        data: The chart's data, to which the rows are added.
+        note_every: One of so many positions can be pointed at.
+        clip: Cut what is above the range of the values.
+
+    Returns:
+        The panel.
+    """
     low, high = y_domain
 
     def pixel(row: Row) -> tuple[float, float]:
-        x_px = size.width * (row["position"] - 1) / max(n_places - 1, 1)
+        x_px = size.width * (row["position"] - x_domain[0]) / (x_domain[1] - x_domain[0])
         return x_px, size.height * (high - row["value"]) / (high - low)
 
     ends_of_lines = {row["net"]: row for row in rows}.values()
-    labels = [Label(row["net"], row["label_colour"], row["position"], *pixel(row)) for row in ends_of_lines]
-    x_axis = alt.Axis(values=_depth_ticks(n_places), format="d", grid=False, title=f"{x_title}, from input to output")
-    x = alt.X("position:Q", scale=alt.Scale(domain=[1, max(n_places, 2)], nice=False), axis=x_axis)
+    labels = []
+    for row in ends_of_lines:
+        x_px, y_px = pixel(row)
+        # A line that ends above the range of the values leaves the panel at its top.
+        labels.append(Label(row["net"], row["label_colour"], row["position"], x_px, max(0.0, y_px)))
+    x = alt.X("position:Q", scale=alt.Scale(domain=list(x_domain), nice=False), axis=x_axis)
     y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)
     y = alt.Y("value:Q", scale=y_scale, axis=y_axis)
     colour = alt.Color("colour:N", scale=None)
     base = alt.Chart(data.add(rows)).encode(x=x, color=colour, detail="segment:N")
     lengths = Counter(row["segment"] for row in rows)
-    alone = [row for row in rows if lengths[row["segment"]] == 1]
+    alone = [row for row in rows if lengths[row["segment"]] == 1 and row["value"] <= high]
     layers: list[alt.Chart] = []
     if any(row["low"] < row["high"] for row in rows):
-        band = alt.Chart(base.data).mark_area(opacity=0.16).encode(x=x, fill=alt.Fill("colour:N", scale=None))
+        area = alt.Chart(base.data).mark_area(opacity=0.16, clip=clip, aria=False)
+        band = area.encode(x=x, fill=alt.Fill("colour:N", scale=None))
         layers.append(band.encode(y=alt.Y("low:Q", scale=y_scale), y2="high:Q", detail="segment:N"))
-    layers.append(base.mark_line(strokeWidth=1.8).encode(y=y))
+    layers.append(base.mark_line(strokeWidth=1.8, clip=clip, aria=False).encode(y=y))
     # Invisible: they carry the text for tooltips and screen readers.
-    layers.append(base.mark_point(filled=True, size=40, opacity=0).encode(y=y, description="note:N"))
+    points = base
+    if note_every > 1 or clip:
+        noted = [row for row in rows if row["position"] % note_every == 0 and row["value"] <= high]
+        points = alt.Chart(data.add(noted)).encode(x=x, color=colour)
+    layers.append(points.mark_point(filled=True, size=40, opacity=0).encode(y=y, description="note:N"))
     if alone:
         dots = alt.Chart(data.add(alone)).mark_point(filled=True, size=36, opacity=1)
         layers.append(dots.encode(x=x, y=y, color=colour))
@@ -263,33 +299,12 @@ def label_layers(
             "label": printable(label.text, _LABEL_LENGTH),
             "colour": label.colour,
         }
-        for label, y_px in zip(labels, _label_heights(labels, size.height, obstacles), strict=True)
+        for label, y_px in zip(labels, label_heights(labels, size.height, obstacles), strict=True)
     ]
     base = alt.Chart(data.add(rows)).encode(x=x, y=y, text="label:N")
     style: dict[str, Any] = {"align": "left", "baseline": "middle", "dx": gap_px, "fontSize": 12, "fontWeight": 600}
     halo = base.mark_text(**style, stroke=BACKGROUND, strokeWidth=4, color=BACKGROUND, aria=False)
-    return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None))]
-
-
-def _label_heights(labels: Sequence[Label], height: float, obstacles: Sequence[tuple[float, float]]) -> list[float]:
-    """Places each label as near to its line's end as lines and earlier labels allow; returns vertical pixels.
-
-    If no height is clear of both, labels keep clear of each other.
-    """
-    taken: list[tuple[float, float]] = []
-    places: dict[int, float] = {}
-    offsets = sorted(range(-round(height), round(height) + 1), key=abs)
-    for index in sorted(range(len(labels)), key=lambda index: (labels[index].y_px, index)):
-        label = labels[index]
-        lines = [y for x, y in obstacles if 0 < x - label.x_px < _LABEL_WIDTH_PX]
-        others = [y for x, y in taken if abs(x - label.x_px) < _LABEL_WIDTH_PX]
-        # At least half a label above the axis, so that the text does not touch it.
-        inside = [y for y in (label.y_px + offset for offset in offsets) if 0 <= y <= height - _LABEL_PX / 2]
-        apart = [y for y in inside if all(abs(y - other) >= _LABEL_PX for other in others)]
-        clear = (y for y in apart if all(abs(y - line) >= _LABEL_PX / 2 + 2 for line in lines))
-        places[index] = next(clear, next(iter(apart), label.y_px))
-        taken.append((label.x_px, places[index]))
-    return [places[index] for index in range(len(labels))]
+    return [halo, base.mark_text(**style).encode(color=alt.Color("colour:N", scale=None), description="label:N")]
 
 
 def power_axis(domain: tuple[float, float]) -> alt.Axis:
@@ -302,21 +317,30 @@ def power_axis(domain: tuple[float, float]) -> alt.Axis:
     factors = (1, 2, 5) if last - first < 2 else (1,)
     powers = range(first - (last - first < 2), last + 1, max(1, math.ceil((last - first + 1) / 7)))
     names = {math.log10(factor) + power: _power_name(factor, power) for power in powers for factor in factors}
-    return alt.Axis(title=None, values=list(names), labelExpr=_spelled(names))
+    return alt.Axis(title=None, values=list(names), labelExpr=_spelled(names), labelFont=_POWER_FONT)
 
 
-def power_legend(domain: tuple[float, float], title: str, length: int) -> alt.Legend:
+def power_legend(domain: tuple[float, float], title: str, length: int, room: float = 0.0) -> alt.Legend:
     """Makes a legend of log10 values above the chart, as a gradient that is labelled with powers.
 
     Args:
         domain: Range of the values.
         title: Title of the legend.
         length: Length in pixels.
+        room: Pixels to leave free below, in addition to the usual ones.
     """
     first, last = math.ceil(domain[0]), math.floor(domain[1])
     powers = range(first, last + 1, max(1, math.ceil((last - first + 1) / max(2, length // 45))))
     names = {float(power): _power_name(1, power) for power in powers} or {domain[0]: f"{10 ** domain[0]:.2g}"}
-    return alt.Legend(title=title, orient="top", gradientLength=length, values=list(names), labelExpr=_spelled(names))
+    return alt.Legend(
+        title=title,
+        orient="top",
+        gradientLength=length,
+        offset=_LEGEND_OFFSET + room,
+        values=list(names),
+        labelExpr=_spelled(names),
+        labelFont=_POWER_FONT,
+    )
 
 
 def _spelled(names: Mapping[float, str]) -> str:

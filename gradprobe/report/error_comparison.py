@@ -43,10 +43,22 @@ Prematurity = Literal["few epochs", "shallower untrained", "slow start", "still 
 
 @dataclass(frozen=True)
 class Errors:
-    """Training and test errors of a network after an epoch, one per seed, in percent."""
+    """Training and test errors of a network after an epoch, one per seed, in percent.
+
+    Attributes:
+        train: Training errors.
+        test: Test errors.
+        is_running: Whether the training errors are running ones; see `gradprobe.report.records.EpochRow`.
+    """
 
     train: Spread
     test: Spread
+    is_running: bool = False
+
+    @property
+    def train_name(self) -> str:
+        """What to call the training errors."""
+        return "running training error" if self.is_running else "training error"
 
     @property
     def gap(self) -> Spread:
@@ -210,12 +222,14 @@ class Learning:
         steps: Number of steps until then; None if not recorded.
         before: Errors before the first step.
         now: Errors after the epoch.
+        train_name: What to call those after the epoch.
     """
 
     epoch: int
     steps: int | None
     before: Spread
     now: Spread
+    train_name: str = "training error"
 
     @property
     def may_be_slow(self) -> bool:

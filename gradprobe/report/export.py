@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from gradprobe.errors import printable
+from gradprobe.report.paired_tests import Contrast, contrasts, opening
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread
@@ -26,7 +27,8 @@ def as_dict(run: SweepRun) -> dict[str, object]:
         run: The recorded sweep, finished or not.
 
     Returns:
-        `config`, `meta`, `cells_finished`, `cells_planned`, `headline`, `shortcuts`, `paper` and `nets`. Each network
+        `config`, `meta`, `cells_finished`, `cells_planned`, `opening`, `headline`, `shortcuts`, `paper`, `nets` and
+        `paired_tests` (differences of training errors over seeds, with their p value and effect). Each network
         has its parameters, progress, errors (`mean`, `std`, `values` over seeds), gradient norms at the first step and
         at the end, residual adds, comparisons with the shallower networks of the lowest training and test error and
         with its own lowest test error, and its verdict with an explanation. Values not recorded yet, and the `std` of
@@ -38,10 +40,12 @@ def as_dict(run: SweepRun) -> dict[str, object]:
         "meta": {key: value for key, value in summary.meta.items() if key != "config"},
         "cells_finished": summary.cells_finished,
         "cells_planned": summary.cells_planned,
+        "opening": opening(summary),
         "headline": headline(summary),
         "shortcuts": shortcut_sentences(summary),
         "paper": published_paragraphs(summary),
         "nets": [_net_dict(net) for net in summary.nets],
+        "paired_tests": [_contrast_dict(one) for one in contrasts(summary)],
     }
 
 
@@ -105,7 +109,8 @@ def _columns(row: type[EpochRow | LayerRow | JunctionRow]) -> tuple[str, ...]:
 
 _NET_COLUMNS = (
     "family", "depth", "seeds", "seeds_done", "seeds_diverged", "parameters", "epoch",
-    "train_error_pct_mean", "train_error_pct_std", "test_error_pct_mean", "test_error_pct_std",
+    "train_error_is_running", "train_error_pct_mean", "train_error_pct_std",
+    "test_error_pct_mean", "test_error_pct_std",
     "initial_first_norm_l2", "initial_last_norm_l2", "initial_ratio", "initial_verdict",
     "end_first_norm_l2", "end_last_norm_l2", "end_ratio", "end_verdict", "verdict", "explanation",
 )  # fmt: skip
@@ -113,6 +118,7 @@ _NET_COLUMNS = (
 
 def _net_row(net: NetSummary) -> tuple[object, ...]:
     row: list[object] = [net.family, net.depth, len(net.results), net.n_done, net.n_diverged, net.parameters, net.epoch]
+    row.append(net.has_running_error)
     for spread in (net.train_error_pct, net.test_error_pct):
         row += [None, None] if spread is None else [spread.mean, spread.std]
     for profile in (net.initial, net.end):
@@ -133,6 +139,7 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
         "epoch": net.epoch,
         "seconds": strict(net.seconds),
         "train_error_pct": _spread_dict(net.train_error_pct),
+        "train_error_is_running": net.has_running_error,
         "test_error_pct": _spread_dict(net.test_error_pct),
         "gradient": {"first_step": _profile_dict(net.initial), "end": _profile_dict(net.end)},
         "junctions": [_shortcut_dict(profile) for profile in net.shortcut_profiles],
@@ -170,6 +177,20 @@ def _net_dict(net: NetSummary) -> dict[str, object]:
         "verdict": net.verdict,
         "verdict_epoch": net.verdict_profile.epoch if net.verdict_profile else None,
         "explanation": explain_verdict(net),
+    }
+
+
+def _contrast_dict(one: Contrast) -> dict[str, object]:
+    test = one.test
+    result = {} if test is None else {"p_value": test.p_value, "effect": test.effect, "interval95": [*test.interval]}
+    differences = None if test is None else {"mean": test.mean, **result, "values": [*test.differences]}
+    return {
+        "net": one.name,
+        "other": one.other,
+        "epoch": one.epoch,
+        "seeds": list(one.seeds),
+        "too_early": bool(one.early),
+        "train_error_difference_pct": strict(differences),
     }
 
 

@@ -1,29 +1,19 @@
-"""Numbers as text: significant digits, percentages with their spread, durations."""
+"""Percentages with their spread, and durations as text."""
 
 from __future__ import annotations
 
 import math
+import re
 
 from gradprobe.report.seed_statistics import Spread
 
+_SEPARATOR = re.compile(r"[/\\]")
+# From the root, a home folder or a drive, through at least one folder.
+_PATH = re.compile(r"""(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\][^/\\\s'":,]+){2,}""")
 
-def number(value: float) -> str:
-    """Formats with three significant digits, or with two and an exponent outside [0.001, 100000).
 
-    >>> number(449.7), number(2.13e-6), number(0.0), number(1.0), number(float("nan"))
-    ('450', '2.1e-6', '0', '1.00', 'NaN')
-    """
-    if math.isnan(value):
-        return "NaN"
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    if value == 0:
-        return "0"
-    if not 1e-3 <= abs(value) < 99_999.5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    digits = max(0, 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))))
-    return f"{value:.{digits}f}"
+RUNNING_NOTE = "* running training error: that of the epoch's steps, each before its update"
+"""Explains the mark behind a running training error."""
 
 
 def percent(spread: Spread | None) -> str:
@@ -36,6 +26,38 @@ def percent(spread: Spread | None) -> str:
         return "–"
     mean = "NaN" if math.isnan(spread.mean) else f"{spread.mean:.1f}"
     return mean if spread.std is None or math.isnan(spread.std) else f"{mean} ± {spread.std:.1f}"
+
+
+def short_source(source: str) -> str:
+    """Shortens the path of a data set to its last part, so that a report tells nothing of its author's folders.
+
+    >>> short_source("cifar10:/home/me/my data/cifar-10-batches-bin"), short_source("hf:user/name")
+    ('cifar10:…/cifar-10-batches-bin', 'hf:user/name')
+    """
+    kind, colon, place = source.partition(":")
+    return f"{kind}{colon}{short_path(place)}"
+
+
+def short_path(path: str) -> str:
+    """Shortens an absolute path to its last part, and leaves any other text as it is.
+
+    >>> short_path("/home/me/net.py"), short_path("net.py")
+    ('…/net.py', 'net.py')
+    """
+    return _shortened(path) if re.match(r"[/\\~]|[A-Za-z]:[/\\]", path) else path
+
+
+def short_paths(text: str) -> str:
+    """Shortens the absolute paths without spaces in a sentence, as `short_source` does.
+
+    >>> short_paths("no file '/home/me/net.py' and/or /tmp"), short_paths("see https://a.org/b/c")
+    ("no file '…/net.py' and/or /tmp", 'see https://a.org/b/c')
+    """
+    return _PATH.sub(lambda path: _shortened(path[0]), text)
+
+
+def _shortened(path: str) -> str:
+    return f"…/{_SEPARATOR.split(path)[-1]}"
 
 
 def duration(seconds: float) -> str:

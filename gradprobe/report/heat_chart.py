@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 import numpy as np
 
+from gradprobe.diagnosis.finding import Finding
 from gradprobe.errors import printable
 from gradprobe.report.chart_parts import Chart, ChartData, Row, Size, concat, power_legend
-from gradprobe.report.formatting import number
-from gradprobe.report.palette import BROKEN, FAINT, ZERO
+from gradprobe.report.heat_marks import Onset, Span, onsets, spans
+from gradprobe.report.palette import BROKEN, FAINT, INK, ZERO
 from gradprobe.report.run_view import Cells, Grid, cells
 from gradprobe.snapshot.records import FloatArray
+from gradprobe.text.words import number
 
 WIDE_HEAT = Size(width=760, height=440, stacked=True)
 NARROW_HEAT = Size(width=240, height=330, stacked=True)
@@ -23,10 +27,14 @@ _PX_PER_COLUMN = 5.0
 _ROW_PX = (3, 22)  # least and greatest height of a row
 _LABEL_PX = 15
 _LONG, _SHORT = 26, 13  # characters of a name on a wide screen and on a phone
+_MARK_PX = 6  # room for the names of findings above the heatmap
+_MARK_FONT: dict[str, Any] = {"fontSize": 12, "fontWeight": 600, "baseline": "middle"}
 _TAIL = 0.002  # share of the cells at each end of the scale that may be beyond it
 
 
-def heat_chart(grid: Grid, quantity: str, size: Size, as_share: bool = False) -> Chart | None:
+def heat_chart(
+    grid: Grid, quantity: str, size: Size, as_share: bool = False, findings: Sequence[Finding] = ()
+) -> Chart | None:
     """Draws the heatmap.
 
     Args:
@@ -34,6 +42,7 @@ def heat_chart(grid: Grid, quantity: str, size: Size, as_share: bool = False) ->
         quantity: Its name, the title of the colour scale.
         size: Width, and the height that many places take.
         as_share: The values are shares, on a linear scale; otherwise the scale is logarithmic.
+        findings: Findings, causes first, to name at the edges of the heatmap.
 
     Returns:
         The chart, or None if nothing was measured.
@@ -71,10 +80,13 @@ def heat_chart(grid: Grid, quantity: str, size: Size, as_share: bool = False) ->
     frame = alt.Chart(data.add(corners), name="plot").mark_rect(fill="transparent", aria=False)
     place_of = {"x": x_encoding, "x2": "end:Q", "y": y_encoding, "y2": "bottom:Q"}
     layers: list[alt.Chart] = [frame.encode(**place_of)]
+    begun = onsets(findings, drawn, width)
     if rows:
         domain = (0.0, 1.0) if as_share else _range(np.array([row["value"] for row in rows]))
         length = min(300, width)
-        legend = power_legend(domain, quantity, length)
+        room = _MARK_PX if begun else 0
+        title = f"{quantity}, input at the top" if size.width >= WIDE_HEAT.width else quantity
+        legend = power_legend(domain, title, length, room)
         if as_share:
             legend = alt.Legend(title=quantity, orient="top", gradientLength=length, format=".0%", values=[0, 0.5, 1])
         scale = alt.Scale(scheme="plasma" if as_share else "viridis", domain=list(domain), clamp=True)
@@ -92,6 +104,9 @@ def heat_chart(grid: Grid, quantity: str, size: Size, as_share: bool = False) ->
     labels = _labels(drawn, height, size)
     names = alt.Chart(data.add(labels)).mark_text(align="right", baseline="middle", dx=-6, fontSize=11, aria=False)
     layers.append(names.encode(x=x_encoding, y=y_encoding, text="label:N", color=alt.value(FAINT)))
+    layers += _begun(begun, x_encoding, y_encoding, data)
+    if size.width >= WIDE_HEAT.width:
+        layers += _concerned(spans(findings, grid.names, drawn, height / n_rows), drawn, x_encoding, y_encoding, data)
     panel = alt.LayerChart(layer=layers, width=width, height=height)
     description = (
         f"Heatmap of the {quantity} of {len(grid.names)} places, from input at the top to output at the bottom, "
@@ -99,6 +114,35 @@ def heat_chart(grid: Grid, quantity: str, size: Size, as_share: bool = False) ->
     description += f"over steps {drawn.first[0]} to {drawn.last[-1]}."
     described: Chart = concat([panel], size, data).properties(description=description)
     return described
+
+
+def _begun(marks: Sequence[Onset], x: alt.X, y: alt.Y, data: ChartData) -> list[alt.Chart]:
+    """Makes a triangle above each step at which a finding begins, and the finding's name beside it."""
+    layers: list[alt.Chart] = []
+    for is_left in (False, True):
+        rows = [{"first": one.step, "top": 0, "label": one.label} for one in marks if one.is_left == is_left]
+        if rows:
+            base = alt.Chart(data.add(rows)).encode(x=x, y=y)
+            triangle = base.mark_point(shape="triangle-down", filled=True, size=50, yOffset=-6, opacity=1, aria=False)
+            side: dict[str, Any] = {"align": "right", "dx": -7} if is_left else {"align": "left", "dx": 7}
+            text = base.mark_text(**side, **_MARK_FONT, dy=-8, aria=False)
+            layers += [triangle.encode(color=alt.value(BROKEN)), text.encode(text="label:N", color=alt.value(INK))]
+    return layers
+
+
+def _concerned(marks: Sequence[Span], drawn: Cells, x: alt.X, y: alt.Y, data: ChartData) -> list[alt.Chart]:
+    """Makes a line beside the rows of each finding on a part of them, and the finding's name beside it."""
+    if not marks:
+        return []
+    shared = [{"first": drawn.stop, "label": one.label} for one in marks]
+    rows = [{**row, "top": one.top + 0.1, "bottom": one.bottom - 0.1} for row, one in zip(shared, marks, strict=True)]
+    middles = [{**row, "top": (one.top + one.bottom) / 2} for row, one in zip(shared, marks, strict=True)]
+    line = alt.Chart(data.add(rows)).mark_rule(strokeWidth=3, xOffset=6, aria=False)
+    text = alt.Chart(data.add(middles)).mark_text(**_MARK_FONT, align="left", dx=13, aria=False)
+    return [
+        line.encode(x=x, y=y, y2="bottom:Q", color=alt.value(BROKEN)),
+        text.encode(x=x, y=y, text="label:N", color=alt.value(INK)),
+    ]
 
 
 def cell_texts(grid: Grid, quantity: str, as_share: bool = False) -> str:

@@ -15,14 +15,15 @@ from gradprobe.report.error_comparison import (
     SLOW_START_STEPS,
     TRAINED_SHARE,
 )
-from gradprobe.report.formatting import duration, number, percent
-from gradprobe.report.page_parts import dark_rules, figure, typeset
-from gradprobe.report.page_template import document, escape
+from gradprobe.report.formatting import RUNNING_NOTE, duration, percent
+from gradprobe.report.page_parts import Cell, dark_rules, figure, head, table, typeset
+from gradprobe.report.page_template import document
+from gradprobe.report.paired_tests import contrasts, opening
 from gradprobe.report.palette import Palette
 from gradprobe.report.published_errors import CITATION, PublishedTable, matching_tables
-from gradprobe.report.records import SweepRun
+from gradprobe.report.records import SPEC_KEY, SweepRun
 from gradprobe.report.seed_statistics import MARGIN, SINGLE_SEED_MARGIN
-from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
+from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences, zero_start_sentences
 from gradprobe.report.summary import (
     DEGRADED,
     MORE_SEEDS,
@@ -34,8 +35,18 @@ from gradprobe.report.summary import (
     Summary,
     summarise,
 )
-from gradprobe.report.sweep_charts import error_chart, gradient_chart, hidden_junctions, hidden_layers, shortcut_chart
+from gradprobe.report.sweep_charts import (
+    curves_chart,
+    draws_running_errors,
+    error_chart,
+    gradient_chart,
+    hidden_junctions,
+    hidden_layers,
+    shortcut_chart,
+)
 from gradprobe.snapshot.files import create_folder, write_files
+from gradprobe.text.markup import escape
+from gradprobe.text.words import number
 
 _CLASSES = {
     "healthy": "healthy",
@@ -74,9 +85,10 @@ def page(summary: Summary) -> str:
     parts = [
         f'<p class="facts">{escape(_facts(summary))}</p>',
         _notice(summary),
-        *(f'<p class="lead">{typeset(line)}</p>' for line in headline(summary)),
+        *(f'<p class="lead">{typeset(line)}</p>' for line in (opening(summary), *headline(summary)) if line),
         *_figures(summary),
         _table(summary),
+        _tests(summary),
         _verdicts(summary),
         *(_published(summary, table) for table in matching_tables(summary)),
         _method(),
@@ -117,6 +129,16 @@ def _figures(summary: Summary) -> Iterable[str]:
         caption += " Networks that are still training are shown at their newest epoch."
     charts = [error_chart(summary, size) for size in (WIDE, NARROW)]
     yield figure("Error against depth", charts, caption, "No finite error is recorded yet.")
+    caption = "Errors over the full training and test sets at the end of each epoch; epoch 0 is before the first step."
+    if draws_running_errors(summary):
+        caption = (
+            "The training error is that of the epoch's steps, each before its update; epoch 0 is before the first step."
+        )
+    caption += " Large errors of the first epochs may be above the chart, as in figure 1 of He et al."
+    if several:
+        caption += " Lines are means over seeds, bands their range."
+    charts = [curves_chart(summary, size) for size in (WIDE, NARROW)]
+    yield figure("Error while training", charts, caption, "No epoch is finished yet.")
     caption = "L2 norm of each weight's gradient, layer by layer, on a logarithmic scale."
     if several:
         caption += " Lines are medians over seeds, bands their range."
@@ -155,27 +177,27 @@ def _table(summary: Summary) -> str:
         return ""
     groups = '<td colspan="6"></td><th colspan="3" class="group" scope="colgroup">gradient at the first step</th>'
     groups += '<th colspan="3" class="group" scope="colgroup">gradient at the end</th>'
-    button = '<button type="button">{}</button>'
-    columns = "".join(
-        f'<th class="text" scope="col">{button.format(head)}</th>' for head in ("network", "verdict", "seeds")
-    )
-    errors = ("parameters", "training<br>error&nbsp;%", "test<br>error&nbsp;%")
-    columns += "".join(
-        f'<th scope="col">{button.format(head)}</th>' for head in (*errors, *("first", "last", "first/last") * 2)
-    )
+    texts = ("network", "verdict", "seeds")
+    numbers = ("parameters", "training\nerror %", "test\nerror %", *("first", "last", "first/last") * 2)
+    columns = "".join([*(head(title, "text") for title in texts), *map(head, numbers)])
     rows = "\n".join(_table_row(net) for net in summary.nets)
+    notes = "".join(f" {typeset(sentence)}" for sentence in zero_start_sentences(summary))
+    if summary.has_running_errors:
+        notes += f" {RUNNING_NOTE}."
     return (
         f'<h2>All numbers</h2>\n<div class="scroll" tabindex="0" role="region" aria-label="All numbers">'
         f'<table class="sortable">\n<thead><tr>{groups}</tr>\n<tr>{columns}</tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table></div>\n"
         '<p class="note">Errors are mean ± standard deviation over seeds. Gradient norms are those of the first and '
-        "the last weight layer, medians over seeds.</p>"
+        f"the last weight layer, medians over seeds.{notes}</p>"
     )
 
 
 def _table_row(net: NetSummary) -> str:
+    mark = "*" if net.has_running_error else ""
     errors = [
-        (percent(spread), spread.mean if spread else math.nan) for spread in (net.train_error_pct, net.test_error_pct)
+        (percent(spread) + shown, spread.mean if spread else math.nan)
+        for spread, shown in ((net.train_error_pct, mark), (net.test_error_pct, ""))
     ]
     cells = [(f"{net.parameters:,}", net.parameters), *errors, *_ends(net.initial), *_ends(net.end)]
     numbers = "".join(f'<td data-value="{value}">{typeset(shown)}</td>' for shown, value in cells)
@@ -204,6 +226,25 @@ def _verdicts(summary: Summary) -> str:
         for net in summary.nets
     )
     return f"<h2>Verdicts and their evidence</h2>\n<dl>\n{items}\n</dl>"
+
+
+def _tests(summary: Summary) -> str:
+    tested = [(one, one.test) for one in contrasts(summary) if one.test is not None]
+    if not tested:
+        return ""
+    columns = ("training errors", "epoch", "difference", "95 % from", "to", "p", "effect d", "seeds")
+    rows = [
+        (
+            f"{one.name} − {one.other}" + (" (too early)" if one.early else ""),
+            [*map(Cell, (one.epoch, test.mean, *test.interval, test.p_value, test.effect, len(one.seeds)))],
+        )
+        for one, test in tested
+    ]
+    return (
+        f"<h2>Paired tests over seeds</h2>\n{table('Paired tests over seeds', columns, rows)}\n"
+        '<p class="note">Differences of training errors in percentage points, seed by seed; two-sided t-tests, not '
+        "adjusted for their number. The effect d is the mean difference over its standard deviation.</p>"
+    )
 
 
 def _published(summary: Summary, table: PublishedTable) -> str:
@@ -273,11 +314,18 @@ def _method() -> str:
 
 
 def _settings(summary: Summary) -> str:
+    specs = [key for key in summary.meta if SPEC_KEY.fullmatch(key)]
     facts = {**summary.config, **{key: value for key, value in summary.meta.items() if key != "config"}}
     items = "\n".join(
-        f"<dt>{escape(_words(key))}</dt><dd>{escape(_value_text(value))}</dd>" for key, value in facts.items()
+        f"<dt>{escape(_words(key))}</dt><dd>{_spec(str(value)) if key in specs else escape(_value_text(value))}</dd>"
+        for key, value in facts.items()
     )
     return f'<h2>The run</h2>\n<dl class="run">\n{items}\n</dl>'
+
+
+def _spec(text: str) -> str:
+    """Keeps the lines of a spec file; a line break anywhere else is spelled out."""
+    return "<br>".join(map(escape, text.split("\n")))
 
 
 def _words(key: str) -> str:

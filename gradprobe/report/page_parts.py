@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gradprobe.report.chart_parts import Chart, svg
-from gradprobe.report.formatting import number
-from gradprobe.report.page_template import escape
+from gradprobe.text.markup import escape
+from gradprobe.text.words import number
+
+_LINE = 16  # characters of a row's name that is not wrapped
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def inline(chart: Chart) -> str:
     """Returns a chart as an SVG for the middle of a page: without namespaces, and with identifiers of its own."""
     # Inside a page an SVG needs no namespace; without it the page contains no URL.
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg(chart))
+    for place, name in enumerate(dict.fromkeys(re.findall(r' id="(clip\d+)"', text))):
+        # The renderer counts them over all charts.
+        text = text.replace(f' id="{name}"', f' id="clip-{place}"').replace(f"url(#{name})", f"url(#clip-{place})")
     prefix = f"chart-{zlib.crc32(text.encode()):x}-"
     text = re.sub(r'(<(?:linearGradient|clipPath)[^>]*? id=")', rf"\1{prefix}", text)
     text = text.replace("url(#", f"url(#{prefix}")
@@ -94,17 +99,34 @@ def table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence
     """
     cells = rows[0][1] if rows else [Cell("")] * (len(columns) - 1)
     kinds = ["text", *("text" if cell.is_text else "number" for cell in cells)]
-    heads = "".join(
-        f'<th scope="col" class="{kind}"><button type="button">{escape(column)}</button></th>'
-        for column, kind in zip(columns, kinds, strict=True)
-    )
+    heads = "".join(head(column, kind) for column, kind in zip(columns, kinds, strict=True))
     body = "\n".join(
-        f'<tr><th scope="row" data-value="{place}">{escape(name)}</th>{"".join(cell.html() for cell in cells)}</tr>'
+        f'<tr><th scope="row" class="{_length(name)}" data-value="{place}">{escape(name)}</th>'
+        f"{''.join(cell.html() for cell in cells)}</tr>"
         for place, (name, cells) in enumerate(rows)
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}"><table class="sortable">\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
+    )
+
+
+def _length(name: str) -> str:
+    return "long" if len(name) > _LINE else "short"
+
+
+def head(title: str, kind: str = "number") -> str:
+    """Returns the head of a column that the reader can sort by.
+
+    Args:
+        title: Title, as plain text; it may have several lines.
+        kind: "text" or "number".
+    """
+    lines = [typeset(line) for line in title.split("\n")]
+    # Chromium repeats no head with a button on the next page: paper shows the data-title instead.
+    return (
+        f'<th scope="col" class="{kind}" data-title="{escape(" ".join(title.split()))}">'
+        f'<button type="button">{"<br>".join(lines)}</button></th>'
     )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
-
-from gradprobe.errors import printable
+from gradprobe.text.markup import escape
 
 _CSS = """
 :root { --paper: #ffffff; --ink: #1f2328; --faint: #656d76; --line: #dfe3e8; --wash: #f6f7f9;
@@ -34,7 +32,7 @@ svg [aria-label][aria-roledescription="point"] { cursor: default; }
 @media (max-width: 48rem) { .wide { display: none; } .narrow { display: block; } main { padding-top: 1.75rem; } }
 .scroll { overflow-x: auto; margin: 1rem -1.25rem 0; padding: 0 1.25rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%; }
-th, td { padding: .4rem .5rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
+th, td { padding: .4rem .45rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
 thead th { font-weight: 500; color: var(--faint); font-size: .82rem; line-height: 1.3; vertical-align: bottom; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--focus); }
 th button::after { content: "↕"; opacity: .55; font-size: .8em; margin-left: .2em; }
@@ -45,6 +43,8 @@ thead .group { border-bottom: 1px solid var(--line); text-align: center; padding
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th[scope="row"] { text-align: left; font-weight: 600; position: sticky; left: 0; background: var(--paper);
   max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
+th.long { white-space: normal; overflow-wrap: break-word; }
+@media (max-width: 48rem) { th.long { max-width: 9rem; } }
 th:first-child, td:first-child { padding-left: 0; }
 .text { text-align: left; }
 td.text .small { display: block; font-size: .8rem; line-height: 1.3; }
@@ -71,11 +71,17 @@ summary { cursor: pointer; margin: 1rem 0 .5rem; font-weight: 600; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @page { margin: 14mm; }
 @media print { .scroll { overflow: visible; margin: 1rem 0 0; padding: 0; } #tip, #cursor { display: none; }
-  main { padding: 0; max-width: none; } body { font-size: 11pt; } table, thead th { font-size: 7pt; }
-  th, td { padding: .25rem; }
-  .wide { display: block; } .narrow { display: none; } h2 { break-after: avoid; }
-  figure, tr, li { break-inside: avoid; }
-  th[scope="row"] { position: static; max-width: 12rem; } th button::after { content: none; }
+  main { padding: 0; max-width: none; } body { font-size: 10pt; line-height: 1.4; } table, thead th { font-size: 7pt; }
+  p, ul, figcaption, .lead { max-width: none; } .lead { font-size: 12pt; margin: .4rem 0; } li { margin: .1rem 0; }
+  th, td { padding: .25rem; } h2 { break-after: avoid; margin: 1.2rem 0 .3rem; }
+  .wide { display: block; } .narrow { display: none; } .wide svg { max-width: 146mm; max-height: 135mm; width: auto; }
+  ol.findings { grid-template-columns: 1fr; gap: .4rem; margin: .6rem 0; } ol.findings > li { padding: .4rem .8rem; }
+  ol.findings h2 { margin: 0 0 .1rem; } ol.findings p, ol.findings ul { margin: .15rem 0; }
+  ol.findings ul { columns: 2; } h1 { font-size: 16pt; } td.text .small { font-size: 6.5pt; }
+  figure { margin-top: .3rem; } figcaption { margin-top: .3rem; }
+  figure, tr, li, thead { break-inside: avoid; } thead { display: table-header-group; }
+  th[scope="row"] { position: static; max-width: 12rem; } th button { display: none; }
+  thead th { white-space: normal; } th[data-title]::before { content: attr(data-title); }
   .verdict::before, ol.findings > li { print-color-adjust: exact; } }
 """
 
@@ -181,16 +187,6 @@ _SCRIPT = """
   });
 })();
 """
-
-
-def escape(text: str) -> str:
-    r"""Makes a text inert in a page: neither markup nor control characters and direction marks act in it.
-
-    Example:
-        >>> print(escape("<b>\u202e"))
-        &lt;b&gt;\u202e
-    """
-    return html.escape(printable(text))
 
 
 def document(title: str, css: str, body: str) -> str:

@@ -14,7 +14,15 @@ _DARK = {BACKGROUND: "#14171a", INK: "#e6e8ea", FAINT: "#9aa3ad", GRID: "#2b3036
 
 # (on a light page, on a dark page). Orange and blue: readers with red-green blindness can tell them apart.
 _FAMILY_COLOURS = {"plain": ("#b8480b", "#f59a5b"), "resnet": ("#1d5fae", "#6cb0ff")}
-_OTHER_COLOURS = (("#2e7d4f", "#6fcf97"), ("#7b4ba8", "#c39bf0"), ("#a3306b", "#f08bbb"), ("#5f6b00", "#c9d84a"))
+_OTHER_COLOURS = (
+    ("#2e7d4f", "#6fcf97"),
+    ("#7b4ba8", "#c39bf0"),
+    ("#a3306b", "#f08bbb"),
+    ("#5f6b00", "#c9d84a"),
+    ("#00717a", "#4fc6cf"),
+    ("#8a5a00", "#dba84a"),
+    ("#4d5560", "#b6bfc8"),
+)
 
 FIRST, SECOND, THIRD = (light for light, _ in (*reversed(_FAMILY_COLOURS.values()), _OTHER_COLOURS[0]))
 """Colours of the lines of a run's charts."""

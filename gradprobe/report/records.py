@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+SPEC_KEY = re.compile(r"spec( \d+)?")
+"""Keys of a sweep's metadata that hold the settings of a command as TOML, one for each different command."""
 
 Status = Literal["pending", "done", "diverged"]
 """Status of a cell: epochs are missing, all are recorded, or training stopped at a non-finite training loss."""
@@ -13,7 +17,18 @@ Status = Literal["pending", "done", "diverged"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One network of the sweep: a family at a depth with a seed."""
+    """One network of the sweep: a family at a depth with a seed.
+
+    Attributes:
+        id: Number of the cell in its file.
+        family: Name of a family of `gradprobe.networks`, or a user's function, ``MODULE:CALLABLE``.
+        depth: Depth, as the family counts it.
+        seed: Seed.
+        parameters: Number of trainable parameters.
+        status: How far it has come.
+        failure: The exception that stopped it; empty if none did since it was last started.
+        progress: Share of the steps of the epoch in progress that were done when that was last recorded.
+    """
 
     id: int
     family: str
@@ -21,6 +36,8 @@ class Cell:
     seed: int
     parameters: int
     status: Status
+    failure: str = ""
+    progress: float = 0.0
 
     @property
     def name(self) -> str:
@@ -30,13 +47,41 @@ class Cell:
 
 @dataclass(frozen=True)
 class EpochRow:
-    """Loss and errors (in percent, over the full sets) at the end of an epoch; epoch 0 is initialisation."""
+    """Losses and errors at the end of an epoch; epoch 0 is initialisation. NaN where nothing was measured.
+
+    Attributes:
+        epoch: Number of completed epochs.
+        train_loss: Loss over the whole training set.
+        train_error_pct: Training error, over the whole training set, in percent.
+        test_error_pct: Test error, over the whole test set, in percent.
+        seconds: Time of the epoch.
+        running_loss: Loss of the epoch's steps, each before its update.
+        running_error_pct: Running training error: the error of the same steps, in percent. It costs no time, but lags
+            behind the training error and is in training mode.
+    """
 
     epoch: int
     train_loss: float
     train_error_pct: float
     test_error_pct: float
     seconds: float
+    running_loss: float = math.nan
+    running_error_pct: float = math.nan
+
+    @property
+    def is_running(self) -> bool:
+        """Whether only the running training error was measured."""
+        return math.isnan(self.train_error_pct) and not math.isnan(self.running_error_pct)
+
+    @property
+    def any_train_error_pct(self) -> float:
+        """The training error, or the running one if only that was measured."""
+        return self.running_error_pct if self.is_running else self.train_error_pct
+
+    @property
+    def any_running_error_pct(self) -> float:
+        """The running training error, or the training error if that was not measured, as at epoch 0."""
+        return self.train_error_pct if math.isnan(self.running_error_pct) else self.running_error_pct
 
 
 @dataclass(frozen=True)
@@ -96,6 +141,9 @@ class RemedyCell:
         final_loss: The same after training.
         n_fell: Number of seeds whose loss fell.
         nan_after: For each seed whose loss became NaN or infinite, the number of steps completed before that.
+        variances: Mean square of the signal at initialisation, behind the first layer and behind each residual add;
+            empty if there is none.
+        expected_variances: Its prediction for wide layers; empty if there is none.
     """
 
     remedy: str
@@ -111,11 +159,23 @@ class RemedyCell:
     final_loss: float
     n_fell: int
     nan_after: tuple[int, ...]
+    variances: tuple[float, ...] = ()
+    expected_variances: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float:
         """The first norm over the last; NaN if the last is zero."""
         return self.norms[0] / self.norms[-1] if self.norms[-1] else math.nan
+
+    @property
+    def growth(self) -> float | None:
+        """Variance of the signal behind the last residual add over that behind the first layer, if it was measured."""
+        return self.variances[-1] / self.variances[0] if self.variances else None
+
+    @property
+    def expected_growth(self) -> float | None:
+        """Its prediction, if there is one."""
+        return self.expected_variances[-1] / self.expected_variances[0] if self.expected_variances else None
 
 
 class SweepRun(Protocol):

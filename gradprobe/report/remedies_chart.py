@@ -10,11 +10,12 @@ import altair as alt
 
 from gradprobe.errors import ArgumentError
 from gradprobe.report.chart_parts import Chart, ChartData, Row, Size, concat, png, svg
-from gradprobe.report.formatting import number
-from gradprobe.report.page_template import document, escape
+from gradprobe.report.page_template import document
 from gradprobe.report.palette import FAINT, INK, shades
 from gradprobe.report.records import RemedyCell
 from gradprobe.snapshot.files import create_folder, write_files
+from gradprobe.text.markup import escape
+from gradprobe.text.words import number
 
 SUFFIXES = (".html", ".svg", ".png")
 

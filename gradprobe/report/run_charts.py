@@ -26,19 +26,18 @@ from gradprobe.report.chart_parts import (
     svg,
     title_lines,
 )
-from gradprobe.report.formatting import number
 from gradprobe.report.heat_chart import NARROW_HEAT, WIDE_HEAT, heat_chart
 from gradprobe.report.palette import BROKEN, FAINT, FIRST, INK, SECOND, THIRD
 from gradprobe.report.run_view import Grid, RunView, middle, spread
+from gradprobe.report.step_parts import MOST_POINTS, padded_domain, step_axis, step_notes
 from gradprobe.snapshot.files import create_folder, write_files
 from gradprobe.snapshot.records import FloatArray, IntArray
 from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.text.words import number
 
 WIDE_RUN = Size(width=840, height=240, stacked=True)
 NARROW_RUN = Size(width=270, height=200, stacked=True)
 
-_MOST_POINTS = 400  # of a line over steps
-_MOST_NOTES = 60  # points of a line that can be pointed at
 _MOST_LANES = 10
 _LANE_PX = 30
 _HEALTHY_RATIO = 1e-3
@@ -93,8 +92,11 @@ def loss_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) -> Ch
 
 
 def norm_heatmap(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_HEAT) -> Chart | None:
-    """Draws the gradient norm of each weight, from input at the top to output, over the steps; None without any."""
-    return heat_chart(view.norms, "gradient norm", size)
+    """Draws the gradient norm of each weight, from input at the top to output, over the steps; None without any.
+
+    Findings are named above the step at which they begin and, on a wide chart, beside the rows that they concern.
+    """
+    return heat_chart(view.norms, "gradient norm", size, findings=tuple(diagnosis))
 
 
 def update_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) -> Chart | None:
@@ -104,7 +106,7 @@ def update_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) -> 
     kept: IntArray = np.flatnonzero(np.isfinite(centre))
     if not len(kept):
         return None
-    parts = np.array_split(kept, min(_MOST_POINTS, len(kept)))
+    parts = np.array_split(kept, min(MOST_POINTS, len(kept)))
     rows: list[Row] = []
     for part in parts:
         edges = (low[part].min(), lower[part].min(), np.median(centre[part]), upper[part].max(), high[part].max())
@@ -115,10 +117,10 @@ def update_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) -> 
         step = int(grid.steps[part[0]])
         rows.append({"step": step, **logs, "note": f"step {step}: median {ratio}, all weights {reach}"})
     healthy = math.log10(_HEALTHY_RATIO)
-    y_domain = _domain([healthy, *(row[key] for row in rows for key in ("low", "high"))])
+    y_domain = padded_domain([healthy, *(row[key] for row in rows for key in ("low", "high"))])
     data = ChartData()
     x_domain = (rows[0]["step"], max(rows[-1]["step"], rows[0]["step"] + 1))
-    x = _step_axis(x_domain, size)
+    x = step_axis(x_domain, size)
     y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)
     y = alt.Y("value:Q", scale=y_scale, axis=power_axis(y_domain))
     base = alt.Chart(data.add(rows)).encode(x=x)
@@ -136,7 +138,7 @@ def update_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) -> 
             text="label:N",
             color=alt.value(FAINT),
         ),
-        _notes(rows, x, y, data),
+        step_notes(rows, x, y, data),
     ]
     title = "Size of the update over size of the weight"
     panel = alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title_lines(title, size))
@@ -176,7 +178,7 @@ def magnitude_chart(view: RunView, diagnosis: Diagnosis, size: Size = WIDE_RUN) 
             continue
         values = [row["value"] for row in rows]
         marks = _dtype_marks(view, values) if has_dtype else []
-        y_domain = _domain([*values, *(mark["value"] for mark in marks)])
+        y_domain = padded_domain([*values, *(mark["value"] for mark in marks)])
         panel = lines_panel(title, rows, len(rms.names), place, power_axis(y_domain), y_domain, size, data)
         if marks:
             rule = alt.Chart(data.add([{**mark, "position": 1} for mark in marks]))
@@ -306,15 +308,15 @@ def _loss_panel(
     is_log = bool(losses.min() > 0 and losses.max() > 30 * losses.min())
     shown = np.log10(losses) if is_log else losses
     rows: list[Row] = []
-    for part in np.array_split(np.arange(len(finite)), min(_MOST_POINTS, len(finite))):
+    for part in np.array_split(np.arange(len(finite)), min(MOST_POINTS, len(finite))):
         step = finite[part[0]][0]
         note = f"step {step}: loss {number(float(np.median(losses[part])))}"
         edges = {"low": float(shown[part].min()), "high": float(shown[part].max())}
         rows.append({"step": step, "value": float(np.median(shown[part])), **edges, "note": note})
-    y_domain = _domain([float(shown.min()), float(shown.max())])
+    y_domain = padded_domain([float(shown.min()), float(shown.max())])
     axis = power_axis(y_domain) if is_log else alt.Axis(title=None, tickCount=5)
     y_scale = alt.Scale(domain=list(y_domain), nice=False, zero=False)
-    x, y = _step_axis(domain, size), alt.Y("value:Q", scale=y_scale, axis=axis)
+    x, y = step_axis(domain, size), alt.Y("value:Q", scale=y_scale, axis=axis)
     base = alt.Chart(data.add(rows)).encode(x=x)
     layers = [
         base.mark_area(opacity=0.25, aria=False).encode(
@@ -327,13 +329,13 @@ def _loss_panel(
         layers.insert(
             0, marks.mark_rule(strokeDash=[5, 4], strokeWidth=1.2, aria=False).encode(x=x, color=alt.value(BROKEN))
         )
-    layers.append(_notes(rows, x, y, data))
+    layers.append(step_notes(rows, x, y, data))
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title="Loss")
 
 
 def _lanes_panel(rows: Sequence[Row], domain: tuple[int, int], size: Size, data: ChartData) -> alt.LayerChart:
     x_scale = alt.Scale(domain=list(domain), nice=False)
-    x = _step_axis(domain, size, field="first")
+    x = step_axis(domain, size, field="first")
     y_scale = alt.Scale(domain=[len(rows), 0], nice=False, zero=False)
     colour = alt.Color("colour:N", scale=None)
     hidden = alt.Axis(labels=False, grid=False, title=None, ticks=False, domain=False)
@@ -369,19 +371,6 @@ def _lanes_panel(rows: Sequence[Row], domain: tuple[int, int], size: Size, data:
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title="Findings")
 
 
-def _step_axis(domain: tuple[int, int], size: Size, field: str = "step") -> alt.X:
-    axis = alt.Axis(title="step", format="d", grid=False, tickCount=max(3, size.width // 90), tickMinStep=1)
-    return alt.X(f"{field}:Q", scale=alt.Scale(domain=list(domain), nice=False), axis=axis)
-
-
-def _notes(rows: Sequence[Row], x: alt.X, y: alt.Y, data: ChartData) -> alt.Chart:
-    """Makes invisible points that carry the text for tooltips and screen readers."""
-    pace = math.ceil(len(rows) / _MOST_NOTES)
-    points = alt.Chart(data.add(rows[::pace])).mark_point(filled=True, size=90, opacity=0)
-    noted: alt.Chart = points.encode(x=x, y=y, description="note:N")
-    return noted
-
-
 def _depth_rows(name: str, colour: str, values: FloatArray, places: Sequence[str], as_share: bool = False) -> list[Row]:
     """Returns the rows of a line over depth for `lines_panel`."""
     rows: list[Row] = []
@@ -413,12 +402,6 @@ def _dtype_marks(view: RunView, values: Sequence[float]) -> list[Row]:
             if min(values) - 6 < log < max(values) + 6:
                 marks.append({"value": log, "label": f"{what} {one.name}: {number(value)}"})
     return marks
-
-
-def _domain(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    margin = max(0.06 * (high - low), 1e-3 * max(abs(low), abs(high)), 0.02)
-    return low - margin, high + 2 * margin
 
 
 def _described(chart: Chart, text: str) -> Chart:

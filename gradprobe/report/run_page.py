@@ -10,16 +10,17 @@ import numpy as np
 
 from gradprobe.diagnosis.diagnosis import Diagnosis
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.report.formatting import number
 from gradprobe.report.heat_chart import cell_texts
 from gradprobe.report.page_parts import Cell, dark_rules, figure, table, typeset
-from gradprobe.report.page_template import document, escape
+from gradprobe.report.page_template import document
 from gradprobe.report.palette import dark_of_run
 from gradprobe.report.run_charts import KINDS, NEEDS
 from gradprobe.report.run_view import Grid, RunView, middle
 from gradprobe.snapshot.files import create_folder, write_files
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.snapshot import Snapshot
+from gradprobe.text.markup import escape
+from gradprobe.text.words import number
 
 _N_LEADING = 3  # findings that are on top
 
@@ -59,7 +60,7 @@ def page(snapshots: Sequence[Snapshot], diagnosis: Diagnosis) -> str:
     view = RunView(snapshots)
     parts = [
         f'<p class="facts">{escape(_facts(view))}</p>',
-        f'<p class="lead">{typeset(str(diagnosis).split(chr(10))[0])}</p>',
+        f'<p class="lead">{typeset(diagnosis.headline)}</p>',
         *_findings(diagnosis),
         *_figures(view, diagnosis),
         *_tables(view),
@@ -84,10 +85,9 @@ def _facts(view: RunView) -> str:
 
 
 def _findings(diagnosis: Diagnosis) -> Iterator[str]:
-    roots = [one for one in diagnosis if not one.follows]
-    if not roots:
+    items = [_finding(place, one, diagnosis) for place, one in enumerate(diagnosis.roots, start=1)]
+    if not items:
         return
-    items = [_finding(place, one, diagnosis) for place, one in enumerate(roots, start=1)]
     yield f'<ol class="findings">\n{"".join(items[:_N_LEADING])}</ol>'
     if items[_N_LEADING:]:
         more = len(items) - _N_LEADING
@@ -97,15 +97,13 @@ def _findings(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _finding(place: int, one: Finding, diagnosis: Diagnosis) -> str:
-    message = one.message[:1].upper() + one.message[1:]
-    symptoms = [f"{other.title}: {other.meaning}" for other in diagnosis if other.follows == one.title]
+    symptoms = [f"{other.title}: {other.meaning}" for other in diagnosis.symptoms_of(one)]
     points = "".join(f"<li>{typeset(symptom)}</li>" for symptom in symptoms)
     explains = f"<p><b>It explains:</b></p>\n<ul>{points}</ul>\n" if symptoms else ""
-    rule = f"'{one.rule}'" if " " in one.rule else one.rule
     return (
-        f"<li><h2>{place}. {escape(one.title)}: {typeset(one.meaning)}</h2>\n<p>{typeset(message)}.</p>\n"
+        f"<li><h2>{place}. {escape(one.title)}: {typeset(one.meaning)}</h2>\n<p>{typeset(one.sentence)}</p>\n"
         f"<p><b>Usual cause:</b> {typeset(one.cause)}.</p>\n<p><b>Try first:</b> {typeset(one.remedies[0])}.</p>\n"
-        f"{explains}<p>More: <code>gradprobe explain {escape(rule)}</code></p></li>\n"
+        f"{explains}<p>More: <code>{escape(one.explain_command)}</code></p></li>\n"
     )
 
 
@@ -235,11 +233,9 @@ def _greatest(grid: Grid) -> FloatArray:
 
 def _judged(diagnosis: Diagnosis) -> str:
     items = [f"<li>Judged: {escape(', '.join(diagnosis.judged))}.</li>"] if diagnosis.judged else []
-    needs: dict[str, list[str]] = {}
-    for rule, need in diagnosis.unjudged.items():
-        needs.setdefault(need, []).append(rule)
     items += [
-        f"<li>Not judged without {escape(need)}: {escape(', '.join(rules))}.</li>" for need, rules in needs.items()
+        f"<li>Not judged without {escape(need)}: {escape(', '.join(rules))}.</li>"
+        for need, rules in diagnosis.needs.items()
     ]
     if diagnosis.note:
         items.append(f"<li>Note: {escape(diagnosis.note)}.</li>")

@@ -215,7 +215,7 @@ def spread(values: FloatArray) -> FloatArray:
 
 def _quantiles(values: FloatArray, levels: Sequence[float], axis: int) -> FloatArray:
     usable = np.moveaxis(np.where(np.isfinite(values), values, np.nan), axis, 0)
-    if not len(usable):
+    if not usable.size:
         return np.full((len(levels), *usable.shape[1:]), np.nan)
     empty = np.asarray(np.isnan(usable).all(axis=0))
     found = np.nanquantile(np.where(empty, 0.0, usable), levels, axis=0)

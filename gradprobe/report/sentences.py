@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from gradprobe.errors import printable
 from gradprobe.report.error_comparison import EARLIEST_COMPARISON, SLOW_START_STEPS, Comparison, Learning, Rise
-from gradprobe.report.formatting import number, percent
+from gradprobe.report.formatting import percent, short_paths
 from gradprobe.report.summary import (
     DEGRADED,
     NOT_LEARNING,
@@ -18,6 +19,10 @@ from gradprobe.report.summary import (
     NetSummary,
     Summary,
 )
+from gradprobe.text.words import number
+
+REASON_WIDTH = 300
+"""Longest reason of a failure that is shown in full, in characters."""
 
 _RESIDUAL_FAMILIES = ("resnet",)
 
@@ -32,7 +37,7 @@ _FLOW_WORDS = {
 def explain_verdict(net: NetSummary, shown: Callable[[str], str] = str) -> str:
     """Returns the evidence for a network's verdict, in sentences; ``shown`` prepares names."""
     if net.epoch is None:
-        return "Not started."
+        return " ".join(_failures(net) or ["Not started."])
     parts = _flow_sentences(net)
     if net.exploded_then_vanished:
         parts.append(
@@ -50,7 +55,12 @@ def explain_verdict(net: NetSummary, shown: Callable[[str], str] = str) -> str:
         parts += _overfitting_sentences(net.test_comparison, net.rise, shown)
     if not net.finished:
         parts.append(f"Not finished: {net.progress}.")
-    return " ".join(parts)
+    return " ".join([*parts, *_failures(net)])
+
+
+def _failures(net: NetSummary) -> list[str]:
+    reasons = {cell.seed: printable(short_paths(cell.failure), REASON_WIDTH).rstrip(".") for cell in net.failed}
+    return [f"Seed {seed} failed: {reason}." for seed, reason in reasons.items()]
 
 
 def headline(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
@@ -75,8 +85,8 @@ def headline(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
             net, comparison = (worse or undecided or compared)[-1]
             ours, theirs = comparison.errors, comparison.other_errors
             sentences.append(
-                f"{_headline_start(comparison, shown(family))}: after epoch {comparison.epoch} the training error is "
-                f"{percent(ours.train)} % for {shown(net.name)} and {percent(theirs.train)} % for "
+                f"{_headline_start(comparison, shown(family))}: after epoch {comparison.epoch} the {ours.train_name} "
+                f"is {percent(ours.train)} % for {shown(net.name)} and {percent(theirs.train)} % for "
                 f"{shown(comparison.other)}."
             )
             of_one_seed |= comparison.has_one_seed and comparison.outcome != "too early"
@@ -86,7 +96,7 @@ def headline(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
             sentences.append(
                 f"{_start(comparison, 'depth leads to overfitting')} for {shown(family)}: after epoch "
                 f"{comparison.epoch} the test error is {percent(ours.test)} % for {shown(net.name)} and "
-                f"{percent(theirs.test)} % for {shown(comparison.other)}, and the training error "
+                f"{percent(theirs.test)} % for {shown(comparison.other)}, and the {ours.train_name} "
                 f"{percent(ours.train)} and {percent(theirs.train)} %."
             )
             of_one_seed |= comparison.has_one_seed
@@ -111,6 +121,17 @@ def _start(comparison: Comparison, claim: str) -> str:
     return f"In this run {claim}" if comparison.has_one_seed else claim.capitalize()
 
 
+def zero_start_sentences(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
+    """Explains a first step in which only the last weight layer has a gradient; ``shown`` prepares names."""
+    names = [shown(net.name) for net in summary.nets if net.initial is not None and net.initial.only_last]
+    if not names:
+        return []
+    return [
+        f"At the first step only the last weight layer of {_listed(names)} has a gradient, as where that layer starts "
+        "at zero (Fixup): until its first update it lets none through."
+    ]
+
+
 def shortcut_sentences(summary: Summary, shown: Callable[[str], str] = str) -> list[str]:
     """States the shortcuts' share of the gradient, for each residual network and over depth, as far as recorded.
 
@@ -122,9 +143,10 @@ def shortcut_sentences(summary: Summary, shown: Callable[[str], str] = str) -> l
         newest = {net.name: list(medians.items())[-1] for net in members if (medians := _median_shares(net))}
         epochs = {when for when, _ in newest.values()}
         if len(newest) > 1 and len(epochs) == 1:
-            larger = all(deeper > shallower for (_, shallower), (_, deeper) in pairwise(newest.values()))
-            by_net = _listed([f"{100 * share:.0f} % in {shown(name)}" for name, (_, share) in newest.items()])
-            grows = "grows" if larger else "does not always grow"
+            printed = {name: f"{100 * share:.0f}" for name, (_, share) in newest.items()}
+            by_net = _listed([f"{share} % in {shown(name)}" for name, share in printed.items()])
+            changes = {int(deeper) - int(shallower) for shallower, deeper in pairwise(printed.values())}
+            grows = "grows" if min(changes) > 0 else "does not change" if changes == {0} else "does not always grow"
             sentences.append(f"{epochs.pop().capitalize()} the share {grows} with depth: {by_net}.")
     without = [
         shown(net.name)
@@ -197,8 +219,8 @@ def _learning_sentences(learning: Learning | None) -> list[str]:
     before, now = percent(learning.before), percent(learning.now)
     meaning = f"the network {_slow_start(learning.steps)}" if learning.may_be_slow else "the network has not learned"
     return [
-        f"After epoch {learning.epoch} the training error, {now} %, is not clearly below its value before the first "
-        f"step, {before} %: {meaning}."
+        f"After epoch {learning.epoch} the {learning.train_name}, {now} %, is not clearly below its value before the "
+        f"first step, {before} %: {meaning}."
     ]
 
 
@@ -209,7 +231,7 @@ def _slow_start(steps: int | None) -> str:
 
 
 def _comparison_sentence(net: NetSummary, comparison: Comparison, shown: Callable[[str], str]) -> str:
-    ours = f"training error, {percent(comparison.errors.train)} %,"
+    ours = f"{comparison.errors.train_name}, {percent(comparison.errors.train)} %,"
     other = f"that of {shown(comparison.other)}, {percent(comparison.other_errors.train)} %"
     if comparison.prematurity:
         return (
@@ -253,14 +275,14 @@ def _overfitting_sentences(comparison: Comparison | None, rise: Rise | None, sho
         ours, theirs = comparison.errors, comparison.other_errors
         sentences.append(
             f"After epoch {comparison.epoch} the test error, {percent(ours.test)} %, is clearly above that of "
-            f"{shown(comparison.other)}, {percent(theirs.test)} %, and exceeds the training error by more, "
+            f"{shown(comparison.other)}, {percent(theirs.test)} %, and exceeds the {ours.train_name} by more, "
             f"{percent(ours.gap)} points against {percent(theirs.gap)}: the deeper network overfits."
         )
     if rise is not None and rise.overfits:
         then, now = rise.lowest, rise.errors
         sentences.append(
             f"From epoch {rise.lowest_epoch} to epoch {rise.epoch} the test error rose from {percent(then.test)} to "
-            f"{percent(now.test)} % while the training error fell from {percent(then.train)} to "
+            f"{percent(now.test)} % while the {now.train_name} fell from {percent(then.train)} to "
             f"{percent(now.train)} %: the network overfits."
         )
     return sentences

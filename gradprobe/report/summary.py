@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gradprobe.diagnosis.depth import flow_verdict
@@ -18,8 +18,10 @@ from gradprobe.report.error_comparison import (
     Learning,
     Rise,
 )
+from gradprobe.report.formatting import short_path, short_paths, short_source
 from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread, median
+from gradprobe.text.words import split_target
 
 DEGRADED = "degraded optimisation"
 """Verdict: healthy gradients, but a training error clearly above that of a shallower network."""
@@ -75,6 +77,14 @@ class GradientProfile:
         if self.last == 0:
             return math.inf if self.first > 0 else math.nan
         return self.first / self.last
+
+    @property
+    def only_last(self) -> bool:
+        """Whether every seed has a gradient in the last weight layer and exactly none before it."""
+        return all(
+            len(rows) > 1 and rows[-1].norm_l2 > 0 and not any(row.norm_l2 for row in rows[:-1])
+            for rows in self.layers_by_seed
+        )
 
     @property
     def when(self) -> str:
@@ -186,8 +196,13 @@ class NetSummary:
         return sum(result.diverged for result in self.results)
 
     @property
+    def failed(self) -> tuple[Cell, ...]:
+        """The cells that an exception stopped."""
+        return tuple(result.cell for result in self.results if result.cell.failure)
+
+    @property
     def progress(self) -> str:
-        """Progress of the seeds: "3" if all are done, "1 of 3", "0 of 3, epoch 7", "2 of 3, 1 diverged"."""
+        """Progress of the seeds: "3" if all are done, "1 of 3", "0 of 3, epoch 7", "2 of 3, 1 diverged, 1 failed"."""
         if self.n_done == len(self.results):
             return str(self.n_done)
         text = f"{self.n_done} of {len(self.results)}"
@@ -197,13 +212,19 @@ class NetSummary:
             text += ", not started"
         elif self.n_done == 0:
             text += f", epoch {self.epoch}"
-        return text
+        return f"{text}, {len(self.failed)} failed" if self.failed else text
 
     @property
     def train_error_pct(self) -> Spread | None:
-        """Training error at `epoch` over the counted seeds."""
+        """Training error at `epoch` over the counted seeds; see `has_running_error`."""
         errors = _errors(self.counted, self.epoch)
         return None if errors is None else errors.train
+
+    @property
+    def has_running_error(self) -> bool:
+        """Whether the training error at `epoch` is a running one, as in an unfinished run."""
+        errors = _errors(self.counted, self.epoch)
+        return errors is not None and errors.is_running
 
     @property
     def test_error_pct(self) -> Spread | None:
@@ -282,6 +303,11 @@ class Summary:
         """Number of all cells."""
         return sum(len(net.results) for net in self.nets)
 
+    @property
+    def has_running_errors(self) -> bool:
+        """Whether the training error of a network is a running one."""
+        return any(net.has_running_error for net in self.nets)
+
 
 def summarise(run: SweepRun) -> Summary:
     """Reads a run once and summarises it for the terminal, the page, the charts and the exports.
@@ -293,11 +319,11 @@ def summarise(run: SweepRun) -> Summary:
         The summary.
     """
     groups: dict[tuple[str, int], list[CellResult]] = {}
-    for cell in run.cells():
+    for cell in _with_short_names(run.cells()):
         epochs = {row.epoch: row for row in run.epochs(cell.id)}
         groups.setdefault((cell.family, cell.depth), []).append(CellResult(cell, epochs))
     families = list(dict.fromkeys(family for family, _ in groups))
-    limits = _limits(run.config)
+    limits = comparison_limits(run.config)
     nets: list[NetSummary] = []
     for family, depth in sorted(groups, key=lambda key: (families.index(key[0]), key[1])):
         results = groups[family, depth]
@@ -321,28 +347,48 @@ def summarise(run: SweepRun) -> Summary:
             learning=_learning(counted, epoch or 0, limits),
         )
         nets.append(net)
-    return Summary(run.config, run.meta, tuple(nets))
+    source = run.meta.get("data_spec", "")
+    meta = {key: short_paths(value.replace(source, short_source(source))) for key, value in run.meta.items()}
+    return Summary(run.config, meta, tuple(nets))
+
+
+def _with_short_names(cells: Sequence[Cell]) -> list[Cell]:
+    """Shortens families such as /home/me/net.py:net, unless two would then have the same name."""
+    parts = {cell.family: split_target(cell.family) for cell in cells}
+    short = {family: f"{short_path(place)}:{call}" if call else family for family, (place, call) in parts.items()}
+    if len({*short.values()}) < len(short):
+        return [*cells]
+    return [replace(cell, family=short[cell.family]) for cell in cells]
 
 
 @dataclass(frozen=True)
-class _Limits:
-    """What the configuration says about comparisons; None if not recorded."""
+class ComparisonLimits:
+    """What the configuration says about comparisons; None if not recorded.
+
+    Attributes:
+        earliest: Number of epochs before which networks are not compared.
+        steps_per_epoch: Number of steps of an epoch.
+        test_images: Number of test images.
+    """
 
     earliest: float
     steps_per_epoch: int | None
     test_images: int | None
 
     def steps(self, epoch: int) -> int | None:
+        """Returns the number of steps of so many epochs."""
         return None if self.steps_per_epoch is None else epoch * self.steps_per_epoch
 
 
-def _limits(config: Mapping[str, object]) -> _Limits:
+def comparison_limits(config: Mapping[str, object]) -> ComparisonLimits:
+    """Reads from a sweep's configuration what comparisons need."""
+
     def whole(name: str) -> int | None:
         value = config.get(name)
         return value if isinstance(value, int) and value > 0 else None
 
     images, batch_size = whole("train_images"), whole("batch_size")
-    return _Limits(
+    return ComparisonLimits(
         earliest=max(1.0, EARLIEST_COMPARISON * (whole("epochs") or 0)),
         steps_per_epoch=None if images is None or batch_size is None else images // batch_size,
         test_images=whole("test_images"),
@@ -353,15 +399,29 @@ def _errors(results: Sequence[CellResult], epoch: int | None) -> Errors | None:
     rows = [result.epochs[epoch] for result in results if epoch in result.epochs] if epoch is not None else []
     if not rows:
         return None
-    train, test = (row.train_error_pct for row in rows), (row.test_error_pct for row in rows)
-    return Errors(Spread(tuple(train)), Spread(tuple(test)))
+    train, test = (row.any_train_error_pct for row in rows), (row.test_error_pct for row in rows)
+    return Errors(Spread(tuple(train)), Spread(tuple(test)), any(row.is_running for row in rows))
 
 
-def _learning(counted: Sequence[CellResult], epoch: int, limits: _Limits) -> Learning | None:
+def _errors_at(results: Sequence[CellResult], first: int, second: int) -> tuple[Errors | None, Errors | None]:
+    """Returns errors after two epochs that can be compared: running training errors if one epoch has only those."""
+    one, other = _errors(results, first), _errors(results, second)
+    if one is None or other is None or one.is_running == other.is_running:
+        return one, other
+    running = [_with_running_errors(results, epoch, errors) for epoch, errors in ((first, one), (second, other))]
+    return (one, other) if None in running else (running[0], running[1])
+
+
+def _with_running_errors(results: Sequence[CellResult], epoch: int, errors: Errors) -> Errors | None:
+    values = tuple(result.epochs[epoch].running_error_pct for result in results if epoch in result.epochs)
+    return None if any(map(math.isnan, values)) else Errors(Spread(values), errors.test, is_running=True)
+
+
+def _learning(counted: Sequence[CellResult], epoch: int, limits: ComparisonLimits) -> Learning | None:
     before, now = _errors(counted, 0), _errors(counted, epoch)
     if epoch < limits.earliest or before is None or now is None or math.isnan(now.train.mean):
         return None
-    return Learning(epoch, limits.steps(epoch), before.train, now.train)
+    return Learning(epoch, limits.steps(epoch), before.train, now.train, now.train_name)
 
 
 def _gradient_profile(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> GradientProfile | None:
@@ -393,7 +453,7 @@ def _compare(
     counted: Sequence[CellResult],
     epoch: int,
     shallower: Sequence[NetSummary],
-    limits: _Limits,
+    limits: ComparisonLimits,
     by: Literal["train", "test"],
 ) -> Comparison | None:
     found: list[Comparison] = []
@@ -409,8 +469,8 @@ def _compare(
                 earliest=limits.earliest,
                 errors=ours,
                 other_errors=theirs,
-                course=_course(counted, falls_from, ours),
-                other_course=_course(net.counted, falls_from, theirs),
+                course=_course(counted, falls_from, common),
+                other_course=_course(net.counted, falls_from, common),
                 falls_from=falls_from,
                 steps=limits.steps(common),
                 test_images=limits.test_images,
@@ -424,15 +484,16 @@ def _compare(
     return min(found, key=order, default=None)
 
 
-def _course(results: Sequence[CellResult], falls_from: int, now: Errors) -> Course:
-    untrained, before = (_errors(results, epoch) for epoch in (0, falls_from))
+def _course(results: Sequence[CellResult], falls_from: int, epoch: int) -> Course:
+    untrained = _errors(results, 0)
+    before, now = _errors_at(results, falls_from, epoch)
     return Course(
         untrained_pct=math.nan if untrained is None else untrained.train.mean,
-        fall_pct=math.nan if before is None else before.train.mean - now.train.mean,
+        fall_pct=math.nan if before is None or now is None else before.train.mean - now.train.mean,
     )
 
 
-def _rise(counted: Sequence[CellResult], epoch: int, limits: _Limits) -> Rise | None:
+def _rise(counted: Sequence[CellResult], epoch: int, limits: ComparisonLimits) -> Rise | None:
     newest = _errors(counted, epoch)
     if epoch < limits.earliest or newest is None:
         return None
@@ -441,5 +502,6 @@ def _rise(counted: Sequence[CellResult], epoch: int, limits: _Limits) -> Rise | 
     finite = [(k, errors) for k, errors in measured if math.isfinite(errors.test.mean)]
     if not finite:
         return None
-    lowest_epoch, lowest = min(finite, key=lambda one: one[1].test.mean)
-    return Rise(lowest_epoch, epoch, lowest, newest, limits.test_images)
+    lowest_epoch = min(finite, key=lambda one: one[1].test.mean)[0]
+    lowest, last = _errors_at(counted, lowest_epoch, epoch)
+    return None if lowest is None or last is None else Rise(lowest_epoch, epoch, lowest, last, limits.test_images)

@@ -1,4 +1,4 @@
-"""Charts of a sweep: error against depth, gradient norm by layer, and the shortcut's share by residual add."""
+"""Charts of a sweep: error against depth and over the epochs, gradient norm by layer, and shortcut share."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from gradprobe.report.chart_parts import (
     WIDE,
     Chart,
     ChartData,
-    Label,
     Row,
     Size,
     concat,
     label_layers,
     line_rows,
     lines_panel,
+    named_lines_panel,
     png,
     power_axis,
 )
-from gradprobe.report.formatting import number
+from gradprobe.report.label_places import Label
 from gradprobe.report.palette import Palette
 from gradprobe.report.records import SweepRun
 from gradprobe.report.seed_statistics import Spread, median
 from gradprobe.report.summary import GradientProfile, NetSummary, ShortcutProfile, Summary, summarise
 from gradprobe.snapshot.files import create_folder, write_files
+from gradprobe.text.words import number
+
+_MOST_NOTED_EPOCHS = 50  # of a line that can be pointed at
+_BEGUN = 0.25  # share of the epochs from which on all errors are drawn
+_CUT_BELOW = 0.7  # the errors before are cut off if those after are below this share of them
 
 
 def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
@@ -45,7 +50,10 @@ def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     """
     palette = Palette(summary)
     splits = [
-        ("Training error, %", [(net, net.train_error_pct) for net in summary.nets]),
+        (
+            f"Training error{' (running)' if summary.has_running_errors else ''}, %",
+            [(net, net.train_error_pct) for net in summary.nets],
+        ),
         ("Test error, %", [(net, net.test_error_pct) for net in summary.nets]),
     ]
     drawn = [(title, [(net, s) for net, s in points if s and math.isfinite(s.mean)]) for title, points in splits]
@@ -58,6 +66,53 @@ def error_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
     data = ChartData()
     panels = [_error_panel(title, points, y_domain, palette, size, data) for title, points in drawn]
     return concat(panels, size, data)
+
+
+def curves_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
+    """Draws training and test error after each epoch, one line per network.
+
+    The line is the mean over seeds and the band their range. An epoch in which a seed's error is not finite is a gap.
+    As in He et al. 2015, figure 1, the large errors of the first epochs are cut off.
+
+    Args:
+        summary: The sweep.
+        size: Size of each of the two panels.
+
+    Returns:
+        The chart, or None if no network has two epochs with finite errors.
+    """
+    palette = Palette(summary)
+    is_running = draws_running_errors(summary)
+    title = "Running training error, %" if is_running else "Training error, %"
+    train = "any_running_error_pct" if is_running else "train_error_pct"
+    panels = [
+        (title, [row for net in summary.nets for row in _epoch_rows(net, train, palette)]),
+        ("Test error, %", [row for net in summary.nets for row in _epoch_rows(net, "test_error_pct", palette)]),
+    ]
+    drawn = [(title, rows) for title, rows in panels if len({row["position"] for row in rows}) > 1]
+    if not drawn:
+        return None
+    last = max(row["position"] for _, rows in drawn for row in rows)
+    top = max(row["high"] for _, rows in drawn for row in rows)
+    later = max((row["high"] for _, rows in drawn for row in rows if row["position"] >= _BEGUN * last), default=top)
+    is_cut = 0 < later < _CUT_BELOW * top
+    y_domain = (0.0, 1.15 * later if is_cut else min(100.0, 1.05 * top) if top > 0 else 1.0)
+    x_axis = alt.Axis(title="epoch", format="d", grid=False, tickCount=max(3, size.width // 60), tickMinStep=1)
+    y_axis = alt.Axis(title=None, tickCount=5)
+    data, note_every = ChartData(), math.ceil(last / _MOST_NOTED_EPOCHS)
+    return concat(
+        [
+            named_lines_panel(title, rows, (0, last), x_axis, y_axis, y_domain, size, data, note_every, clip=is_cut)
+            for title, rows in drawn
+        ],
+        size,
+        data,
+    )
+
+
+def draws_running_errors(summary: Summary) -> bool:
+    """Returns whether the curves show running training errors, since some epochs have nothing else."""
+    return any(row.is_running for net in summary.nets for result in net.counted for row in result.epochs.values())
 
 
 def gradient_chart(summary: Summary, size: Size = WIDE) -> Chart | None:
@@ -160,7 +215,7 @@ def hidden_junctions(summary: Summary) -> list[str]:
 
 
 def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
-    """Writes the charts as `error.png`, `gradient.png` and `shortcut.png`.
+    """Writes the charts as `error.png`, `curves.png`, `gradient.png` and `shortcut.png`.
 
     Args:
         run: The recorded sweep, finished or not.
@@ -176,7 +231,12 @@ def write_png(run: SweepRun, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     create_folder(folder)
     images: dict[Path, list[bytes]] = {}
-    for name, draw in (("error", error_chart), ("gradient", gradient_chart), ("shortcut", shortcut_chart)):
+    for name, draw in (
+        ("error", error_chart),
+        ("curves", curves_chart),
+        ("gradient", gradient_chart),
+        ("shortcut", shortcut_chart),
+    ):
         chart = draw(summary)
         if chart is not None:
             images[folder / f"{name}.png"] = [png(chart)]
@@ -231,6 +291,22 @@ def _error_panel(
     layers.append(base.mark_point(filled=True, size=52, opacity=1).encode(y=y, description="note:N"))
     layers.extend(label_layers(labels, x, y, y_domain, 10, size, data))
     return alt.LayerChart(layer=layers, width=size.width, height=size.height, title=title)
+
+
+def _epoch_rows(net: NetSummary, error: str, palette: Palette) -> list[Row]:
+    """Returns the rows of an error over the epochs that all counted seeds have."""
+    places: list[Row | None] = []
+    for epoch in range((net.epoch or 0) + 1):
+        rows = [result.epochs.get(epoch) for result in net.counted]
+        errors = [getattr(row, error) for row in rows if row is not None]
+        if not errors or len(errors) < len(rows) or not all(map(math.isfinite, errors)):
+            places.append(None)
+            continue
+        mean, low, high = math.fsum(errors) / len(errors), min(errors), max(errors)
+        reach = f" ({low:.1f} to {high:.1f}, {len(errors)} seeds)" if len(errors) > 1 else ""
+        note = f"{net.name}, epoch {epoch}: {mean:.1f} %{reach}"
+        places.append({"value": mean, "low": low, "high": high, "note": note})
+    return line_rows(net, palette.net(net.family, net.depth), palette.family(net.family), places, first=0)
 
 
 def _layer_rows(net: NetSummary, profile: GradientProfile, palette: Palette) -> list[Row]:

@@ -10,10 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gradprobe.errors import printable
-from gradprobe.report.formatting import number, percent
+from gradprobe.report.formatting import RUNNING_NOTE, percent
+from gradprobe.report.paired_tests import opening
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import SweepRun
-from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
+from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences, zero_start_sentences
 from gradprobe.report.summary import (
     DEGRADED,
     MORE_SEEDS,
@@ -24,6 +25,7 @@ from gradprobe.report.summary import (
     Summary,
     summarise,
 )
+from gradprobe.text.words import number
 
 # Longest name that is shown in full.
 NAME_WIDTH = 40
@@ -56,10 +58,16 @@ def render(run: SweepRun) -> RenderableType:
     unhealthy = [net for net in summary.nets if net.verdict != "healthy" or not net.finished]
     blocks: list[list[RenderableType]] = [
         [_title(summary)],
-        [Text("Error, mean ± standard deviation over seeds", style="italic"), _errors(summary)],
+        [Text(line, style="bold") for line in [opening(summary, _shown)] if line],
+        [
+            Text("Error, mean ± standard deviation over seeds", style="italic"),
+            _errors(summary),
+            *([Text(RUNNING_NOTE)] if summary.has_running_errors else []),
+        ],
         [
             Text("Gradient norm (L2), first and last weight layer, median over seeds", style="italic"),
             _gradients(summary),
+            *map(Text, zero_start_sentences(summary, _shown)),
         ],
         [Text(line, style="bold") for line in headline(summary, _shown)],
         [Text(line) for line in shortcut_sentences(summary, _shown)],
@@ -80,7 +88,8 @@ def _title(summary: Summary) -> Text:
     return Text.assemble(("Degradation sweep", "bold"), ("  " + ", ".join(facts), "dim"))
 
 
-def _table(*columns: str, numeric: Sequence[str]) -> Table:
+def plain_table(*columns: str, numeric: Sequence[str]) -> Table:
+    """Returns an empty table without lines between its columns, those with numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in numeric else "left")
@@ -89,18 +98,19 @@ def _table(*columns: str, numeric: Sequence[str]) -> Table:
 
 def _errors(summary: Summary) -> Table:
     numeric = ("params", "train %", "test %")
-    table = _table("network", "seeds", *numeric, "verdict, at epoch", numeric=numeric)
+    table = plain_table("network", "seeds", *numeric, "verdict, at epoch", numeric=numeric)
     for net in summary.nets:
         at = "" if net.verdict_profile is None else f", {net.verdict_profile.epoch}"
         verdict = Text(f"{net.verdict or '–'}{at}", style=_STYLES.get(net.verdict or "", ""))
-        errors = percent(net.train_error_pct), percent(net.test_error_pct)
+        mark = "*" if net.has_running_error else ""
+        errors = percent(net.train_error_pct) + mark, percent(net.test_error_pct)
         table.add_row(Text(_shown(net.name)), net.progress, f"{net.parameters:,}", *errors, verdict)
     return table
 
 
 def _gradients(summary: Summary) -> Table:
     numeric = ("first", "last", "first/last")
-    table = _table("network", "at", *numeric, "gradient", numeric=numeric)
+    table = plain_table("network", "at", *numeric, "gradient", numeric=numeric)
     for net in summary.nets:
         name = _shown(net.name)
         for profile in (net.initial, net.end):

@@ -120,7 +120,7 @@ def test_a_head_that_starts_at_zero_is_no_fault(check: Check) -> None:
     code, out, _ = check("task.py:zero_head", "--input", "8", "--batch-size", "16")
     assert code == 0
     assert "verdict: healthy" in out
-    assert "note: all gradients behind 4 are 0, because 4.weight is 0; the first step changes that" in out
+    assert "note: all gradients behind '4' are 0, because 4.weight is 0; the first step changes that" in out
     assert "vanishing" not in out
 
 

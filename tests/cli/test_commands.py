@@ -10,6 +10,7 @@ import pytest
 from gradprobe.cli import commands as cli
 from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.store import open_run, start_run
+from gradprobe.experiments.train import EpochResult
 from gradprobe.report.records import EpochRow, LayerRow
 
 
@@ -130,6 +131,7 @@ def _crash(_: str) -> None:
     raise ZeroDivisionError("division by zero")
 
 
+@pytest.mark.soak
 def test_a_terminal_without_box_characters(module):
     command = [sys.executable, "-m", "gradprobe.cli", "check", "torch.nn:Linear(4, 2)", "--input", "4"]
     done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
@@ -215,7 +217,7 @@ def test_arguments_of_a_target_are_never_executed(gradprobe, module, tmp_path):
         ["sweep", "--seeds", "-1"],
         ["sweep", "--epochs", "many"],
         ["sweep", "--epochs", "0"],
-        ["sweep", "--data", "hf:cifar10"],
+        ["sweep", "--data", "imagefolder:nowhere"],
         ["sweep", "--data", "cifar10:nowhere"],
         ["sweep", "--engine", "slurm"],
         ["sweep", "--colour", "red"],
@@ -300,7 +302,9 @@ def no_training(monkeypatch):
     noted = []
 
     def run(jobs, workers, checkpoint):
-        noted.extend((job.cell.name, job.cell.seed, job.recipe.epochs, job.recipe.batch_size, workers) for job in jobs)
+        noted.extend(
+            (job.cell.name, job.cell.seed, job.recipe.epochs, job.recipe.batch_size, len(workers)) for job in jobs
+        )
         return iter(())
 
     monkeypatch.setattr(engines, "run_local", run)
@@ -336,6 +340,70 @@ def test_ctrl_c_says_how_to_resume(gradprobe, monkeypatch, tmp_path):
     code, _, err = gradprobe("sweep", "--depths", "8", "--out", tmp_path / "run.sqlite")
     assert code == 130
     assert "stopped; run the same command again to resume" in err
+
+
+def test_a_sweep_that_runs_out_of_time_says_how_to_resume(gradprobe, no_training, tmp_path):
+    out = tmp_path / "run.sqlite"
+    code, _, err = gradprobe("sweep", "--depths", "8", "--out", out, "--max-hours", "1e-9")
+    assert (code, err) == (124, f"stopped by --max-hours; run the same command again to resume {out}\n")
+    code, _, err = gradprobe("sweep", "--depths", "8", "--out", out, "--max-hours", "0")
+    assert (code, err) == (2, "gradprobe: --max-hours: needed a number above 0, got 0.0\n")
+
+
+@pytest.fixture
+def half_training(monkeypatch):
+    """Trains cells of depth 8 without training, fails those of depth 14, and has no time for deeper ones."""
+
+    def run(jobs, workers, checkpoint):
+        for job in jobs:
+            if job.cell.depth == 14:
+                yield job, engines.Failure(f"ValueError: {job.cell.family}", "Traceback: in a worker")
+            elif job.cell.depth == 8:
+                yield job, EpochResult((EpochRow(1, 2.3, 90.0, 90.0, 1.0),), (), (), b"", "done")
+
+    monkeypatch.setattr(engines, "run_local", run)
+
+
+@pytest.mark.usefixtures("half_training")
+def test_a_failed_training_run_does_not_hide_that_time_is_over(gradprobe, tmp_path):
+    options = ["--families", "plain", "--seeds", "0", "--max-hours", "1e-9"]
+    failed = "gradprobe: plain-14 seed 0: ValueError: plain\n"
+    out = tmp_path / "run.sqlite"
+    for depths, status in (("8", 0), ("20", 124), ("8,14", 2), ("8,14,20", 124), ("8", 0), ("14", 2), ("8,20", 124)):
+        code, printed, err = gradprobe("sweep", *options, "--depths", depths, "--out", out)
+        assert (code, failed in err) == (status, "14" in depths), depths
+        assert err.endswith(f"stopped by --max-hours; run the same command again to resume {out}\n") == (status == 124)
+        assert bool(printed) == (status == 0)
+    with open_run(out) as run:
+        assert {cell.depth: (cell.status, cell.failure) for cell in run.cells()} == {
+            8: ("done", ""),
+            14: ("pending", "ValueError: plain"),
+            20: ("pending", ""),
+        }
+
+
+@pytest.mark.usefixtures("half_training")
+def test_a_failed_training_run_does_not_end_a_spec_of_several_grids(gradprobe, tmp_path):
+    spec, out = tmp_path / "run.sqlite", tmp_path / "again.sqlite"
+    for options in (["--families", "plain", "--depths", "14,8"], ["--families", "resnet", "--depths", "8,14"]):
+        gradprobe("sweep", *options, "--seeds", "0", "--out", spec)
+    code, _, err = gradprobe("sweep", "--spec", spec, "--out", out)
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith(("gradprobe: ", "Traceback"))]
+    trace = "Traceback: in a worker"
+    assert errors == [
+        trace,
+        "gradprobe: plain-14 seed 0: ValueError: plain",
+        trace,
+        "gradprobe: resnet-14 seed 0: ValueError: resnet",
+    ]
+    with open_run(out) as run:
+        assert {(cell.name, cell.status) for cell in run.cells()} == {
+            ("plain-8", "done"),
+            ("plain-14", "pending"),
+            ("resnet-8", "done"),
+            ("resnet-14", "pending"),
+        }
 
 
 @pytest.mark.parametrize(

@@ -72,11 +72,21 @@ def test_report_tells_a_run_folder_from_the_file_of_a_sweep(command: Command) ->
     assert "--csv: faulty holds tables already" in err
 
 
-def test_a_folder_without_a_run_is_refused(command: Command) -> None:
+COMMANDS = [("diagnose",), ("report",), ("watch", "--once"), ("compare", "faulty")]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_a_folder_without_a_run_is_refused(command: Command, arguments: tuple[str, ...]) -> None:
     Path("empty").mkdir()
-    status, _, err = command("diagnose", "empty")
+    status, _, err = command(*arguments, "empty")
     assert status == 2
     assert "empty: needed a run folder, found no about.json in it" in err
+
+
+@pytest.mark.parametrize("arguments", COMMANDS[1:])
+def test_a_name_that_is_too_long_is_one_line(command: Command, arguments: tuple[str, ...]) -> None:
+    name = "n" * 300
+    assert command(*arguments, name) == (2, "", f"gradprobe: {name}: cannot be used: File name too long\n")
 
 
 def test_a_model_that_changed_is_read_as_a_whole(command: Command) -> None:

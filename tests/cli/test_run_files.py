@@ -21,6 +21,7 @@ COMMANDS: dict[str, list[str]] = {
     "csv": ["report", "RUN", "--csv", "OUT"],
     "png": ["report", "RUN", "--png", "OUT"],
     "html": ["report", "RUN", "--html", "OUT/page.html"],
+    "compare": ["compare", "RUN", "RUN"],
     "sweep": ["sweep", "--depths", "8", "--epochs", "1", "--jobs", "1", "--out", "RUN"],
 }
 

@@ -19,16 +19,6 @@ from gradprobe.errors import ArgumentError, StoreError
 from gradprobe.log import RunWriter, formats, read_run, writer
 from gradprobe.snapshot import Measured, Provenance, SiteTable, Snapshot, Updates
 
-
-@pytest.fixture(params=["parquet", "jsonl"])
-def _format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "parquet":
-        pytest.importorskip("pyarrow")
-    else:
-        monkeypatch.setattr(writer, "best_format", formats.JsonLines)
-    return str(request.param)
-
-
 either_format = pytest.mark.usefixtures("_format")
 
 
@@ -188,10 +178,11 @@ def test_two_writers_cannot_share_a_folder(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"needed a run folder, found no about\.json"):
         read_run(tmp_path)
-    (tmp_path / "about.json").write_text('{"format": 99}')
-    for opened in (read_run, RunWriter):
-        with pytest.raises(StoreError, match="needed a run folder of format 1"):
-            opened(tmp_path)  # type: ignore[operator]
+    for text in ('{"format": 99}', '{"format": 1}', "[1]"):
+        (tmp_path / "about.json").write_text(text)
+        for opened in (read_run, RunWriter):
+            with pytest.raises(StoreError, match="needed a run folder of format 1"):
+                opened(tmp_path)  # type: ignore[operator]
 
 
 def test_the_draft_of_a_killed_writer_is_removed(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def tags(page: str) -> list[str]:
     return [re.sub(r'"[^"]*"', '""', tag) for tag in re.findall(r"<[^>]*>", page) if tag not in ("<sup>", "</sup>")]
 
 
+@pytest.mark.soak
 def test_page() -> None:
     page = html.page(summarise(named(*PAGE_NAMES)))
     assert not ACTIVE.search(page)
@@ -111,9 +112,10 @@ def test_json(name: str) -> None:
     assert report["nets"][0]["gradient"]["first_step"]["layers"][1]["site"] == f"{name}1"
 
 
+@pytest.mark.soak
 def test_charts(tmp_path: Path) -> None:
     paths = sweep_charts.write_png(named(*PAGE_NAMES), tmp_path)
-    assert len(paths) == 3
+    assert len(paths) == 4
     for path in paths:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])
         assert max(width, height) < 3000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,16 +25,16 @@ from helpers.report_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradprobe.report import chart_parts, html, sweep_charts
+from gradprobe.report import export, html, label_places, sweep_charts
 from gradprobe.report.summary import summarise
 
 
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
-        pytest.param(degraded, ["error.png", "gradient.png", "shortcut.png"], id="degraded"),
+        pytest.param(degraded, ["error.png", "curves.png", "gradient.png", "shortcut.png"], id="degraded"),
         pytest.param(all_nan, [], id="all-nan"),
-        pytest.param(no_layers, ["error.png"], id="no-layers"),
+        pytest.param(no_layers, ["error.png", "curves.png"], id="no-layers"),
     ],
 )
 def test_a_chart_is_written_if_it_has_data(build: Callable[[], Recorded], expected: list[str], tmp_path: Path) -> None:
@@ -76,6 +77,9 @@ def test_page_has_the_recorded_numbers() -> None:
     assert "plain-56: 67.00 % ± 2.00 (3 seeds)" in page.labels
     assert "plain-56, seed 2: 69.00 %" in page.labels
     assert "torch version" in page.text
+    shown = page.text.replace("\xa0", " ")
+    assert shown.index("plain-56 trains worse than plain-20 (") < shown.index("Deeper is worse for plain")
+    assert page.row("plain-56 − plain-20")[1:3] == ["4", "66.6"]
 
 
 # The pages that other tests read, too; the others take seconds to render and run with the long tests.
@@ -105,6 +109,25 @@ def test_page_escapes_names() -> None:
     assert "<script>alert" not in text
     assert "<b>x" not in text
     Page(text)
+
+
+def test_no_report_tells_the_authors_folders() -> None:
+    source = "cifar10:/home/someone/my data/cifar-10-batches-bin"
+    run = Recorded(meta={"data_spec": source, "spec": f'data = "{source}"\ndepths = [20]'})
+    run.add("/home/someone/nets.py:net", 20).add("/home/someone/nets.py:other", 20)
+    run.rows[1] = replace(run.rows[1], failure="OSError: no file '/home/someone/table.csv'", status="pending")
+    for text in (html.page(summarise(run)), str(export.as_dict(run))):
+        assert "someone" not in text
+        assert text.count("cifar10:…/cifar-10-batches-bin") == 2
+        assert "…/nets.py:net-20" in text
+        assert "Seed 0 failed: OSError: no file" in text
+
+
+def test_the_page_shows_the_spec_in_lines() -> None:
+    run = Recorded(meta={"spec": 'data = "digits"\ndepths = [20]', "other": "a\nb"}).add("plain", 20)
+    page = html.page(summarise(run))
+    assert "<dd>data = &quot;digits&quot;<br>depths = [20]</dd>" in page
+    assert r"<dd>a\nb</dd>" in page
 
 
 def test_page_stays_small_for_a_large_sweep() -> None:
@@ -178,6 +201,14 @@ def test_gradient_line_is_the_median_over_seeds() -> None:
     assert (row["low"], row["norm"]) == (0.0, 3.0)  # low is log10 of the norm
 
 
+def test_a_printed_table_has_heads_without_buttons() -> None:
+    page = page_of(degraded)
+    assert 'data-title="training error %"><button type="button">training<br>error&nbsp;%</button>' in page
+    printed = page[page.index("@media print") : page.index("</style>")]
+    assert "th button { display: none; }" in printed
+    assert "th[data-title]::before { content: attr(data-title); }" in printed
+
+
 def test_each_network_has_its_own_colour() -> None:
     run = Recorded()
     for family in ("plain", "resnet", "fixup"):
@@ -190,11 +221,11 @@ def test_each_network_has_its_own_colour() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0, 250), min_size=1, max_size=8), st.lists(st.floats(1, 300), max_size=20))
 def test_labels_keep_apart_and_inside(ends: list[float], line: list[float]) -> None:
-    labels = [chart_parts.Label(str(i), "#000000", 1.0, 0.0, y) for i, y in enumerate(ends)]
-    placed = chart_parts._label_heights(labels, 250.0, [(x, 60.0) for x in line])
+    labels = [label_places.Label(str(i), "#000000", 1.0, 0.0, y) for i, y in enumerate(ends)]
+    placed = label_places.label_heights(labels, 250.0, [(x, 60.0) for x in line])
     assert all(0 <= y < 250 for y in placed)
     ordered = sorted(placed)
-    assert all(below - above >= chart_parts._LABEL_PX for above, below in pairwise(ordered))
+    assert all(below - above > label_places._LABEL_PX - 1e-6 for above, below in pairwise(ordered))
 
 
 def test_write_creates_folders_and_overwrites_an_older_page(tmp_path: Path) -> None:

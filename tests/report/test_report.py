@@ -65,7 +65,7 @@ def test_terminal_fits_80_columns() -> None:
 def test_one_seed_has_no_spread() -> None:
     text = terminal(degraded(seeds=1))
     assert "65.0" in text
-    assert "±" not in text.split("\n\n", 2)[2]
+    assert "±" not in text.split("\n\n", 3)[3]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,21 @@ def test_gradients_that_explode_and_then_vanish_are_exploding() -> None:
     assert "and vanish towards the input at epoch 4 (1.0e-9 and 0.0100). The explosion is the cause" in text
     assert verdict(Recorded().add("plain", 56, first=VANISHING, end=EXPLODING), "plain-56") == "exploding"
     assert verdict(Recorded().add("plain", 56, first=HEALTHY, end=VANISHING), "plain-56") == "vanishing"
+
+
+def test_a_first_step_without_gradients_before_the_last_layer_is_explained() -> None:
+    said = (
+        "At the first step only the last weight layer of fixup-20 and fixup-56 has a gradient, as where that layer "
+        "starts at zero (Fixup): until its first update it lets none through."
+    )
+    run = Recorded().add("resnet", 20)
+    for depth in (20, 56):
+        for seed in (0, 1):
+            run.add("fixup", depth, seed=seed, first=(0.0, 0.0, 0.5))
+    assert said in " ".join(terminal(run).split())
+    assert said in Page(html.page(summarise(run))).text
+    dead = Recorded().add("fixup", 20, first=(0.0, 0.0, 0.0)).add("fixup", 56, first=(0.0, 0.1, 0.5))
+    assert "starts at zero" not in terminal(dead)
 
 
 def test_a_single_network_that_has_not_learned_is_not_healthy() -> None:
@@ -290,6 +305,7 @@ def test_reads_a_run_from_its_file(tmp_path: Path) -> None:
         assert as_dict(run)["nets"] == as_dict(source)["nets"]
 
 
+@pytest.mark.soak
 @settings(max_examples=25 if os.environ.get("CI") else 8, deadline=None)
 @given(
     st.lists(

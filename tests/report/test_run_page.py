@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.diagnose_cases import snapshot
 from helpers.full_disk import full_disk
 from helpers.names import NAMES
 from helpers.report_cases import Page
 from helpers.run_cases import N, run
 
+import gradprobe
 from gradprobe.diagnosis.diagnose import diagnose
 from gradprobe.errors import ArgumentError, StoreError, printable
 from gradprobe.ops.rows import N_NONFINITE, N_ZERO, SUM_ABS, SUM_SQ
@@ -74,6 +76,17 @@ def test_a_run_with_gradients_alone_says_what_the_other_charts_need() -> None:
     text = Page(page([snapshot(step, [1.0, 2.0]) for step in range(5)])).text
     for kind in ("update_ratio", "shortcut_share", "dead_units"):
         assert f"Not recorded. It needs {run_charts.NEEDS[kind]}." in text
+
+
+def test_a_run_with_residual_adds_but_without_activations() -> None:
+    model = gradprobe.networks.resnet(8, in_channels=1, width=4)
+    with gradprobe.attach(model) as probe:
+        for _ in range(3):
+            model(torch.randn(4, 1, 8, 8)).square().sum().backward()
+            probe.step()
+        text = Page(page(probe.history())).text
+    assert "Share of the gradient that arrives by the shortcut" in text
+    assert f"Not recorded. It needs {run_charts.NEEDS['dead_units']}." in text
 
 
 def test_the_tables_have_the_recorded_numbers() -> None:

@@ -95,6 +95,7 @@ def test_the_sentence_follows_from_the_shares(first: tuple[float, ...], later: t
     [
         (0.9, "After epoch 3 the share grows with depth: 70 % in resnet-20 and 90 % in resnet-56."),
         (0.6, "After epoch 3 the share does not always grow with depth: 70 % in resnet-20 and 60 % in resnet-56."),
+        (0.704, "After epoch 3 the share does not change with depth: 70 % in resnet-20 and 70 % in resnet-56."),
     ],
 )
 def test_depth_is_compared(deep: float, said: str) -> None:
