@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from gradprobe.ops import namespace as _namespace
+from gradprobe.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from gradprobe import log, networks, nn, sinks
@@ -55,6 +56,7 @@ __all__ = [
     "SiteStats",
     "Snapshot",
     "StoreError",
+    "__version__",
     "attach",
     "backends",
     "check_gradient_flow",

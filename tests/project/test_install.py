@@ -10,11 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import gradprobe
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN = re.compile(
@@ -34,6 +38,11 @@ print(json.dumps({
 }))
 """
 
+FILES = (
+    *("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "mkdocs.yml", ".clang-format"),
+    *("README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"),
+)
+
 pytestmark = pytest.mark.soak
 
 
@@ -42,9 +51,9 @@ def source(tmp_path: Path) -> Path:
     """A copy of the files that the package is built from."""
     target = tmp_path / "source"
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, target)
-    for name in ("build_backend", "csrc", "gradprobe"):
+    for name in ("build_backend", "csrc", "docs", "examples", "gradprobe"):
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
     return target
@@ -137,6 +146,33 @@ def test_without_a_compiler_the_package_is_pure_python_and_says_so(
     assert {report["info"][part] for part in ("native", "hooks", "cuda")} == {reason}
     assert report["backends"]["native"] == reason
     assert report["row"] == [-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]
+
+
+def test_a_wheel_built_from_the_sdist_works_in_an_empty_environment(source: Path, python: Path, tmp_path: Path) -> None:
+    pytest.importorskip("build.__main__")  # `build` alone may be the folder
+    command = [sys.executable, "-m", "build", "--outdir", tmp_path / "dist", source]
+    environment = os.environ | {"CXX": "no-such-compiler"}  # a native build is tested above
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = ((tmp_path / "dist").glob(pattern) for pattern in ("*.tar.gz", "*.whl"))
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    assert {name for name in files - packed if ".egg-info" not in name} == set()
+    with zipfile.ZipFile(wheel) as archive:
+        inside = archive.namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in inside} == {"gradprobe"}  # no tests, no docs
+    assert any(name.endswith("licenses/LICENSE") for name in inside)
+
+    assert pip(python, wheel).returncode == 0
+    report = installed(python, tmp_path)
+    assert Path(report["folder"]).is_relative_to(tmp_path / "environment")
+    assert report["row"] == [-1.0, 7.0, 25.0, 4.0, 0.0, 0.0]
+    assert report["backends"]["reference"] == "ready"
+    asked = subprocess.run([python.with_name("gradprobe"), "--version"], capture_output=True, text=True, check=True)
+    assert asked.stdout == f"gradprobe {gradprobe.__version__}\n"
+    metadata = next(purelib(tmp_path / "environment").glob("gradprobe-*.dist-info/METADATA")).read_text()
+    assert f"\nVersion: {gradprobe.__version__}\n" in metadata
 
 
 def test_code_that_does_not_compile_fails_the_install(source: Path, python: Path) -> None:

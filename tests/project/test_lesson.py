@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.scripts import load_script
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture
 def make_lesson() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_lesson", DOCS / "make_lesson.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "make_lesson.py")
 
 
 def test_the_lesson_is_the_template_with_an_output_below_each_command(make_lesson: ModuleType) -> None:
@@ -33,6 +28,7 @@ def test_the_lesson_is_the_template_with_an_output_below_each_command(make_lesso
         assert (DOCS / image).stat().st_size > 10_000, image
 
 
+@pytest.mark.soak
 def test_a_command_that_fails_stops_the_lesson_and_a_finding_does_not(make_lesson: ModuleType) -> None:
     with pytest.raises(SystemExit, match="--depths"):
         make_lesson.run_block("console", "$ gradprobe identity --depths 20,21\n")

@@ -22,4 +22,4 @@ def test_example_runs(
         pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"docs/trainers.md, {name}", "exec"), {})
-    assert re.search("^(No fault|[0-9]+ faults?[.,])", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.search("^(No fault|[0-9]+ faults? in )", capsys.readouterr().out, flags=re.MULTILINE)
