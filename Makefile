@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell f
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
 
-.PHONY: demo lesson test lint format build test-gpu bench real-models clean help
+.PHONY: demo lesson docs test lint format build test-gpu bench real-models clean help
 
 demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and residual, 20 and 56 layers) and write its report
 	mkdir -p demo
@@ -32,6 +32,10 @@ demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and resid
 
 lesson: $(BUILD_STAMP)  ## run every experiment of docs/lesson.md again, and redraw its charts
 	$(BIN)/python docs/make_lesson.py
+
+# No network is needed, neither here nor to read the pages.
+docs: $(DEV_STAMP)  ## build the site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # One process per core. Threads that wait must not spin on a core that another process needs.
 test: lint  ## run linters, tests and doctests; with CI=true the long tests too
