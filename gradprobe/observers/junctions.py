@@ -67,7 +67,7 @@ class JunctionHooks:
         self.buffer = buffer
         self.first_site = first_site
         self._buffer_key = register_signal_buffer(buffer)
-        self._modules = tuple(modules)
+        self._modules = weakref.WeakSet(modules)
         self.passes = ForwardPasses()
         self.tensor_hooks = TensorHooks()
         self.native = make_native_hooks("JunctionHooks", buffer.rows, len(modules), first_site)
@@ -113,7 +113,7 @@ class JunctionHooks:
         """Detaches from the modules, for good."""
         for module in self._modules:
             module.observer = None
-        self._modules = ()
+        self._modules.clear()
         self.tensor_hooks.remove()
 
 

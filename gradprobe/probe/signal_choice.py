@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -35,8 +36,9 @@ class SignalChoice:
         self._model = weakref.ref(model)
         self._selection, self._has_junctions = options.activations, options.junctions
         self._backend = options.backend
-        self._activations: dict[str, nn.Module] = {}
-        self._junctions: dict[str, ResidualAdd] = {}
+        # a module may refer to the model, or be the model, which must not keep itself alive through its probe
+        self._activations: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
+        self._junctions: WeakValueDictionary[str, ResidualAdd] = WeakValueDictionary()
         self._seen: dict[str, weakref.ref[ResidualAdd]] = {}  # when the model was last looked at
         self.table: SignalTable | None = None
         self.unobserved: tuple[str, ...] = ()
@@ -56,9 +58,10 @@ class SignalChoice:
         if model is None:
             return
         self._seen = {name: weakref.ref(one) for name, one in _residual_adds(model).items()}
-        self._junctions, self.unobserved = junction_modules(model) if self._has_junctions else ({}, ())
+        junctions, self.unobserved = junction_modules(model) if self._has_junctions else ({}, ())
+        self._junctions = WeakValueDictionary(junctions)
         if self._selection is not False:
-            self._activations = select_modules(model, self._selection, elsewhere=self._junctions)
+            self._activations = WeakValueDictionary(select_modules(model, self._selection, elsewhere=junctions))
         types = tuple(type(module).__name__ for module in self._activations.values())
         is_any = self._activations or self._junctions
         self.table = SignalTable(tuple(self._activations), tuple(self._junctions), types) if is_any else None

@@ -6,9 +6,11 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.inline_cases import OutsideFunction
 from helpers.signal_cases import Block, net
 from torch import nn
 
@@ -74,6 +76,39 @@ def test_a_probe_and_its_model_are_freed(ends: str) -> None:
         del loss
         gc.collect()
     assert [ref() for ref in refs] == [None] * len(refs)
+
+
+class WithOwner(Block):
+    """Its residual add and its layers know the model that they are in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for child in self.children():
+            object.__setattr__(child, "owner", self)
+
+
+def instrumented() -> nn.Module:
+    """Adds in a copy of a function, which knows the model."""
+    model = OutsideFunction(4)
+    gradprobe.instrument(model, torch.ones(2, 4))
+    return model
+
+
+@pytest.mark.usefixtures("any_hooks")
+@pytest.mark.parametrize(
+    "model",
+    [lambda: nn.Linear(4, 4), WithOwner, instrumented],
+    ids=["a model of one layer", "layers that know the model", "a helper's copy that knows the model"],
+)
+def test_a_model_whose_parts_refer_to_it_is_freed(model: Callable[[], nn.Module]) -> None:
+    observed = model()
+    probe = gradprobe.attach(observed, activations=True)
+    observed(torch.ones(2, 4)).sum().backward()
+    probe.step()
+    gone = weakref.ref(observed), weakref.ref(probe)
+    del observed, probe
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
 
 
 def test_no_hook_is_added_to_a_leaf_after_the_removal() -> None:

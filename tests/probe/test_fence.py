@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from helpers.probe_cases import loss_of, mlp, norms_of, sgd, true_norms
 from torch import nn
 
 import gradprobe
+from gradprobe.nn.residual import watchers
+from gradprobe.probe.step_recorder import StepRecorder
 
 PLACES = {
     "measuring": "gradprobe.observers.gradients.GradientMeter.measure",
@@ -48,8 +49,10 @@ def train(model: nn.Module, n_steps: int = 4, probe: Callable[[], object] = lamb
 
 @pytest.fixture(autouse=True)
 def no_other_probe() -> None:
-    """Collects the models of earlier tests with their probes, in which what is planted here would fail too."""
-    gc.collect()
+    """Takes off the probes of earlier tests, in which what is planted here would fail too."""
+    for recorder in [*watchers]:
+        assert isinstance(recorder, StepRecorder)
+        recorder.release()
 
 
 @pytest.mark.parametrize("place", PLACES)
