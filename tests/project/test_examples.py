@@ -70,7 +70,11 @@ def test_example_prints_what_it_promises(
 @pytest.mark.parametrize("name", ON_TWO_PROCESSES)
 def test_example_runs_on_two_processes(name: str, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, check=False)
+    for _ in range(2):
+        done = subprocess.run([*launch, EXAMPLES / name], cwd=tmp_path, capture_output=True, text=True, check=False)
+        # gloo's threads outlive destroy_process_group; one that needs the GIL while the interpreter ends aborts
+        if "terminate called without an active exception" not in done.stderr:
+            break
 
     assert done.returncode == 0, done.stderr
     assert [part for part in ON_TWO_PROCESSES[name] if part not in done.stdout] == [], done.stdout
