@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.sweep_commands import trained_here
 
 from gradprobe import networks
 from gradprobe.errors import ArgumentError
-from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.run import sweep
 from gradprobe.experiments.sweep.store import open_run
-from gradprobe.experiments.train import EpochResult
 
 OPTIONS: dict[str, Any] = {
     "families": networks.FAMILIES,
@@ -25,26 +23,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Trains in this process; the function that it yields says after how many epochs a sweep is interrupted."""
-    allowed: list[int | None] = [None]
-
-    def run(
-        jobs: Sequence[engines.Job], workers: int, checkpoint: Callable[[int], bytes | None]
-    ) -> Iterator[tuple[engines.Job, EpochResult]]:
-        done = 0
-        for job in jobs:
-            for result in job.run(checkpoint(job.cell.id)):
-                yield job, result
-                done += 1
-                if done == allowed[0]:
-                    raise KeyboardInterrupt
-
-    monkeypatch.setattr(engines, "run_local", run)
-    return lambda count: allowed.__setitem__(0, count)
-
-
 def losses(path: Path) -> dict[str, list[tuple[float, float]]]:
     with open_run(path) as run:
         return {
@@ -53,8 +31,9 @@ def losses(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 @pytest.mark.soak
-def test_every_family_can_be_swept_and_resumed(stop_after: Callable[[int | None], None], tmp_path: Path) -> None:
-    whole = sweep(**OPTIONS, out=tmp_path / "whole.sqlite").path
+def test_every_family_can_be_swept_and_resumed(tmp_path: Path) -> None:
+    with trained_here():
+        whole = sweep(**OPTIONS, out=tmp_path / "whole.sqlite").path
     with open_run(whole) as run:
         cells = {cell.family: cell for cell in run.cells()}
         assert tuple(cells) == networks.FAMILIES
@@ -73,11 +52,10 @@ def test_every_family_can_be_swept_and_resumed(stop_after: Callable[[int | None]
 
     parts, some = tmp_path / "parts.sqlite", {**OPTIONS, "families": ("rezero", "transformer-pre")}
     for count in (1, 2):
-        stop_after(count)
-        with pytest.raises(KeyboardInterrupt):
+        with trained_here(stop_after=count), pytest.raises(KeyboardInterrupt):
             sweep(**some, out=parts)
-    stop_after(None)
-    sweep(**some, out=parts)
+    with trained_here():
+        sweep(**some, out=parts)
     expected = losses(whole)
     assert losses(parts) == {family: expected[family] for family in some["families"]}
 

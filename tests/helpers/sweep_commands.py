@@ -30,8 +30,12 @@ def write_images(folder):
 
 
 @contextmanager
-def trained_here():
-    """Trains in this process, which is faster than starting others; yields the list of epochs trained."""
+def trained_here(stop_after=None):
+    """Trains in this process, which is faster than starting others; yields the list of epochs trained.
+
+    Args:
+        stop_after: Number of epochs after which Ctrl-C interrupts a sweep.
+    """
     trained = []
 
     def run(jobs, workers, checkpoint):
@@ -40,12 +44,16 @@ def trained_here():
                 if isinstance(result, EpochResult):
                     trained.append((job.cell.name, job.cell.seed, result.epochs[-1].epoch))
                 yield job, result
+                if len(trained) == stop_after:
+                    raise KeyboardInterrupt
 
     threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "run_local", run)
-        yield trained
-    torch.set_num_threads(threads)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engines, "run_local", run)
+            yield trained
+    finally:
+        torch.set_num_threads(threads)
 
 
 def contents(path):
