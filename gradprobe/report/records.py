@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -82,6 +82,30 @@ class EpochRow:
     def any_running_error_pct(self) -> float:
         """The running training error, or the training error if that was not measured, as at epoch 0."""
         return self.train_error_pct if math.isnan(self.running_error_pct) else self.running_error_pct
+
+
+def measured_by_both(one: EpochRow, other: EpochRow) -> Iterator[tuple[float, float]]:
+    """Pairs the numbers that two sweeps measured of the same epoch of the same cell, without times.
+
+    Only some sweeps measure each of the two training errors. The errors tell which: a loss may be NaN.
+
+    Args:
+        one: The epoch in one sweep.
+        other: The epoch in the other.
+
+    Yields:
+        A number of each.
+
+    Example:
+        >>> list(measured_by_both(EpochRow(1, 2.3, 90.0, 91.0, 1.0), EpochRow(1, math.nan, math.nan, 91.0, 2.0)))
+        [(91.0, 91.0)]
+    """
+    yield one.test_error_pct, other.test_error_pct
+    for error, loss in (("train_error_pct", "train_loss"), ("running_error_pct", "running_loss")):
+        errors = getattr(one, error), getattr(other, error)
+        if not any(map(math.isnan, errors)):
+            yield errors
+            yield getattr(one, loss), getattr(other, loss)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
 from gradprobe.errors import StoreError
 from gradprobe.experiments.sweep.store import Run, RunWriter, open_run, start_run
-from gradprobe.report.records import Cell, EpochRow
+from gradprobe.report.records import Cell, measured_by_both
 
 
 def merge(out: str | Path, parts: Sequence[str | Path]) -> Path:
@@ -94,7 +94,7 @@ def _first_difference(one: Run, cell_id: int, other: Run, other_id: int) -> int 
     for row in one.epochs(cell_id):
         if row.epoch not in others:
             continue
-        pairs: list[tuple[object, object]] = [*_measured_by_both(row, others[row.epoch])]
+        pairs: list[tuple[object, object]] = [*measured_by_both(row, others[row.epoch])]
         layers, other_layers = one.layers(cell_id, row.epoch), other.layers(other_id, row.epoch)
         pairs.append((len(layers), len(other_layers)))
         for layer, other_layer in zip(layers, other_layers, strict=False):
@@ -102,16 +102,6 @@ def _first_difference(one: Run, cell_id: int, other: Run, other_id: int) -> int 
         if not all(_is_same(*pair) for pair in pairs):
             return row.epoch
     return None
-
-
-def _measured_by_both(one: EpochRow, other: EpochRow) -> Iterator[tuple[float, float]]:
-    """Yields the numbers of two rows, without times; only some sweeps measure each of the two training errors."""
-    yield one.test_error_pct, other.test_error_pct
-    for error, loss in (("train_error_pct", "train_loss"), ("running_error_pct", "running_loss")):
-        errors = getattr(one, error), getattr(other, error)
-        if not any(map(math.isnan, errors)):
-            yield errors
-            yield getattr(one, loss), getattr(other, loss)
 
 
 def _is_same(one: object, other: object) -> bool:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gradprobe.errors import ArgumentError, printable
 from gradprobe.report.formatting import RUNNING_NOTE
-from gradprobe.report.records import Cell, EpochRow, SweepRun
+from gradprobe.report.records import Cell, EpochRow, SweepRun, measured_by_both
 
 _NAME_WIDTH = 40
 _ERRORS = ("train_error_pct", "test_error_pct")
@@ -169,15 +169,10 @@ def _errors(x: EpochRow, y: EpochRow) -> tuple[dict[str, tuple[float, float]], t
 
 def _is_same(a: SweepRun, one: Cell, x: EpochRow, b: SweepRun, other: Cell, y: EpochRow) -> bool:
     """Whether everything but the time is the same, of what both sweeps measured; NaN equals NaN."""
-    scalars = [[row.test_error_pct] for row in (x, y)]
-    # The errors tell whether something was measured: a loss that was may be NaN.
-    for loss, error in (("train_loss", "train_error_pct"), ("running_loss", "running_error_pct")):
-        if not any(math.isnan(getattr(row, error)) for row in (x, y)):
-            for values, row in zip(scalars, (x, y), strict=True):
-                values += [getattr(row, loss), getattr(row, error)]
+    scalars = zip(*measured_by_both(x, y), strict=True)
     layers = [tuple(map(astuple, run.layers(cell.id, x.epoch))) for run, cell in ((a, one), (b, other))]
     junctions = [tuple(map(astuple, run.junctions(cell.id, x.epoch))) for run, cell in ((a, one), (b, other))]
-    return all(repr(pair[0]) == repr(pair[1]) for pair in (scalars, layers, junctions))
+    return all(repr(pair[0]) == repr(pair[1]) for pair in ([*scalars], layers, junctions))
 
 
 def _shown(error: float) -> str:
