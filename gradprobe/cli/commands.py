@@ -58,11 +58,10 @@ def merge(
     """
     from gradprobe.experiments.sweep.merge import merge as merge_files
     from gradprobe.experiments.sweep.store import open_run
+    from gradprobe.report.formatting import runs_done
 
     with open_run(merge_files(out, parts)) as run:
-        cells = run.cells()
-    done = sum(cell.status != "pending" for cell in cells)
-    print(f"{printable(str(out))}: {done} of {len(cells)} training runs done")
+        print(f"{printable(str(out))}: {runs_done(run.cells())}")
 
 
 @app.command()

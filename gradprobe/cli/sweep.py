@@ -135,6 +135,7 @@ def sweep(
     from gradprobe.experiments.sweep.spec import Settings, read_specs, replaced
     from gradprobe.experiments.sweep.store import open_run
     from gradprobe.report import export
+    from gradprobe.report.formatting import runs_done
 
     options: Settings = {
         "data": data,
@@ -200,10 +201,7 @@ def sweep(
         raise typer.Exit(FAILED)
     if as_json:
         return
-    done = sum(cell.status == "done" for cell in cells)
-    diverged = sum(cell.status == "diverged" for cell in cells)
-    more = f", {diverged} diverged" if diverged else ""
-    print(f"{name}: {done} of {len(cells)} training runs done{more}; read it with: gradprobe report {name}")
+    print(f"{name}: {runs_done(cells)}; read it with: gradprobe report {name}")
 
 
 def _dry_run(grids: Sequence[Settings], jobs: int | None, whole_train_error: bool, device: str) -> DryRun:

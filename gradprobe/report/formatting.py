@@ -1,10 +1,12 @@
-"""Percentages with their spread, and durations as text."""
+"""Percentages with their spread, durations, and the state of a sweep as text."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
+from gradprobe.report.records import Cell
 from gradprobe.report.seed_statistics import Spread
 
 _SEPARATOR = re.compile(r"[/\\]")
@@ -74,3 +76,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def runs_done(cells: Sequence[Cell]) -> str:
+    """Counts the training runs of a sweep that have run all their epochs, diverged or failed.
+
+    >>> runs_done([Cell(1, "plain", 8, 0, 75290, "done"), Cell(2, "plain", 8, 1, 75290, "diverged")])
+    '1 of 2 training runs done, 1 diverged'
+    """
+    text = f"{sum(cell.status == 'done' for cell in cells)} of {len(cells)} training runs done"
+    ends = {
+        "diverged": sum(cell.status == "diverged" for cell in cells),
+        "failed": sum(bool(cell.failure) for cell in cells),
+    }
+    return ", ".join([text, *(f"{count} {end}" for end, count in ends.items() if count)])

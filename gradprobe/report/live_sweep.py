@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from gradprobe.errors import printable
-from gradprobe.report.formatting import duration
+from gradprobe.report.formatting import duration, runs_done
 from gradprobe.report.records import Cell, EpochRow, SweepRun
 from gradprobe.report.spark import bars
 from gradprobe.report.terminal import NAME_WIDTH, plain_table
@@ -106,14 +106,9 @@ class LiveSweep:
 
     def state(self) -> Text:
         """Says how far the sweep is, and whether it runs."""
-        done = sum(row.cell.status != "pending" for row in self._rows)
-        failed = sum(bool(row.cell.failure) for row in self._rows)
-        diverged = sum(row.cell.status == "diverged" for row in self._rows)
-        text = Text(f"{done} of {len(self._rows)} training runs done")
-        if diverged:
-            text.append(f", {diverged} of them diverged", "red")
-        if failed:
-            text.append(f", {failed} failed", "bold red")
+        text = Text(runs_done([row.cell for row in self._rows]))
+        text.highlight_regex(r"\d+ diverged", "red")
+        text.highlight_regex(r"\d+ failed", "bold red")
         if self.is_over:
             return text
         if self._is_stale:

@@ -342,6 +342,17 @@ def test_ctrl_c_says_how_to_resume(gradprobe, monkeypatch, tmp_path):
     assert "stopped; run the same command again to resume" in err
 
 
+def test_merge_counts_a_diverged_run_and_a_failed_one_apart(gradprobe, tmp_path):
+    part = tmp_path / "part.sqlite"
+    with start_run(part, {"data": "digits", "epochs": 1}, {"torch_version": "2.13.0"}) as run:
+        run.add_cells([("plain", 8, seed, 75290) for seed in range(4)])
+        for cell_id, status in ((1, "done"), (2, "diverged")):
+            run.save(cell_id, [EpochRow(1, 2.3, 90.0, 90.0, 1.0)], [], [], b"", status)
+        run.record_failure(3, "ValueError: no such layer")
+    code, printed, _ = gradprobe("merge", tmp_path / "run.sqlite", part)
+    assert (code, printed) == (0, f"{tmp_path / 'run.sqlite'}: 1 of 4 training runs done, 1 diverged, 1 failed\n")
+
+
 def test_a_sweep_that_runs_out_of_time_says_how_to_resume(gradprobe, no_training, tmp_path):
     out = tmp_path / "run.sqlite"
     code, _, err = gradprobe("sweep", "--depths", "8", "--out", out, "--max-hours", "1e-9")
