@@ -23,6 +23,7 @@ from gradprobe.experiments.optimizers import defaults, parse
 from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.run import sweep
 from gradprobe.experiments.sweep.store import open_run
+from gradprobe.experiments.target import find
 from gradprobe.experiments.train import Recipe, make_optimizer
 from gradprobe.report import terminal
 
@@ -271,6 +272,11 @@ def test_a_network_that_cannot_be_used_is_named_before_a_file_is_created(folder,
     with pytest.raises(ArgumentError, match=f"^{message}"):
         sweep(**OPTIONS, models=[model], depths=[4], out="run.sqlite")
     assert not (folder / "run.sqlite").exists()
+
+
+def test_a_file_on_a_drive_is_no_module_of_one_letter():
+    with pytest.raises(ArgumentError, match=r"there is no file C:\\nets\\my\.py"):
+        find("model", r"C:\nets\my.py:net(width=2)")
 
 
 def test_changed_code_is_not_resumed(folder, in_process):

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 
 import gradprobe
-from gradprobe.errors import ArgumentError
-from gradprobe.experiments.target import find
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,11 +92,6 @@ print(len(probe.history()), probe.findings().healthy, len(locked) > 0)
 @pytest.mark.soak
 def test_every_module_works_without_posix(tmp_path: Path) -> None:
     assert run(WINDOWS, tmp_path).split() == ["12", "True", "True"]
-
-
-def test_a_file_on_a_drive_is_no_module_of_one_letter() -> None:
-    with pytest.raises(ArgumentError, match=r"there is no file C:\\nets\\my\.py"):
-        find("model", r"C:\nets\my.py:net(width=2)")
 
 
 def test_nothing_native_is_built_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
