@@ -163,27 +163,27 @@ def draw_batches(data: Dataset, batch_size: int, generator: torch.Generator) -> 
     """
     order = torch.randperm(len(data.train_x), generator=generator)
     steps = len(order) // batch_size
-    plan = order[: steps * batch_size].view(steps, 1, batch_size)
+    batches = order[: steps * batch_size].view(steps, 1, batch_size)
     if data.augmented:
         crops = [_draw_crops(batch_size, generator) for _ in range(steps)]
-        plan = torch.cat((plan, torch.stack(crops)), dim=1)
-    return plan.to(data.train_x.device)
+        batches = torch.cat((batches, torch.stack(crops)), dim=1)
+    return batches.to(data.train_x.device)
 
 
-def take_batch(data: Dataset, plan: Tensor) -> tuple[Tensor, Tensor]:
+def take_batch(data: Dataset, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Gathers a batch on the device of the data, without waiting for the device.
 
     Args:
         data: The data set.
-        plan: One of `draw_batches`, [1 or 4, B].
+        batch: One of `draw_batches`, [1 or 4, B].
 
     Returns:
         Images [B, C, H, W] with the channels last or features [B, F], and labels [B].
     """
-    images = data.train_x[plan[0]]
-    if len(plan) > 1:
-        images = _crop(images, plan[1:])
-    return channels_last(images), data.train_y[plan[0]]
+    images = data.train_x[batch[0]]
+    if len(batch) > 1:
+        images = _crop(images, batch[1:])
+    return channels_last(images), data.train_y[batch[0]]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -68,10 +68,10 @@ class GraphedStep:
         self._probe = probe
         self._n_eager = 0
         self._rates: list[float] = []
-        self._plan: Tensor | None = None  # the graph reads the batch here
+        self._batch: Tensor | None = None  # the graph reads the batch here
         self._captured: Captured | None = None
 
-    def __call__(self, plan: Tensor) -> Tensor:
+    def __call__(self, batch: Tensor) -> Tensor:
         """Trains on a batch, as `TrainingStep` does; the result is overwritten by the next call.
 
         Raises:
@@ -79,14 +79,14 @@ class GraphedStep:
         """
         if self._n_eager < _WARM_UP:
             self._n_eager += 1
-            return self._close(self._step(plan))
-        if self._plan is None:
-            self._plan = torch.empty_like(plan)
-        self._plan.copy_(plan)
+            return self._close(self._step(batch))
+        if self._batch is None:
+            self._batch = torch.empty_like(batch)
+        self._batch.copy_(batch)
         rates = [float(group["lr"]) for group in self._step.optimizer.param_groups]
         if self._captured is None or rates != self._rates:
             self._captured = None  # frees the memory of the old graph
-            self._captured = self._capture(self._plan)
+            self._captured = self._capture(self._batch)
             self._rates = rates
         self._captured.replay()
         return self._close(self._captured.result)
@@ -95,11 +95,11 @@ class GraphedStep:
         self._probe.step()  # if the optimizer has closed the step, this adds nothing
         return result
 
-    def _capture(self, plan: Tensor) -> Captured:
+    def _capture(self, batch: Tensor) -> Captured:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", GradprobeWarning)  # a captured step does not close itself
-                return capture(lambda: self._step(plan), plan.device)
+                return capture(lambda: self._step(batch), batch.device)
         except Exception as error:
             # An error in the step mostly makes the end of the capture fail as well, with a message that says nothing.
             reasons = [error] if error.__context__ is None else [error.__context__, error]

@@ -26,16 +26,16 @@ class TrainingStep:
         self._data = data
         self._precision = precision
 
-    def __call__(self, plan: Tensor) -> Tensor:
+    def __call__(self, batch: Tensor) -> Tensor:
         """Trains on a batch.
 
         Args:
-            plan: The batch, from `gradprobe.experiments.data.draw_batches`.
+            batch: One of `gradprobe.experiments.data.draw_batches`.
 
         Returns:
             The mean loss, and the number of images whose class was right, [2] float64 on the device.
         """
-        images, labels = take_batch(self._data, plan)
+        images, labels = take_batch(self._data, batch)
         with autocast(images.device, self._precision):
             logits = self._model(images)  # [B, num_classes]
         if self._precision != "float32":

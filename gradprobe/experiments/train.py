@@ -201,14 +201,15 @@ def train_cell(
             with devices.training(on, stream, _generator_seed(seed, epoch)):
                 start = [measure(epoch=0, began=began)] if epoch == 1 else []
                 began = told_at = time.perf_counter()
-                plan = draw_batches(data, batch_size, torch.Generator().manual_seed(_generator_seed(seed, epoch)))
+                generator = torch.Generator().manual_seed(_generator_seed(seed, epoch))
+                batches = draw_batches(data, batch_size, generator)
                 outcomes = torch.empty(steps, 2, dtype=torch.float64, device=on)  # loss and number right
                 model.train()
                 for step in range(steps):
                     rate = recipe.learning_rate_at((epoch - 1) * steps + step, recipe.epochs * steps, warming)
                     for group in optimizer.param_groups:
                         group["lr"] = rate
-                    outcomes[step] = train_step(plan[step])
+                    outcomes[step] = train_step(batches[step])
                     if on.type == "cpu":  # to ask another device now would wait for it
                         if step == 0:
                             torch.set_flush_denormal(_may_flush(probe.history()[-1]))
@@ -225,7 +226,7 @@ def train_cell(
                     epoch,
                     began,
                     whole=whole_train_error or not finite or epoch == recipe.epochs,
-                    running_loss=sum(loss * batch_size for loss in losses[:n_steps]) / (n_steps * batch_size),
+                    running_loss=sum(losses[:n_steps]) / n_steps,
                     running_error_pct=100.0 * (1 - sum(right[:n_steps]) / (n_steps * batch_size)),
                 )
                 warming = warming and not row.running_error_pct < recipe.warmup_error_pct

@@ -57,11 +57,11 @@ def test_batches_drawn_at_once_are_those_drawn_one_after_another(data):
     data, size = replace(data, augmented=True), 30
     generator = torch.Generator().manual_seed(7)
     order = torch.randperm(100, generator=generator)
-    plan = draw_batches(data, size, torch.Generator().manual_seed(7))
-    assert plan.shape == (3, 4, 30)
+    batches = draw_batches(data, size, torch.Generator().manual_seed(7))
+    assert batches.shape == (3, 4, 30)
     for step in range(3):
         chosen = order[step * size : (step + 1) * size]
-        images, labels = take_batch(data, plan[step])
+        images, labels = take_batch(data, batches[step])
         assert torch.equal(images, augment(data.train_x[chosen], generator))
         assert torch.equal(labels, data.train_y[chosen])
 
@@ -256,7 +256,7 @@ class TestPrecision:
             optimizer = make_optimizer(model, RECIPE)
             step = TrainingStep(model, optimizer, data, "bfloat16")
             probe = attach(model, optimizer=optimizer) if observe else None
-            outcomes = [step(plan).tolist() for plan in draw_batches(data, 25, torch.Generator().manual_seed(0))]
+            outcomes = [step(batch).tolist() for batch in draw_batches(data, 25, torch.Generator().manual_seed(0))]
             if probe is not None:
                 assert [len(snapshot.junctions) for snapshot in probe.history()] == [3] * 4
             return outcomes, model.state_dict()

@@ -134,7 +134,7 @@ def _measure(
         model.train()
         optimizer = make_optimizer(model, recipe)
         step = TrainingStep(model, optimizer, data, recipe.precision)
-        plan, *_ = draw_batches(data, recipe.batch_size, torch.Generator().manual_seed(0))
+        batch, *_ = draw_batches(data, recipe.batch_size, torch.Generator().manual_seed(0))
         own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         held: dict[int, int] = {}  # what autograd keeps for the backward pass
 
@@ -145,9 +145,9 @@ def _measure(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            step(plan).tolist()  # waits for the device
+            step(batch).tolist()  # waits for the device
         began = time.perf_counter()
-        step(plan).tolist()
+        step(batch).tolist()
         step_s = time.perf_counter() - began
         images, labels = data.train_x[:EVALUATION_BATCH], data.train_y[:EVALUATION_BATCH]
         began = time.perf_counter()
