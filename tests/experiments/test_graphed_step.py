@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.few_digits import few_digits
 from helpers.graph_tape import Capture
+from helpers.sweep_commands import numbers
 
 import gradprobe
 from gradprobe import networks
@@ -60,13 +61,6 @@ def captures(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(graphed_step, "capture", capture)
     return noted
-
-
-def numbers(results):
-    return [
-        ([replace(row, seconds=0.0) for row in result.epochs], result.layers, result.junctions, result.status)
-        for result in results
-    ]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.sweep_commands import numbers
 
 from gradprobe import networks
 from gradprobe.experiments import device
@@ -23,13 +24,6 @@ RECIPE = Recipe(epochs=4, batch_size=32)
 @pytest.fixture(scope="module")
 def data():
     return replace(load(DataSpec("digits", per_class=30)), augmented=True)
-
-
-def numbers(results):
-    return [
-        ([replace(row, seconds=0.0) for row in result.epochs], result.layers, result.junctions, result.status)
-        for result in results
-    ]
 
 
 def tensors(state):
@@ -74,8 +68,8 @@ def test_no_step_waits_for_the_gpu(data):
         step(first)  # loads kernels
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for plan in rest:
-                step(plan)
+            for batch in rest:
+                step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
