@@ -239,8 +239,17 @@ def sweep(
                     f"{run.path}: {cell.name} has {cell.parameters:,} parameters in the file and {now:,} now. Use "
                     "another --out."
                 )
-        settings_of_jobs = dataset.spec, recipe, whole_train_error, device, graph, _PROGRESS_EVERY_S, until
-        todo = [engines.Job(cell, *settings_of_jobs) for cell in cells if cell.status == "pending"]
+        job_of = partial(
+            engines.Job,
+            data_spec=dataset.spec,
+            recipe=recipe,
+            whole_train_error=whole_train_error,
+            device=device,
+            graph=graph,
+            progress_every_s=_PROGRESS_EVERY_S,
+            until=until,
+        )
+        todo = [job_of(cell) for cell in cells if cell.status == "pending"]
         # The longest first, so that no long job runs alone at the end.
         todo.sort(key=lambda job: -costs[job.cell.family, job.cell.depth])
         checkpoint = partial(_checkpoint, run)
