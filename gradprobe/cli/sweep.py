@@ -132,7 +132,7 @@ def sweep(
     """
     from gradprobe.experiments.sweep.run import CellsFailed, check_workers
     from gradprobe.experiments.sweep.run import sweep as run_sweep
-    from gradprobe.experiments.sweep.spec import Settings, read_specs, replaced
+    from gradprobe.experiments.sweep.spec import read_specs, replaced
     from gradprobe.experiments.sweep.store import open_run
     from gradprobe.report import export
     from gradprobe.report.formatting import runs_done
@@ -154,9 +154,7 @@ def sweep(
         "init": init,
         "precision": precision,
     }
-    is_given = {name: (source := context.get_parameter_source(name)) and source.name != "DEFAULT" for name in options}
-    given = cast(Settings, {name: value for name, value in options.items() if is_given[name]})
-    grids = [given] if spec is None else [replaced(one, given) for one in read_specs(spec)]
+    grids = [options] if spec is None else [replaced(one, _given(context, options)) for one in read_specs(spec)]
     found = check_workers(jobs, engine, device, num_gpus)
     if max_hours is not None and not max_hours > 0:
         raise ArgumentError(f"--max-hours: needed a number above 0, got {max_hours}")
@@ -202,6 +200,13 @@ def sweep(
     if as_json:
         return
     print(f"{name}: {runs_done(cells)}; read it with: gradprobe report {name}")
+
+
+def _given(context: typer.Context, options: Settings) -> Settings:
+    """Returns those options that are on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in options}
+    stated = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    return cast("Settings", {name: value for name, value in options.items() if name in stated})
 
 
 def _dry_run(grids: Sequence[Settings], jobs: int | None, whole_train_error: bool, device: str) -> DryRun:
