@@ -4,7 +4,7 @@
 |---|---|---|
 | `plain`, `resnet` | convolutions without and with residual adds | weight layers: 6n+2, or an ImageNet depth |
 | `fixup`, `skipinit`, `rezero`, `layerscale` | `resnet` without normalisation | weight layers: 6n+2 |
-| `transformer-pre`, `transformer-post`, `transformer-plain` | attention and perceptrons in turn | sublayers: even |
+| `transformer-pre`, `transformer-post`, `transformer-plain` | attention and MLPs in turn | sublayers: even |
 """
 
 from collections.abc import Callable, Mapping

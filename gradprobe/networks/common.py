@@ -71,6 +71,6 @@ def check_sizes(**sizes: int) -> None:
             raise ArgumentError(f"{name}: needed a whole number of at least 1, got {value!r}")
 
 
-def listed(names: tuple[object, ...]) -> str:
+def joined(names: tuple[object, ...]) -> str:
     """Joins names by commas."""
     return ", ".join(map(str, names))

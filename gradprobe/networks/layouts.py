@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
-from gradprobe.networks.common import INITS, Init, check_sizes, initialise, is_whole, listed
+from gradprobe.networks.common import INITS, Init, check_sizes, initialise, is_whole, joined
 from gradprobe.nn.batch_norm import BatchNorm2d, calls_are_watched
 from gradprobe.nn.residual import ResidualAdd
 
@@ -123,7 +123,7 @@ def default_layout(depth: int) -> Layout:
     if is_whole(depth) and depth >= 8 and depth % 6 == 2:
         return "cifar"
     raise ArgumentError(
-        f"depth: needed 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …) or one of {listed(IMAGENET_DEPTHS)}, got {depth!r}"
+        f"depth: needed 6n+2 (8, 14, 20, 32, 44, 56, 110, 1202, …) or one of {joined(IMAGENET_DEPTHS)}, got {depth!r}"
     )
 
 
@@ -156,9 +156,9 @@ def _build(
     layout = natural if layout is None else layout
     for name, value, allowed in (("layout", layout, LAYOUTS), ("norm", norm, NORMS), ("init", init, INITS)):
         if value not in allowed:
-            raise ArgumentError(f"{name}: needed one of {listed(allowed)}, got {value!r}")
+            raise ArgumentError(f"{name}: needed one of {joined(allowed)}, got {value!r}")
     if layout == "imagenet" and natural != "imagenet":
-        raise ArgumentError(f"depth: the ImageNet layout has {listed(IMAGENET_DEPTHS)}, got {depth}")
+        raise ArgumentError(f"depth: the ImageNet layout has {joined(IMAGENET_DEPTHS)}, got {depth}")
     blocks_of_cifar = cifar_blocks(depth) if layout == "cifar" else 0
     if num_classes is None:
         num_classes = 10 if layout == "cifar" else 1000

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe.errors import ArgumentError
-from gradprobe.networks.common import check_sizes, initialise, is_whole, listed
+from gradprobe.networks.common import check_sizes, initialise, is_whole, joined
 from gradprobe.nn.residual import ResidualAdd
 
 Arrangement = Literal["pre", "post", "plain"]
@@ -18,7 +18,7 @@ Arrangement = Literal["pre", "post", "plain"]
 ARRANGEMENTS = ("pre", "post", "plain")
 
 HEAD_WIDTH = 16
-WIDENING = 4  # of the hidden layer of a perceptron
+MLP_RATIO = 4  # width of an MLP's hidden layer over that of a token
 
 
 def transformer(
@@ -32,7 +32,7 @@ def transformer(
 ) -> nn.Module:
     """Builds a transformer that classifies images, whose patches are its tokens.
 
-    Depth counts the sublayers: self-attention and a perceptron in turn, F1, F2, …. With normalisation N, they compute
+    Depth counts the sublayers: self-attention and an MLP in turn, F1, F2, …. With normalisation N, they compute
 
         pre     x + F(N(x)), with one more N behind the last
         post    N(x + F(x))
@@ -47,7 +47,7 @@ def transformer(
         in_channels: Channels of the input images.
         num_classes: Number of outputs.
         image_size: Height or width of the images, whichever is smaller. A patch has an eighth of it, at least 2 pixels.
-        width: Numbers that a token has, a multiple of 16, the width of an attention head.
+        width: Embedding dimension, a multiple of 16, the dimension of an attention head.
 
     Returns:
         A module that maps [N, in_channels, H, W] to logits [N, num_classes], for any H and W. Its weights are drawn
@@ -69,7 +69,7 @@ def transformer(
     if not is_whole(depth) or depth < 2 or depth % 2:
         raise ArgumentError(f"depth: a transformer needs an even number of sublayers of at least 2, got {depth!r}")
     if arrangement not in ARRANGEMENTS:
-        raise ArgumentError(f"arrangement: needed one of {listed(ARRANGEMENTS)}, got {arrangement!r}")
+        raise ArgumentError(f"arrangement: needed one of {joined(ARRANGEMENTS)}, got {arrangement!r}")
     check_sizes(in_channels=in_channels, num_classes=num_classes, image_size=image_size, width=width)
     if width % HEAD_WIDTH:
         raise ArgumentError(f"width: needed a multiple of {HEAD_WIDTH}, got {width}")
@@ -87,7 +87,7 @@ def transformer(
 
 
 class Attention(nn.Module):
-    """Self-attention with heads of `HEAD_WIDTH` numbers."""
+    """Self-attention with heads of dimension `HEAD_WIDTH`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Attention(nn.Module):
 
 
 class Sublayer(nn.Module):
-    """Attention or a perceptron, with its normalisation and, if any, its residual add."""
+    """Attention or an MLP, with its normalisation and, if any, its residual add."""
 
     def __init__(self, branch: nn.Module, arrangement: Arrangement, width: int) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         self.patch = patch
         self.embed = nn.Conv2d(in_channels, width, patch, patch)
         self.sublayers = nn.Sequential(
-            *(Sublayer(_perceptron(width) if k % 2 else Attention(width), arrangement, width) for k in range(depth))
+            *(Sublayer(_mlp(width) if k % 2 else Attention(width), arrangement, width) for k in range(depth))
         )
         self.norm = nn.Identity() if arrangement == "post" else nn.LayerNorm(width)
         self.fc = nn.Linear(width, num_classes)
@@ -149,7 +149,7 @@ def positions(height: int, width: int, channels: int, device: torch.device | Non
     Args:
         height: Rows of tokens.
         width: Columns of tokens.
-        channels: Numbers that a token has, a multiple of 4.
+        channels: Embedding dimension, a multiple of 4.
         device: Where to compute them, so that a step copies nothing to a GPU.
 
     Source:
@@ -166,5 +166,5 @@ def positions(height: int, width: int, channels: int, device: torch.device | Non
     return torch.cat([by_row, by_column])
 
 
-def _perceptron(width: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(width, WIDENING * width), nn.GELU(), nn.Linear(WIDENING * width, width))
+def _mlp(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, MLP_RATIO * width), nn.GELU(), nn.Linear(MLP_RATIO * width, width))
