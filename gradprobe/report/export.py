@@ -66,9 +66,7 @@ def write_csv(run: SweepRun, folder: str | Path) -> list[Path]:
     """
     summary = summarise(run)
     folder = Path(folder)
-    epochs = [
-        (cell.id, (cell.family, cell.depth, cell.seed), row) for cell in run.cells() for row in run.epochs(cell.id)
-    ]
+    epochs = [(cell.id, (*cell.net, cell.seed), row) for cell in run.cells() for row in run.epochs(cell.id)]
     tables: dict[str, tuple[Sequence[str], Iterable[Sequence[object]]]] = {
         "nets.csv": (_NET_COLUMNS, map(_net_row, summary.nets)),
         "epochs.csv": (_columns(EpochRow), ((*key, *astuple(row)) for _, key, row in epochs)),

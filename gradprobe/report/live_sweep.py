@@ -12,10 +12,10 @@ from rich.text import Text
 
 from gradprobe.errors import printable
 from gradprobe.report.formatting import duration, runs_done
-from gradprobe.report.records import Cell, EpochRow, SweepRun
+from gradprobe.report.records import Cell, EpochRow, Net, SweepRun
 from gradprobe.report.spark import bars
 from gradprobe.report.terminal import NAME_WIDTH, plain_table
-from gradprobe.report.time_left import Net, Paces, time_left
+from gradprobe.report.time_left import Paces, time_left
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -116,11 +116,7 @@ class LiveSweep:
             return text.append(f"; no progress for {duration(age)}: the sweep may have been stopped", "bold yellow")
         # As many processes share the runs as have started one.
         n_started = sum(row.is_started for row in self._rows)
-        runs = [
-            ((row.cell.family, row.cell.depth), self._n_epochs - row.epoch - row.cell.progress)
-            for row in self._rows
-            if row.is_pending
-        ]
+        runs = [(row.cell.net, self._n_epochs - row.epoch - row.cell.progress) for row in self._rows if row.is_pending]
         left = time_left(runs, self._paces, n_started)
         return text.append(f", {left}", "green") if left is not None else text
 

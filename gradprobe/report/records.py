@@ -15,6 +15,10 @@ Status = Literal["pending", "done", "diverged"]
 """Status of a cell: epochs are missing, all are recorded, or training stopped at a non-finite training loss."""
 
 
+Net = tuple[str, int]
+"""Family and depth."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One network of the sweep: a family at a depth with a seed.
@@ -43,6 +47,16 @@ class Cell:
     def name(self) -> str:
         """Family and depth, as in the literature: ``plain-56``."""
         return f"{self.family}-{self.depth}"
+
+    @property
+    def title(self) -> str:
+        """The cell in words, as in "plain-56 seed 0"."""
+        return f"{self.name} seed {self.seed}"
+
+    @property
+    def net(self) -> Net:
+        """Family and depth, which the seeds of a network share."""
+        return self.family, self.depth
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gradprobe.report.error_comparison import (
     Rise,
 )
 from gradprobe.report.formatting import short_path, short_paths, short_source
-from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, SweepRun
+from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Net, SweepRun
 from gradprobe.report.seed_statistics import Spread, median
 from gradprobe.text.words import split_target
 
@@ -318,10 +318,10 @@ def summarise(run: SweepRun) -> Summary:
     Returns:
         The summary.
     """
-    groups: dict[tuple[str, int], list[CellResult]] = {}
+    groups: dict[Net, list[CellResult]] = {}
     for cell in _with_short_names(run.cells()):
         epochs = {row.epoch: row for row in run.epochs(cell.id)}
-        groups.setdefault((cell.family, cell.depth), []).append(CellResult(cell, epochs))
+        groups.setdefault(cell.net, []).append(CellResult(cell, epochs))
     families = list(dict.fromkeys(family for family, _ in groups))
     limits = comparison_limits(run.config)
     nets: list[NetSummary] = []

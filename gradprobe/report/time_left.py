@@ -9,10 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gradprobe.report.formatting import duration
-from gradprobe.report.records import Cell, EpochRow
-
-Net = tuple[str, int]
-"""Family and depth."""
+from gradprobe.report.records import Cell, EpochRow, Net
 
 
 class Paces:
@@ -24,7 +21,7 @@ class Paces:
     def add(self, cell: Cell, epochs: Iterable[EpochRow]) -> None:
         """Adds epochs of a training run."""
         seconds = [row.seconds for row in epochs if row.epoch > 0 and math.isfinite(row.seconds)]
-        self._seconds[cell.family, cell.depth] += seconds
+        self._seconds[cell.net] += seconds
 
     def known(self) -> dict[Net, float]:
         """Returns the median of each network of which an epoch has been measured."""

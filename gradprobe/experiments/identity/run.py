@@ -188,7 +188,7 @@ def _run(jobs: list[engines.Job], states: dict[int, bytes], advance: Advance) ->
     ends: dict[int, tuple[EpochRow, bytes]] = {}
     for job, result in engines.run_local(jobs, min(len(jobs), engines.cpus()), states.get):
         if isinstance(result, engines.Failure):
-            raise GradprobeError(f"{job.title}: {result.message}") from WorkerTraceback(result.trace)
+            raise GradprobeError(f"{job.cell.title}: {result.message}") from WorkerTraceback(result.trace)
         if isinstance(result, EpochProgress):
             continue
         row = result.epochs[-1]

@@ -55,11 +55,6 @@ class Job:
     progress_every_s: float = math.inf
     until: float = math.inf
 
-    @property
-    def title(self) -> str:
-        """The cell in words, as in "plain-56 seed 0"."""
-        return f"{self.cell.name} seed {self.cell.seed}"
-
     def is_late(self) -> bool:
         """Whether no further epoch may begin."""
         return time.time() >= self.until

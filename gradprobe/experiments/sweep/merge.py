@@ -62,13 +62,13 @@ def _check(run: Run, target: RunWriter) -> None:
         epoch = _first_difference(run, cell.id, target, other.id)
         if epoch is not None:
             raise StoreError(
-                f"{run.path}: {cell.name} seed {cell.seed} has other numbers at epoch {epoch} than in {target.path}; "
+                f"{run.path}: {cell.title} has other numbers at epoch {epoch} than in {target.path}; "
                 "the files are not of the same training"
             )
 
 
 def _copy(run: Run, target: RunWriter) -> None:
-    target.add_cells([(cell.family, cell.depth, cell.seed, cell.parameters) for cell in run.cells()])
+    target.add_cells([(*cell.net, cell.seed, cell.parameters) for cell in run.cells()])
     there = _by_key(target)
     for key, cell in _by_key(run).items():
         own = there[key]
@@ -85,7 +85,7 @@ def _copy(run: Run, target: RunWriter) -> None:
 
 
 def _by_key(run: Run) -> dict[tuple[str, int, int], Cell]:
-    return {(cell.family, cell.depth, cell.seed): cell for cell in run.cells()}
+    return {(*cell.net, cell.seed): cell for cell in run.cells()}
 
 
 def _first_difference(one: Run, cell_id: int, other: Run, other_id: int) -> int | None:

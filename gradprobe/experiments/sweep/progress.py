@@ -11,8 +11,8 @@ from rich.progress import TextColumn
 from gradprobe.errors import printable
 from gradprobe.experiments.common import progress_bar
 from gradprobe.experiments.train import EpochProgress, EpochResult
-from gradprobe.report.records import Cell, SweepRun
-from gradprobe.report.time_left import Net, Paces, time_left
+from gradprobe.report.records import Cell, Net, SweepRun
+from gradprobe.report.time_left import Paces, time_left
 
 
 class SweepProgress:
@@ -54,7 +54,7 @@ class SweepProgress:
             self._done[cell.id] = n_epochs if cell.status != "pending" else max(len(epochs) - 1, 0)
         self._open = {cell.id for cell in cells if cell.status == "pending"}
         self._bar = progress_bar(console, TextColumn("{task.fields[left]}"))
-        total = sum(costs[_net(cell)] * n_epochs for cell in cells)
+        total = sum(costs[cell.net] * n_epochs for cell in cells)
         self._task = self._bar.add_task("", total=total, left="")
         self._bar.update(self._task, completed=self._completed())
 
@@ -68,7 +68,7 @@ class SweepProgress:
     def within_epoch(self, cell: Cell, progress: EpochProgress) -> None:
         """Shows the progress of an epoch."""
         self._done[cell.id] = int(self._done[cell.id]) + min(progress.share, 0.999)
-        self._first_paces[_net(cell)] = progress.seconds / progress.share
+        self._first_paces[cell.net] = progress.seconds / progress.share
         self._update()
 
     def epoch(self, cell: Cell, result: EpochResult) -> None:
@@ -78,7 +78,8 @@ class SweepProgress:
         self._done[cell.id] = self._n_epochs if result.status == "diverged" else last.epoch
         if result.status != "pending":
             self._open.discard(cell.id)
-        text = f"{_title(cell)}: epoch {last.epoch}/{self._n_epochs}, train error {last.any_train_error_pct:.1f} %"
+        error = f"train error {last.any_train_error_pct:.1f} %"
+        text = f"{printable(cell.title)}: epoch {last.epoch}/{self._n_epochs}, {error}"
         left = self._update(text)
         if not self._console.is_terminal:
             self._print(f"{text}, {left}" if left else text)
@@ -87,7 +88,7 @@ class SweepProgress:
         """Says that a cell has failed."""
         self._open.discard(cell.id)
         self._update()
-        self._print(f"{_title(cell)}: failed: {printable(reason)}")
+        self._print(f"{printable(cell.title)}: failed: {printable(reason)}")
 
     def _update(self, text: str | None = None) -> str:
         """Moves the bar; returns the time left."""
@@ -95,21 +96,13 @@ class SweepProgress:
         if paces:
             unit = statistics.median(seconds / self._costs[net] for net, seconds in paces.items())
             paces = {net: unit * cost for net, cost in self._costs.items()} | paces
-        runs = [(_net(self._cells[id]), self._n_epochs - self._done[id]) for id in self._open]
+        runs = [(self._cells[id].net, self._n_epochs - self._done[id]) for id in self._open]
         left = str(time_left(runs, paces, self._n_at_once) or "")
         self._bar.update(self._task, completed=self._completed(), description=text, left=left)
         return left
 
     def _completed(self) -> float:
-        return sum(self._costs[_net(cell)] * self._done[id] for id, cell in self._cells.items())
+        return sum(self._costs[cell.net] * self._done[id] for id, cell in self._cells.items())
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _net(cell: Cell) -> Net:
-    return cell.family, cell.depth
-
-
-def _title(cell: Cell) -> str:
-    return f"{printable(cell.name)} seed {cell.seed}"

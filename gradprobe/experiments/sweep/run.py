@@ -231,9 +231,9 @@ def sweep(
             )
         run.add_cells([(*cell, planned.nets[cell[:2]][0]) for cell in asked])
         run.add_spec(planned.spec)
-        cells = [cell for cell in run.cells() if (cell.family, cell.depth, cell.seed) in set(asked)]
+        cells = [cell for cell in run.cells() if (*cell.net, cell.seed) in set(asked)]
         for cell in cells:
-            now = planned.nets[cell.family, cell.depth][0]
+            now = planned.nets[cell.net][0]
             if cell.parameters != now:
                 raise StoreError(
                     f"{run.path}: {cell.name} has {cell.parameters:,} parameters in the file and {now:,} now. Use "
@@ -251,7 +251,7 @@ def sweep(
         )
         todo = [job_of(cell) for cell in cells if cell.status == "pending"]
         # The longest first, so that no long job runs alone at the end.
-        todo.sort(key=lambda job: -costs[job.cell.family, job.cell.depth])
+        todo.sort(key=lambda job: -costs[job.cell.net])
         checkpoint = partial(_checkpoint, run)
         results = (
             started.run(todo, checkpoint)
@@ -279,7 +279,7 @@ def sweep(
         if failures:
             more = f" ({len(failures)} of {len(todo)} training runs failed)" if len(failures) > 1 else ""
             job, failure = failures[0]
-            raise CellsFailed(f"{job.title}: {failure.message}{more}", outcome) from WorkerTraceback(failure.trace)
+            raise CellsFailed(f"{job.cell.title}: {failure.message}{more}", outcome) from WorkerTraceback(failure.trace)
         return outcome
 
 
