@@ -14,9 +14,9 @@ import typer
 from rich.console import Console, Group
 from rich.table import Table
 
+from gradprobe.cli.exit_status import CRASHED, FAILED, FOUND
 from gradprobe.cli.options import Json, listed
 from gradprobe.cli.output import drawing_module, print_error, print_json, print_table, show
-from gradprobe.cli.signals import FAILED
 from gradprobe.cli.sweep import sweep
 from gradprobe.cli.target import load_model
 from gradprobe.errors import ArgumentError, GradprobeError, printable
@@ -142,7 +142,7 @@ def diagnose(
         print_json(diagnosis.to_dict())
     else:
         print_table(diagnosis)
-    raise typer.Exit(1 if diagnosis else 0)
+    raise typer.Exit(FOUND if diagnosis else 0)
 
 
 @app.command()
@@ -195,7 +195,7 @@ def compare(
     if html is not None:
         path = drawing_module("--html", "gradprobe.report.comparison.page").write(found, html)
         print(f"wrote {printable(str(path))}", file=sys.stderr)
-    raise typer.Exit(0 if found.equal else 1)
+    raise typer.Exit(0 if found.equal else FOUND)
 
 
 @app.command()
@@ -328,7 +328,7 @@ def check(
             given, loss = load_batch(batch)
             flow = check_gradient_flow(model, inputs=given, loss=loss)
     show(flow, as_json)
-    raise typer.Exit(1 if flow.findings else 0)
+    raise typer.Exit(FOUND if flow.findings else 0)
 
 
 @app.command()
@@ -374,7 +374,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def main() -> None:
-    """Runs the command line; a `GradprobeError` becomes one line on stderr and exit status 2, any other error 3."""
+    """Runs the command line; a `GradprobeError` becomes one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal may not know the characters of a table
@@ -390,4 +390,4 @@ def main() -> None:
         print(
             f"gradprobe: {'crashed, which is a fault of gradprobe' if is_ours else 'raised'}: {what}", file=sys.stderr
         )
-        sys.exit(3)
+        sys.exit(CRASHED)

@@ -17,10 +17,10 @@ from gradprobe.snapshot.snapshot import Snapshot
 
 
 def run_kind(path: Path) -> Literal["training", "sweep"] | None:
-    """Returns of what a path has the results: a folder those of a training, a file those of a sweep, None if neither.
+    """Returns "training" for a folder, "sweep" for a file, and None if nothing is there.
 
     Raises:
-        StoreError: The path cannot be used, e.g. as its name is too long.
+        StoreError: The path cannot be used, e.g. because its name is too long.
     """
     try:
         return "training" if path.is_dir() else "sweep" if path.exists() else None

@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# The exit statuses that a shell gives to a program that Ctrl-C or SIGTERM ended, and that of `timeout`.
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
-TIMED_OUT = 124
-FAILED = 2  # a `GradprobeError`
+from gradprobe.cli.exit_status import TERMINATED
 
 
 class Terminated(SystemExit):

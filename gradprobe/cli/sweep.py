@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.console import Console
 
+from gradprobe.cli.exit_status import FAILED, INTERRUPTED, TERMINATED, TIMED_OUT
 from gradprobe.cli.options import Json, listed
 from gradprobe.cli.output import print_error, print_json, show
-from gradprobe.cli.signals import FAILED, INTERRUPTED, TERMINATED, TIMED_OUT, Terminated, raises_on_sigterm
+from gradprobe.cli.signals import Terminated, raises_on_sigterm
 from gradprobe.errors import ArgumentError, printable
 from gradprobe.experiments import DEFAULT_EPOCHS
 

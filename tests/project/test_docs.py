@@ -21,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import gradprobe
+from gradprobe.cli import exit_status
 from gradprobe.cli.commands import app
 from gradprobe.cli.topics import TOPICS
 
@@ -179,6 +180,14 @@ def test_commands_in_tables_name_what_is_there() -> None:
         assert all((ROOT / path).exists() for path in re.findall(r"(?:tests|benchmarks)/[\w/.]+", command)), command
         for target in re.findall(r"^make ([\w-]+)", command):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), command
+
+
+def test_the_page_of_the_command_line_has_every_command_and_exit_status() -> None:
+    table, statuses = (DOCS / "command_line.md").read_text("utf-8").split("## Exit status")
+    assert sorted(re.findall(r"`gradprobe (\w+)", table)) == sorted(get_command(app).commands)
+    rows = re.findall(r"^\| (\d[\d, ]*) \|", statuses, flags=re.MULTILINE)
+    numbers = {int(value) for name, value in vars(exit_status).items() if name.isupper()}
+    assert {int(number) for row in rows for number in row.split(",")} == {0, *numbers}
 
 
 def test_examples_that_are_named_exist() -> None:

@@ -1,4 +1,4 @@
-"""Estimates what a sweep will take: the time of a step is measured, and the memory that it holds is counted."""
+"""Estimates the time of a sweep from two steps of each network, and its memory from the tensors that they hold."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from gradprobe.report.formatting import duration
 
 @dataclass(frozen=True)
 class NetEstimate:
-    """What a network of the sweep will take.
+    """Time and memory that a network of the sweep needs.
 
     Attributes:
         net: Family and depth.
         seeds: The seeds asked for.
         parameters: Number of trainable parameters.
         seconds: Time of one training run on one CPU.
-        megabytes: Memory of one training run: the data, the network, its optimizer, and what a step holds.
+        megabytes: Memory of one training run: the data, the network, the optimizer's state, and what autograd saves for
+            the backward pass.
     """
 
     net: str
@@ -46,7 +47,7 @@ class NetEstimate:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a sweep will take.
+    """The networks of a sweep, with the time and the memory that they need; prints as a table.
 
     Attributes:
         data: The data set in one line.
@@ -97,7 +98,7 @@ class DryRun:
 
 
 def estimate(plans: Sequence[Plan], jobs: int, whole_train_error: bool = False, device: str = "cpu") -> DryRun:
-    """Takes two steps with each network, and estimates what the sweeps will take.
+    """Takes two steps with each network, and estimates the time and memory of the sweeps.
 
     Args:
         plans: The sweeps.
