@@ -52,6 +52,7 @@ def sum_of(x: Tensor, f: Tensor, relu: bool) -> Tensor:
 
 def composite_mask(grad_y: Tensor, y: Tensor) -> Tensor:
     """Computes grad_x from a torch operator, which supports every kind of derivative."""
+    check_operands(grad_y, y, "grad_y", "y")
     grad_x: Tensor = torch.ops.aten.threshold_backward(grad_y, y, 0)
     return grad_x
 

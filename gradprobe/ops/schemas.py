@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradprobe.ops import batch_norm_reference, libraries, reference, residual_reference
-from gradprobe.ops.autograd import Normalised, ReluMask, ResidualSum, autograd_kernel, differentiable_gradients
+from gradprobe.ops.autograd import Normalised, ResidualSum, autograd_kernel, backward_kernel, masked_by
 from gradprobe.ops.residual_reference import check_operands
 from gradprobe.ops.row_math import clip_coefficient, empty_rows
 from gradprobe.ops.rows import STATS
@@ -120,25 +120,34 @@ def _define_derivatives(library: torch.library.Library) -> None:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     operators, plain = getattr(torch.ops, library.ns), residual_reference
     library.impl("scale_", _count_writes(operators.scale_.default), "ADInplaceOrView", with_keyset=True)
-    mask = operators.residual_add_backward.default
-    for name, function, composite in (
-        ("residual_add", ResidualSum, plain.sum_of),
-        ("residual_add_backward", ReluMask, plain.composite_mask),
-        ("residual_add_stats", ResidualSum, _refuse_transform),
-        ("residual_add_backward_stats", ReluMask, _refuse_transform),
-    ):
-        library.impl(name, autograd_kernel(getattr(operators, name).default, function, mask, composite), "Autograd")
+    mask, mask_stats = operators.residual_add_backward.default, operators.residual_add_backward_stats.default
+    for name, composite in (("residual_add", plain.sum_of), ("residual_add_stats", _refuse_transform)):
+        add = getattr(operators, name).default
+        library.impl(name, autograd_kernel(add, ResidualSum, masked_by(mask), composite), "Autograd")
+    library.impl("residual_add_backward", backward_kernel(mask, plain.composite_mask), "Autograd")
+    library.impl("residual_add_backward_stats", backward_kernel(mask_stats, _mask_and_rows(mask_stats)), "Autograd")
     normalise, gradients = operators.batch_norm_relu.default, operators.batch_norm_relu_backward.default
-    of_norm = batch_norm_reference.composite
+    of_norm, of_gradients = batch_norm_reference.composite, batch_norm_reference.composite_backward
     library.impl("batch_norm_relu", autograd_kernel(normalise, Normalised, gradients, of_norm), "Autograd")
-    library.impl("batch_norm_relu_backward", differentiable_gradients(gradients), "Autograd")
+    library.impl("batch_norm_relu_backward", backward_kernel(gradients, of_gradients), "Autograd")
     # The first key of a call inside a torch.func transform: the transform sees torch's operators instead of ours.
     library.impl("batch_norm_relu", of_norm, "FuncTorchDynamicLayerFrontMode")
-    library.impl("batch_norm_relu_backward", batch_norm_reference.composite_backward, "FuncTorchDynamicLayerFrontMode")
+    library.impl("batch_norm_relu_backward", of_gradients, "FuncTorchDynamicLayerFrontMode")
     library.impl("residual_add", plain.sum_of, "FuncTorchDynamicLayerFrontMode")
     library.impl("residual_add_backward", plain.composite_mask, "FuncTorchDynamicLayerFrontMode")
     for name in ("residual_add_stats", "residual_add_backward_stats", "residual_branch_stats"):
         library.impl(name, _refuse_transform, "FuncTorchBatched")
+
+
+def _mask_and_rows(operator: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Builds the composite of `residual_add_backward_stats`: only the gradient has derivatives."""
+
+    def composite(grad_y: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            _, rows = operator(grad_y, y)
+        return grad_y.clone() if y is None else residual_reference.composite_mask(grad_y, y), rows
+
+    return composite
 
 
 def _count_writes(operator: Any) -> Callable[..., None]:
@@ -185,6 +194,7 @@ SCALE = _operators.scale_.default
 CLIP_COEFFICIENT: Callable[[Tensor, float], Tensor] = _operators.clip_coefficient.default
 COUNT_IF = _operators.count_if.default
 RESIDUAL_ADD: Callable[[Tensor, Tensor, bool], Tensor] = _operators.residual_add.default
+RESIDUAL_ADD_BACKWARD: Callable[[Tensor, Tensor], Tensor] = _operators.residual_add_backward.default
 RESIDUAL_ADD_STATS: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]] = _operators.residual_add_stats.default
 RESIDUAL_ADD_BACKWARD_STATS: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = (
     _operators.residual_add_backward_stats.default

@@ -199,10 +199,14 @@ def test_wrong_operands_are_named(x: Tensor, f: Tensor, message: str) -> None:
         (lambda o: o.residual_add(torch.ones(2), torch.ones(3), True), r"f: needed the shape of x, \[2\], got \[3\]"),
         (lambda o: o.residual_add(torch.ones(2), torch.ones(2).half(), True), r"f: needed the dtype of x, "),
         (lambda o: o.residual_add_backward(torch.ones(2), torch.ones(1)), r"y: needed the shape of grad_y, \[2\]"),
+        (
+            lambda o: o.residual_add_backward(torch.ones(2, requires_grad=True), torch.ones(1)),
+            r"y: needed the shape of grad_y, \[2\]",
+        ),
         (lambda o: o.residual_add_stats(torch.ones(2).int(), torch.ones(2).int(), True), r"x: needed a dtype of "),
         (lambda o: o.residual_add_backward_stats(torch.ones(2).int(), None), r"grad_y: needed a dtype of "),
     ],
-    ids=["shape", "dtype", "mask-shape", "integers", "integer-gradient"],
+    ids=["shape", "dtype", "mask-shape", "mask-shape-in-second-order", "integers", "integer-gradient"],
 )
 def test_operators_refuse_wrong_operands(namespace: str, call: Callable[..., object], message: str) -> None:
     with pytest.raises((ArgumentError, RuntimeError), match=message):
