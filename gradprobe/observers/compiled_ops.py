@@ -9,18 +9,16 @@ This module is imported while a graph is compiled: it imports Dynamo, which take
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
-from torch.autograd.graph import Node
 
-from gradprobe.observers.autograd_edges import edges_into
+from gradprobe.observers.junction_call import JunctionCall
 from gradprobe.observers.signal_buffer import registered_buffer
-from gradprobe.ops.residual import residual_add
-from gradprobe.ops.schemas import RESIDUAL_BRANCH_STATS
+from gradprobe.ops.autograd import residual_sum
+from gradprobe.ops.schemas import RESIDUAL_ADD, RESIDUAL_ADD_BACKWARD, RESIDUAL_BRANCH_STATS
 from gradprobe.snapshot.records import JUNCTION_KINDS
 
 
@@ -69,9 +67,9 @@ def observe_junction(x: Tensor, f: Tensor, relu: bool, buffer: int, first: int) 
         `x + f`, or `torch.relu(x + f)`.
     """
     dtype = torch.promote_types(x.dtype, f.dtype)
-    call = _GraphJunctionCall(buffer, first)
-    y: Tensor = _ObservedJunction.apply(x.to(dtype), f.to(dtype), relu, call)  # type: ignore[no-untyped-call]
-    call.hook_branch(edges_into(x, y.grad_fn, [1]))
+    call = _GraphCall(buffer, first)
+    y = residual_sum(call.add, call.gradient, x.to(dtype), f.to(dtype), relu)
+    call.hook_branch(x, y.grad_fn, [1])
     return y
 
 
@@ -107,56 +105,35 @@ class _Observed(torch.autograd.Function):
         return gradient, None, None
 
 
-class _GraphJunctionCall:
-    """One call of a residual add in a graph: brings the two parts of the gradient at x together."""
+class _GraphCall(JunctionCall):
+    """A call in a graph that is being compiled."""
+
+    __slots__ = ("_buffer",)
 
     def __init__(self, buffer: int, first: int) -> None:
-        self.buffer, self.first = buffer, first
-        self._shortcut: Tensor | None = None
-        self._n_arrivals = 0
-        self._arrived: list[Tensor | None] = []
+        super().__init__(first)
+        self._buffer = buffer
 
-    def hook_branch(self, edges: Sequence[tuple[Node, int]]) -> None:
-        """Hooks the nodes from which the branch's part of the gradient reaches x."""
-        self._n_arrivals = len(edges)
-        for node, output in edges:
-            node.register_hook(partial(self._on_arrival, output))
+    def fail(self, error: Exception) -> None:
+        buffer = registered_buffer(self._buffer)
+        if buffer is not None:
+            buffer.fail(self.first, error)
 
-    def on_shortcut(self, gradient: Tensor) -> None:
-        """Keeps the shortcut's part, which comes first in each backward pass."""
-        self._shortcut = gradient if self._n_arrivals > 0 else None
-        self._arrived = []
-
-    def _on_arrival(self, output: int, grad_inputs: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
-        if self._shortcut is None:
-            return
-        self._arrived.append(grad_inputs[output])
-        if len(self._arrived) < self._n_arrivals:
-            return
-        parts = [part for part in self._arrived if part is not None]
-        shortcut, self._shortcut, self._arrived = self._shortcut, None, []
-        if parts:
-            _OBSERVE_BRANCH(sum(parts[1:], parts[0]), shortcut, self.buffer, self.first)
-
-
-class _ObservedJunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Tensor, relu: bool, call: _GraphJunctionCall) -> Tensor:
-        y = residual_add(x, f, relu)
-        for site, tensor in enumerate((x, f, y), call.first):
-            _OBSERVE(tensor, call.buffer, site)
-        ctx.call, ctx.relu = call, relu
-        if relu:
-            ctx.save_for_backward(y)
+    def add(self, x: Tensor, f: Tensor, relu: bool) -> Tensor:
+        y = RESIDUAL_ADD(x, f, relu)
+        for site, tensor in enumerate((x, f, y), self.first):
+            _OBSERVE(tensor, self._buffer, site)
         return y
 
-    @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> Any:
-        gradient = torch.ops.gradprobe.residual_add_backward(incoming, *ctx.saved_tensors) if ctx.relu else incoming
-        for site, tensor in enumerate((incoming, gradient), ctx.call.first + 3):
-            _OBSERVE(tensor, ctx.call.buffer, site)
-        ctx.call.on_shortcut(gradient)
-        return gradient, gradient, None, None
+    def gradient(self, incoming: Tensor, y: Tensor | None = None) -> Tensor:
+        gradient = incoming if y is None else RESIDUAL_ADD_BACKWARD(incoming, y)
+        for site, tensor in enumerate((incoming, gradient), self.first + 3):
+            _OBSERVE(tensor, self._buffer, site)
+        self.keep_shortcut(gradient)
+        return gradient
+
+    def on_branch(self, parts: Sequence[Tensor], shortcut: Tensor) -> None:
+        _OBSERVE_BRANCH(sum(parts[1:], parts[0]), shortcut, self._buffer, self.first)
 
 
 def _observe_branch(branch: Tensor, shortcut: Tensor, buffer: int, first: int) -> None:

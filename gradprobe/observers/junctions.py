@@ -8,25 +8,24 @@ which the graph of F reaches x see the branch's part before autograd sums the tw
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial, wraps
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import Node
 from torch.compiler import is_compiling
 
 from gradprobe.nn.residual import ResidualAdd
-from gradprobe.observers.autograd_edges import edges_into
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
+from gradprobe.observers.junction_call import JunctionCall, fenced
 from gradprobe.observers.observable import ForwardPasses, is_measurable
 from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
 from gradprobe.observers.tensor_hooks import TensorHooks
+from gradprobe.ops.autograd import residual_sum
 from gradprobe.ops.residual import residual_add
 from gradprobe.ops.schemas import (
     RESIDUAL_ADD,
+    RESIDUAL_ADD_BACKWARD,
     RESIDUAL_ADD_BACKWARD_STATS,
     RESIDUAL_ADD_STATS,
     RESIDUAL_BRANCH_STATS,
@@ -143,9 +142,9 @@ class JunctionObserver:
                 return joined
         if not hooks.observes(self._j, x, f):
             return residual_add(x, f, relu)
-        call = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
+        call = _EagerCall(hooks, hooks.first_site + N_SITES * self._j)
         dtype = torch.promote_types(x.dtype, f.dtype)
-        y: torch.Tensor = _ObservedAdd.apply(x.to(dtype), f.to(dtype), relu, call)  # type: ignore[no-untyped-call]
+        y = residual_sum(call.add, call.gradient, x.to(dtype), f.to(dtype), relu)
         if not (hooks.native or hooks.passes).is_repeat(self._j):
             call.on_operands(x, f)
             call.on_result(y)
@@ -168,7 +167,7 @@ class JunctionObserver:
             return target.copy_(hooks.in_graph(self._j, x, f, relu=False))
         if hooks is None or not hooks.observes(self._j, x, f):
             return target.add_(addend)
-        call = _JunctionCall(hooks, hooks.first_site + N_SITES * self._j)
+        call = _EagerCall(hooks, hooks.first_site + N_SITES * self._j)
         is_repeat = (hooks.native or hooks.passes).is_repeat(self._j)
         call.hook_branch(x, f.grad_fn)  # before either operand is overwritten
         if not is_repeat:
@@ -187,58 +186,56 @@ class JunctionObserver:
         return type(None), ()  # a copied or unpickled module has no observer
 
 
-def _fenced(method: Callable[..., None]) -> Callable[..., None]:
-    """Makes a method of `_JunctionCall` switch off the residual add if it fails."""
+class _EagerCall(JunctionCall):
+    """A call outside a compiled graph.
 
-    @wraps(method)
-    def fenced(call: _JunctionCall, *arguments: Any) -> None:
-        try:
-            method(call, *arguments)
-        except Exception as error:  # noqa: BLE001
-            call.fail(error)
+    Attributes:
+        y_row: The sum's raw row [1, 6], once the operator has computed it.
+    """
 
-    return fenced
-
-
-class _JunctionCall:
-    """One call of a residual add: keeps the shortcut's part of a gradient until the branch's part has arrived."""
-
-    __slots__ = ("_hooks", "_n_arrivals", "_open", "first", "y_row")
+    __slots__ = ("_hooks", "y_row")
 
     def __init__(self, hooks: JunctionHooks, first: int) -> None:
+        super().__init__(first)
         self._hooks = weakref.ref(hooks)
-        self.first = first
-        self._n_arrivals = 0  # gradients that the branch sends to x in one backward pass
-        # The running backward pass, the shortcut's part and the branch's gradients so far. Replaced as a whole: another
-        # thread may run another backward pass.
-        self._open: tuple[int, torch.Tensor, list[torch.Tensor | None]] | None = None
-        self.y_row: torch.Tensor | None = None  # [1, 6]
-
-    def is_on(self) -> bool:
-        """Returns whether the residual add is observed."""
-        hooks = self._hooks()
-        return hooks is not None and not hooks.buffer.is_off(self.first)
+        self.y_row: torch.Tensor | None = None
 
     def fail(self, error: Exception) -> None:
-        """Switches off the residual add after an error in measuring it; raises the error if the buffer is strict."""
         hooks = self._hooks()
         if hooks is not None:
             hooks.buffer.fail(self.first, error)
 
-    @_fenced
-    def hook_branch(self, x: torch.Tensor, start: Node | None, outputs: Sequence[int] | None = None) -> None:
-        """Hooks the nodes from which the branch's part of the gradient reaches x; see `edges_into`."""
-        edges = edges_into(x, start, outputs)
-        self._n_arrivals = len(edges)
-        for node, output in edges:
-            node.register_hook(partial(self._on_arrival, output))
+    def add(self, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
+        try:
+            with self.counting():
+                y, self.y_row = RESIDUAL_ADD_STATS(x, f, relu)
+        except Exception as error:  # noqa: BLE001
+            self.fail(error)
+            y = RESIDUAL_ADD(x, f, relu)
+        return y
+
+    def gradient(self, incoming: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        if y is None:
+            self.on_sum(incoming)
+            return incoming
+        hooks = self._hooks()
+        if is_measurable(incoming) and hooks is not None and not hooks.buffer.is_off(self.first):
+            try:
+                with self.counting():
+                    gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, y)
+            except Exception as error:  # noqa: BLE001
+                self.fail(error)
+            else:
+                self.on_incoming(incoming, rows, _kept(gradient))
+                return gradient
+        return RESIDUAL_ADD_BACKWARD(incoming, y)
 
     def counting(self) -> AbstractContextManager[None]:
         """Returns the context for operators that compute statistics; see `GraphRows.counting`."""
         hooks = self._hooks()
         return nullcontext() if hooks is None else hooks.buffer.graphs.counting()
 
-    @_fenced
+    @fenced
     def on_operands(self, x: torch.Tensor, f: torch.Tensor) -> None:
         """Records the operands."""
         hooks = self._hooks()
@@ -246,7 +243,7 @@ class _JunctionCall:
             hooks.buffer.write(self.first + X, x)
             hooks.buffer.write(self.first + F, f)
 
-    @_fenced
+    @fenced
     def on_result(self, y: torch.Tensor) -> None:
         """Records the sum, by the row that the operator has computed if it has."""
         hooks = self._hooks()
@@ -257,16 +254,16 @@ class _JunctionCall:
         else:
             hooks.buffer.put(self.first + Y, self.y_row, y)
 
-    @_fenced
+    @fenced
     def on_incoming(self, incoming: torch.Tensor, rows: torch.Tensor, shortcut: torch.Tensor) -> None:
         """Records the gradient at y and the gradient at both operands, given their raw rows [2, 6]."""
         hooks = self._hooks()
         if hooks is not None and hooks.buffer.enabled:
             hooks.buffer.put(self.first + INCOMING, rows[:1], incoming)
             hooks.buffer.put(self.first + SHORTCUT, rows[1:], shortcut)
-            self._open = (torch._C._current_graph_task_id(), shortcut, []) if self._n_arrivals > 0 else None
+            self.keep_shortcut(shortcut)
 
-    @_fenced
+    @fenced
     def on_sum(self, incoming: torch.Tensor) -> None:
         """Records the gradient at a sum without ReLU, which both operands receive unchanged."""
         if is_measurable(incoming):
@@ -274,22 +271,9 @@ class _JunctionCall:
                 rows = raw_rows([incoming.detach()]).expand(2, -1)
             self.on_incoming(incoming, rows, _kept(incoming))
 
-    @_fenced
-    def _on_arrival(
-        self, output: int, grad_inputs: Sequence[torch.Tensor | None], _: Sequence[torch.Tensor | None]
-    ) -> None:
-        hooks, opened = self._hooks(), self._open
-        if hooks is None or opened is None or opened[0] != torch._C._current_graph_task_id():
-            return
-        shortcut, arrived = opened[1:]
-        arrived.append(grad_inputs[output])
-        if len(arrived) < self._n_arrivals:
-            return
-        # Drop the references before the engine sums the parts: it adds in place only if no one else holds the tensor.
-        if self._open is opened:
-            self._open = None
-        parts = [part for part in arrived if part is not None]
-        if not parts or not hooks.buffer.enabled or not all(is_measurable(part) for part in parts):
+    def on_branch(self, parts: Sequence[torch.Tensor], shortcut: torch.Tensor) -> None:
+        hooks = self._hooks()
+        if hooks is None or not hooks.buffer.enabled or not all(is_measurable(part) for part in parts):
             return
         with torch.no_grad(), self.counting():
             branch = parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
@@ -297,44 +281,6 @@ class _JunctionCall:
                 rows = RESIDUAL_BRANCH_STATS(branch, shortcut.to(branch.dtype))
                 hooks.buffer.put_untracked(self.first + BRANCH, rows[:1], branch.numel())
                 hooks.buffer.put_untracked(self.first + DOT, rows[1:], branch.numel())
-
-
-class _ObservedAdd(torch.autograd.Function):
-    """`residual_add` with operators that also compute statistics."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, f: torch.Tensor, relu: bool, call: _JunctionCall) -> torch.Tensor:
-        try:
-            with call.counting():
-                y, call.y_row = RESIDUAL_ADD_STATS(x, f, relu)
-        except Exception as error:  # noqa: BLE001
-            call.fail(error)
-            y = RESIDUAL_ADD(x, f, relu)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*([y] if relu else []))
-        result: torch.Tensor = y
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, incoming: torch.Tensor | None) -> Any:
-        if incoming is None:
-            return None, None, None, None
-        saved = ctx.saved_tensors  # read once: under a checkpoint each read recomputes
-        if not saved:
-            ctx.call.on_sum(incoming)
-            return incoming, incoming, None, None
-        if is_measurable(incoming) and ctx.call.is_on():
-            try:
-                with ctx.call.counting():
-                    gradient, rows = RESIDUAL_ADD_BACKWARD_STATS(incoming, *saved)
-            except Exception as error:  # noqa: BLE001
-                ctx.call.fail(error)
-            else:
-                ctx.call.on_incoming(incoming, rows, _kept(gradient))
-                return gradient, gradient, None, None
-        gradient = torch.ops.gradprobe.residual_add_backward(incoming, *saved)
-        return gradient, gradient, None, None
 
 
 def _kept(gradient: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from helpers.signal_cases import Block, net
 from torch import nn
 
 import gradprobe
-from gradprobe.observers import junctions
+from gradprobe.observers import junction_call, junctions
 from gradprobe.observers.event_rows import PythonEventRows
 from gradprobe.observers.signal_buffer import SignalBuffer
 from gradprobe.ops.libraries import native_hooks
@@ -82,7 +82,7 @@ FAULTS = {
         of_module(junctions, "RESIDUAL_ADD_BACKWARD_STATS"), ["0", "1.branch", "2"], [], [JOIN]
     ),
     "branch": Fault(of_module(junctions, "RESIDUAL_BRANCH_STATS"), ["0", "1.branch", "2"], [], [JOIN]),
-    "edges": Fault(of_module(junctions, "edges_into"), ["0", "1.branch", "2"], [], [JOIN]),
+    "edges": Fault(of_module(junction_call, "edges_into"), ["0", "1.branch", "2"], [], [JOIN]),
     "row of the sum": Fault(of_module(SignalBuffer, "put"), ["0", "1.branch", "2"], [], [JOIN]),
 }
 
