@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _intervals import interval
 from _machine import keep_memory, processor
 from torch import nn
 
@@ -104,12 +105,11 @@ def main() -> None:
                 probe.detach()
 
     bare = taken.pop(BARE)[1:]  # the first round warms up
-    resampled = generator.integers(0, len(bare), (2000, len(bare)))
     print(f"\nbare step: {np.median(bare[:, 0]) / STEPS * 1e3:.1f} ms, {len(bare)} rounds of {STEPS} steps")
     print(f"{'way':28}{'added':>10}{'90 % interval':>20}{'ms a step':>12}{'its thread':>14}{'other threads':>16}")
     for way, all_rounds in taken.items():
         added = all_rounds[1:] / bare - 1  # [rounds, 3]
-        least, most = np.percentile(np.median(added[resampled, 0], axis=1), [5, 95])
+        least, most = interval(added[:, 0])
         wall, thread, _ = np.median(added, axis=0)
         added_ms = np.median(all_rounds[1:, 0] - bare[:, 0]) / STEPS * 1e3
         others = np.median((all_rounds[1:, 2] - all_rounds[1:, 1]) / bare[:, 1])

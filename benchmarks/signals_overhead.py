@@ -29,7 +29,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from _intervals import interval
 from _machine import keep_memory, processor
+from numpy.typing import NDArray
 from torch import nn
 
 import gradprobe
@@ -131,13 +133,17 @@ def main() -> None:
         gc.collect()
     taken_ms = {way: taken[1:] for way, taken in taken_ms.items()}  # the first round warms up
     bare = taken_ms.pop(BARE)
-    resampled = generator.integers(0, len(bare), (2000, len(bare)))
     print(f"\nbare step: {np.median(bare):.1f} ms, {len(bare)} rounds of {STEPS} steps")
     print(f"{'way':40}{'added':>10}{'90 % interval':>20}")
     for way, taken in taken_ms.items():
         added = taken / bare - 1  # [rounds, STEPS]
-        least, most = np.percentile(np.median(added[resampled], axis=1).mean(axis=1), [5, 95])
-        print(f"{way:40}{np.median(added, axis=0).mean():10.2%}{f'{least:.2%} … {most:.2%}':>20}")
+        least, most = interval(added, mean_of_medians)
+        print(f"{way:40}{mean_of_medians(added):10.2%}{f'{least:.2%} … {most:.2%}':>20}")
+
+
+def mean_of_medians(added: NDArray[np.float64]) -> float:
+    """Averages the medians of the steps. [n_rounds, STEPS]."""
+    return float(np.median(added, axis=0).mean())
 
 
 if __name__ == "__main__":
