@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 from gradprobe.errors import ArgumentError
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.module_hooks import ModuleHook, ModuleHooks
-from gradprobe.observers.observable import ForwardPasses, measurable_part, tensors_in
+from gradprobe.observers.observable import ForwardPasses, may_observe_in_graph, measurable_part, tensors_in
 from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.transforms import in_transform
@@ -127,7 +127,7 @@ class ActivationHooks:
         Returns:
             The output to use in its place, or None to keep it.
         """
-        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if not may_observe_in_graph():
             return None
         from gradprobe.observers.compiled_ops import observe_output  # imports Dynamo
 

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.event_rows import make_native_hooks, next_native_step
 from gradprobe.observers.junction_call import JunctionCall, fenced
-from gradprobe.observers.observable import ForwardPasses, is_measurable
+from gradprobe.observers.observable import ForwardPasses, is_measurable, may_observe_in_graph
 from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.autograd import residual_sum
@@ -82,7 +82,7 @@ class JunctionHooks:
     def in_graph(self, j: int, x: torch.Tensor, f: torch.Tensor, relu: bool) -> torch.Tensor:
         """Computes residual add j in a graph that is being compiled, and observes it there."""
         is_observable = x.is_floating_point() and f.is_floating_point() and x.shape == f.shape and x.device == f.device
-        if not is_observable or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        if not is_observable or not may_observe_in_graph():
             return residual_add(x, f, relu)
         from gradprobe.observers.compiled_ops import observe_junction  # imports Dynamo
 

@@ -41,6 +41,13 @@ class ForwardPasses:
         self._n_in_backward.clear()
 
 
+def may_observe_in_graph() -> bool:
+    """Returns whether the graph being compiled may observe: not in inference, export or a `torch.func` transform."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return not torch._C._are_functorch_transforms_active()
+
+
 def is_measurable(tensor: torch.Tensor) -> bool:
     """Returns whether the operators accept a tensor, and would not run code of its class inside a hook."""
     return type(tensor) in PLAIN and refusal(tensor) is None

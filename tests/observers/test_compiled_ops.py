@@ -232,6 +232,25 @@ class TestCompiledModels:
         gradprobe.attach(model, activations=True)
         assert torch.allclose(torch.compile(model, backend="aot_eager")(x), expected)
 
+    @pytest.mark.parametrize(
+        "transform", ["grad", *(pytest.param(name, marks=pytest.mark.soak) for name in ("jvp", "vmap of grad"))]
+    )
+    def test_a_compiled_transform_is_not_observed(self, transform: str) -> None:
+        model = net(nn.Linear(4, 1))
+        parameters, x = dict(model.named_parameters()), torch.randn(5, 3)
+
+        def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+        call = {
+            "grad": torch.func.grad(loss),
+            "jvp": lambda parameters, x: torch.func.jvp(lambda x: loss(parameters, x), (x,), (x,)),
+            "vmap of grad": torch.vmap(torch.func.grad(loss), (None, 0)),
+        }[transform]
+        expected = call(parameters, x)
+        gradprobe.attach(model, activations=True, strict=True)
+        torch.testing.assert_close(torch.compile(call, backend="aot_eager")(parameters, x), expected)
+
     def test_an_exported_program_has_no_probe_operators(self) -> None:
         model = net()
         gradprobe.attach(model, activations=True)
