@@ -26,7 +26,7 @@ from torch import nn
 from gradprobe.errors import ArgumentError, GradprobeWarning, warn_user
 from gradprobe.nn.addition_site import attribute
 from gradprobe.nn.first_forward import call_at_first_forward, is_waiting, stop_waiting
-from gradprobe.nn.residual import InlineAdd, watchers
+from gradprobe.nn.residual import InlineAdd, watchers, watchers_paused
 from gradprobe.nn.rewrite import Place, Replacement, Span, read, rewritten
 from gradprobe.nn.shortcuts import Addition
 from gradprobe.nn.trace import Traced, trace
@@ -180,13 +180,8 @@ def _trace(
     """Finds the residual additions in one forward, and replaces them."""
     if any(map(_is_sharded, model.modules())):
         raise ArgumentError("model: needed one that is not sharded yet: instrument it before, with an example")
-    for watcher in [*watchers]:
-        watcher.pause(1)
-    try:
+    with watchers_paused():
         traced = trace(_inner(model), example, keywords, is_inside=is_inside)
-    finally:
-        for watcher in [*watchers]:
-            watcher.pause(-1)
     try:
         _instrument(model, report, traced)
     except BaseException:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from inspect import getattr_static
 from types import FunctionType, MethodType
@@ -45,14 +45,23 @@ class ResidualObserver(Protocol):
 class Watcher(Protocol):
     """Observes models, and is told when `instrument` changes one."""
 
-    def pause(self, by: int) -> None:
-        """Begins a pause (1) or ends one (-1): a model is run to find its residual adds."""
+    def paused(self) -> AbstractContextManager[None]:
+        """Returns a context in which nothing is measured: a model is run to find its residual adds."""
 
     def take_up(self) -> None:
         """Called when residual adds have come or gone."""
 
 
 watchers: WeakSet[Watcher] = WeakSet()
+
+
+@contextmanager
+def watchers_paused() -> Iterator[None]:
+    """Pauses all watchers."""
+    with ExitStack() as pauses:
+        for watcher in [*watchers]:
+            pauses.enter_context(watcher.paused())
+        yield
 
 
 class ResidualAdd(nn.Module):

@@ -441,11 +441,8 @@ class Probe:
         `torch.jit.script` needs a pause if activations are observed: it rejects their hooks, which are removed
         meanwhile.
         """
-        self._recorder.pause(1)
-        try:
+        with self._recorder.paused():
             yield self
-        finally:
-            self._recorder.pause(-1)
 
     def detach(self) -> None:
         """Removes every hook, and stores the last steps. The history stays readable. Further calls do nothing.

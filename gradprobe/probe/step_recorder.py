@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -236,10 +237,16 @@ class StepRecorder:
             must_join = is_due and step % self._every == 0
             self._updates.begin(optimizer, self._observer.parameters(), step, is_measured and is_due, must_join)
 
-    def pause(self, by: int) -> None:
-        """Begins a pause (1) or ends one (-1); pauses may be nested."""
-        self._pause_depth += by
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Measures nothing in the block; blocks may be nested or overlap."""
+        self._pause_depth += 1
         self._set_enabled()
+        try:
+            yield
+        finally:
+            self._pause_depth -= 1
+            self._set_enabled()
 
     def clip(self, max_norm: float, error_if_nonfinite: bool) -> torch.Tensor:
         """Clips the gradients, as `Probe.clip_grad_norm_` describes.
