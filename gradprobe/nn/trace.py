@@ -186,6 +186,7 @@ class _Finder(TorchFunctionMode):
         self._sums: dict[_Key, _Sum] = {}
         self._made: dict[Node, _Key] = {}  # by which addition
         self._outputs: dict[Node, nn.Module] = {}  # of which module, the innermost one with parameters
+        self._children: dict[nn.Module, dict[int, str]] = {}  # see _children_of
         self._has_parameters = {id(module): any(True for _ in module.parameters()) for module in model.modules()}
         self._walks: dict[nn.Module, dict[CodeType, str]] = {}  # over the children of a module, by which code
         self._walked: dict[nn.Module, str] = {}  # those that run the children
@@ -397,14 +398,21 @@ class _Finder(TorchFunctionMode):
 
     def _last_in(self, branch: Origins, shortcut: Origins, owner: nn.Module) -> str:
         """Names the child of a module that ran last in a branch: one with parameters, if there is one."""
+        children = self._children_of(owner)
         ran = [
-            (self._has_parameters[id(module)], node._sequence_nr(), name)
+            (self._has_parameters[id(module)], node._sequence_nr(), children[id(module)])
             for node in branch
             if isinstance(node, Node) and node not in shortcut and (module := self._outputs.get(node)) is not None
-            for name, child in owner.named_children()
-            if any(inner is module for inner in child.modules())
+            if id(module) in children
         ]
         return max(ran, default=(False, 0, ""))[2]
+
+    def _children_of(self, owner: nn.Module) -> dict[int, str]:
+        """Returns for each module within another the child that contains it, the last by name of several."""
+        if owner not in self._children:
+            named = sorted(owner.named_children())
+            self._children[owner] = {id(inner): name for name, child in named for inner in child.modules()}
+        return self._children[owner]
 
 
 @contextmanager
