@@ -91,7 +91,7 @@ class RunningDiagnosis:
         """
         if self._is_stopped:
             return
-        if self._is_other(snapshot):
+        if self._has_other_parameters(snapshot):
             self._judge()
             self._clear()
         elif self._has_other_residual_adds(snapshot):
@@ -134,18 +134,18 @@ class RunningDiagnosis:
         twin._observed, twin._updated = self._observed.copy(), self._updated.copy()
         twin._columns, twin._update_columns = self._columns.copy(), self._update_columns.copy()
         if newest is not None and not self._is_stopped:
-            if twin._is_other(newest) or twin._has_other_residual_adds(newest):
+            if twin._has_other_parameters(newest) or twin._has_other_residual_adds(newest):
                 twin.take(newest)
             else:
                 twin._append(newest)
         return twin._judge()
 
-    def _is_other(self, snapshot: Snapshot) -> bool:
+    def _has_other_parameters(self, snapshot: Snapshot) -> bool:
         """Returns whether a step has other parameters than the one before."""
         return len(self._recent) > 0 and self._recent[-1].table.names != snapshot.table.names
 
     def _has_other_residual_adds(self, snapshot: Snapshot) -> bool:
-        """Returns whether the model has got other residual adds."""
+        """Returns whether a step has other residual adds than the one before."""
         if snapshot.signals is None or not self._observed:
             return False
         before, table = self._observed[-1][1].table, snapshot.signals.table
