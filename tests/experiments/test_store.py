@@ -173,11 +173,11 @@ def test_a_second_writer_is_rejected_until_the_first_closes(path):
 
 
 def take_and_release(path, start, taken, double):
-    """Takes the lock again and again for a second; a marker file shows two holders at once."""
+    """Takes the lock again and again, 30 times together with others; a marker file shows two holders at once."""
     marker = path.with_name("held")
     start.wait()
-    end = time.monotonic() + 1.0
-    while time.monotonic() < end:
+    end = time.monotonic() + 60.0
+    while taken.value < 30 and time.monotonic() < end:
         try:
             run = start_run(path, CONFIG, {})
         except StoreError:
@@ -205,7 +205,7 @@ def test_the_lock_has_one_holder_at_a_time_under_contention(path):
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 3
-    assert taken.value > 10
+    assert taken.value >= 30
     assert double.value == 0
 
 
