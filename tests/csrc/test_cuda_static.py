@@ -1,6 +1,5 @@
 """The code that nvcc generates for the CUDA kernels: warnings, spills, registers, wide loads. Needs no GPU."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from emulation.building import CSRC, KERNELS, session_folder
+from sass import Instruction, cuobjdump, disassembled, is_wide_load, main_loop
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Name of the kernel with the main loop of each file, and the loop's loads and stores.
@@ -19,6 +19,8 @@ MAIN_LOOPS = {
     "residual_add.cu": ("join_chunks", 4, 2),
     "branch_stats.cu": ("branch_chunks", 4, 0),
 }
+# The most instructions per element in the main loop of `sum_chunks`, by type and elements of a 16-byte load.
+INSTRUCTIONS = {("float", 4): 10.1, ("__nv_bfloat16", 8): 10.6, ("__half", 8): 10.1, ("double", 2): 30.0}
 THREADS = 256
 REGISTERS = 64 * 1024  # per multiprocessor, on every architecture above
 
@@ -40,21 +42,16 @@ class Kernel:
     Attributes:
         name: As in the source, with its template arguments.
         registers: Per thread.
-        instructions: SASS mnemonics, in order.
+        instructions: In order.
     """
 
     name: str
     registers: int
-    instructions: tuple[str, ...]
+    instructions: tuple[Instruction, ...]
 
-
-def cuobjdump() -> str | None:
-    """Finds the disassembler in the CUDA toolkit or in Triton's wheel."""
-    spec = importlib.util.find_spec("triton")
-    folders = [] if spec is None or spec.origin is None else [Path(spec.origin).parent / "backends" / "nvidia" / "bin"]
-    return shutil.which("cuobjdump") or next(
-        (found for folder in folders if (found := shutil.which("cuobjdump", path=str(folder)))), None
-    )
+    def named(self, pattern: str) -> list[str]:
+        """Returns the mnemonics that match a pattern at their start."""
+        return [each.name for each in self.instructions if re.match(pattern, each.name)]
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -76,18 +73,10 @@ def compiled(source: str, architecture: int) -> tuple[Kernel, ...]:
     assert registers, report
     assert not re.search(r"[1-9]\d* bytes (stack frame|spill)", report), report
 
-    instructions: dict[str, list[str]] = {name: [] for name in registers}
     tool = cuobjdump()
-    if tool is not None:
-        dump = subprocess.run([tool, "-sass", str(target)], capture_output=True, text=True, check=True).stdout
-        name = ""
-        for line in dump.splitlines():
-            if match := re.search(r"Function : (\w+)", line):
-                name = match[1]
-            elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?([A-Z][\w.]*)", line):
-                instructions[name].append(match[1])
+    instructions = {} if tool is None else disassembled(tool, target)
     return tuple(
-        Kernel(readable, int(registers[name]), tuple(instructions[name]))
+        Kernel(readable, int(registers[name]), instructions.get(name, ()))
         for name, readable in zip(registers, demangled(list(registers)), strict=True)
     )
 
@@ -114,26 +103,38 @@ class TestMachineCode:
     def test_no_local_memory_and_no_flushed_subnormals(self, source: str, architecture: int) -> None:
         for kernel in compiled(source, architecture):
             assert len(kernel.instructions) > 100, kernel.name
-            assert not [i for i in kernel.instructions if re.match(r"(LDL|STL)\b", i) or ".FTZ" in i], kernel.name
+            assert not kernel.named(r"(LDL|STL)\b|.*\.FTZ"), kernel.name
 
     def test_no_atomics(self, source: str, architecture: int) -> None:
         for kernel in compiled(source, architecture):
-            assert not [i for i in kernel.instructions if re.match(r"(ATOM|RED)", i)], kernel.name
+            assert not kernel.named("ATOM|RED"), kernel.name
 
     def test_main_loop_moves_16_bytes_with_all_loads_in_flight(self, source: str, architecture: int) -> None:
         if source not in MAIN_LOOPS:
             pytest.skip("reads rows, not tensors")
         name, loads, stores = MAIN_LOOPS[source]
         for kernel in kernels(source, architecture, name):
-            wide = [k for k, i in enumerate(kernel.instructions) if i.startswith("LDG") and ".128" in i]
+            wide = [k for k, i in enumerate(kernel.instructions) if is_wide_load(i)]
             assert len(wide) > loads, kernel.name  # the main loop's, and the remainder's
-            between = kernel.instructions[wide[0] : wide[loads - 1]]
-            arithmetic = [i for i in between if re.match(r"(FADD|FMUL|FFMA|DADD|DMUL|DFMA|HADD2|HFMA2|STG)", i)]
+            between = [i.name for i in kernel.instructions[wide[0] : wide[loads - 1]]]
+            arithmetic = [
+                name for name in between if re.match(r"(FADD|FMUL|FFMA|DADD|DMUL|DFMA|HADD2|HFMA2|STG)", name)
+            ]
             # 7.5 has no bfloat16 arithmetic: the compiler starts on the first vector before it loads the last.
             if not (architecture == 75 and "bfloat16" in kernel.name):
                 assert not arithmetic, f"{kernel.name}: {arithmetic} before the last of {loads} loads"
-            written = [i for i in kernel.instructions if i.startswith("STG") and ".128" in i]
-            assert len(written) >= stores + bool(stores), kernel.name
+            assert len(kernel.named(r"STG.*\.128")) >= stores + bool(stores), kernel.name
+
+    def test_statistics_take_few_instructions(self, source: str, architecture: int) -> None:
+        if source != "grad_stats.cu":
+            pytest.skip("has no limit")
+        loads = MAIN_LOOPS[source][1]
+        for (type_, vector), limit in INSTRUCTIONS.items():
+            for kernel in kernels(source, architecture, f"sum_chunks<{type_},"):
+                loop = main_loop(kernel.instructions, loads)
+                # 12.0 pads float64 arithmetic with instructions that do nothing.
+                issued = [each for each in loop if type_ != "double" or each.name != "NOP"]
+                assert len(issued) <= limit * vector * sum(map(is_wide_load, loop)), (kernel.name, len(issued))
 
 
 def test_the_build_flushes_no_subnormals() -> None:
