@@ -142,13 +142,11 @@ def _stable_library(torch: Torch, cuda: Cuda | None) -> Module:
         defines += ["-DUSE_CUDA"]
         libraries = next((folder for folder in ("lib64", "lib") if (cuda.root / folder).is_dir()), "lib64")
         link += [f"-L{cuda.root / libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
-        newest = cuda.targets[-1]
-        nvcc_flags = ["-O3", "-std=c++20", "-Icsrc"]
+        nvcc_flags = ["-O3", "-std=c++20", "-Icsrc", "-cudart=static"]
         nvcc_flags += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in cuda.targets]
-        nvcc_flags += [
-            f"-gencode=arch=compute_{newest},code=compute_{newest}",
-            "-cudart=static",
-        ]
+        # PTX of the newest target for GPUs that come later, of the oldest for those between (8.7, 11.0).
+        for target in sorted({cuda.targets[0], cuda.targets[-1]}, reverse=True):
+            nvcc_flags += [f"-gencode=arch=compute_{target},code=compute_{target}"]
         nvcc_flags += ["-Xptxas=-warn-spills,-warn-lmem-usage", "-Xfatbin=-compress-all"]
         nvcc_flags += ["-Werror=all-warnings", "-Xptxas=-Werror"] if _STRICT else []
         nvcc_flags += [f"-Xcompiler=-fPIC,-fvisibility=hidden,-g0,{','.join(_WARNINGS)}"]

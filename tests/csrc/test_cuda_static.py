@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from emulation.building import CSRC, KERNELS, session_folder
 from sass import Instruction, cuobjdump, disassembled, is_wide_load, main_loop
+
+import gradprobe
+from gradprobe.ops import libraries
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Name of the kernel with the main loop of each file, and the loop's loads and stores.
@@ -135,6 +139,23 @@ class TestMachineCode:
                 # 12.0 pads float64 arithmetic with instructions that do nothing.
                 issued = [each for each in loop if type_ != "double" or each.name != "NOP"]
                 assert len(issued) <= limit * vector * sum(map(is_wide_load, loop)), (kernel.name, len(issued))
+
+
+@pytest.mark.skipif(cuobjdump() is None, reason="needs cuobjdump from the CUDA toolkit or Triton")
+def test_the_library_has_code_for_every_gpu_from_the_oldest_on() -> None:
+    """Every file has machine code of each target, and PTX of the oldest and of the newest for all others."""
+    if libraries.build_info().get("cuda") != "built":
+        pytest.skip(libraries.parts()["cuda"])
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [f"sm_{target}" for target in ARCHITECTURES if f"sm_{target}" in known]
+    library = Path(gradprobe.__file__).parent / "_C.so"
+    tool = cuobjdump()
+    assert tool is not None
+    dump = subprocess.run([tool, "-lelf", "-lptx", str(library)], capture_output=True, text=True, check=True).stdout
+    in_library = Counter(re.findall(r"\.(sm_\d+\.(?:cubin|ptx))$", dump, re.MULTILINE))
+    n_files = len(list((CSRC / "cuda").glob("*.cu")))
+    needed = [f"{target}.cubin" for target in targets] + [f"{target}.ptx" for target in (targets[0], targets[-1])]
+    assert in_library == dict.fromkeys(needed, n_files)
 
 
 def test_the_build_flushes_no_subnormals() -> None:
