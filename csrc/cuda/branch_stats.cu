@@ -143,8 +143,8 @@ cudaError_t branch_stats(const void* branch, const void* shortcut, int64_t numel
   if (n_chunks > 0) {
     const cudaError_t error = with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      return launch(branch_chunks<T>, n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
-                    numel, partials, rows, enabled);
+      return launch<branch_chunks<T>>(n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
+                                      numel, partials, rows, enabled);
     });
     if (error) return error;
   }

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t clip_coefficient(const double* rows, int64_t n_rows, double max_norm, double* out, cudaStream_t stream) {
-  return launch(clip_rows, 1, stream, rows, n_rows, max_norm, out);
+  return launch<clip_rows>(1, stream, rows, n_rows, max_norm, out);
 }
 
 }  // namespace gradprobe::cuda

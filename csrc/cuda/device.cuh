@@ -11,6 +11,7 @@
 
 #include "core/chunks.h"
 #include "core/stats.h"
+#include "cuda/kernel_list.h"
 #include "cuda/launch.h"
 
 namespace gradprobe::cuda {
@@ -207,11 +208,18 @@ __device__ __forceinline__ bool is_on(const int32_t* enabled) { return enabled =
 // ---- Launching
 
 template <typename... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t n_blocks, cudaStream_t stream,
-                   const std::type_identity_t<Parameters>&... arguments) {
+cudaError_t launch_kernel(void (*kernel)(Parameters...), int64_t n_blocks, cudaStream_t stream,
+                          const std::type_identity_t<Parameters>&... arguments) {
   if (n_blocks < 1 || n_blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(n_blocks)), dim3(kThreads), pointers, 0, stream);
+}
+
+// Enqueues a kernel, which is a template argument so that it is in the list of kernels before its first launch.
+template <auto kernel, typename... Arguments>
+cudaError_t launch(int64_t n_blocks, cudaStream_t stream, const Arguments&... arguments) {
+  static_cast<void>(&listed<kernel>);
+  return launch_kernel(kernel, n_blocks, stream, arguments...);
 }
 
 }  // namespace gradprobe::cuda

@@ -60,14 +60,14 @@ class Finisher {
     const int n_rows = n_rows_;
     n_rows_ = 0;
     if (n_rows > kFinishRowsSmall)
-      return launch(merge_partials<kFinishRows>, n_rows, stream_, table_, partials_, rows_, enabled_);
+      return launch<merge_partials<kFinishRows>>(n_rows, stream_, table_, partials_, rows_, enabled_);
     FinishTable<kFinishRowsSmall> small;
     for (int i = 0; i < n_rows; ++i) {
       small.first_partial[i] = table_.first_partial[i];
       small.n_partials[i] = table_.n_partials[i];
       small.row[i] = table_.row[i];
     }
-    return launch(merge_partials<kFinishRowsSmall>, n_rows, stream_, small, partials_, rows_, enabled_);
+    return launch<merge_partials<kFinishRowsSmall>>(n_rows, stream_, small, partials_, rows_, enabled_);
   }
 
  private:

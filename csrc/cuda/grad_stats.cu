@@ -76,8 +76,8 @@ cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* par
 
   const auto flush = [&]() -> cudaError_t {
     if (packer.n_chunks() == 0) return cudaSuccess;
-    const cudaError_t error = launch(sum_chunks<T, kCapacity>, packer.n_chunks(), stream, packer.table(),
-                                     partials + chunks_done, rows + kStats * packer.first_row(), enabled);
+    const cudaError_t error = launch<sum_chunks<T, kCapacity>>(
+        packer.n_chunks(), stream, packer.table(), partials + chunks_done, rows + kStats * packer.first_row(), enabled);
     chunks_done += packer.n_chunks();
     packer.clear();
     return error;

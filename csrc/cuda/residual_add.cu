@@ -172,8 +172,9 @@ cudaError_t join(const void* a, const void* b, void* out, int64_t numel, Element
   if (n_chunks > 0) {
     const cudaError_t error = with_type(element, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      return launch(join_chunks<T, Operation, counted>, n_chunks, stream, static_cast<const T*>(a),
-                    static_cast<const T*>(b), static_cast<T*>(out), numel, partials, rows, enabled);
+      return launch<join_chunks<T, Operation, counted>>(n_chunks, stream, static_cast<const T*>(a),
+                                                        static_cast<const T*>(b), static_cast<T*>(out), numel, partials,
+                                                        rows, enabled);
     });
     if (error) return error;
   }

@@ -70,6 +70,9 @@ _CHOICES: dict[str, tuple[Backend, Callable[[str], str]]] = {
 def backends() -> dict[str, str]:
     """Lists the back ends and whether they can run here.
 
+    This uses no GPU. Kernels are loaded and tried on a GPU when the first probe with parameters there is attached, and
+    what they could not do is listed from then on.
+
     Returns:
         Name to "ready", or to the reason it is not. "native" reads "ready for cpu; cuda: <reason>" if only its CPU
         kernels are available.
@@ -85,7 +88,11 @@ def backends() -> dict[str, str]:
         native = f"ready for cpu; cuda: {parts['cuda']}"
     else:
         native = f"cpu: {parts['cpu']}; cuda: {parts['cuda']}"
-    return {"native": native, "triton": _triton_state("cuda"), "reference": "ready"}
+    failed = [
+        (device, state) for (name, device), state in list(_tried.items()) if name == "triton" and state != "ready"
+    ]
+    triton = "; ".join(f"cannot run on {device}: {state}" for device, state in failed) or _triton_state("cuda")
+    return {"native": native, "triton": triton, "reference": "ready"}
 
 
 # Results of the trials: "ready", or why the back end of that name cannot run on that device.
@@ -100,8 +107,8 @@ _N_TENSORS = {"native": 130, "triton": 2, "reference": 2}
 def resolve(backend: str, device: torch.device) -> Backend:
     """Chooses the back end for tensors on a device.
 
-    The first choice of a back end for a device runs it there once on small tensors: kernels may be loaded and still
-    fail, e.g. because they were not built for this GPU.
+    The first choice of a back end for a device loads its kernels and runs it there once on small tensors: the library
+    may be there and still fail, e.g. because it was not built for this GPU.
 
     Args:
         backend: "auto" for the first that is ready and passes its trial (native, then Triton, then reference), or a
@@ -160,44 +167,60 @@ def _state(name: str, device: torch.device) -> str:
     if found != "ready" and device.type == "cuda":
         if name == "native":
             libraries.parts()["cuda"] = f"cannot run on {device}: {found}"
+            # The dispatcher has one set of kernels for all GPUs.
+            for other in [key for key in _tried if key[0] == name and key[1].type == "cuda" and key[1] != device]:
+                del _tried[other]
         if libraries.parts()["cuda"] != "ready":  # the dispatcher has the kernels that have just failed
             schemas.register_for_cuda("triton" if _state("triton", device) == "ready" else "reference")
     return found
 
 
 def _try(backend: Backend, device: torch.device) -> str | None:
-    """Runs a back end once on a device.
+    """Runs a back end once on a device; loads all compiled kernels first if it is the native one on a GPU.
 
     Returns:
-        "ready" if its numbers are right, otherwise what went wrong; None if that cannot be told: there is no such
-        device here, or no memory or thread for the trial.
+        "ready" if its kernels load and its numbers are right, otherwise what went wrong; None if that cannot be told:
+        there is no such device here, or no memory or thread for the trial.
     """
     found: list[str | None] = []
-
-    def trial() -> None:
-        try:
-            # [K, 4], whole numbers whose sums are exact
-            values = torch.arange(4 * _N_TENSORS[backend.name], dtype=torch.float32, device=device).view(-1, 4) - 5
-        except Exception:  # noqa: BLE001
-            found.append(None)
-            return
-        try:
-            found.append(_run(backend, values))
-        except (MemoryError, torch.OutOfMemoryError):
-            found.append(None)
-        except Exception as error:  # noqa: BLE001
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            found.append(lines[0].strip() if lines else type(error).__name__)
-
     # None of the caller's contexts reaches another thread: inference mode, autocast, a default device, modes that see
     # every call, transforms.
-    thread = threading.Thread(target=trial, name="gradprobe-trial", daemon=True)
+    thread = threading.Thread(
+        target=lambda: found.append(_load_and_run(backend, device)), name="gradprobe-trial", daemon=True
+    )
     try:
         thread.start()
     except RuntimeError:  # no more threads, or the interpreter is exiting
         return None
     thread.join()
     return found[0]
+
+
+def _load_and_run(backend: Backend, device: torch.device) -> str | None:
+    """Returns what `_try` returns, in this thread."""
+    try:
+        if backend.name == "native" and device.type == "cuda" and torch.cuda.is_available():
+            state = libraries.cuda_refusal(device)
+            if state != "ready":
+                return state
+    except Exception as error:  # noqa: BLE001
+        return _first_line(error)
+    try:
+        # [K, 4], whole numbers whose sums are exact
+        values = torch.arange(4 * _N_TENSORS[backend.name], dtype=torch.float32, device=device).view(-1, 4) - 5
+    except Exception:  # noqa: BLE001
+        return None
+    try:
+        return _run(backend, values)
+    except (MemoryError, torch.OutOfMemoryError):
+        return None
+    except Exception as error:  # noqa: BLE001
+        return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def _run(backend: Backend, values: Tensor) -> str:

@@ -7,9 +7,9 @@ or the reason it was not.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,7 @@ def parts() -> dict[str, str]:
         >>> sorted(parts())
         ['cpu', 'cuda']
     """
-    # Only in this package's folder: the library of another installation may be built from other sources.
-    library = next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)
+    library = _library()
     info = build_info()
     if library is None:
         state = info.get("native", "not built: no build of gradprobe._C has run for this installation")
@@ -61,6 +60,22 @@ def parts() -> dict[str, str]:
         reason = f"{library.name} does not load with torch {torch.__version__}: {str(error).splitlines()[0]}"
         return {"cpu": reason, "cuda": reason}
     return {part: _registered(key, info) for part, key in (("cpu", "CPU"), ("cuda", "CUDA"))}
+
+
+def cuda_refusal(device: torch.device | None = None) -> str | None:
+    """Asks the compiled library, which must have CUDA kernels, whether they can run here.
+
+    Args:
+        device: A GPU. Every kernel is loaded there, so that none is loaded during a capture. With None only the driver
+            is checked, and no GPU is used.
+
+    Returns:
+        The reason why they cannot run, or "ready"; None if there is no memory to find out.
+    """
+    library = ctypes.CDLL(str(_library()))
+    library.gradprobe_cuda_refusal.restype = ctypes.c_char_p
+    reason: bytes | None = library.gradprobe_cuda_refusal(-1 if device is None else device.index or 0)
+    return None if reason is None else reason.decode(errors="replace") or "ready"
 
 
 @cache
@@ -92,15 +107,10 @@ def _registered(key: str, info: dict[str, str]) -> str:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
             state = info.get(key.lower(), "not built: the build left no reason")
             return f"the library has no {key} kernels, although the build says so" if state == "built" else state
-    return (_driver_too_old(info) if key == "CUDA" else None) or "ready"
+    return cuda_refusal() or "ready" if key == "CUDA" and torch.cuda.is_available() else "ready"
 
 
-def _driver_too_old(info: dict[str, str]) -> str | None:
-    """Returns why the driver cannot run the kernels, which link the CUDA runtime they were built with, else None."""
-    built = re.search(r"release (\d+)\.", info.get("nvcc", ""))
-    if built is None or not torch.cuda.is_available() or torch.version.cuda is None:
-        return None
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # 12040 for CUDA 12.4
-    if driver // 1000 >= int(built[1]):
-        return None
-    return f"built for CUDA {built[1]}, but the driver is for CUDA {driver // 1000}.{driver % 1000 // 10}: update it"
+def _library() -> Path | None:
+    """Returns the path of the compiled library."""
+    # Only in this package's folder: the library of another installation may be built from other sources.
+    return next(iter(sorted(_PACKAGE.glob("_C*.so"))), None)

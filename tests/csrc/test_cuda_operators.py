@@ -12,7 +12,7 @@ from helpers.ops_truth import scaled_by_torch
 from torch import Tensor
 
 from gradprobe import ops
-from gradprobe.ops import libraries, reference
+from gradprobe.ops import reference
 
 OPERATORS = ("grad_stats_into", "scale_")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -159,22 +159,6 @@ def test_opcheck_passes(target: tuple[object, torch.device], name: str) -> None:
     rows = torch.empty(2, 6, dtype=torch.float64, device=device)
     second = rows if name == "grad_stats_into" else torch.tensor(0.5, device=device)
     torch.library.opcheck(getattr(operators, name).default, (tensors, second))
-
-
-@pytest.mark.parametrize(
-    ("nvcc", "driver", "reason"),
-    [
-        ("nvcc release 13.0, V13.0.88", 13000, None),
-        ("nvcc release 12.1, V12.1.105", 13010, None),
-        ("nvcc release 13.0, V13.0.88", 12040, "built for CUDA 13, but the driver is for CUDA 12.4: update it"),
-    ],
-    ids=["equal", "newer", "older"],
-)
-def test_an_old_driver_is_reported(nvcc: str, driver: int, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    assert libraries._driver_too_old({"nvcc": nvcc}) == reason
 
 
 # ---- Tests that need a GPU.

@@ -119,7 +119,8 @@ def test_triton_kernels_never_replace_compiled_ones_that_can_run() -> None:
 OLD_DRIVER = """
 import torch
 from gradprobe.ops import libraries
-libraries._driver_too_old = lambda info: "update the driver"
+torch.cuda.is_available = lambda: True
+libraries.cuda_refusal = lambda device=None: "update the driver"
 import gradprobe.ops.schemas
 dump = torch._C._dispatch_dump("gradprobe::residual_add_stats")
 active = next(line for line in dump.splitlines() if line.startswith("CUDA:"))

@@ -218,24 +218,25 @@ def test_a_trial_that_cannot_be_held_is_held_later(monkeypatch: pytest.MonkeyPat
         ops.resolve("native", CPU)
 
 
-# A machine with a GPU, played: the trials of its back ends end as told.
+# Two GPUs, played: the trials of its back ends end as told.
 PLAYED = """
 import json, sys, warnings, torch
 from gradprobe import ops
 from gradprobe.ops import dispatch, libraries, schemas
 verdicts = dict(part.split("=") for part in sys.argv[1].split(","))
 torch.cuda.is_available = lambda: True
-dispatch._try = lambda backend, device: verdicts[backend.name]
+dispatch._try = lambda backend, device: verdicts.get(f"{backend.name}@{device.index}", verdicts.get(backend.name))
 register, registered = schemas.register_for_cuda, []
 schemas.register_for_cuda = lambda backend: (registered.append(backend), register(backend))
 chosen = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for name in sys.argv[2].split(","):
-        chosen.append(ops.resolve(name, torch.device("cuda", 0)).name)
+        name, _, index = name.partition("@")
+        chosen.append(ops.resolve(name, torch.device("cuda", int(index or 0))).name)
 dump = torch._C._dispatch_dump("gradprobe::residual_add_stats")
 active = next(line for line in dump.splitlines() if line.startswith("CUDA:"))
-print(json.dumps([chosen, len(caught), registered[-1:], "schemas.py" in active, ops.backends()["native"]]))
+print(json.dumps([chosen, len(caught), registered[-1:], "schemas.py" in active, ops.backends()]))
 """
 
 
@@ -248,8 +249,23 @@ print(json.dumps([chosen, len(caught), registered[-1:], "schemas.py" in active, 
         ("native=no image,triton=ready,reference=ready", "reference", ["reference"], 0, ["triton"]),
         ("native=no image,triton=ready,reference=ready", "reference,auto", ["reference", "triton"], 1, ["triton"]),
         ("native=no image,triton=no image,reference=ready", "auto,auto", ["reference"] * 2, 1, ["reference"]),
+        # All GPUs share one dispatcher.
+        (
+            "native@1=no image,native=ready,triton=ready",
+            "auto,auto@1,auto",
+            ["native", "triton", "triton"],
+            1,
+            ["triton"],
+        ),
     ],
-    ids=["sound", "native-fails", "native-fails-unasked", "native-fails-unasked-then-auto", "both-fail"],
+    ids=[
+        "sound",
+        "native-fails",
+        "native-fails-unasked",
+        "native-fails-unasked-then-auto",
+        "both-fail",
+        "one-gpu-fails",
+    ],
 )
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_the_dispatcher_never_keeps_kernels_that_cannot_run_on_the_gpu(
@@ -259,5 +275,8 @@ def test_the_dispatcher_never_keeps_kernels_that_cannot_run_on_the_gpu(
         pytest.skip(libraries.parts()["cuda"])
     done = subprocess.run([sys.executable, "-c", PLAYED, verdicts, asked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    state = "ready" if not registered else "ready for cpu; cuda: cannot run on cuda:0: no image"
-    assert json.loads(done.stdout) == [chosen, n_warnings, registered, bool(registered), state]
+    *found, states = json.loads(done.stdout)
+    assert found == [chosen, n_warnings, registered, bool(registered)]
+    on = "cuda:1" if "@1" in verdicts else "cuda:0"
+    assert states["native"] == (f"ready for cpu; cuda: cannot run on {on}: no image" if registered else "ready")
+    assert states["triton"] == ("cannot run on cuda:0: no image" if "triton=no image" in verdicts else "ready")
