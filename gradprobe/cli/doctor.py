@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradprobe import ops
-from gradprobe.errors import printable
+from gradprobe.errors import GradprobeWarning, printable
 from gradprobe.ops import libraries
 from gradprobe.version import VERSION
 
@@ -54,7 +55,7 @@ class Installation:
 
 
 def doctor() -> Installation:
-    """Examines this installation.
+    """Examines this installation, and tries the back ends on every GPU.
 
     Returns:
         The versions, and the state of each part.
@@ -67,6 +68,11 @@ def doctor() -> Installation:
     versions["python"] = platform.python_version()
     versions["cuda of torch"] = torch.version.cuda or "none"
     versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GradprobeWarning)  # the table says what cannot run
+        for index in range(n_gpus):
+            ops.resolve("auto", torch.device("cuda", index))
     parts = {**ops.backends(), "hooks": libraries.native_hooks()[1]}
     costs = {name: _COSTS[name] for name, state in parts.items() if state != "ready"}
     if parts["native"].startswith("ready for cpu"):

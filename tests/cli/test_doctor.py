@@ -1,11 +1,15 @@
 """`doctor` and `backends` report which parts work on this machine."""
 
 import sys
+import warnings
 
+import torch
 from rich.console import Console
 
 import gradprobe
+from gradprobe import ops
 from gradprobe.cli.doctor import doctor
+from gradprobe.errors import warn_user
 from gradprobe.ops import libraries
 
 
@@ -41,3 +45,20 @@ def test_hooks_that_were_not_built_report_the_builds_reason(monkeypatch) -> None
 def test_doctor_and_backends_agree() -> None:
     parts = doctor().parts
     assert {name: parts[name] for name in gradprobe.backends()} == gradprobe.backends()
+
+
+def test_the_back_ends_are_tried_on_every_gpu(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    tried = []
+
+    def resolve(backend: str, device: torch.device) -> None:
+        tried.append((backend, str(device)))
+        warn_user("backend 'native' cannot run")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "played")
+    monkeypatch.setattr(ops, "resolve", resolve)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        doctor()
+    assert tried == [("auto", "cuda:0"), ("auto", "cuda:1")]
