@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell f
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
 
-.PHONY: demo lesson docs test lint format build test-gpu bench real-models clean help
+.PHONY: demo lesson docs test lint format build gpu test-gpu bench real-models clean help
 
 demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and residual, 20 and 56 layers) and write its report
 	mkdir -p demo
@@ -56,6 +56,10 @@ build: $(BUILD_STAMP)  ## set up .venv and build the native libraries
 
 test-gpu: $(DEV_STAMP)  ## run the tests that need a CUDA device; skipped without one
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST)
+
+# Builds against the torch of PYTHON, not in .venv.
+gpu:  ## on a machine with a GPU: build, test and measure in 8 minutes, into build/gpu
+	@PYTHON='$(PYTHON)' bash benchmarks/on_gpu.sh build/gpu
 
 bench: $(DEV_STAMP)  ## run every benchmark, one after another
 	for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -7,7 +7,8 @@ flushes the L2 cache, so that its inputs come from memory.
 
 Columns: the set of tensors (dtype, number and size), the contender, the time per call in µs (median over the rounds,
 with quartiles) and GB/s. GB/s counts the bytes that the operation has to move: each element once for the statistics,
-twice for the scaling. The copy moves as many bytes (half read, half written) and shows what the memory can do.
+twice for the scaling, three times for clipping. The copy moves as many bytes as the statistics (half read, half
+written) and shows what the memory can do. Transformer Engine takes part where it is installed, with its types.
 
 --check exits with 1 unless, for sets of at least 64 MiB that are not float64, the statistics and the scaling reach
 80 % of the copy's GB/s, as docs/kernels.md predicts. Without a CUDA device the script says so and exits with 0, or with
@@ -17,6 +18,8 @@ twice for the scaling. The copy moves as many bytes (half read, half written) an
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import statistics
 import sys
@@ -94,6 +97,9 @@ def contenders_for(tensors: list[torch.Tensor], backend: ops.Backend) -> dict[st
 
     half = torch.empty(n_bytes // 2, dtype=torch.uint8, device=tensors[0].device)
     target = torch.empty_like(half)
+    parameters = [torch.nn.Parameter(t) for t in tensors]
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.grad = tensor
     return {
         "copy": (lambda: target.copy_(half), n_bytes),
         "grad_stats_into": (lambda: backend.grad_stats_into(tensors, out), n_bytes),
@@ -104,6 +110,28 @@ def contenders_for(tensors: list[torch.Tensor], backend: ops.Backend) -> dict[st
             lambda: (backend.grad_stats_into(tensors, out), backend.scale_(tensors, factor())),
             3 * n_bytes,
         ),
+        # Scales by 1 if nothing is to be clipped, which costs as much.
+        "torch clip_grad_norm_": (lambda: torch.nn.utils.clip_grad_norm_(parameters, torch.inf), 3 * n_bytes),
+        **transformer_engine_for(tensors, n_bytes),
+    }
+
+
+def transformer_engine_for(tensors: list[torch.Tensor], n_bytes: int) -> dict[str, tuple[Contender, int]]:
+    """Returns Transformer Engine's norm and scaling; nothing if it is not installed or has no kernels for the type."""
+    if tensors[0].dtype == torch.float64 or importlib.util.find_spec("transformer_engine") is None:
+        return {}
+    fused = importlib.import_module("transformer_engine.pytorch.optimizers")
+    overflow = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
+
+    def norm() -> object:
+        return fused.multi_tensor_applier(fused.multi_tensor_l2norm, overflow, [tensors], False)
+
+    def scale() -> object:
+        return fused.multi_tensor_applier(fused.multi_tensor_scale, overflow, [tensors, tensors], 1.0)
+
+    return {
+        "Transformer Engine norm": (norm, n_bytes),
+        "Transformer Engine clip": (lambda: (norm(), scale()), 3 * n_bytes),
     }
 
 
