@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gradprobe.errors import ArgumentError
+from gradprobe.ops.row_math import clip_of, merge_rows
 from gradprobe.ops.rows import STATS, range_exponent
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -222,3 +223,28 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
             target.mul_(scalar.to(target.dtype))
         else:
             target.copy_(target.float().mul_(scalar.float()))
+
+
+def clip_coefficient(rows: Tensor, max_norm: float) -> Tensor:
+    """Computes the total norm of K tensors and the factor that clips it.
+
+    Args:
+        rows: [K, 6] float64, contiguous; raw rows of the tensors.
+        max_norm: Largest total norm allowed.
+
+    Returns:
+        [2] float64 on the device of the rows: the Euclidean norm of all elements together, and the factor, at most 1.
+        As in `torch.nn.utils.clip_grad_norm_`, the factor is NaN if the norm is.
+
+    Raises:
+        ArgumentError: `rows` does not fit.
+
+    Example:
+        >>> raw = torch.empty(2, 6, dtype=torch.float64)
+        >>> grad_stats_into([torch.tensor([3.0]), torch.tensor([4.0])], raw)
+        >>> [round(value, 6) for value in clip_coefficient(raw, 2.5).tolist()]
+        [5.0, 0.5]
+    """
+    check_rows(rows, len(rows) if rows.dim() else 0, "rows")
+    row = merge_rows(rows.unsqueeze(0)) if len(rows) else rows.new_zeros(1, len(STATS))
+    return clip_of(row, max_norm)

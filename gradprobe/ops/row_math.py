@@ -75,30 +75,8 @@ def merge_rows(rows: Tensor) -> Tensor:
     return torch.cat((sums, sum_sq.unsqueeze(1), abs_max.unsqueeze(1), counts), dim=1)
 
 
-def clip_coefficient(rows: Tensor, max_norm: float) -> Tensor:
-    """Computes the total norm of K tensors and the factor that clips it.
-
-    Args:
-        rows: [K, 6] float64, raw rows of the tensors.
-        max_norm: Largest total norm allowed.
-
-    Returns:
-        [2] float64 on the device of the rows: the Euclidean norm of all elements together, and the factor, at most 1.
-        As in `torch.nn.utils.clip_grad_norm_`, the factor is NaN if the norm is.
-
-    Example:
-        >>> from gradprobe.ops import reference
-        >>> raw = torch.empty(2, 6, dtype=torch.float64)
-        >>> reference.grad_stats_into([torch.tensor([3.0]), torch.tensor([4.0])], raw)
-        >>> [round(value, 6) for value in clip_coefficient(raw, 2.5).tolist()]
-        [5.0, 0.5]
-    """
-    row = merge_rows(rows.unsqueeze(0)) if len(rows) else rows.new_zeros(1, len(STATS))
-    return clip_of(row, max_norm)
-
-
 def clip_of(row: Tensor, max_norm: float) -> Tensor:
-    """Computes what `clip_coefficient` does from the raw row [1, 6] of all elements together."""
+    """Computes the total norm and the factor that clips it, [2], from the raw row [1, 6] of all elements together."""
     total = norms(row)  # [1]
     return torch.cat((total, (max_norm / (total + 1e-6)).clamp(max=1.0)))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gradprobe.ops import batch_norm_reference, libraries, reference, residual_reference
 from gradprobe.ops.autograd import Normalised, ResidualSum, autograd_kernel, backward_kernel, masked_by
 from gradprobe.ops.residual_reference import check_operands
-from gradprobe.ops.row_math import clip_coefficient, empty_rows
+from gradprobe.ops.row_math import empty_rows
 from gradprobe.ops.rows import STATS
 from gradprobe.ops.triton import launcher as triton_launcher
 
@@ -77,7 +77,7 @@ def _fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
 _REFERENCE: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
     ("scale_", _fake_scale, reference.scale_),
-    ("clip_coefficient", _fake_clip, clip_coefficient),
+    ("clip_coefficient", _fake_clip, reference.clip_coefficient),
     ("count_if", _ignore_flag, _ignore_flag),
     ("residual_add", residual_reference.add, residual_reference.add),
     ("residual_add_backward", residual_reference.backward, residual_reference.backward),

@@ -250,8 +250,8 @@ def _empty_sum(x: Tensor, f: Tensor) -> Tensor | None:
 
 
 def clip_coefficient(rows: Tensor, max_norm: float) -> Tensor:
-    """Computes a total norm and the factor that clips it, as `row_math.clip_coefficient` does."""
-    check_rows(rows, len(rows), "rows")
+    """Computes a total norm and the factor that clips it, as `reference.clip_coefficient` does."""
+    check_rows(rows, len(rows) if rows.dim() else 0, "rows")
     row = torch.zeros(1, len(STATS), dtype=torch.float64, device=rows.device)
     if len(rows):
         with _on(rows.device):
