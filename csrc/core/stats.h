@@ -1,5 +1,5 @@
-// The arithmetic of the six statistics on host and device, defined here only: identity, add, merge, finish; and of
-// clipping.
+// The one definition, for host and device, of the arithmetic of the six statistics (identity, add, merge, finish) and
+// of clipping.
 //
 // Elements are added in one of two ways; partial results are merged in one:
 //

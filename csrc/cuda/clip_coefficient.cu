@@ -1,10 +1,11 @@
-// The last step of measuring a total norm: one small launch, so that clipping waits for nothing and costs no others.
+// Computes the total norm and the factor that clips it from the rows of all tensors, in one launch and without a
+// synchronisation.
 #include "cuda/device.cuh"
 
 namespace gradprobe::cuda {
 namespace {
 
-// One block. A model has few rows beside its elements.
+// Runs as one block: even a large model has few rows, one per tensor.
 __global__ void __launch_bounds__(kThreads)
     clip_rows(const double* rows, int64_t n_rows, double max_norm, double* out) {
   Stats mine = identity();

@@ -101,7 +101,7 @@ def node_at(source: Source, frame: FrameType) -> ast.expr | ast.stmt:
 
 
 def source_of(frame: FrameType) -> Source:
-    """Reads the source of the function that a frame runs, which is no method of a module.
+    """Reads the source of the function that a frame runs, for a function outside any module.
 
     Raises:
         Unreadable: It cannot be rewritten.

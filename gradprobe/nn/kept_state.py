@@ -44,17 +44,18 @@ class _CopyingAsInput(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Runs an operation, but a deep copy of a tensor."""
+        """Replaces the deep copy of a tensor by `as_input`, and runs every other operation as it is."""
         is_copy = func is Tensor.__deepcopy__ and not isinstance(args[0], nn.Parameter)
         return as_input(args[0]) if is_copy else func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores on exit what a forward may change.
+    """Restores on exit the state that a forward may change.
 
-    That are the attributes of the modules and what they hold: tensors, arrays, containers, random generators, other
-    modules, and the attributes of objects; not the objects within those. The global random state is restored too.
+    This is the global random state, the attributes of the modules, and the content of those attributes: tensors,
+    arrays, containers, random generators, other modules, and objects with their own attributes, but not objects inside
+    objects.
     Registered parameters and buffers are not copied: the forward must run on others.
 
     Example:
@@ -66,7 +67,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         []
     """
     seen = {id(one) for group in (model.parameters(), model.buffers()) for one in group}
-    restoring = ExitStack()  # one that fails keeps no other from running
+    restoring = ExitStack()  # runs every restorer, even if one fails
     for restore in _restorers(model, seen, is_in_object=False):
         restoring.callback(restore)
     of_python = random.getstate()

@@ -186,7 +186,7 @@ def name_of(code: CodeType) -> CodeName:
 
 @functools.lru_cache(maxsize=256)
 def bare(function: FunctionType) -> FunctionType:
-    """Returns a copy of a function that runs the same code and says nothing of a function that it wraps.
+    """Copies a function without its `__wrapped__` attribute, so that `read` stops at it.
 
     Example:
         >>> bare(span_of) is span_of, bare(span_of).__code__ is span_of.__code__

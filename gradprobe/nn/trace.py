@@ -368,7 +368,7 @@ class _Finder(TorchFunctionMode):
         return module, method, [], source
 
     def _called(self, frame: FrameType) -> tuple[nn.Module, str, list[tuple[Span, CodeName]], Source]:
-        """Does the same for a function outside the module."""
+        """Does what `_located` does for a frame that runs a function outside the module."""
         source = source_of(frame)
         calls: list[tuple[Span, CodeName]] = []
         while True:

@@ -111,12 +111,8 @@ def define_operators(library: torch.library.Library) -> None:
 
 def _define_derivatives(library: torch.library.Library) -> None:
     """Registers the operators with autograd and with the transforms of `torch.func`."""
-    for name in (
-        "grad_stats_into",
-        "scale_",
-        "clip_coefficient",
-        "residual_branch_stats",
-    ):  # measurements and updates have no derivative
+    # Measurements and updates have no derivative.
+    for name in ("grad_stats_into", "scale_", "clip_coefficient", "residual_branch_stats"):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     operators, plain = getattr(torch.ops, library.ns), residual_reference
     library.impl("scale_", _count_writes(operators.scale_.default), "ADInplaceOrView", with_keyset=True)

@@ -217,7 +217,7 @@ def test_a_source_that_differs_from_the_code_is_rejected(tmp_path: Path, monkeyp
     assert gradprobe.instrument(model, TOKENS[..., :2]).unseen == {"": "runs code that differs from its source"}
 
 
-def test_broadcasting_and_other_operands_still_add() -> None:
+def test_an_inline_add_broadcasts_and_adds_other_operands() -> None:
     added = InlineAdd(shortcut_first=True, written="+")
     assert added(2, 3) == 5
     assert added(TOKENS, TOKENS[..., :1]).shape == TOKENS.shape
