@@ -1,6 +1,7 @@
 """The operators' CUDA registration, on CPU tensors with emulated kernels, and on a GPU if there is one."""
 
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -212,6 +213,28 @@ def test_a_captured_graph_measures_the_values_at_replay() -> None:
         graph.replay()
         assert out[:, 0].tolist() == [value * tensor.numel() for tensor in tensors]
     del noise
+
+
+CAPTURE = """
+import torch
+from gradprobe import ops
+device = torch.device("cuda", 0)
+a = torch.ones(100_000, dtype=torch.bfloat16, device=device)
+ops.resolve("native", device)
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    rows = torch.ops.gradprobe.residual_branch_stats(a, a)
+graph.replay()
+assert rows[0, 0].item() == a.numel()
+"""
+
+
+@pytest.mark.gpu
+def test_a_kernel_that_never_ran_can_be_captured() -> None:
+    """Choosing the back end loads the kernels that its trial does not run, too."""
+    done = subprocess.run([sys.executable, "-c", CAPTURE], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from emulation.building import CSRC, session_folder
 from gradprobe.ops import libraries
 
 HERE = Path(__file__).resolve().parent
-DRIVER = 13000
+DRIVER = 99000  # newer than any toolkit
 NO_IMAGE = 209  # cudaErrorNoKernelImageForDevice
 INVALID_DEVICE = 101
 OUT_OF_MEMORY = 2
@@ -101,7 +101,7 @@ def test_without_a_device_only_the_driver_is_asked(fake: ctypes.CDLL) -> None:
         ),
         ({"device": INVALID_DEVICE}, "invalid device ordinal"),
         ({"driver": 0}, "no NVIDIA driver is installed"),
-        ({"driver": 12040}, r"needed a driver for CUDA \d+\.\d or newer, got one for CUDA 12\.4: update the driver"),
+        ({"driver": 11080}, r"needed a driver for CUDA \d+\.\d or newer, got one for CUDA 11\.8: update the driver"),
         ({"driver": 12000}, r"needed a driver for CUDA \d+\.\d or newer, got one for CUDA 12\.0: update the driver"),
     ],
     ids=["no-image", "one-kernel", "no-template", "registers", "device", "no-driver", "old-driver", "older-driver"],
@@ -122,12 +122,12 @@ def test_an_old_driver_is_known_before_a_device_is_used(fake: ctypes.CDLL, monke
     if libraries.parts()["cuda"] != "ready":
         pytest.skip(libraries.parts()["cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    answer(fake, driver=12040)
-    assert "got one for CUDA 12.4" in libraries._registered("CUDA", {"cuda": "built"})
+    answer(fake, driver=11080)
+    assert "got one for CUDA 11.8" in libraries._registered("CUDA", {"cuda": "built"})
     assert fake.fake_device() == -1
 
 
-# Chooses back ends on two devices that torch is made to believe in.
+# Chooses a back end for a GPU that torch is made to believe in.
 CHOICE = """
 import ctypes, json, sys, warnings
 from pathlib import Path
@@ -139,7 +139,7 @@ assert libraries.parts()["cuda"] == "ready"
 torch.cuda.is_available = lambda: True
 libraries._library = lambda: Path(sys.argv[1])
 fake = ctypes.CDLL(sys.argv[1])
-fake.fake_answer(13000, 0, int(sys.argv[2]), b"", 1024)
+fake.fake_answer(99000, 0, int(sys.argv[2]), b"", 1024)
 chosen = []
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
