@@ -128,9 +128,9 @@ MUTANTS = (
     Mutant(
         "nested_pause",
         StepRecorder,
-        "pause",
-        "self._pause_depth += by",
-        "self._pause_depth = max(by, 0)",
+        "paused",
+        "self._pause_depth -= 1",
+        "self._pause_depth = 0",
         a_pause_inside_a_pause_does_not_end_it,
     ),
     Mutant(
@@ -182,6 +182,6 @@ def test_the_bug_is_caught(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_mutant_that_no_longer_matches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    stale = Mutant("stale", StepRecorder, "pause", "no such text", "", a_pause_inside_a_pause_does_not_end_it)
-    with pytest.raises(ValueError, match="needed once in pause, got 0 times"):
+    stale = Mutant("stale", StepRecorder, "paused", "no such text", "", a_pause_inside_a_pause_does_not_end_it)
+    with pytest.raises(ValueError, match="needed once in paused, got 0 times"):
         plant(stale, monkeypatch)
