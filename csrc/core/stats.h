@@ -3,9 +3,9 @@
 //
 // Elements are added in one of two ways; partial results are merged in one:
 //
-//   FastSums  Float accumulators for at most kFastAdds elements each, accurate to a few float roundings if the largest
-//             magnitude of the group is in [kFastMin, kFastMax] (`fast_is_exact`). Any other group is added again with
-//             `add(Stats&)`.
+//   FastSums  Float accumulators that an element passes at most kFastAdds of, accurate to a few float roundings if the
+//             magnitudes of the group are in range (`fast_is_exact`). Any other group is scaled by a power of two, or
+//             added again with `add(Stats&)`.
 //   Stats     Double accumulators of x * 2**-range_exponent(abs_max), accurate for every finite float64.
 //
 // Source: Blue 1978, "A portable Fortran program to find the Euclidean norm of a vector", for the three ranges.
@@ -73,6 +73,7 @@ GRADPROBE_HD double double_of_bits(int64_t bits) {
 inline constexpr int32_t kFloatInfBits = 0x7f800000;
 inline constexpr int64_t kDoubleInfBits = 0x7ff0000000000000LL;
 
+GRADPROBE_HD bool is_finite(float x) { return abs_bits(x) < kFloatInfBits; }
 GRADPROBE_HD bool is_finite(double x) { return abs_bits(x) < kDoubleInfBits; }
 
 // ---- The range of a row.
@@ -94,39 +95,41 @@ GRADPROBE_HD double range_factor(double abs_max) {
 
 // ---- Fast sums.
 
-// The most elements of one FastSums. Rounding: each addition errs by at most half a unit in the last place, so the
-// relative error of sum_abs and sum_sq is at most n * 2**-24, and that of sum n * 2**-24 of sum_abs: 9.6e-7 for 16.
-// Overflow: 16 * kFastMax**2 is below 2**127.
+// The most additions that an element passes in float. Rounding: each errs by at most half a unit in the last place, so
+// the relative error of sum_abs and sum_sq is at most n * 2**-24, and that of sum n * 2**-24 of sum_abs: 9.6e-7 for 16.
 inline constexpr int kFastAdds = 16;
 
 // Below kFastMin, squares may be subnormal and each lose 2**-150. Relative to kFastMin**2 = 2**-110, a group of fewer
-// than 2**16 elements loses at most 2**-24. Above kFastMax, squares overflow.
+// than 2**16 elements loses at most 2**-24; one of 32 whose magnitudes add up to kFastMin, 2**-25. Above kFastMax,
+// squares overflow.
 inline constexpr float kFastMin = 0x1p-55f;
 inline constexpr float kFastMax = 0x1p+55f;
+
+// Brings a group that is out of range into it, up from the smallest subnormal or, if divided by, down from infinity.
+inline constexpr float kRescale = 0x1p+96f;
 
 struct FastSums {
   float sum;
   float sum_abs;
   float sum_sq;
-  int32_t abs_max_bits;
-  int32_t n_zero;
 };
 
-GRADPROBE_HD FastSums fast_identity() { return {0.0f, 0.0f, 0.0f, 0, 0}; }
+GRADPROBE_HD FastSums fast_sums(float x) { return {x, fabsf(x), x * x}; }
 
 GRADPROBE_HD void add(FastSums& sums, float x) {
-  const int32_t bits = abs_bits(x);
   sums.sum += x;
-  sums.sum_abs += float_of_bits(bits);
+  sums.sum_abs += fabsf(x);
   sums.sum_sq += x * x;
-  sums.abs_max_bits = bits > sums.abs_max_bits ? bits : sums.abs_max_bits;
-  sums.n_zero += bits == 0;
 }
 
-// Whether fast sums are accurate for a group of fewer than 2**16 elements with this largest magnitude. False for NaN
-// and infinity.
-GRADPROBE_HD bool fast_is_exact(int32_t abs_max_bits) {
-  return abs_max_bits == 0 || (abs_max_bits >= abs_bits(kFastMin) && abs_max_bits <= abs_bits(kFastMax));
+GRADPROBE_HD FastSums merge(const FastSums& a, const FastSums& b) {
+  return {a.sum + b.sum, a.sum_abs + b.sum_abs, a.sum_sq + b.sum_sq};
+}
+
+// Whether fast sums are accurate for a group of fewer than 2**16 elements with this largest magnitude, or for one of at
+// most 2 * kFastAdds elements with this sum of magnitudes. False for NaN and infinity.
+GRADPROBE_HD bool fast_is_exact(float magnitude) {
+  return magnitude == 0.0f || (magnitude >= kFastMin && magnitude <= kFastMax);
 }
 
 // ---- Stats: a partial result for any number of elements.
@@ -153,12 +156,6 @@ GRADPROBE_HD void add(Stats& stats, double x, double factor) {
   if (magnitude > stats.abs_max || magnitude != magnitude) stats.abs_max = magnitude;
   stats.n_zero += magnitude == 0.0;
   stats.n_nonfinite += !is_finite(magnitude);
-}
-
-// Converts fast sums to a partial result, if `fast_is_exact` for the group's largest magnitude. Several FastSums of one
-// group add up in double: fill one Stats by hand, or merge these results.
-GRADPROBE_HD Stats widen(const FastSums& sums) {
-  return {sums.sum, sums.sum_abs, sums.sum_sq, static_cast<double>(float_of_bits(sums.abs_max_bits)), sums.n_zero, 0};
 }
 
 GRADPROBE_HD double max_magnitude(double a, double b) {

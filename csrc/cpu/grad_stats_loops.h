@@ -225,7 +225,7 @@ GRADPROBE_INLINE bool add_fast(Source data, int64_t n, Totals& totals) {
     if (is_last) break;
   }
   const int32_t largest = largest_lane(largest_register(abs_max));
-  if (!fast_is_exact(largest)) return false;
+  if (!fast_is_exact(float_of_bits(largest))) return false;
   totals.sum += sum;
   totals.sum_abs += sum_abs;
   totals.sum_sq += sum_sq;

@@ -234,7 +234,7 @@ GRADPROBE_INLINE void add_both(Masked data, int64_t n, Totals (&totals)[2], bool
   }
   for (int row = 0; row < 2; ++row) {
     const int32_t largest = largest_lane(larger(abs_max[row][0], abs_max[row][1]));
-    is_added[row] = fast_is_exact(largest);
+    is_added[row] = fast_is_exact(float_of_bits(largest));
     if (!is_added[row]) continue;
     Totals& total = totals[row];
     total.sum += sums[row][0];

@@ -1,6 +1,7 @@
 // Statistics of the two parts of the gradient at x, the input of a residual block, reading each once: those of the
 // branch's part, and the sum of its products with the shortcut's part, in double. Both have the same dense layout.
 #include "cuda/finish.cuh"
+#include "cuda/thread_sums.cuh"
 
 namespace gradprobe::cuda {
 namespace {
@@ -48,31 +49,24 @@ struct ThreadProducts<double> {
 
 template <typename T>
 struct Parts {
-  ThreadSums<Wide<T>> branch;
+  ThreadSums<T> branch;
   ThreadProducts<Wide<T>> products;
 
-  // n vectors of each operand, in groups of up to kFastAdds elements.
   template <int n>
   __device__ __forceinline__ void add(const Vector<T> (&of_branch)[n], const Vector<T> (&of_shortcut)[n]) {
-    constexpr int kNumel = kVectorNumel<T>;
-    constexpr int kGroup = n * kNumel < kFastAdds ? n * kNumel : kFastAdds;
 #pragma unroll
-    for (int g = 0; g < n * kNumel; g += kGroup) {
-      Wide<T> group[kGroup];
+    for (int l = 0; l < n; ++l) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) {
-        const int l = (g + i) / kNumel, k = (g + i) % kNumel;
-        group[i] = widened(of_branch[l].element[k]);
-        products.add(group[i], widened(of_shortcut[l].element[k]));
+      for (int i = 0; i < kVectorNumel<T>; ++i) {
+        products.add(widened(of_branch[l].element[i]), widened(of_shortcut[l].element[i]));
       }
-      branch.add_group(group);
     }
+    branch.add(of_branch);
   }
 
   __device__ __forceinline__ void add(T of_branch, T of_shortcut) {
-    const Wide<T> single[1] = {widened(of_branch)};
-    branch.add_group(single);
-    products.add(single[0], widened(of_shortcut));
+    products.add(widened(of_branch), widened(of_shortcut));
+    branch.add(of_branch);
   }
 };
 

@@ -1,4 +1,4 @@
-// Device code that the kernels share: element types, 16-byte access, sums of a thread and of a block, launching.
+// Device code that the kernels share: element types, 16-byte access, sums of a block, launching.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -114,68 +114,6 @@ __device__ __forceinline__ Split split_range(const T* begin, int numel) {
   const int n_vectors = (numel - head) / kVectorNumel<T>;
   return {head, n_vectors, numel - head - n_vectors * kVectorNumel<T>};
 }
-
-// ---- Sums of one thread
-
-// For float and narrower types: sums of groups in float, accumulated in double. The exponent of their raw rows is
-// always 0.
-template <typename Number>
-struct ThreadSums {
-  double sum = 0.0;
-  double sum_abs = 0.0;
-  double sum_sq = 0.0;
-  int32_t abs_max_bits = 0;
-  int32_t n_zero = 0;
-  int32_t n_nonfinite = 0;
-
-  template <int n>
-  __device__ __forceinline__ void add_group(const float (&x)[n]) {
-    static_assert(n <= kFastAdds);
-    FastSums fast = fast_identity();
-#pragma unroll
-    for (int i = 0; i < n; ++i) add(fast, x[i]);
-    abs_max_bits = fast.abs_max_bits > abs_max_bits ? fast.abs_max_bits : abs_max_bits;
-    if (fast_is_exact(fast.abs_max_bits)) {
-      sum += fast.sum;
-      sum_abs += fast.sum_abs;
-      sum_sq += fast.sum_sq;
-      n_zero += fast.n_zero;
-    } else {
-      Stats exact = identity();
-#pragma unroll
-      for (int i = 0; i < n; ++i) add(exact, x[i], 1.0);
-      sum += exact.sum;
-      sum_abs += exact.sum_abs;
-      sum_sq += exact.sum_sq;
-      n_zero += static_cast<int32_t>(exact.n_zero);
-      n_nonfinite += static_cast<int32_t>(exact.n_nonfinite);
-    }
-  }
-
-  __device__ __forceinline__ Stats stats() const {
-    return {sum, sum_abs, sum_sq, static_cast<double>(float_of_bits(abs_max_bits)), n_zero, n_nonfinite};
-  }
-};
-
-template <>
-struct ThreadSums<double> {
-  Stats total = identity();
-
-  template <int n>
-  __device__ __forceinline__ void add_group(const double (&x)[n]) {
-    int64_t abs_max_bits = 0;
-#pragma unroll
-    for (int i = 0; i < n; ++i) abs_max_bits = abs_bits(x[i]) > abs_max_bits ? abs_bits(x[i]) : abs_max_bits;
-    const double abs_max = double_of_bits(abs_max_bits);
-    Stats group = identity();
-    const double factor = range_factor(abs_max);
-#pragma unroll
-    for (int i = 0; i < n; ++i) add(group, x[i], factor);
-    total = merge(total, group);
-  }
-
-  __device__ __forceinline__ Stats stats() const { return total; }
-};
 
 // ---- Sums of a block
 

@@ -3,9 +3,9 @@
 // One block per chunk (64 KiB) of a tensor. A block finds its tensor by binary search in the launch's table and sums
 // its chunk. It writes the row if the tensor has no other chunk, else a partial result for the second launch to merge.
 // There are no atomics: the order of every sum depends only on the tensor's size and alignment.
-#include "cuda/device.cuh"
 #include "cuda/finish.cuh"
 #include "cuda/table.cuh"
+#include "cuda/thread_sums.cuh"
 
 namespace gradprobe::cuda {
 namespace {
@@ -13,41 +13,26 @@ namespace {
 constexpr int kLoads = 4;  // 16-byte loads in flight per thread
 
 template <typename T>
-__device__ __forceinline__ void add_range(ThreadSums<Wide<T>>& sums, const T* begin, int numel) {
+__device__ __forceinline__ void add_range(ThreadSums<T>& sums, const T* begin, int numel) {
   constexpr int kNumel = kVectorNumel<T>;
-  constexpr int kGroup = kLoads * kNumel < kFastAdds ? kLoads * kNumel : kFastAdds;
   const Split split = split_range(begin, numel);
   const T* vectors = begin + split.head;
   const int thread = static_cast<int>(threadIdx.x);
 
   int v = thread;
-  for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads) {
+  const T* at = vectors + v * kNumel;
+  for (; v + (kLoads - 1) * kThreads < split.n_vectors; v += kLoads * kThreads, at += kLoads * kThreads * kNumel) {
     Vector<T> loaded[kLoads];
 #pragma unroll
-    for (int l = 0; l < kLoads; ++l) loaded[l] = load_constant_vector(vectors + (v + l * kThreads) * kNumel);
-#pragma unroll
-    for (int g = 0; g < kLoads * kNumel; g += kGroup) {
-      Wide<T> group[kGroup];
-#pragma unroll
-      for (int i = 0; i < kGroup; ++i) group[i] = widened(loaded[(g + i) / kNumel].element[(g + i) % kNumel]);
-      sums.add_group(group);
-    }
+    for (int l = 0; l < kLoads; ++l) loaded[l] = load_constant_vector(at + l * kThreads * kNumel);
+    sums.add(loaded);
   }
-  for (; v < split.n_vectors; v += kThreads) {
-    const Vector<T> loaded = load_constant_vector(vectors + v * kNumel);
-    Wide<T> group[kNumel];
-#pragma unroll
-    for (int i = 0; i < kNumel; ++i) group[i] = widened(loaded.element[i]);
-    sums.add_group(group);
+  for (; v < split.n_vectors; v += kThreads, at += kThreads * kNumel) {
+    const Vector<T> loaded[1] = {load_constant_vector(at)};
+    sums.add(loaded);
   }
-  if (thread < split.head) {
-    const Wide<T> single[1] = {widened(begin[thread])};
-    sums.add_group(single);
-  }
-  if (thread < split.tail) {
-    const Wide<T> single[1] = {widened(vectors[split.n_vectors * kNumel + thread])};
-    sums.add_group(single);
-  }
+  if (thread < split.head) sums.add(begin[thread]);
+  if (thread < split.tail) sums.add(vectors[split.n_vectors * kNumel + thread]);
 }
 
 template <typename T, int kCapacity>
@@ -56,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                const int32_t* enabled) {
   if (!is_on(enabled)) return;
   const Piece<T> piece = find_piece<T>(table, blockIdx.x);
-  ThreadSums<Wide<T>> sums;
+  ThreadSums<T> sums;
   add_range(sums, piece.begin, piece.numel);
   const Stats all = merge_block(sums.stats());
   if (threadIdx.x != 0) return;

@@ -2,6 +2,7 @@
 // gradient of both operands, with the statistics of the incoming and the outgoing gradient. Both also without
 // statistics. All operands have the same dense layout.
 #include "cuda/finish.cuh"
+#include "cuda/thread_sums.cuh"
 
 namespace gradprobe::cuda {
 namespace {
@@ -38,28 +39,14 @@ struct Sums {};
 
 template <typename T>
 struct Sums<T, Counted::kOutgoing> {
-  ThreadSums<Wide<T>> outgoing;
+  ThreadSums<T> outgoing;
 };
 
 template <typename T>
 struct Sums<T, Counted::kBoth> {
-  ThreadSums<Wide<T>> outgoing;
-  ThreadSums<Wide<T>> incoming;
+  ThreadSums<T> outgoing;
+  ThreadSums<T> incoming;
 };
-
-// Adds vectors to sums, in groups of up to kFastAdds elements.
-template <typename T, int n>
-__device__ __forceinline__ void add_vectors(ThreadSums<Wide<T>>& sums, const Vector<T> (&vectors)[n]) {
-  constexpr int kNumel = kVectorNumel<T>;
-  constexpr int kGroup = n * kNumel < kFastAdds ? n * kNumel : kFastAdds;
-#pragma unroll
-  for (int g = 0; g < n * kNumel; g += kGroup) {
-    Wide<T> group[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) group[i] = widened(vectors[(g + i) / kNumel].element[(g + i) % kNumel]);
-    sums.add_group(group);
-  }
-}
 
 // Computes n vectors, `stride` elements apart.
 template <typename T, typename Operation, Counted counted, int n>
@@ -72,7 +59,7 @@ __device__ __forceinline__ void apply_vectors(const T* a, const T* b, T* out, in
     of_a[l] = load_vector(a + l * stride);
     of_b[l] = load_vector(b + l * stride);
   }
-  if constexpr (counted == Counted::kBoth) add_vectors<T, n>(sums.incoming, of_a);
+  if constexpr (counted == Counted::kBoth) sums.incoming.add(of_a);
 #pragma unroll
   for (int l = 0; l < n; ++l) {
 #pragma unroll
@@ -81,21 +68,15 @@ __device__ __forceinline__ void apply_vectors(const T* a, const T* b, T* out, in
     }
     store_vector(out + l * stride, of_a[l]);
   }
-  if constexpr (counted != Counted::kNone) add_vectors<T, n>(sums.outgoing, of_a);
+  if constexpr (counted != Counted::kNone) sums.outgoing.add(of_a);
 }
 
 template <typename T, typename Operation, Counted counted>
 __device__ __forceinline__ void apply_element(const T* a, const T* b, T* out, [[maybe_unused]] Sums<T, counted>& sums) {
   const T result = Operation::template apply<T>(*a, *b);
-  if constexpr (counted == Counted::kBoth) {
-    const Wide<T> incoming[1] = {widened(*a)};
-    sums.incoming.add_group(incoming);
-  }
+  if constexpr (counted == Counted::kBoth) sums.incoming.add(*a);
   *out = result;
-  if constexpr (counted != Counted::kNone) {
-    const Wide<T> outgoing[1] = {widened(result)};
-    sums.outgoing.add_group(outgoing);
-  }
+  if constexpr (counted != Counted::kNone) sums.outgoing.add(result);
 }
 
 __device__ __forceinline__ void put(const Stats& stats, bool is_whole, Stats* partial, double* row) {

@@ -1,8 +1,11 @@
-// Replaces the CUDA toolkit's header of this name (see emulation.h): conversions of __nv_bfloat16.
+// Replaces the CUDA toolkit's header of this name (see emulation.h): conversions of __nv_bfloat16, and functions of
+// pairs.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "pairs.h"
 
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -22,3 +25,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   bits += 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
   return {static_cast<uint16_t>(bits >> 16)};
 }
+
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+EMULATED_PAIR(__nv_bfloat162, __bfloat162float, __float2bfloat16_rn)
