@@ -172,23 +172,24 @@ GRADPROBE_HD void rescale(Stats& stats, int from, int to) {
   }
 }
 
-// The statistics of two groups together. Not associative to the last bit: callers merge in a fixed order.
+// The statistics of two groups together whose sums have the same exponent. Groups of float and of narrower types do.
+// Not associative to the last bit: callers merge in a fixed order.
+GRADPROBE_HD Stats merge_alike(const Stats& a, const Stats& b) {
+  return {a.sum + b.sum,       a.sum_abs + b.sum_abs,        a.sum_sq + b.sum_sq, max_magnitude(a.abs_max, b.abs_max),
+          a.n_zero + b.n_zero, a.n_nonfinite + b.n_nonfinite};
+}
+
+// The statistics of any two groups together.
 GRADPROBE_HD Stats merge(Stats a, Stats b) {
-  Stats both = identity();
-  both.abs_max = max_magnitude(a.abs_max, b.abs_max);
-  both.n_zero = a.n_zero + b.n_zero;
-  both.n_nonfinite = a.n_nonfinite + b.n_nonfinite;
+  const double abs_max = max_magnitude(a.abs_max, b.abs_max);
   // With a NaN or an infinity the sums are non-finite whatever the exponents, so they need no rescaling.
-  if (is_finite(both.abs_max)) {
-    const int exponent = range_exponent(both.abs_max);
+  if (is_finite(abs_max)) {
+    const int exponent = range_exponent(abs_max);
     // A group of zeros has exponent 0, and scaling does not change its sums.
     rescale(a, range_exponent(a.abs_max), exponent);
     rescale(b, range_exponent(b.abs_max), exponent);
   }
-  both.sum = a.sum + b.sum;
-  both.sum_abs = a.sum_abs + b.sum_abs;
-  both.sum_sq = a.sum_sq + b.sum_sq;
-  return both;
+  return merge_alike(a, b);
 }
 
 // Writes the statistics to a raw row [kStats]. Counts are exact up to 2**53.

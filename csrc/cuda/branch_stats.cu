@@ -116,9 +116,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
     parts.add(branch[at], shortcut[at]);
   }
 
-  const Stats of_branch = merge_block(parts.branch.stats());
+  const Stats of_branch = merge_block<Wide<T>>(parts.branch.stats());
   __syncthreads();  // merge_block's shared memory is reused
-  const Stats of_products = merge_block(parts.products.stats());
+  const Stats of_products = merge_block<Wide<T>>(parts.products.stats());
   if (thread != 0) return;
   if (gridDim.x == 1) {
     finish(of_branch, rows);
@@ -134,18 +134,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
 cudaError_t branch_stats(const void* branch, const void* shortcut, int64_t numel, Element element, Stats* partials,
                          double* rows, const int32_t* enabled, cudaStream_t stream) {
   const int64_t n_chunks = count_partials(numel, element);
-  if (n_chunks > 0) {
-    const cudaError_t error = with_type(element, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      return launch<branch_chunks<T>>(n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
-                                      numel, partials, rows, enabled);
-    });
-    if (error) return error;
-  }
-  if (n_chunks == 1) return cudaSuccess;
-  Finisher finisher(partials, rows, enabled, stream);
-  for (int row = 0; row < 2; ++row) finisher.add(row * n_chunks, n_chunks, row);
-  return finisher.flush();
+  return with_type(element, [&](auto* type) -> cudaError_t {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (n_chunks > 0) {
+      const cudaError_t error =
+          launch<branch_chunks<T>>(n_chunks, stream, static_cast<const T*>(branch), static_cast<const T*>(shortcut),
+                                   numel, partials, rows, enabled);
+      if (error) return error;
+    }
+    if (n_chunks == 1) return cudaSuccess;
+    Finisher<Wide<T>> finisher(partials, rows, enabled, stream);
+    for (int row = 0; row < 2; ++row) finisher.add(row * n_chunks, n_chunks, row);
+    return finisher.flush();
+  });
 }
 
 }  // namespace gradprobe::cuda

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(kThreads)
     clip_rows(const double* rows, int64_t n_rows, double max_norm, double* out) {
   Stats mine = identity();
   for (int64_t k = threadIdx.x; k < n_rows; k += kThreads) mine = merge(mine, sums_of(rows + k * kStats));
-  const Stats all = merge_block(mine);
+  const Stats all = merge_block<double>(mine);
   if (threadIdx.x == 0) write_clip(all, max_norm, out);
 }
 

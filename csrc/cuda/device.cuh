@@ -124,17 +124,32 @@ __device__ __forceinline__ Stats shuffle_down(const Stats& stats, int delta) {
           __shfl_down_sync(kAllLanes, stats.n_zero, delta), __shfl_down_sync(kAllLanes, stats.n_nonfinite, delta)};
 }
 
+// Merges statistics of elements that are computed in `Number`.
+template <typename Number>
+__device__ __forceinline__ Stats merge_of(const Stats& a, const Stats& b) {
+  return std::is_same_v<Number, double> ? merge(a, b) : merge_alike(a, b);
+}
+
+[[maybe_unused]] static __device__ Stats* shared_stats() {
+  __shared__ Stats of_thread[kThreads];
+  return of_thread;
+}
+
 // Merges the statistics of all threads of the block in a fixed order; thread 0 gets the result. Two calls need a
 // barrier between them.
-[[maybe_unused]] static __device__ Stats merge_block(const Stats& mine) {
-  __shared__ Stats of_thread[kThreads];
+template <typename Number>
+__device__ Stats merge_block(const Stats& mine) {
+  Stats* of_thread = shared_stats();
   of_thread[threadIdx.x] = mine;
   __syncthreads();
   Stats all = identity();
   if (threadIdx.x < kWarp) {
     all = of_thread[threadIdx.x];
-    for (int t = static_cast<int>(threadIdx.x) + kWarp; t < kThreads; t += kWarp) all = merge(all, of_thread[t]);
-    for (int delta = kWarp / 2; delta > 0; delta /= 2) all = merge(all, shuffle_down(all, delta));
+#pragma unroll 1  // in registers for several merges, fewer blocks would fit
+    for (int t = static_cast<int>(threadIdx.x) + kWarp; t < kThreads; t += kWarp) {
+      all = merge_of<Number>(all, of_thread[t]);
+    }
+    for (int delta = kWarp / 2; delta > 0; delta /= 2) all = merge_of<Number>(all, shuffle_down(all, delta));
   }
   return all;
 }

@@ -19,7 +19,7 @@ inline constexpr int kFinishRowsSmall = 64;
 constexpr int kPartialLoads = 4;  // loads in flight per thread
 
 // One block per row. Threads stride over the partials with several loads in flight: a row may have 1e5 of them.
-template <int kCapacity>
+template <typename Number, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     merge_partials(const FinishTable<kCapacity> __grid_constant__ table, const Stats* partials, double* rows,
                    const int32_t* enabled) {
@@ -33,14 +33,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int l = 0; l < kPartialLoads; ++l) loaded[l] = first[i + l * kThreads];
 #pragma unroll
-    for (int l = 0; l < kPartialLoads; ++l) mine = merge(mine, loaded[l]);
+    for (int l = 0; l < kPartialLoads; ++l) mine = merge_of<Number>(mine, loaded[l]);
   }
-  for (; i < n; i += kThreads) mine = merge(mine, first[i]);
-  const Stats all = merge_block(mine);
+  for (; i < n; i += kThreads) mine = merge_of<Number>(mine, first[i]);
+  const Stats all = merge_block<Number>(mine);
   if (threadIdx.x == 0) finish(all, rows + int64_t{kStats} * table.row[blockIdx.x]);
 }
 
-// Collects the rows to merge. The caller flushes it when full, after enqueuing the launches that write the partials.
+// Collects the rows to merge, of elements that are computed in `Number`. The caller flushes it when full, after
+// enqueuing the launches that write the partials.
+template <typename Number>
 class Finisher {
  public:
   Finisher(const Stats* partials, double* rows, const int32_t* enabled, cudaStream_t stream)
@@ -60,14 +62,14 @@ class Finisher {
     const int n_rows = n_rows_;
     n_rows_ = 0;
     if (n_rows > kFinishRowsSmall)
-      return launch<merge_partials<kFinishRows>>(n_rows, stream_, table_, partials_, rows_, enabled_);
+      return launch<merge_partials<Number, kFinishRows>>(n_rows, stream_, table_, partials_, rows_, enabled_);
     FinishTable<kFinishRowsSmall> small;
     for (int i = 0; i < n_rows; ++i) {
       small.first_partial[i] = table_.first_partial[i];
       small.n_partials[i] = table_.n_partials[i];
       small.row[i] = table_.row[i];
     }
-    return launch<merge_partials<kFinishRowsSmall>>(n_rows, stream_, small, partials_, rows_, enabled_);
+    return launch<merge_partials<Number, kFinishRowsSmall>>(n_rows, stream_, small, partials_, rows_, enabled_);
   }
 
  private:

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const Piece<T> piece = find_piece<T>(table, blockIdx.x);
   ThreadSums<T> sums;
   add_range(sums, piece.begin, piece.numel);
-  const Stats all = merge_block(sums.stats());
+  const Stats all = merge_block<Wide<T>>(sums.stats());
   if (threadIdx.x != 0) return;
   if (piece.is_whole) {
     finish(all, rows + int64_t{kStats} * table.row[piece.tensor]);
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <typename T, int kCapacity>
 cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* partials, double* rows,
                         const int32_t* enabled, cudaStream_t stream) {
-  Finisher finisher(partials, rows, enabled, stream);
+  Finisher<Wide<T>> finisher(partials, rows, enabled, stream);
   Packer<T, kCapacity> packer;
   int64_t chunks_done = 0;  // by earlier launches
 

@@ -136,13 +136,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted 
 
   [[maybe_unused]] const bool is_whole = gridDim.x == 1;
   if constexpr (counted == Counted::kBoth) {
-    put(merge_block(sums.incoming.stats()), is_whole, partials + blockIdx.x, rows);
+    put(merge_block<Wide<T>>(sums.incoming.stats()), is_whole, partials + blockIdx.x, rows);
     __syncthreads();  // merge_block's shared memory is reused
     partials += gridDim.x;
     rows += kStats;
   }
   if constexpr (counted != Counted::kNone) {
-    put(merge_block(sums.outgoing.stats()), is_whole, partials + blockIdx.x, rows);
+    put(merge_block<Wide<T>>(sums.outgoing.stats()), is_whole, partials + blockIdx.x, rows);
   }
 }
 
@@ -150,19 +150,19 @@ template <typename Operation, Counted counted>
 cudaError_t join(const void* a, const void* b, void* out, int64_t numel, Element element, Stats* partials, double* rows,
                  const int32_t* enabled, cudaStream_t stream) {
   const int64_t n_chunks = count_partials(numel, element);
-  if (n_chunks > 0) {
-    const cudaError_t error = with_type(element, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      return launch<join_chunks<T, Operation, counted>>(n_chunks, stream, static_cast<const T*>(a),
-                                                        static_cast<const T*>(b), static_cast<T*>(out), numel, partials,
-                                                        rows, enabled);
-    });
-    if (error) return error;
-  }
-  if (counted == Counted::kNone || n_chunks == 1) return cudaSuccess;
-  Finisher finisher(partials, rows, enabled, stream);
-  for (int row = 0; row < (counted == Counted::kBoth ? 2 : 1); ++row) finisher.add(row * n_chunks, n_chunks, row);
-  return finisher.flush();
+  return with_type(element, [&](auto* type) -> cudaError_t {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (n_chunks > 0) {
+      const cudaError_t error = launch<join_chunks<T, Operation, counted>>(
+          n_chunks, stream, static_cast<const T*>(a), static_cast<const T*>(b), static_cast<T*>(out), numel, partials,
+          rows, enabled);
+      if (error) return error;
+    }
+    if (counted == Counted::kNone || n_chunks == 1) return cudaSuccess;
+    Finisher<Wide<T>> finisher(partials, rows, enabled, stream);
+    for (int row = 0; row < (counted == Counted::kBoth ? 2 : 1); ++row) finisher.add(row * n_chunks, n_chunks, row);
+    return finisher.flush();
+  });
 }
 
 template <typename Operation, Counted counted>

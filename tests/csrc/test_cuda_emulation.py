@@ -75,5 +75,5 @@ def test_all_shared_memory_is_poisoned(kernels: Kernels) -> None:
     ]
     assert [line.strip() for line in declared] == ["__shared__ Stats of_thread[kThreads];"]
     # One copy per file that calls merge_block.
-    users = [path for path in (CSRC / "cuda").glob("*.cu") if re.search(r"\bmerge_block\(", path.read_text())]
+    users = [path for path in (CSRC / "cuda").glob("*.cu") if re.search(r"\bmerge_block<", path.read_text())]
     assert kernels.shared_bytes() == len(users) * 256 * 48

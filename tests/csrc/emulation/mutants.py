@@ -224,6 +224,13 @@ MUTANTS = (
         "grad_stats/beyond_int32",
     ),
     Mutant(
+        "exponents_ignored_in_merges",
+        "cuda/device.cuh",
+        "std::is_same_v<Number, double> ? merge(a, b) : merge_alike(a, b)",
+        "merge_alike(a, b)",
+        "grad_stats/extremes/f64",
+    ),
+    Mutant(
         "scale_skips_a_load",
         "cuda/scale.cu",
         "for (int l = 0; l < kLoads; ++l) store_vector(",
