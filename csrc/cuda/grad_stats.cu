@@ -110,9 +110,9 @@ cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element ele
                        const int32_t* enabled, cudaStream_t stream) {
   return with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return n_tensors > kTensorsSmall
-               ? sum_tensors<T, kTensors>(tensors, n_tensors, partials, rows, enabled, stream)
-               : sum_tensors<T, kTensorsSmall>(tensors, n_tensors, partials, rows, enabled, stream);
+    return with_capacity(n_tensors, [&](auto capacity) {
+      return sum_tensors<T, capacity.value>(tensors, n_tensors, partials, rows, enabled, stream);
+    });
   });
 }
 

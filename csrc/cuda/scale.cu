@@ -82,9 +82,9 @@ cudaError_t scale(const TensorSpan* tensors, int64_t n_tensors, Element element,
   const bool is_double = coefficient_element == Element::f64;
   return with_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return n_tensors > kTensorsSmall
-               ? scale_tensors<T, kTensors>(tensors, n_tensors, coefficient, is_double, stream)
-               : scale_tensors<T, kTensorsSmall>(tensors, n_tensors, coefficient, is_double, stream);
+    return with_capacity(n_tensors, [&](auto capacity) {
+      return scale_tensors<T, capacity.value>(tensors, n_tensors, coefficient, is_double, stream);
+    });
   });
 }
 

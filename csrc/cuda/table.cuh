@@ -17,7 +17,16 @@ struct TensorTable {
 };
 
 inline constexpr int kTensors = (kParameterBytes - 64) / 16;
-inline constexpr int kTensorsSmall = 128;  // small models pass 2 KiB of parameters, not 32
+inline constexpr int kTensorsMedium = kTensors < 512 ? kTensors : 512;
+inline constexpr int kTensorsSmall = 128;
+
+// Calls body with the smallest table that fits: most models then pass 2 or 8 KiB of parameters, not 32.
+template <typename Body>
+cudaError_t with_capacity(int64_t n_tensors, Body&& body) {
+  if (n_tensors <= kTensorsSmall) return body(std::integral_constant<int, kTensorsSmall>{});
+  if (n_tensors <= kTensorsMedium) return body(std::integral_constant<int, kTensorsMedium>{});
+  return body(std::integral_constant<int, kTensors>{});
+}
 
 // The part of a tensor that a block works on.
 template <typename T>
