@@ -21,6 +21,12 @@ GRADPROBE_HD int64_t count_chunks(int64_t numel, int64_t chunk_numel) {
   return numel / chunk_numel + (numel % chunk_numel != 0);
 }
 
+// Returns `chunk_numel`, doubled until a tensor of `numel` elements has at most `max_chunks`.
+GRADPROBE_HD int64_t grown_chunk(int64_t numel, int64_t chunk_numel, int64_t max_chunks) {
+  while (chunk_numel * max_chunks < numel) chunk_numel *= 2;
+  return chunk_numel;
+}
+
 // Fills first_chunk [n_tensors + 1] from numel [n_tensors]; returns the total number of chunks.
 GRADPROBE_HD int64_t number_chunks(const int64_t* numel, int64_t n_tensors, int64_t chunk_numel, int64_t* first_chunk) {
   int64_t n_chunks = 0;

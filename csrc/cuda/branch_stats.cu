@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - 1)
                   const int32_t* enabled) {
   if (!is_on(enabled)) return;
   constexpr int kNumel = kVectorNumel<T>;
-  const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
+  const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, chunk_numel<T>(numel));
   branch += chunk.begin;
   shortcut += chunk.begin;
   const int n = static_cast<int>(chunk.end - chunk.begin);

@@ -26,8 +26,17 @@ inline constexpr int kChunkBytes = 64 * 1024;
 template <typename T>
 inline constexpr int kVectorNumel = kVectorBytes / static_cast<int>(sizeof(T));
 
+// Chunks of one tensor, whose partial results one block merges.
+inline constexpr int kMaxChunks = 8192;
+
 template <typename T>
 inline constexpr int kChunkNumel = kChunkBytes / static_cast<int>(sizeof(T));
+
+// Elements in a chunk of a tensor: more than kChunkNumel if it is above 512 MiB.
+template <typename T>
+GRADPROBE_HD int64_t chunk_numel(int64_t numel) {
+  return grown_chunk(numel, kChunkNumel<T>, kMaxChunks);
+}
 
 // Size limit of kernel parameters: 32,764 bytes from CUDA 12.1 on (compute capability 7.0 and up), 4,096 before.
 inline constexpr int kParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;

@@ -1,8 +1,9 @@
 // The six statistics of many tensors, reading each element once.
 //
-// One block per chunk (64 KiB) of a tensor. A block finds its tensor by binary search in the launch's table and sums
-// its chunk. It writes the row if the tensor has no other chunk, else a partial result for the second launch to merge.
-// There are no atomics: the order of every sum depends only on the tensor's size and alignment.
+// One block per chunk of a tensor: 64 KiB, or more of a very large one. A block finds its tensor by binary search in
+// the launch's table and sums its chunk. It writes the row if the tensor has no other chunk, else a partial result for
+// the second launch to merge. There are no atomics: the order of every sum depends only on the tensor's size and
+// alignment.
 #include "cuda/finish.cuh"
 #include "cuda/table.cuh"
 #include "cuda/thread_sums.cuh"
@@ -60,23 +61,23 @@ cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* par
   int64_t chunks_done = 0;  // by earlier launches
 
   const auto flush = [&]() -> cudaError_t {
-    if (packer.n_chunks() == 0) return cudaSuccess;
+    if (packer.n_blocks() == 0) return cudaSuccess;
     const cudaError_t error = launch<sum_chunks<T, kCapacity>>(
-        packer.n_chunks(), stream, packer.table(), partials + chunks_done, rows + kStats * packer.first_row(), enabled);
-    chunks_done += packer.n_chunks();
+        packer.n_blocks(), stream, packer.table(), partials + chunks_done, rows + kStats * packer.first_row(), enabled);
+    chunks_done += packer.n_blocks();
     packer.clear();
     return error;
   };
 
   for (int64_t k = 0; k < n_tensors; ++k) {
     const TensorSpan& tensor = tensors[k];
-    const int64_t n_chunks = count_chunks(tensor.numel, kChunkNumel<T>);
+    const int64_t n_chunks = count_chunks(tensor.numel, chunk_numel<T>(tensor.numel));
     if (n_chunks != 1) {
       if (finisher.full()) {
         if (const cudaError_t error = flush()) return error;
         if (const cudaError_t error = finisher.flush()) return error;
       }
-      finisher.add(chunks_done + packer.n_chunks(), n_chunks, tensor.row);
+      finisher.add(chunks_done + packer.n_blocks(), n_chunks, tensor.row);
     }
     if (n_chunks == 0) continue;
     if (!packer.fits(tensor)) {
@@ -92,7 +93,7 @@ cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* par
 
 int64_t count_partials(int64_t numel, Element element) {
   const int64_t element_bytes = element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
-  return count_chunks(numel, kChunkBytes / element_bytes);
+  return count_chunks(numel, grown_chunk(numel, kChunkBytes / element_bytes, kMaxChunks));
 }
 
 int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element element) {

@@ -120,7 +120,7 @@ template <typename T, typename Operation, Counted counted>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor - (counted == Counted::kBoth ? 2 : 0))
     join_chunks(const T* a, const T* b, T* out, int64_t numel, [[maybe_unused]] Stats* partials,
                 [[maybe_unused]] double* rows, [[maybe_unused]] const int32_t* enabled) {
-  const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, kChunkNumel<T>);
+  const Chunk chunk = chunk_range(0, numel, 0, blockIdx.x, chunk_numel<T>(numel));
   a += chunk.begin;
   b += chunk.begin;
   out += chunk.begin;

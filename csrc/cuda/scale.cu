@@ -58,8 +58,8 @@ cudaError_t scale_tensors(const TensorSpan* tensors, int64_t n_tensors, const vo
                           bool coefficient_is_double, cudaStream_t stream) {
   Packer<T, kCapacity> packer;
   const auto flush = [&]() -> cudaError_t {
-    if (packer.n_chunks() == 0) return cudaSuccess;
-    const cudaError_t error = launch<scale_chunks<T, kCapacity>>(packer.n_chunks(), stream, packer.table(), coefficient,
+    if (packer.n_blocks() == 0) return cudaSuccess;
+    const cudaError_t error = launch<scale_chunks<T, kCapacity>>(packer.n_blocks(), stream, packer.table(), coefficient,
                                                                  coefficient_is_double);
     packer.clear();
     return error;

@@ -6,7 +6,8 @@
 
 namespace gradprobe::cuda {
 
-// 16 bytes per tensor; everything else about a tensor follows from these.
+// 16 bytes per tensor; everything else about a tensor follows from these. A block works on one chunk of kChunkNumel
+// elements, or on several if a tensor's chunks are larger (`chunk_numel`): such a tensor has a launch of its own.
 template <int kCapacity>
 struct TensorTable {
   const void* data[kCapacity];
@@ -43,7 +44,7 @@ __device__ __forceinline__ Piece<T> find_piece(const TensorTable<kCapacity>& tab
   const int64_t first_chunk = table.first_chunk[tensor];
   const int64_t n_chunks = table.first_chunk[tensor + 1] - first_chunk;
   const int64_t numel = (n_chunks - 1) * kChunkNumel<T> + table.last_numel[tensor] + 1;
-  const Chunk chunk = chunk_range(tensor, numel, first_chunk, block, kChunkNumel<T>);
+  const Chunk chunk = chunk_range(tensor, numel, first_chunk, block, chunk_numel<T>(numel));
   return {static_cast<const T*>(table.data[tensor]) + chunk.begin, static_cast<int>(chunk.end - chunk.begin), tensor,
           n_chunks == 1};
 }
@@ -54,7 +55,8 @@ class Packer {
  public:
   bool fits(const TensorSpan& tensor) const {
     const int64_t row_span = tensor.row - first_row_;
-    return table_.n_tensors == 0 || (table_.n_tensors < kCapacity && row_span >= 0 && row_span <= 0xffff);
+    const bool is_grown = n_blocks_ != n_chunks_ || chunk_numel<T>(tensor.numel) != kChunkNumel<T>;
+    return table_.n_tensors == 0 || (table_.n_tensors < kCapacity && row_span >= 0 && row_span <= 0xffff && !is_grown);
   }
 
   // Adds a tensor that is not empty.
@@ -66,21 +68,24 @@ class Packer {
     table_.last_numel[at] = static_cast<uint16_t>((tensor.numel - 1) % kChunkNumel<T>);
     table_.row[at] = static_cast<uint16_t>(tensor.row - first_row_);
     n_chunks_ += count_chunks(tensor.numel, kChunkNumel<T>);
+    n_blocks_ += count_chunks(tensor.numel, chunk_numel<T>(tensor.numel));
     table_.first_chunk[table_.n_tensors] = static_cast<uint32_t>(n_chunks_);
   }
 
   void clear() {
     table_.n_tensors = 0;
     n_chunks_ = 0;
+    n_blocks_ = 0;
   }
 
   const TensorTable<kCapacity>& table() const { return table_; }
-  int64_t n_chunks() const { return n_chunks_; }
+  int64_t n_blocks() const { return n_blocks_; }
   int64_t first_row() const { return first_row_; }
 
  private:
   TensorTable<kCapacity> table_{};
-  int64_t n_chunks_ = 0;
+  int64_t n_chunks_ = 0;  // of kChunkNumel
+  int64_t n_blocks_ = 0;
   int64_t first_row_ = 0;
 };
 

@@ -115,13 +115,15 @@ class Kernels:
             memory.check_untouched()
         return out
 
-    def grad_stats_at(self, address: int, numel: int, element: str) -> NDArray[np.float64]:
-        """Returns the raw row [1, 6] of a tensor in the caller's memory."""
-        out = np.full((1, 6), np.nan)
-        spans = (_Span * 1)(_Span(address, numel, 0))
+    def grad_stats_at(self, tensors: Sequence[NDArray[np.generic]], element: str) -> NDArray[np.float64]:
+        """Returns the raw rows [K, 6] of tensors where they lie, such as in memory that is only reserved."""
+        out = np.full((len(tensors), 6), np.nan)
+        spans = (_Span * len(tensors))()
+        for k, tensor in enumerate(tensors):
+            spans[k] = _Span(tensor.ctypes.data, tensor.size, k)
         self._check(
             self._library.emulated_grad_stats(
-                spans, ctypes.c_int64(1), ELEMENTS.index(element), ctypes.c_void_p(out.ctypes.data)
+                spans, ctypes.c_int64(len(tensors)), ELEMENTS.index(element), ctypes.c_void_p(out.ctypes.data)
             )
         )
         return out

@@ -231,6 +231,14 @@ MUTANTS = (
         "grad_stats/extremes/f64",
     ),
     Mutant(
+        "first_part_of_a_grown_chunk_only",
+        "cuda/table.cuh",
+        "block, chunk_numel<T>(numel))",
+        "block, kChunkNumel<T>)",
+        "grad_stats/beyond_int32",
+    ),
+    Mutant("grown_chunks_share_a_launch", "cuda/table.cuh", " && !is_grown", "", "grad_stats/beyond_int32"),
+    Mutant(
         "scale_skips_a_load",
         "cuda/scale.cu",
         "for (int l = 0; l < kLoads; ++l) store_vector(",

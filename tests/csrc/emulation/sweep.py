@@ -392,10 +392,11 @@ def only_if(operation: str, element: str) -> Check:
 
 
 def beyond_int32(kernels: Kernels) -> None:
-    """Elements after index 2**31 of a tensor. Its memory is only reserved: untouched pages read as zeros."""
+    """Elements after index 2**31, between two small tensors. The memory is only reserved: untouched pages are zeros."""
     numel = 2**31 + 70_001
-    chunk = CHUNK_BYTES // 2
+    chunk = 2**19  # 2**15 elements, doubled until at most 8,192 chunks hold the tensor
     first_block = 2**31 // chunk - 1
+    small = [np.full(n, 0.25, dtype=np.float16) for n in (7, 40_000)]
     with mmap.mmap(
         -1, numel * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     ) as memory:
@@ -404,12 +405,13 @@ def beyond_int32(kernels: Kernels) -> None:
         storage[-1] = 2.0
         kernels.run_only(first_block)
         try:
-            row = kernels.grad_stats_at(storage.ctypes.data, numel, "f16")[0]
+            rows = kernels.grad_stats_at([small[0], storage, small[1]], "f16")
         finally:
             kernels.run_only(0)
             tail = storage[first_block * chunk :].astype(np.float64)
             del storage
-    check_row(row, tail, "f16", "a tensor of more than 2**31 elements")
+    for row, values in zip(rows, (small[0], tail, small[1]), strict=True):
+        check_row(row, values.astype(np.float64), "f16", f"{values.size} elements beside more than 2**31")
 
 
 def all_checks(short: bool = False) -> dict[str, Check]:
