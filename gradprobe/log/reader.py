@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,6 @@ class _Tables:
     activations: _Blocks
     residual_adds: _Blocks
     updates: _Blocks
-    no_sites: FloatArray = field(default_factory=lambda: np.zeros((0, len(STATS))))
 
     def snapshot(self, step: Mapping[str, Any]) -> Snapshot:
         key = (int(step["session"]), int(step["step"]))
