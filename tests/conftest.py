@@ -11,7 +11,7 @@ from hypothesis import settings
 
 import gradprobe
 from gradprobe.ops import libraries
-from gradprobe.probe import step_recorder
+from gradprobe.probe import step_gradients
 
 # A shared runner stalls now and then: time limits belong to benchmarks.
 settings.register_profile("gradprobe", deadline=None, print_blob=True)
@@ -66,7 +66,7 @@ def scalers() -> Iterator[weakref.WeakSet[torch.amp.GradScaler]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.amp.GradScaler, "__new__", staticmethod(new))
-        patch.setattr(step_recorder, "any_in_use", any_in_use)
+        patch.setattr(step_gradients, "any_in_use", any_in_use)
         yield made
 
 

@@ -76,18 +76,14 @@ class CoverageLog:
 
     Args:
         observer: Knows the K parameters.
-        signals: The observer of activations and residual adds, None if none are observed.
-        unobserved: Names of residual adds that cannot be observed.
         fence: Knows what has failed.
     """
 
-    def __init__(
-        self, observer: GradientObserver, signals: SignalObserver | None, unobserved: tuple[str, ...], fence: Fence
-    ) -> None:
+    def __init__(self, observer: GradientObserver, fence: Fence) -> None:
         self._fence = fence
         self._observer = observer
-        self._signal_observer = signals
-        self._unobserved = unobserved
+        self._signal_observer: SignalObserver | None = None
+        self._unobserved: tuple[str, ...] = ()
         self._observed = np.zeros(len(observer.sites), dtype=np.bool_)  # [K]
         self._unhooked = np.zeros(len(observer.sites), dtype=np.bool_)  # [K]
         self._names = tuple(site.name for site in observer.sites)
@@ -205,7 +201,7 @@ class CoverageLog:
         )
 
     def follow_signals(self, signals: SignalObserver | None, unobserved: tuple[str, ...]) -> None:
-        """Takes another observer of signals, and the names of other residual adds that cannot be observed."""
+        """Takes the observer of signals, None if there are none, and the names of residual adds it cannot observe."""
         self._signal_observer, self._unobserved = signals, unobserved
 
     def note_never_closed(self, step: int, n_backwards: int, reason: str) -> None:

@@ -92,6 +92,29 @@ class OpenStep:
         return [scale.is_removed_from(each) for each in optimizers] or [scale.is_removed_from(stepping)]
 
 
+@dataclass(slots=True)
+class Recording:
+    """Which step is open, and whether it is measured: what the parts of a recorder share.
+
+    Attributes:
+        every: Every how many steps one is measured.
+        open: The open step.
+        n_pauses: Pauses that have not ended.
+        is_off: Nothing is measured any more.
+        are_gradients_off: No gradients are measured any more.
+    """
+
+    every: int
+    open: OpenStep
+    n_pauses: int = 0
+    is_off: bool = False
+    are_gradients_off: bool = False
+
+    def is_due(self) -> bool:
+        """Returns whether the open step is measured."""
+        return self.n_pauses == 0 and self.open.number % self.every == 0 and not self.is_off
+
+
 def kept(loss: torch.Tensor | float) -> torch.Tensor | float:
     """Returns a loss without its graph, as it is now."""
     return loss.detach().reshape(()).to(torch.float64, copy=True) if isinstance(loss, torch.Tensor) else float(loss)

@@ -35,7 +35,9 @@ _SCALER_STEP = GradScaler.step.__code__
 class Recorder(Protocol):
     """What is told of the boundaries."""
 
-    has_all_losses: bool  # as many losses as backward passes were given of the step closed last before it was closed
+    @property
+    def has_all_losses(self) -> bool:
+        """Whether at least one loss per backward pass was given of the step closed last, before it was closed."""
 
     def settle(self) -> None:
         """Closes what has ended unnoticed."""
@@ -103,7 +105,11 @@ class StepBoundaries:
         self.has_stepped = False  # an optimizer has closed a step
         self.is_contested = False  # an optimizer of other parameters has stepped since the step before
 
-        me = weakref.ref(self)
+        self._hooks: ProcessHooks | None = None
+
+    def watch(self) -> None:
+        """Puts hooks on the steps of all optimizers."""
+        me, fence = weakref.ref(self), self._fence
 
         def before(optimizer: Optimizer, args: _Args, kwargs: _Kwargs) -> _Arguments | None:
             boundaries = me()
@@ -168,7 +174,8 @@ class StepBoundaries:
 
     def remove(self) -> None:
         """Removes the hooks, for good."""
-        self._hooks.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
 
     def _on_step(self, optimizer: Optimizer, args: _Args, kwargs: _Kwargs, is_after: bool) -> _Arguments | None:
         recorder = self._recorder()

@@ -363,7 +363,7 @@ class Watch:
     @property
     def number(self) -> int:
         """Number of the open step."""
-        return self.probe._recorder._open.number
+        return self.probe._recorder.number
 
     def end_backward(self, module: nn.Module, has_failed: bool, scale: float) -> None:
         """Notes a backward pass that reached the observed module."""

@@ -24,7 +24,7 @@ import gradprobe
 from gradprobe.observers.gradient_observer import GradientObserver
 from gradprobe.observers.sharding import WholeGradients
 from gradprobe.probe.coverage import CoverageLog
-from gradprobe.probe.step_recorder import StepRecorder
+from gradprobe.probe.step_gradients import StepGradients
 
 N_STEPS = 5
 _FAULT_AT = 2
@@ -131,8 +131,8 @@ def other_models(rank: int, n_ranks: int) -> str:
 
 PLACES: dict[str, tuple[type, str]] = {
     "measuring": (GradientObserver, "measure"),
-    "following": (StepRecorder, "follow"),
-    "comparing": (StepRecorder, "_compare"),
+    "following": (StepGradients, "follow"),
+    "comparing": (StepGradients, "compare"),
     "noting": (CoverageLog, "note"),
     "collecting": (WholeGradients, "_collect_signals"),
 }

@@ -64,7 +64,7 @@ def test_a_probe_and_its_model_are_freed(ends: str) -> None:
         loss.backward()
     if ends == "after a step":
         probe.step()
-    signals = probe._recorder._signal_observer
+    signals = probe._recorder._signals.observer
     assert signals is not None
     refs = [weakref.ref(one) for one in (model, model[0], model[1].join, probe, signals, signals._buffer)]
     if ends != "with a graph":

@@ -71,7 +71,7 @@ def test_a_users_hook_may_come_and_go() -> None:
     with gradprobe.attach(model, activations=True, every=2) as probe:
         step(model, probe)
         calls: list[int] = []
-        handle = model[0].register_forward_hook(lambda *_: calls.append(probe._recorder._open.number))
+        handle = model[0].register_forward_hook(lambda *_: calls.append(probe._recorder.number))
         for _ in range(3):
             step(model, probe)
         handle.remove()

@@ -323,8 +323,8 @@ def test_a_probe_detached_while_paused_stays_off() -> None:
     with probe.paused():
         probe.detach()
     loss.backward()  # through a graph built before detach
-    assert probe._recorder._signal_observer is not None
-    assert not probe._recorder._signal_observer._buffer.enabled
+    assert probe._recorder._signals.observer is not None
+    assert not probe._recorder._signals.observer._buffer.enabled
 
 
 def test_a_step_that_is_never_closed_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

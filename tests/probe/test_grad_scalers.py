@@ -12,7 +12,7 @@ from helpers.probe_cases import loss_of, mlp, norms_of, sgd, true_norms
 from torch import nn
 
 import gradprobe
-from gradprobe.probe import grad_scaler, step_recorder
+from gradprobe.probe import grad_scaler, step_gradients
 
 pytestmark = pytest.mark.usefixtures("probe_warnings_are_errors")
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("probe_warnings_are_errors")
 @pytest.fixture(autouse=True)
 def searches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches for gradient scalers as outside of tests."""
-    monkeypatch.setattr(step_recorder, "any_in_use", grad_scaler.any_in_use)
+    monkeypatch.setattr(step_gradients, "any_in_use", grad_scaler.any_in_use)
 
 
 class TestScalers:

@@ -129,8 +129,8 @@ MUTANTS = (
         "nested_pause",
         StepRecorder,
         "paused",
-        "self._pause_depth -= 1",
-        "self._pause_depth = 0",
+        "self._recording.n_pauses -= 1",
+        "self._recording.n_pauses = 0",
         a_pause_inside_a_pause_does_not_end_it,
     ),
     Mutant(

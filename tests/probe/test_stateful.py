@@ -43,7 +43,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradprobe
 from gradprobe.ops import libraries
-from gradprobe.probe import step_recorder
+from gradprobe.probe import step_gradients
 
 N_EXAMPLES = int(os.environ.get("STATEFUL_EXAMPLES", "2000" if os.environ.get("CI") else "100"))
 SEED = int(os.environ.get("STATEFUL_SEED", "0"))
@@ -80,8 +80,8 @@ class Training(RuleBasedStateMachine):
         self.watches: list[Watch] = []
         self.given: dict[int, Gradients] = {}  # what the bare optimizers got last, by position
         self.given_versions: dict[str, Version] = {}  # of the gradients at the last step of a bare optimizer
-        self.native_hooks, self.any_in_use = libraries.native_hooks, step_recorder.any_in_use
-        step_recorder.any_in_use = lambda: False  # it searches the whole heap
+        self.native_hooks, self.any_in_use = libraries.native_hooks, step_gradients.any_in_use
+        step_gradients.any_in_use = lambda: False  # it searches the whole heap
         self.handle = register_optimizer_step_pre_hook(self._note_given)
 
     @initialize(
@@ -105,7 +105,7 @@ class Training(RuleBasedStateMachine):
         self._attach("", **options)
 
     def teardown(self) -> None:
-        libraries.native_hooks, step_recorder.any_in_use = self.native_hooks, self.any_in_use
+        libraries.native_hooks, step_gradients.any_in_use = self.native_hooks, self.any_in_use
         self.handle.remove()
         for watch in self.watches:
             watch.probe.detach()
