@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 
 # Control characters act on a terminal, direction marks reorder the text around them, halves of surrogate pairs cannot
 # be encoded, and the rest cannot be seen.
@@ -20,6 +21,30 @@ class GradprobeError(Exception):
 
 class ArgumentError(GradprobeError, ValueError):
     """An argument is invalid; the message names it, says what was needed and what was given."""
+
+
+def not_among(argument: str, value: object, allowed: Iterable[str], needed: str = "one of") -> ArgumentError:
+    """Makes the error for a value that is none of those allowed; names the closest of these if one is similar.
+
+    Args:
+        argument: Name of the argument.
+        value: The value that was given.
+        allowed: The values that it takes.
+        needed: What the argument needs of these values.
+
+    Returns:
+        The error.
+
+    Example:
+        >>> print(not_among("norm", "bath", ("batch", "none")))
+        norm: needed one of batch, none, got 'bath'; did you mean batch?
+    """
+    import difflib
+
+    allowed = list(allowed)
+    similar = difflib.get_close_matches(str(value), allowed, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
+    return ArgumentError(f"{argument}: needed {needed} {', '.join(allowed)}, got {value!r}{hint}")
 
 
 class BackendError(GradprobeError, RuntimeError):

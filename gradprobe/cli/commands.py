@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from gradprobe.cli.exit_status import CRASHED, FAILED, FOUND
+from gradprobe.cli.groups import Commands
 from gradprobe.cli.options import Json, listed
 from gradprobe.cli.output import drawing_module, print_error, print_json, print_table, show
 from gradprobe.cli.sweep import sweep
@@ -24,6 +25,7 @@ from gradprobe.experiments import DEFAULT_EPOCHS, REMEDY_STEPS, STACK_STEPS
 from gradprobe.version import VERSION
 
 app = typer.Typer(
+    cls=Commands,
     help="Measure and diagnose the gradients of deep networks.\n\nExample: gradprobe sweep --depths 8,14 --epochs 2",
     add_completion=False,
     no_args_is_help=True,
@@ -79,9 +81,9 @@ def report(
 
     Example: gradprobe report run.sqlite --html report.html
     """
-    from gradprobe.cli.logged import run_kind
+    from gradprobe.cli.logged import needed_kind
 
-    if run_kind(run_file) == "training":
+    if needed_kind(run_file) == "training":
         _report_training(run_file, html, csv, png, as_json)
         return
     from gradprobe.experiments.sweep.store import open_run
@@ -283,6 +285,7 @@ def check(
         list[str] | None,
         typer.Option(
             "--input",
+            metavar="SHAPE",
             help="Random input: shape of one example, as 3,32,32, or int64[0:1000]:16 for 16 integers below 1000. "
             "Repeat it for each input of the model.",
         ),
@@ -300,8 +303,7 @@ def check(
 ) -> None:
     """Check the gradient at every layer of a model with one batch.
 
-    The exit status is 0 if the model is healthy, 1 if something is wrong with it, 2 for bad arguments, 3 if the model
-    or gradprobe itself crashes.
+    The exit status is 0 if the model is healthy, 1 if it is not, 2 for bad arguments, 3 for a crash.
 
     Example: gradprobe check 'gradprobe.networks:deep_cnn(50)' --input 3,32,32
 

@@ -28,6 +28,18 @@ def run_kind(path: Path) -> Literal["training", "sweep"] | None:
         raise StoreError(f"{path}: cannot be used: {error.strerror}") from error
 
 
+def needed_kind(path: Path) -> Literal["training", "sweep"]:
+    """Returns what `run_kind` does.
+
+    Raises:
+        StoreError: Nothing is there, or the path cannot be used.
+    """
+    kind = run_kind(path)
+    if kind is None:
+        raise StoreError(f"{path}: needed a run folder or the file of a sweep, found nothing there")
+    return kind
+
+
 @dataclass(frozen=True)
 class LoggedRun:
     """The steps of a run folder and their diagnosis.
@@ -49,8 +61,12 @@ class LoggedRun:
 
         Raises:
             ArgumentError: The files are in Parquet, and pyarrow is not installed.
-            StoreError: It is no run folder, or a file in it cannot be read.
+            StoreError: It is no run folder, nothing is there, or a file in it cannot be read.
         """
+        kind = run_kind(folder)
+        if kind != "training":
+            found = "nothing there" if kind is None else "a file; gradprobe report shows that of a sweep"
+            raise StoreError(f"{folder}: needed a run folder, found {found}")
         snapshots, running = read_run(folder).snapshots(), RunningDiagnosis()
         for snapshot in snapshots:
             running.take(snapshot)
@@ -69,11 +85,11 @@ def compare_paths(a: Path, b: Path) -> ComparisonView | SweepComparison:
         ArgumentError: There is one of each, they have nothing in common, or pyarrow is not installed.
         StoreError: One cannot be read.
     """
-    kinds = run_kind(a), run_kind(b)
-    if {"training", "sweep"} == {*kinds}:
+    kinds = needed_kind(a), needed_kind(b)
+    if kinds[0] != kinds[1]:
         file, other = (a, b) if kinds[0] == "sweep" else (b, a)
         raise ArgumentError(f"{file}: needed two run folders or the files of two sweeps, got this file and {other}")
-    if "sweep" in kinds:
+    if kinds[0] == "sweep":
         from gradprobe.experiments.sweep.store import open_run
 
         with open_run(a) as one, open_run(b) as another:

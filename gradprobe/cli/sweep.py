@@ -64,9 +64,9 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--model",
-            metavar="MODULE:CALLABLE",
-            help="A function or class that builds your network of a given depth; also FILE.py:CALLABLE, and literal "
-            "arguments as in my:net(width=32). Repeat it for several networks.",
+            metavar="TARGET",
+            help="MODULE:CALLABLE or FILE.py:CALLABLE, a function or class that builds your network of a given depth, "
+            "with literal arguments if any, as in my:net(width=32). Repeat it for several networks.",
         ),
     ] = None,
     depths: Annotated[

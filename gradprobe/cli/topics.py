@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gradprobe.diagnosis.rules import RULES
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import not_among
 
 _HE_NETS = "He et al. 2015, Deep Residual Learning for Image Recognition, arXiv 1512.03385"
 _HE_INIT = "He et al. 2015, Delving Deep into Rectifiers, arXiv 1502.01852"
@@ -345,7 +345,7 @@ def explain(name: str) -> tuple[Topic, ...]:
         names = ", ".join(repr(topic.name) for topic in found)
         warnings.warn(f"explain: topic {name!r} is now {names}", DeprecationWarning, stacklevel=2)
     if not found:
-        raise ArgumentError(f"topic: needed one of {', '.join(TOPICS)}, got {name!r}")
+        raise not_among("topic", name, TOPICS)
     return tuple(found)
 
 

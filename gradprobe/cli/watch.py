@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from gradprobe.cli.logged import run_kind
+from gradprobe.cli.logged import needed_kind, run_kind
 from gradprobe.cli.output import print_table
 from gradprobe.cli.signals import raises_on_sigterm
-from gradprobe.errors import ArgumentError, StoreError, printable
+from gradprobe.errors import ArgumentError, printable
 from gradprobe.log.follower import RunFollower
 from gradprobe.log.reader import read_run
 from gradprobe.report.live import LiveTraining, finding_line
@@ -135,8 +135,9 @@ class _Watched:
     def require(self) -> None:
         """Raises a StoreError if there is no run."""
         if self._source is None:
-            raise StoreError(f"{self._path}: needed a run folder or the file of a sweep, found nothing there")
-        self._source.require()
+            needed_kind(self._path)
+        else:
+            self._source.require()
 
     @property
     def is_over(self) -> bool:

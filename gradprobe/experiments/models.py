@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradprobe import networks
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, not_among
 from gradprobe.experiments.data import Dataset, channels_last
 from gradprobe.experiments.target import find, run_user_code
 
@@ -47,7 +47,7 @@ def build(
     if is_user_model(family):
         return _build_user_model(family, depth, data)
     if family not in networks.BUILDERS:
-        raise ArgumentError(f"families: needed one or more of {', '.join(networks.FAMILIES)}, got {family!r}")
+        raise not_among("families", family, networks.FAMILIES, "one or more of")
     if data.train_x.ndim != 4:
         raise ArgumentError(
             f"families: {family} needs images, got features of shape {list(data.train_x.shape)}; use --model"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, not_among
 from gradprobe.experiments.sgd import Sgd
 from gradprobe.experiments.target import parse_call, run_user_code
 
@@ -51,7 +51,7 @@ def parse(optimizer: str) -> tuple[type[Optimizer], dict[str, Any]]:
     names, arguments, options = parse_call("optimizer", optimizer, optimizer)
     known = _classes()
     if len(names) != 1 or names[0].lower() not in known:
-        raise ArgumentError(f"optimizer: needed one of {', '.join(known)}, got {optimizer!r}")
+        raise not_among("optimizer", optimizer, known)
     cls = known[names[0].lower()]
     allowed = [name for name in inspect.signature(cls).parameters if name not in ("params", "lr")]
     if "lr" in options:

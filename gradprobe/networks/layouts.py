@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, not_among
 from gradprobe.networks.common import INITS, Init, check_sizes, initialise, is_whole, joined
 from gradprobe.nn.batch_norm import BatchNorm2d, calls_are_watched
 from gradprobe.nn.residual import ResidualAdd
@@ -156,7 +156,7 @@ def _build(
     layout = natural if layout is None else layout
     for name, value, allowed in (("layout", layout, LAYOUTS), ("norm", norm, NORMS), ("init", init, INITS)):
         if value not in allowed:
-            raise ArgumentError(f"{name}: needed one of {joined(allowed)}, got {value!r}")
+            raise not_among(name, value, allowed)
     if layout == "imagenet" and natural != "imagenet":
         raise ArgumentError(f"depth: the ImageNet layout has {joined(IMAGENET_DEPTHS)}, got {depth}")
     blocks_of_cifar = cifar_blocks(depth) if layout == "cifar" else 0

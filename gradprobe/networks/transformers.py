@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradprobe.errors import ArgumentError
-from gradprobe.networks.common import check_sizes, initialise, is_whole, joined
+from gradprobe.errors import ArgumentError, not_among
+from gradprobe.networks.common import check_sizes, initialise, is_whole
 from gradprobe.nn.residual import ResidualAdd
 
 Arrangement = Literal["pre", "post", "plain"]
@@ -69,7 +69,7 @@ def transformer(
     if not is_whole(depth) or depth < 2 or depth % 2:
         raise ArgumentError(f"depth: a transformer needs an even number of sublayers of at least 2, got {depth!r}")
     if arrangement not in ARRANGEMENTS:
-        raise ArgumentError(f"arrangement: needed one of {joined(ARRANGEMENTS)}, got {arrangement!r}")
+        raise not_among("arrangement", arrangement, ARRANGEMENTS)
     check_sizes(in_channels=in_channels, num_classes=num_classes, image_size=image_size, width=width)
     if width % HEAD_WIDTH:
         raise ArgumentError(f"width: needed a multiple of {HEAD_WIDTH}, got {width}")

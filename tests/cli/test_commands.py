@@ -7,25 +7,10 @@ import sys
 
 import pytest
 
-from gradprobe.cli import commands as cli
 from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.store import open_run, start_run
 from gradprobe.experiments.train import EpochResult
 from gradprobe.report.records import EpochRow, LayerRow
-
-
-@pytest.fixture
-def gradprobe(monkeypatch, capsys):
-    """Runs a command as the installed script does; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradprobe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture
@@ -415,16 +400,6 @@ def test_a_failed_training_run_does_not_end_a_spec_of_several_grids(gradprobe, t
             ("resnet-8", "done"),
             ("resnet-14", "pending"),
         }
-
-
-@pytest.mark.parametrize(
-    "command", [[], ["sweep"], ["report"], ["check"], ["explain"], ["identity"], ["remedies"], ["doctor"]], ids=" ".join
-)
-def test_help_exits_with_0_and_shows_an_example(gradprobe, command):
-    code, out, _ = gradprobe(*command, "--help")
-    assert code == 0
-    assert "Usage" in out
-    assert " ".join(["Example: gradprobe", *command]) in out
 
 
 @pytest.mark.parametrize("command", [["--help"], ["sweep", "--help"], ["explain"], ["report"]], ids=" ".join)

@@ -195,7 +195,7 @@ def test_sweeps_are_compared_network_by_network(
     assert "Only B has resnet-8 seed 0." in out
     status, _, err = compare("a.sqlite", "missing.sqlite")
     assert status == 2
-    assert err.startswith("gradprobe: missing.sqlite: no such file")
+    assert err.startswith("gradprobe: missing.sqlite: needed a run folder or the file of a sweep, found nothing there")
 
 
 def test_what_cannot_be_compared_is_named_in_one_line(train: Train, compare: Compare) -> None:
@@ -203,7 +203,7 @@ def test_what_cannot_be_compared_is_named_in_one_line(train: Train, compare: Com
     Path("b.sqlite").write_text("notes")
     for other, told in (
         ("b.sqlite", "b.sqlite: "),
-        ("missing", "missing: needed a run folder, found no about.json in it"),
+        ("missing", "missing: needed a run folder or the file of a sweep, found nothing there"),
         (train("late", steps=3, start_step=100), "runs: needed two runs with a step in common, got A steps 0 to 2, B "),
         (train("other", steps=3, model=nn.Linear(6, 1), with_loss=False), "runs: needed two runs with a parameter or "),
     ):

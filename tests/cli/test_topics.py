@@ -106,7 +106,10 @@ def test_json() -> None:
 
 
 def test_an_unknown_topic_lists_the_known_ones() -> None:
-    with pytest.raises(gradprobe.ArgumentError, match=r"topic: needed one of vanishing, exploding, .*, got 'nothing'"):
+    with pytest.raises(
+        gradprobe.ArgumentError,
+        match=r"topic: needed one of vanishing, exploding, .*, got 'nothing'",
+    ):
         explain("nothing")
 
 

@@ -240,8 +240,8 @@ def test_a_dry_run_counts_the_evaluations(folder, gradprobe, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "code", "message"),
     [
-        ("cuda", 2, "gradprobe: device: cuda was asked for, but torch sees no CUDA device; use --device cpu\n"),
-        ("tpu", 2, "gradprobe: device: needed one of auto, cpu, cuda, got 'tpu'\n"),
+        ("cuda", 2, "gradprobe: --device: cuda was asked for, but torch sees no CUDA device; use --device cpu\n"),
+        ("tpu", 2, "gradprobe: --device: needed one of auto, cpu, cuda, got 'tpu'\n"),
         ("auto", 0, None),
         ("cpu", 0, None),
     ],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, not_among
 from gradprobe.networks import Init, initialise
 from gradprobe.networks.without_norm import ScalarBias, layerscale_start
 from gradprobe.nn.residual import ResidualAdd
@@ -136,7 +136,7 @@ def network(
     chosen = parse_remedy(remedy)
     for name, value, supported in (("activation", activation, tuple(_ACTIVATIONS)), ("layers", layers, LAYERS)):
         if value not in supported:
-            raise ArgumentError(f"{name}: needed one of {', '.join(supported)}, got {value!r}")
+            raise not_among(name, value, supported)
     if depth < 2:
         raise ArgumentError(f"depth: needed a whole number of at least 2, got {depth}")
     is_conv = layers == "conv"

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gradprobe.diagnosis.diagnose import most_severe, verdict
 from gradprobe.diagnosis.trend import fit_trend
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import ArgumentError, not_among
 from gradprobe.experiments import REMEDY_STEPS
 from gradprobe.experiments.common import check_seeds, one_thread, progress_bar
 from gradprobe.experiments.data import Dataset, load
@@ -67,12 +67,12 @@ def _check(
     layers: str, remedies: Sequence[str], activations: Sequence[str], depths: Sequence[int], seeds: Sequence[int]
 ) -> None:
     if layers not in LAYERS:
-        raise ArgumentError(f"layers: needed one of {', '.join(LAYERS)}, got {layers!r}")
+        raise not_among("layers", layers, LAYERS)
     for remedy in remedies:
         parse_remedy(remedy)
     for activation in activations:
         if activation not in ACTIVATIONS:
-            raise ArgumentError(f"activations: needed one or more of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise not_among("activations", activation, ACTIVATIONS, "one or more of")
     for depth in depths:
         if depth < 2:
             raise ArgumentError(f"depths: needed whole numbers of at least 2, got {depth}")

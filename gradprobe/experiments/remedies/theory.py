@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradprobe.diagnosis.trend import fit_trend
-from gradprobe.errors import ArgumentError
+from gradprobe.errors import not_among
 from gradprobe.snapshot.records import FloatArray
 
 Pair = tuple[Callable[[FloatArray], FloatArray], Callable[[FloatArray], FloatArray]]
@@ -87,7 +87,7 @@ def factor_per_layer(
         1.21
     """
     if activation not in _FUNCTIONS:
-        raise ArgumentError(f"activation: needed one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        raise not_among("activation", activation, ACTIVATIONS)
     function, derivative = _FUNCTIONS[activation]
 
     def square(f: Callable[[FloatArray], FloatArray], q: float) -> float:
@@ -100,7 +100,7 @@ def factor_per_layer(
         taken = weight_gain * square(function, 1.0) + bias_variance
         return math.sqrt(weight_gain * square(derivative, 1.0) / taken)
     if norm != "none":
-        raise ArgumentError(f"norm: needed one of batch, layer, group, none, got {norm!r}")
+        raise not_among("norm", norm, ("batch", "layer", "group", "none"))
     forward, backward = [], []  # mean square of a layer's input; its factor on the squared gradient
     q = weight_gain * input_mean_square + bias_variance
     for _ in range(n_layers):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe import networks
-from gradprobe.errors import ArgumentError, GradprobeError, StoreError, WorkerTraceback
+from gradprobe.errors import ArgumentError, GradprobeError, StoreError, WorkerTraceback, not_among
 from gradprobe.experiments import DEFAULT_EPOCHS, optimizers
 from gradprobe.experiments.common import check_seeds, one_thread
 from gradprobe.experiments.data import Dataset, load
@@ -296,7 +296,7 @@ def check_workers(jobs: int | None, engine: str, device: str, num_gpus: float = 
     if jobs is not None and jobs < 1:
         raise ArgumentError(f"jobs: needed at least 1, got {jobs}")
     if engine not in engines.ENGINES:
-        raise ArgumentError(f"engine: needed one of {', '.join(engines.ENGINES)}, got {engine!r}")
+        raise not_among("engine", engine, engines.ENGINES)
     if device not in DEVICES:
         raise ArgumentError(f"device: needed one of {', '.join(DEVICES)}, got {device!r}")
     if not (0 <= num_gpus <= 1 or (num_gpus > 1 and num_gpus.is_integer())):
@@ -331,10 +331,10 @@ def _nets(families: Sequence[str] | None, models: Sequence[str], norm: str | Non
         families = _unique("families", families)
     for family in families:
         if family not in networks.FAMILIES:
-            raise ArgumentError(f"families: needed one or more of {', '.join(networks.FAMILIES)}, got {family!r}")
+            raise not_among("families", family, networks.FAMILIES, "one or more of")
     for name, value, allowed in (("norm", norm, networks.NORMS), ("init", init, networks.INITS)):
         if value is not None and value not in allowed:
-            raise ArgumentError(f"{name}: needed one of {', '.join(allowed)}, got {value!r}")
+            raise not_among(name, value, allowed)
         if value is not None and not set(families) & set(networks.NORMALISED_FAMILIES):
             raise ArgumentError(
                 f"{name}: needed {' or '.join(networks.NORMALISED_FAMILIES)} among the families, got "
@@ -356,7 +356,7 @@ def _recipe(
     precision: str,
 ) -> Recipe:
     if precision not in PRECISIONS:
-        raise ArgumentError(f"precision: needed one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise not_among("precision", precision, PRECISIONS)
     usual = optimizers.defaults(optimizer)
     rate = usual.learning_rate if lr is None else lr
     optimizers.check_learning_rate(rate)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from gradprobe.errors import ArgumentError, StoreError
+from gradprobe.errors import ArgumentError, StoreError, not_among
 from gradprobe.experiments.sweep.store import open_run
 
 _SQLITE = b"SQLite format 3\0"
@@ -136,7 +136,7 @@ def _parse(place: str, content: bytes) -> Settings:
         raise ArgumentError(f"spec: {place} is no TOML file: {error}") from error
     for name, value in values.items():
         if name not in _KINDS:
-            raise ArgumentError(f"spec: {place}: needed keys among {', '.join(_KINDS)}, got {name!r}")
+            raise not_among(f"spec: {place}", name, _KINDS, "keys among")
         needed, kind, element = _KINDS[name]
         elements = value if element is not None and isinstance(value, list) else []
         if not _is(value, kind) or not all(_is(one, element or object) for one in elements):
