@@ -170,15 +170,15 @@ struct ThreadSums {
   template <int n>
   __device__ __forceinline__ void add_rare(float (&x)[n], const FastSums& fast) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      n_zero += x[i] == 0.0f;
-      n_nonfinite += !is_finite(x[i]);
-    }
+    for (int i = 0; i < n; ++i) n_zero += x[i] == 0.0f;
     if (fast_is_exact(fast.sum_abs)) return add_fast(fast, 1.0);
     const bool is_small = fast.sum_abs < kFastMin;
     const float factor = is_small ? kRescale : 1 / kRescale;
 #pragma unroll
-    for (int i = 0; i < n; ++i) x[i] *= factor;
+    for (int i = 0; i < n; ++i) {
+      n_nonfinite += !is_finite(x[i]);
+      x[i] *= factor;
+    }
     add_fast(fast_sums(x), is_small ? 1.0 / kRescale : double{kRescale});
   }
 
