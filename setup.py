@@ -59,7 +59,7 @@ setup(
         "numpy>=1.26",
         "rich>=13.7",
         "scipy>=1.11",
-        "typer>=0.12",
+        "typer>=0.19",
     ],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )
