@@ -340,8 +340,8 @@ MUTANTS = (
     Mutant(
         "statistics_before_rounding",
         "cuda/residual_add.cu",
-        "add_vectors<T, n>(sums.outgoing, of_a)",
-        "add_vectors<T, n>(sums.outgoing, of_b)",
+        "sums.outgoing.add(of_a)",
+        "sums.outgoing.add(of_b)",
         "residual_add/forward/f16",
     ),
     Mutant(
