@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from helpers.older_runs import make_version_2
 from helpers.sweep_commands import trained_here
 
 from gradprobe.errors import StoreError
-from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.merge import merge
 from gradprobe.experiments.sweep.run import sweep
 from gradprobe.experiments.sweep.store import open_run
@@ -30,10 +28,8 @@ def files(images, tmp_path_factory):
     with trained_here():
         sweep(**options, seeds=(0, 1), out=folder / "whole.sqlite")
         sweep(**options, seeds=(0,), out=folder / "part-0.sqlite")
-        with pytest.MonkeyPatch.context() as patch:
-            train_all = engines.run_local
-            patch.setattr(engines, "run_local", lambda *arguments: islice(train_all(*arguments), 3))
-            sweep(**options, seeds=(1,), out=folder / "part-1.sqlite")
+    with trained_here(stop_after=3), pytest.raises(KeyboardInterrupt):
+        sweep(**options, seeds=(1,), out=folder / "part-1.sqlite")
     return folder, options
 
 
