@@ -23,7 +23,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard build_backend/*.py) $(shell f
 CPP_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 MARKS := $(if $(filter true,$(CI)),-m 'not gpu and not bench',)
 
-.PHONY: demo lesson docs test lint format build gpu test-gpu bench real-models clean help
+.PHONY: demo lesson performance docs test test-matrix lint format build gpu test-gpu bench real-models clean help
 
 demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and residual, 20 and 56 layers) and write its report
 	mkdir -p demo
@@ -33,6 +33,9 @@ demo: $(BUILD_STAMP)  ## run the degradation sweep on real data (plain and resid
 lesson: $(BUILD_STAMP)  ## run every experiment of docs/lesson.md again, and redraw its charts
 	$(BIN)/python docs/make_lesson.py
 
+performance: $(DEV_STAMP)  ## measure the cost beside other ways, and write it to docs/performance.md; 15 quiet minutes
+	$(BIN)/python benchmarks/peers.py --json docs/performance.json --page docs/performance.md
+
 # No network is needed, neither here nor to read the pages.
 docs: $(DEV_STAMP)  ## build the site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -40,6 +43,9 @@ docs: $(DEV_STAMP)  ## build the site in build/site; a broken link is an error
 # One process per core. Threads that wait must not spin on a core that another process needs.
 test: lint  ## run linters, tests and doctests; with CI=true the long tests too
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(MARKS) $(PYTEST)
+
+test-matrix: $(DEV_STAMP)  ## run a quick part of the tests with each Python and the oldest and newest dependencies
+	$(BIN)/python tests/matrix.py
 
 lint: $(DEV_STAMP)  ## check with ruff, mypy --strict and clang-format
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """Measures the time that `gradprobe.attach` adds to a training step, against a hook written by hand.
 
+For work on gradprobe itself: it resolves what an option of `attach` costs. peers.py compares with other tools.
+
 There are two models: 1,000 small parameters (500 Linear(16), which show the cost per tensor) and a ResNet-20. In each
 round, every way of measuring is installed in turn, in random order, for two warm-up steps and sixteen timed ones, so
 that a drift in the machine's speed affects all ways alike. (Sixteen, because finished steps are searched for NaN in

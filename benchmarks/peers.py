@@ -1,18 +1,23 @@
-"""Measures what gradprobe adds to a training step beside what people would use instead.
+"""Measures what gradprobe adds to a training step beside what people would use instead, for docs/performance.md.
+
+(attach_overhead.py compares the options of `attach` with one hook, in finer CPU times, for work on gradprobe itself.)
 
 Three networks: 1,000 small parameters (500 Linear(16), the cost per tensor), ResNet-20 on handwritten digits enlarged
-to 32x32 pixels, and a GPT of four layers on the README. In each round every way is installed in turn, in random order,
-for three steps that warm up and sixteen that count, so that a drift in the machine's speed affects all alike. A way's
-time in a round is the mean of its steps, minus that of the bare step of the same round. A second bare copy shows how
-large a difference noise alone makes.
+to 32x32 pixels, and a GPT of four layers on the README, which is also measured compiled. In each round every way is
+installed in turn, in random order, for three steps that warm up and sixteen that count, so that a drift in the
+machine's speed affects all alike. A way's time in a round is the mean of its steps, minus that of the bare step of the
+same round. A second bare copy shows how large a difference noise alone makes. Times are those of a clock, on one
+thread.
 
 The ways do not measure the same. `wandb.watch` makes a histogram of each gradient, the hooks and Lightning's
 `grad_norm` one norm, `attach` six statistics; "all signals" adds activations, residual adds and updates. The last two
-ways clip. Ways whose library is missing are left out by name.
+ways clip. Ways whose library is missing are left out by name. So are, compiled, those that hook modules: each time
+they are installed the network would compile anew.
 
-First the tests of the numbers run: a fast measurement of wrong ones is worth nothing.
+First the tests of the numbers run: a fast measurement of wrong ones is worth nothing. Rounds begin until 14 minutes
+are over.
 
-    python benchmarks/peers.py [--rounds 20] [--json peers.json]
+    python benchmarks/peers.py [--rounds N] [--minutes 14] [--json FILE] [--page FILE]
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import argparse
 import gc
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -33,12 +39,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from _machine import keep_memory, processor
+from _peers_tables import BARE, CLIP, CLIP_BY_PROBE, OURS, fill, tables
 from torch import nn
 
 import gradprobe
@@ -46,7 +54,6 @@ from gradprobe.experiments.data import load
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP, TIMED = 3, 16  # steps per way and round
-BARE, CONTROL = "bare step", "a second bare copy"
 MAX_NORM = 1.0
 
 
@@ -57,10 +64,26 @@ class Training:
     model: nn.Module
     loss: Callable[[], torch.Tensor]
     optimizer: torch.optim.Optimizer
+    is_compiled: bool = False
 
 
 Act = Callable[[], object]  # called between backward and the optimizer's step
-Way = Callable[[Training], AbstractContextManager[Act]]
+Install = Callable[[Training], AbstractContextManager[Act]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to see gradients.
+
+    Attributes:
+        install: Installs it for a training, until the context ends.
+        library: What it needs besides torch and gradprobe.
+        hooks_modules: It hooks modules, which torch.compile builds into the graph.
+    """
+
+    install: Install
+    library: str | None = None
+    hooks_modules: bool = False
 
 
 def nothing() -> None:
@@ -136,7 +159,7 @@ def clip_by_probe(training: Training) -> Iterator[Act]:
         yield lambda: probe.clip_grad_norm_(MAX_NORM)
 
 
-def attached(**options: object) -> Way:
+def attached(**options: object) -> Install:
     """Returns the way that attaches a probe with these options."""
 
     @contextmanager
@@ -148,20 +171,20 @@ def attached(**options: object) -> Way:
 
 
 SIGNALS = {"activations": True, "updates": True}
-WAYS: dict[str, tuple[str | None, Way]] = {  # and the library that a way needs
-    BARE: (None, bare),
-    CONTROL: (None, bare),
-    "attach": (None, attached(junctions=False)),
-    "attach, every=10": (None, attached(junctions=False, every=10)),
-    "attach, all signals": (None, attached(**SIGNALS)),
-    "attach, all signals, every=10": (None, attached(every=10, **SIGNALS)),
-    "post-accumulate hooks, norm": (None, hooks_on_parameters),
-    "full backward hooks, norm and item": (None, hooks_on_modules),
-    "_foreach_norm and tolist": (None, foreach_norm),
-    "Lightning's grad_norm": ("lightning", lightning_grad_norm),
-    "wandb.watch, offline": ("wandb", wandb_watch),
-    "clip_grad_norm_": (None, clip),
-    "attach and probe.clip_grad_norm_": (None, clip_by_probe),
+WAYS = {
+    BARE: Way(bare),
+    "a second bare copy": Way(bare),
+    OURS: Way(attached(junctions=False)),
+    "attach, every=10": Way(attached(junctions=False, every=10)),
+    "attach, all signals": Way(attached(**SIGNALS), hooks_modules=True),
+    "attach, all signals, every=10": Way(attached(every=10, **SIGNALS), hooks_modules=True),
+    "post-accumulate hooks, norm": Way(hooks_on_parameters),
+    "full backward hooks, norm and item": Way(hooks_on_modules, hooks_modules=True),
+    "_foreach_norm and tolist": Way(foreach_norm),
+    "Lightning's grad_norm": Way(lightning_grad_norm, "lightning"),
+    "wandb.watch, offline": Way(wandb_watch, "wandb"),
+    CLIP: Way(clip),
+    CLIP_BY_PROBE: Way(clip_by_probe),
 }
 
 
@@ -187,27 +210,30 @@ def trainings() -> dict[str, Training]:
     small = nn.Sequential(*(nn.Linear(16, 16) for _ in range(500)))
     x = digits.train_x[:16].reshape(-1, 16)
     resnet = gradprobe.networks.resnet(20, in_channels=1)
-    text = (
-        torch.frombuffer(bytearray((ROOT / "README.md").read_bytes()[: 8 * 65]), dtype=torch.uint8).long().view(8, 65)
-    )
-    gpt = _GPT()
+    letters = bytearray((ROOT / "README.md").read_bytes()[: 8 * 65])
+    text = torch.frombuffer(letters, dtype=torch.uint8).long().view(8, 65)
+    gpt, compiled = _GPT(), _GPT()
+    compiled.compile()
+
+    def next_byte(model: nn.Module) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+
     return {
         "1,000 small parameters": _training(small, lambda: small(x).square().mean()),
         "ResNet-20, batch 32": _training(resnet, lambda: nn.functional.cross_entropy(resnet(images), classes)),
-        "GPT, 4 layers, 8 x 64 tokens": _training(
-            gpt, lambda: nn.functional.cross_entropy(gpt(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
-        ),
+        "GPT, 4 layers, 8 x 64 tokens": _training(gpt, lambda: next_byte(gpt)),
+        "the same GPT, compiled": _training(compiled, lambda: next_byte(compiled), is_compiled=True),
     }
 
 
-def _training(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Training:
-    return Training(model, loss, torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9))
+def _training(model: nn.Module, loss: Callable[[], torch.Tensor], is_compiled: bool = False) -> Training:
+    return Training(model, loss, torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9), is_compiled)
 
 
-def mean_step_ms(training: Training, way: Way) -> float:
+def mean_step_ms(training: Training, install: Install) -> float:
     """Returns the mean time of a step while a way is installed."""
     steps_ms = []
-    with way(training) as act:
+    with install(training) as act:
         for _ in range(WARM_UP + TIMED):
             start = time.perf_counter()
             training.optimizer.zero_grad()
@@ -218,32 +244,36 @@ def mean_step_ms(training: Training, way: Way) -> float:
     return statistics.fmean(steps_ms[WARM_UP:])
 
 
-def compare(training: Training, ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Times all ways in turn; returns milliseconds a step, one per round."""
+def compare(
+    networks: Mapping[str, Training], ways: Mapping[str, Way], is_enough: Callable[[int, float], bool]
+) -> dict[str, dict[str, list[float]]]:
+    """Times all ways of all networks in turn.
+
+    Args:
+        networks: By title.
+        ways: By name.
+        is_enough: Tells from the number of rounds and the duration of the last, s, whether to end.
+
+    Returns:
+        Milliseconds a step, one per round, by network and way.
+    """
     generator = np.random.default_rng(0)
-    times_ms: dict[str, list[float]] = {name: [] for name in ways}
+    times_ms: dict[str, dict[str, list[float]]] = {}
+    for title, training in networks.items():
+        training.loss().backward()  # compiles
+        chosen = [name for name, way in ways.items() if not (training.is_compiled and way.hooks_modules)]
+        times_ms[title] = {name: [] for name in chosen}
     gc.disable()
-    for _ in range(rounds):
-        for name in generator.permutation([*ways]):
-            times_ms[name].append(mean_step_ms(training, ways[name]))
-            gc.collect()
+    for n_rounds in itertools.count(1):
+        start = time.monotonic()
+        for title, training in networks.items():
+            for name in generator.permutation([*times_ms[title]]):
+                times_ms[title][name].append(mean_step_ms(training, ways[name].install))
+                gc.collect()
+        if is_enough(n_rounds, time.monotonic() - start):
+            break
     gc.enable()
     return times_ms
-
-
-def table(title: str, times_ms: Mapping[str, list[float]]) -> str:
-    """Formats the results as Markdown: what each way adds to the bare step, with bootstrapped 90 % intervals."""
-    generator = np.random.default_rng(1)
-    without = np.array(times_ms[BARE])
-    resampled = generator.integers(0, len(without), (2000, len(without)))
-    lines = [f"{title}: bare step {np.median(without):.2f} ms, {len(without)} rounds", ""]
-    lines += ["| way | added, ms | 90 % interval | of the step |", "|---|---|---|---|"]
-    for name in [*times_ms][1:]:
-        added = np.array(times_ms[name]) - without  # [rounds]
-        low, high = np.percentile(np.median(added[resampled], axis=1), [5, 95])
-        middle = np.median(added)
-        lines.append(f"| {name} | {middle:.2f} | {low:.2f} … {high:.2f} | {middle / np.median(without):.1%} |")
-    return "\n".join(lines)
 
 
 def check() -> None:
@@ -255,9 +285,12 @@ def check() -> None:
 
 
 def main() -> None:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, help="end after so many")
+    parser.add_argument("--minutes", type=float, default=14, help="begin no round that would end later")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there, ms")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the tables into this page, between its marks")
     arguments = parser.parse_args()
     check()
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -265,20 +298,28 @@ def main() -> None:
     keep_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    missing = {library for library, _ in WAYS.values() if library and find_spec(library) is None}
-    ways = {name: way for name, (library, way) in WAYS.items() if library not in missing}
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "wandb", "lightning") if name not in missing
+
+    def is_enough(n_rounds: int, last_s: float) -> bool:
+        return n_rounds == arguments.rounds or time.monotonic() - start + last_s > 60 * arguments.minutes
+
+    missing = {way.library for way in WAYS.values() if way.library and find_spec(way.library) is None}
+    ways = {name: way for name, way in WAYS.items() if way.library not in missing}
+    shown = ("torch", "gradprobe", "wandb", "lightning")
+    measured = {
+        "date": date.today().isoformat(),
+        "machine": f"{processor()}, 1 thread",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in shown if name not in missing},
+        },
+        "left_out": sorted(missing),
+        "times_ms": compare(trainings(), ways, is_enough),
     }
-    machine = f"{processor()}, 1 thread, python {platform.python_version()}"
-    print(f"{machine}; {', '.join(f'{name} {version}' for name, version in versions.items())}")
-    print(f"left out: {', '.join(sorted(missing)) or 'nothing'}")
-    results = {}
-    for title, training in trainings().items():
-        results[title] = compare(training, ways, arguments.rounds)
-        print(f"\n{table(title, results[title])}")
+    print(tables(measured))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"machine": machine, "versions": versions, "times_ms": results}, indent=1))
+        arguments.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    if arguments.page is not None:
+        arguments.page.write_text(fill(arguments.page.read_text(encoding="utf-8"), measured), encoding="utf-8")
 
 
 if __name__ == "__main__":
