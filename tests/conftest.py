@@ -1,15 +1,17 @@
 """What every test shares: settings of hypothesis, tests for a device only where there is one, both kinds of hooks."""
 
 import gc
+import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import settings
 
 import gradprobe
+from gradprobe.cli import commands
 from gradprobe.ops import libraries
 from gradprobe.probe import step_gradients
 
@@ -40,6 +42,22 @@ def any_hooks(request: pytest.FixtureRequest) -> str:
 def python_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Switches the C++ hooks off."""
     monkeypatch.setattr(libraries, "native_hooks", lambda: (None, "switched off by a test"))
+
+
+@pytest.fixture(name="gradprobe")
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command in this process as the installed script does; returns its exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gradprobe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture

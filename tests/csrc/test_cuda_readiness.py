@@ -38,7 +38,9 @@ def library() -> Path:
         ["nvcc", "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
     )
     (top,) = re.findall(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
-    compile_cuda = ["nvcc", "-std=c++20", f"-I{CSRC}", "-arch=sm_75", "-Xptxas=-O0", "-Xcompiler=-fPIC", "-c"]
+    # hidden, as in a real build: the process would share one list of kernels with other libraries under test
+    options = ["-arch=sm_75", "-Xptxas=-O0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    compile_cuda = ["nvcc", "-std=c++20", f"-I{CSRC}", *options, "-c"]
     compile_host = ["g++", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-isystem", f"{top}/include", "-c"]
     jobs = [[*compile_cuda, str(source)] for source in sorted((CSRC / "cuda").glob("*.cu"))]
     jobs.append([*compile_host, str(HERE / "fake_runtime.cpp")])
