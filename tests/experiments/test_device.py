@@ -30,6 +30,7 @@ from gradprobe.report.records import Cell
 RECIPE = Recipe(epochs=2, batch_size=32)
 
 
+@pytest.mark.soak
 def test_a_cell_on_a_device_mixes_no_devices_and_reads_nothing_in_a_step():
     pytest.importorskip("torch.utils.backend_registration")
     root = Path(__file__).parents[2]

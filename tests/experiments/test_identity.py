@@ -243,6 +243,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.soak
 @pytest.mark.usefixtures("in_process")
 def test_the_whole_experiment() -> None:
     screen, page = io.StringIO(), io.StringIO()

@@ -129,6 +129,7 @@ class Mortal(nn.Sequential):
 """
 
 
+@pytest.mark.soak
 @linux_only
 def test_a_worker_that_dies_fails_its_cell_only(images, tmp_path, monkeypatch):
     (tmp_path / "mortal.py").write_text(NETS)

@@ -98,6 +98,7 @@ class TestCompiled:
         assert junction.branch.numel == junction.shortcut.numel == 16
         assert -1 <= junction.cosine <= 1
 
+    @pytest.mark.soak
     def test_inductor(self) -> None:
         model, optimizer = build("in place")
         probe = gradprobe.attach(model, optimizer=optimizer, activations=True)

@@ -119,6 +119,7 @@ class TestCompiled:
             assert list(snapshot.activations) == ["0", "1.branch"]
             assert all(activation.gradient is not None for activation in snapshot.activations.values())
 
+    @pytest.mark.soak
     def test_dynamo_is_imported_only_when_a_model_is_compiled(self) -> None:
         script = """
             import sys, torch, gradprobe
