@@ -73,7 +73,7 @@ class Started:
 
     def rest(self) -> tuple[int, str, str]:
         """Returns the exit status, and everything that is still to be read of stdout and stderr."""
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=250)
         return self.process.returncode, out.decode(), err.decode()
 
 

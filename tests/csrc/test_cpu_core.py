@@ -52,7 +52,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def run(*command: str) -> subprocess.CompletedProcess[str]:
     # The address sanitizer must be loaded before any preloaded library.
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
 
 
 def test_kernels_of_every_instruction_set_are_right_and_stay_in_bounds(program: Path) -> None:

@@ -137,7 +137,7 @@ def test_cells_train_on_the_gpus_that_are_reserved():
 def test_a_bad_address_is_an_error_in_one_line(images, tmp_path, address, message):
     command = Command(tmp_path / "run.sqlite", images, more=("--engine", "ray"))
     process = command.start(env=os.environ | {"RAY_ADDRESS": address})
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == 2
     assert message in errors.decode().splitlines()[-1]
     assert not command.out.exists()
@@ -156,11 +156,11 @@ def test_a_stopped_command_leaves_no_task_on_the_cluster(cluster, images, tmp_pa
     environment = os.environ | address
     command = Command(tmp_path / "run.sqlite", images, epochs=1000, more=("--engine", "ray"))
     process = command.start(env=environment)
-    assert wait_until(lambda: command.recorded_epochs() >= 4, 100)
+    assert wait_until(lambda: command.recorded_epochs() >= 4, 200)
     assert len(tasks()) == 2
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == 143
     assert errors.decode().splitlines()[-1] == f"stopped; run the same command again to resume {command.out}"
-    assert wait_until(lambda: tasks() == [], 30)
-    assert wait_until(lambda: ray.available_resources().get("CPU") == 2, 30)
+    assert wait_until(lambda: tasks() == [], 120)
+    assert wait_until(lambda: ray.available_resources().get("CPU") == 2, 120)

@@ -25,7 +25,7 @@ def stop_at_random(command, moments, number, whole_group):
     before = command.recorded_epochs()
     process = command.start()
     epochs, delay_s = moments.randrange(4), moments.uniform(0, 0.4)
-    wait_until(lambda: process.poll() is not None or command.recorded_epochs() >= before + epochs, 100)
+    wait_until(lambda: process.poll() is not None or command.recorded_epochs() >= before + epochs, 200)
     time.sleep(delay_s)
     assert process.poll() is None, "the sweep ended before it could be stopped: train for more epochs"
     workers = workers_of(process)
@@ -34,7 +34,7 @@ def stop_at_random(command, moments, number, whole_group):
     else:
         process.send_signal(number)
     process.communicate()
-    assert wait_until(partial(none_runs, workers), 30), "a worker outlived its sweep"
+    assert wait_until(partial(none_runs, workers), 120), "a worker outlived its sweep"
 
 
 def check_kills(command, count, seed):
@@ -84,14 +84,14 @@ def test_ten_signals_to_stop_change_nothing(images, tmp_path):
 def test_a_signal_to_the_whole_group_stops_the_sweep_in_order(images, tmp_path, number, status):
     command = Command(tmp_path / "run.sqlite", images, epochs=1000)
     process = command.start()
-    assert wait_until(lambda: command.recorded_epochs() >= 4, 100)
+    assert wait_until(lambda: command.recorded_epochs() >= 4, 200)
     workers = workers_of(process)
     assert len(workers) == 2
     os.killpg(process.pid, number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == status
     assert errors.decode().splitlines()[-1] == f"stopped; run the same command again to resume {command.out}"
-    assert wait_until(partial(none_runs, workers), 30)
+    assert wait_until(partial(none_runs, workers), 120)
     with open_run(command.out) as run:
         cells = run.cells()
     assert [cell.failure for cell in cells] == [""] * len(cells)
@@ -103,9 +103,9 @@ def test_no_epoch_begins_after_the_time_limit(images, tmp_path):
     command = Command(tmp_path / "run.sqlite", images, epochs=1000, more=("--max-hours", "0.003"))
     began = time.monotonic()
     process = command.start()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == 124
-    assert time.monotonic() - began < 40  # 11 s, and what ends the epoch and the imports take
+    assert time.monotonic() - began < 120  # 11 s, and what ends the epoch and the imports take
     assert errors.decode().splitlines()[-1].startswith("stopped by --max-hours; run the same command again")
     assert command.recorded_epochs() > 2
 
@@ -160,9 +160,9 @@ def test_a_worker_that_dies_fails_its_cell_only(images, tmp_path, monkeypatch):
 def test_a_worker_that_is_killed_from_outside_fails_its_cell_only(images, tmp_path):
     command = Command(tmp_path / "run.sqlite", images, epochs=16)
     process = command.start()
-    assert wait_until(lambda: command.recorded_epochs() >= 2, 100)
+    assert wait_until(lambda: command.recorded_epochs() >= 2, 200)
     os.kill(workers_of(process)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=250)
     assert process.returncode == 2
     assert b": the worker was killed by signal 9, as happens when memory runs out" in errors.splitlines()[-1]
     with open_run(command.out) as run:

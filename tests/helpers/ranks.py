@@ -22,8 +22,8 @@ import torch.distributed as dist
 Case = Callable[[int, int], object]
 """Takes the rank and the number of ranks; both it and what it returns can be pickled."""
 
-_COLLECTIVE_S = 20.0
-_CASE_S = 45.0
+_COLLECTIVE_S = 60.0
+_CASE_S = 120.0
 _CASES_PER_COLLECTION = 10
 
 

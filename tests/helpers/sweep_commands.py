@@ -101,7 +101,7 @@ class Command:
 
     def finish(self):
         process = self.start()
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=250)
         assert process.returncode == 0, errors.decode()
 
     def recorded_epochs(self):

@@ -35,7 +35,7 @@ for step in range(int(sys.argv[2]), int(sys.argv[3])):
 
 
 def test_a_script_that_ends_without_detach_stores_its_last_steps(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "run"), "0", "100"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "run"), "0", "100"], check=True, timeout=500)
     assert steps_in(tmp_path / "run") == list(range(100))
 
 
@@ -74,7 +74,7 @@ for kill in range(10):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_no_step_that_was_reported_as_stored_is_lost_by_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER, SCRIPT, str(tmp_path / "run")]
-    killed = subprocess.run(command, check=True, timeout=200, stdout=subprocess.PIPE, text=True)
+    killed = subprocess.run(command, check=True, timeout=500, stdout=subprocess.PIPE, text=True)
     reported = [int(line) for line in killed.stdout.split()]
     run = read_run(tmp_path / "run")
     assert len(run.about["sessions"]) == 10

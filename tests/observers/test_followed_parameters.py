@@ -301,7 +301,7 @@ class TestCompany:
         model.probe.detach()
 
 
-def run(program: str, seconds: float = 100.0) -> str:
+def run(program: str, seconds: float = 250.0) -> str:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=seconds, check=False
     )

@@ -213,5 +213,5 @@ sys.exit(bool(errors or left or leaves))
 @pytest.mark.soak
 def test_attach_and_detach_while_other_threads_run_the_model(kind: str) -> None:
     command = [sys.executable, "-c", STRESS, kind, "2"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert result.returncode == 0, result.stdout + result.stderr

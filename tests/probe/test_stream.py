@@ -368,7 +368,7 @@ def test_dropping_probe_and_model_frees_both_and_stores_the_last_steps(tmp_path:
     thread = probe._stream._thread  # type: ignore[union-attr]
     del probe, model, optimizer, look
     gc.collect()
-    thread.join(10)
+    thread.join(60)
     gc.collect()
     assert [one() for one in alive] == [None, None]
     assert steps_in(tmp_path / "run") == list(range(20))
@@ -389,7 +389,7 @@ def test_detach_ends_the_thread_and_waits_no_longer_than_it_must(
     assert time.monotonic() - start < 5
     never.set()
     thread = probe._stream._thread  # type: ignore[union-attr]
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -91,7 +91,7 @@ def test_notebook_runs(tmp_path: Path) -> None:
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", 4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # kept out of the repository
 
-    nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     shown = "\n".join(output.get("text") or output["data"].get("text/html", "") for output in outputs)

@@ -171,7 +171,7 @@ class TestWandB:
         )
         paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, env=environment, timeout=120)
+        subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, env=environment, timeout=250)
         assert [row["gradprobe/step"] for row in wandb_file.rows(self.file(folder))] == list(range(5))
 
     def test_hostile_names_are_taken(self, wandb: Any, folder: Path) -> None:

@@ -141,7 +141,7 @@ def run_sweep(library: Path, mode: str = "plain", *options: str) -> subprocess.C
         check=False,
         cwd=HERE.parent,
         env=sanitizer_environment(mode),
-        timeout=280,
+        timeout=900,
     )
 
 
