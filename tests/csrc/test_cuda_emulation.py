@@ -68,6 +68,16 @@ def test_launches_stay_few(kernels: Kernels, sizes: list[int], launches: int) ->
     assert kernels.take_launches() == launches
 
 
+@pytest.mark.parametrize(("n_tensors", "most_kib"), [(128, 3), (129, 9), (512, 9), (513, 32)])
+def test_a_launch_passes_the_smallest_table_that_fits(kernels: Kernels, n_tensors: int, most_kib: int) -> None:
+    blocks = [Block(encode(np.ones(5), "f32"), "f32") for _ in range(n_tensors)]
+    kernels.take_launches()
+    kernels.grad_stats(blocks)
+    launches, parameter_bytes = kernels.take_launches_and_bytes()
+    assert launches == 1
+    assert 16 * n_tensors < parameter_bytes <= 1024 * most_kib
+
+
 def test_all_shared_memory_is_poisoned(kernels: Kernels) -> None:
     """The emulation poisons one linker section, which must hold all shared memory that the sources declare."""
     declared = [

@@ -52,7 +52,11 @@ void emulated_set_flag(int value) {
   enabled = &flag;
 }
 void emulated_clear_flag() { enabled = nullptr; }
-int64_t emulated_launches() { return emulation::take_launch_count(); }
+int64_t emulated_launches(int64_t* parameter_bytes) {
+  const emulation::Launches launches = emulation::take_launches();
+  *parameter_bytes = launches.parameter_bytes;
+  return launches.count;
+}
 
 int emulated_grad_stats(const TensorSpan* tensors, int64_t n_tensors, int element, double* rows) {
   return guarded([&] {

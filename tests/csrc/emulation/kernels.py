@@ -87,7 +87,13 @@ class Kernels:
 
     def take_launches(self) -> int:
         """Returns the number of launches since the last call."""
-        return int(self._library.emulated_launches())
+        return self.take_launches_and_bytes()[0]
+
+    def take_launches_and_bytes(self) -> tuple[int, int]:
+        """Returns the number of launches since the last call, and the bytes of their parameters."""
+        parameter_bytes = ctypes.c_int64()
+        launches = int(self._library.emulated_launches(ctypes.byref(parameter_bytes)))
+        return launches, parameter_bytes.value
 
     def run_only(self, first_block: int) -> None:
         """Skips the blocks before `first_block` in larger grids, leaving zeros in scratch space; 0 runs all blocks."""

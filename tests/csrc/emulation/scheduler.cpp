@@ -64,7 +64,7 @@ struct Scheduler {
   std::string violation;
   unsigned threads = 0;
   std::vector<Fiber*> ready;
-  int64_t launches = 0;
+  Launches launches{};
   uint64_t first_block = 0;
 #if defined(EMULATION_ASAN)
   void* main_fake_stack = nullptr;
@@ -257,8 +257,11 @@ size_t shared_bytes() { return static_cast<size_t>(__stop_emulated_shared - __st
 void run_only(uint64_t first) { scheduler.first_block = first; }
 uint64_t first_block() { return scheduler.first_block; }
 
-void count_launch() { ++scheduler.launches; }
-int64_t take_launch_count() { return std::exchange(scheduler.launches, 0); }
+void count_launch(int64_t parameter_bytes) {
+  ++scheduler.launches.count;
+  scheduler.launches.parameter_bytes += parameter_bytes;
+}
+Launches take_launches() { return std::exchange(scheduler.launches, {}); }
 
 void barrier(int line) {
   Fiber& fiber = *scheduler.running;

@@ -95,7 +95,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   static_assert((sizeof(Parameters) + ... + 0) <= 32764, "kernel parameters are limited to 32,764 bytes");
   if (grid.x == 0 || block.x == 0 || block.x * block.y * block.z > 1024 || dynamic_shared_bytes != 0)
     return cudaErrorInvalidConfiguration;
-  ::emulation::count_launch();
+  ::emulation::count_launch((sizeof(Parameters) + ... + 0));
   ::emulation::run_grid({grid.x, grid.y, grid.z}, {block.x, block.y, block.z},
                         [&] { emulated_call(kernel, arguments, std::index_sequence_for<Parameters...>{}); });
   return cudaSuccess;

@@ -58,9 +58,13 @@ uint64_t first_block();
 // Total bytes of shared memory that the kernels declare.
 size_t shared_bytes();
 
-// Returns the number of launches since the last call.
-int64_t take_launch_count();
-void count_launch();
+// Launches, and the bytes of their parameters, since the last call.
+struct Launches {
+  int64_t count;
+  int64_t parameter_bytes;
+};
+Launches take_launches();
+void count_launch(int64_t parameter_bytes);
 
 [[noreturn]] void fail(const std::string& what);  // throws Violation, naming thread and block
 
