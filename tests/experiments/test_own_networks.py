@@ -4,7 +4,6 @@ import io
 import sqlite3
 import subprocess
 import sys
-import traceback
 from contextlib import closing
 
 import numpy as np
@@ -93,38 +92,10 @@ ready = nn.Linear(36, 2)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A working folder with a module of networks and a file of images that differ in brightness by class."""
-    (tmp_path / "mynets.py").write_text(NETS)
-    rng = np.random.default_rng(0)
-    y = np.arange(64) % 2
-    np.savez(tmp_path / "f.npz", x=(rng.random((64, 6, 6)) + y[:, None, None]).astype(np.float32), y=y)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "mynets", raising=False)
-    yield tmp_path
-    sys.modules.pop("mynets", None)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """Trains in this process, which is faster than starting others."""
-
-    def run_one(job, state):
-        try:
-            yield from job.run(state)
-        except RuntimeError as error:
-            yield engines.Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
-
-    def run(jobs, workers, checkpoint):
-        for job in jobs:
-            for result in run_one(job, checkpoint(job.cell.id)):
-                yield job, result
-
-    monkeypatch.setattr(engines, "run_local", run)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def folder(working_folder):
+    """The working folder, with a module of networks."""
+    (working_folder / "mynets.py").write_text(NETS)
+    return working_folder
 
 
 OPTIONS = {"data": "npz:f.npz", "seeds": [0], "epochs": 3, "batch_size": 8}

@@ -7,13 +7,11 @@ import sys
 import time
 from contextlib import closing
 
-import numpy as np
 import pytest
 import torch
 
 from gradprobe.cli import commands as cli
 from gradprobe.errors import ArgumentError, StoreError
-from gradprobe.experiments.sweep import engines
 from gradprobe.experiments.sweep.run import plan, sweep
 from gradprobe.experiments.sweep.spec import Settings, read_specs, to_toml
 from gradprobe.experiments.sweep.store import open_run
@@ -35,36 +33,17 @@ init = "xavier"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    y = np.arange(64) % 2
-    np.savez(tmp_path / "f.npz", x=(rng.random((64, 1, 6, 6)) + y[:, None, None, None]).astype(np.float32), y=y)
-    (tmp_path / "sweep.toml").write_text(SPEC)
-    (tmp_path / "sides.py").write_text(
+def folder(working_folder):
+    """The working folder, with a spec file and a module of networks."""
+    (working_folder / "sweep.toml").write_text(SPEC)
+    (working_folder / "sides.py").write_text(
         "from torch import nn\n"
         "def net(depth, in_features, num_classes, width):\n"
         "    sizes = [in_features] + [width] * (depth - 1)\n"
         "    inner = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())]\n"
         "    return nn.Sequential(nn.Flatten(), *inner, nn.Linear(width, num_classes))\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "sides", raising=False)
-    yield tmp_path
-    sys.modules.pop("sides", None)
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    def run(jobs, workers, checkpoint):
-        for job in jobs:
-            for result in job.run(checkpoint(job.cell.id)):
-                yield job, result
-
-    monkeypatch.setattr(engines, "run_local", run)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+    return working_folder
 
 
 @pytest.fixture
