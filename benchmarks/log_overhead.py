@@ -29,12 +29,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _digits import enlarged_digits
 from _intervals import interval
 from _machine import keep_memory, processor
 from torch import nn
 
 import gradprobe
-from gradprobe.experiments.data import load
 from gradprobe.sinks import CSV, JSONL
 
 STEPS = 10  # per way and round
@@ -68,10 +68,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     network = gradprobe.networks.resnet(56, in_channels=1)
-    digits = load("digits")
-    batch = slice(arguments.batch_size)
-    images = nn.functional.interpolate(digits.train_x[batch], size=arguments.image_size, mode="bilinear")
-    labels = digits.train_y[batch]
+    images, labels = enlarged_digits(arguments.batch_size, arguments.image_size)
     print(f"{processor()}, {arguments.threads} threads; torch {torch.__version__}, python {platform.python_version()}")
 
     ways = [BARE, "a second bare copy", "attach", "attach, log", "attach, log, two sinks"]

@@ -45,6 +45,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _digits import enlarged_digits
 from _machine import keep_memory, processor
 from _peers_tables import BARE, CLIP, CLIP_BY_PROBE, OURS, fill, tables
 from torch import nn
@@ -204,11 +205,9 @@ class _GPT(nn.Module):
 
 def trainings() -> dict[str, Training]:
     """Makes the networks, their data and optimizers."""
-    digits = load("digits")
-    images = nn.functional.interpolate(digits.train_x[:32], size=32, mode="bilinear")
-    classes = digits.train_y[:32]
+    images, classes = enlarged_digits(32)
     small = nn.Sequential(*(nn.Linear(16, 16) for _ in range(500)))
-    x = digits.train_x[:16].reshape(-1, 16)
+    x = load("digits").train_x[:16].reshape(-1, 16)
     resnet = gradprobe.networks.resnet(20, in_channels=1)
     letters = bytearray((ROOT / "README.md").read_bytes()[: 8 * 65])
     text = torch.frombuffer(letters, dtype=torch.uint8).long().view(8, 65)

@@ -29,13 +29,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from _digits import enlarged_digits
 from _intervals import interval
 from _machine import keep_memory, processor
 from numpy.typing import NDArray
 from torch import nn
 
 import gradprobe
-from gradprobe.experiments.data import load
 from gradprobe.observers.activations import select_modules
 from gradprobe.observers.junctions import junction_modules
 
@@ -98,9 +98,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     network = gradprobe.networks.resnet(56, in_channels=1)
-    digits = load("digits")
-    images = nn.functional.interpolate(digits.train_x[:BATCH], size=32, mode="bilinear")
-    labels = digits.train_y[:BATCH]
+    images, labels = enlarged_digits(BATCH)
     print(f"{processor()}, {arguments.threads} threads; torch {torch.__version__}, python {platform.python_version()}")
     print(f"backends: {gradprobe.backends()}")
 
