@@ -34,7 +34,7 @@ def test_responses_shrink_with_shortcuts_and_with_depth() -> None:
         norms_alone = lambda name, module: isinstance(module, nn.BatchNorm2d)  # noqa: E731
         with gradprobe.attach(net, optimizer=optimizer, activations=norms_alone, activations_every=10) as probe:
             for _ in range(n_steps):
-                chosen = torch.randint(0, len(images), (128,), generator=generator)
+                chosen = torch.randint(0, len(images), (64,), generator=generator)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(net(images[chosen]), labels[chosen]).backward()
                 optimizer.step()
@@ -44,5 +44,5 @@ def test_responses_shrink_with_shortcuts_and_with_depth() -> None:
         return sum(deviations) / len(deviations)
 
     plain, short, deep = (mean_response(*net) for net in (("plain", 20), ("resnet", 20), ("resnet", 56)))
-    assert plain > 1.15 * short  # measured 0.18 and 0.13
-    assert short > 1.25 * deep  # measured 0.13 and 0.08
+    assert plain > 1.15 * short  # measured 0.21 and 0.15
+    assert short > 1.25 * deep  # measured 0.15 and 0.09
