@@ -63,6 +63,12 @@ struct BesideShortcut {
 };
 
 template <typename T>
+GRADPROBE_INLINE void prefetch(const BesideShortcut<T>& source) {
+  prefetch(source.branch);
+  prefetch(source.shortcut);
+}
+
+template <typename T>
 GRADPROBE_INLINE void load_pair(BesideShortcut<T> from, Floats& a, Floats& b) {
   Floats beside[2];
   load_pair(from.branch, a, b);
