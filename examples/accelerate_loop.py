@@ -27,7 +27,7 @@ def prepare() -> tuple[accelerate.Accelerator, nn.Module, Any, Any]:
 
 
 def train(start_step: int, checkpoint: str) -> int:
-    """Trains one epoch from the checkpoint on, if there is a step before; saves, and returns the next step."""
+    """Trains one epoch, from the checkpoint unless start_step is 0; saves, and returns the next step."""
     accelerator, model, optimizer, loader = prepare()
     if start_step:
         accelerator.load_state(checkpoint)

@@ -1,4 +1,4 @@
-"""Lightning with a probe: one callback. Its numbers go where `self.log` goes, and a resumed training counts on.
+"""Lightning with a probe: one callback. Its numbers go where `self.log` goes; a resumed training continues the steps.
 
     pip install 'gradprobe[lightning]'
     python examples/lightning_callback.py

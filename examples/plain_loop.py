@@ -1,4 +1,4 @@
-"""A training loop of your own with a probe: micro-batches, clipping, a learning-rate schedule, evaluation.
+"""Your own training loop with a probe: micro-batches, clipping, a learning-rate schedule, evaluation.
 
     python examples/plain_loop.py
 
