@@ -29,6 +29,12 @@ def tables(measured: Mapping[str, Any]) -> str:
     return "\n\n".join([conditions, *(_table(*network) for network in networks.items()), _losses(networks)])
 
 
+def added_share(times_ms: Mapping[str, list[float]], name: str) -> float:
+    """Returns the median time that a way adds to a network's bare step, as a share of it."""
+    without = np.array(times_ms[BARE])  # [n_rounds]
+    return float(np.median(np.array(times_ms[name]) - without) / np.median(without))
+
+
 def fill(page: str, measured: Mapping[str, Any]) -> str:
     """Returns a page with the tables between its marks.
 
@@ -51,7 +57,8 @@ def _table(title: str, times_ms: Mapping[str, list[float]]) -> str:
         if name != BARE:
             added = np.array(taken) - without
             middle, (low, high) = np.median(added), interval(added)
-            lines.append(f"| {name} | {middle:.2f} | {low:.2f} … {high:.2f} | {middle / bare:.1%} |")
+            share = added_share(times_ms, name)
+            lines.append(f"| {name} | {middle:.2f} | {low:.2f} … {high:.2f} | {share:.1%} |")
     return "\n".join(lines)
 
 
