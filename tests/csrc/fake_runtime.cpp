@@ -1,5 +1,5 @@
 // A CUDA runtime without a device: it keeps a list of the kernels of the objects that are linked with it, and answers
-// what a test has set. It takes the place of libcudart in test_cuda_readiness.py.
+// what a test has set. It takes the place of libcudart in test_cuda_readiness.py and test_ptx.py.
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -58,7 +58,14 @@ cudaError_t __cudaGetKernel(cudaKernel_t*, const void*) { return cudaErrorNotSup
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
 
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
+// Runs a kernel, if the library that is linked with this can.
+__attribute__((weak)) void fake_launch(const char* name, unsigned n_blocks, unsigned n_threads, void** arguments);
+
+cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t, cudaStream_t) {
+  if (fake_launch == nullptr) return cudaErrorNotSupported;
+  fake_launch(registered().at(function).c_str(), grid.x, block.x, arguments);
+  return cudaSuccess;
+}
 
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = answers.driver;
