@@ -1,0 +1,1 @@
+"""Runs the PTX of the CUDA kernels on the CPU."""
