@@ -54,6 +54,7 @@ def kernels(request: pytest.FixtureRequest) -> PtxKernels:
 
 @needs_nvcc
 @pytest.mark.soak
+@pytest.mark.timeout(900)  # the first test builds the library
 class TestPtx:
     @pytest.mark.parametrize(("kernels", "name"), EVERY_CHECK, indirect=["kernels"])
     def test_matches_the_reference(self, kernels: PtxKernels, name: str) -> None:
