@@ -193,6 +193,7 @@ class RunningDiagnosis:
         self._n_new = 0
         losses = [loss for _, loss in list(state.course.losses)[-limits.window :]]
         loss = float(np.mean(losses)) if losses else np.nan
+        is_broken = bool((history.column("nonfinite")[-1] * history.present[-1]).any())
         unjudged: dict[str, str] = {}
         for rule in RULES:
             lacks = rule.lacks(history)
@@ -204,7 +205,7 @@ class RunningDiagnosis:
             if is_excused:
                 self._excuse(rule, loss)
             elif lacks is None:
-                self._keep(rule, rule.check(history), loss)
+                self._keep(rule, rule.check(history), loss, is_broken)
         return unjudged
 
     def _excuse(self, rule: Rule, loss: float) -> None:
@@ -213,11 +214,12 @@ class RunningDiagnosis:
         if kept is not None and loss < self._limits.converging * kept.loss:
             del self._state.found[rule.title]
 
-    def _keep(self, rule: Rule, found: Finding | None, loss: float) -> None:
+    def _keep(self, rule: Rule, found: Finding | None, loss: float, is_broken: bool) -> None:
         kept = self._state.found
         before = kept.get(rule.title)
         if found is None:
-            if before is not None and not rule.is_event:
+            # Gradients that are not finite hide most faults.
+            if before is not None and not rule.is_event and not is_broken:
                 kept[rule.title] = replace(before, is_gone=True)
             return
         newest_from = found.steps[0]
@@ -225,6 +227,8 @@ class RunningDiagnosis:
             newer = before.finding if rule.is_event else found
             first, last = before.finding.steps[0], max(before.finding.steps[1], found.steps[1])
             found = replace(newer, steps=(min(first, found.steps[0]), last))
+            if before.finding.cause != rule.cause:  # known only from the step at which the fault began
+                found = replace(found, cause=before.finding.cause, remedies=before.finding.remedies)
         kept[rule.title] = _Kept(found, newest_from, loss)
 
     def _told(self, rule: Rule) -> Finding:

@@ -187,6 +187,19 @@ class TestCourse:
         assert diagnose(few) == []
         assert rules_of([snapshot(step, [1.0] * 4, zeros=0.8, loss=loss) for step, loss in enumerate(FALLING)]) == []
 
+    @pytest.mark.parametrize(
+        ("n_healthy", "cause", "remedy"),
+        [(0, "before the first update", "He initialisation"), (1, "too large an update", "a lower learning rate")],
+    )
+    def test_units_that_are_dead_before_the_first_update_died_of_no_update(
+        self, n_healthy: int, cause: str, remedy: str
+    ) -> None:
+        history = [snapshot(step, [1.0] * 6, zeros=0.0 if step < n_healthy else 0.8) for step in range(60)]
+        (finding,) = diagnose(history)
+        assert cause in finding.cause
+        assert finding.remedies[0].startswith(remedy)
+        assert len(set(finding.remedies)) == 4
+
     def test_a_parameter_that_never_gets_a_gradient_is_silent(self) -> None:
         (finding,) = diagnose([snapshot(step, [1.0, 0.0, 1.0, 1.0, 1.0]) for step in range(12)])
         assert (finding.rule, finding.sites, finding.steps) == ("silent parameter", ("layer1.weight",), (0, 11))

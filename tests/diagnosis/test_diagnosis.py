@@ -36,12 +36,12 @@ class TestUnjudgedRules:
         assert diagnosis.unjudged["not learning"] == "probe.step(loss)"
         assert diagnosis.unjudged["dead ReLU"] == "attach(activations=True)"
         assert diagnosis.unjudged["updates too large"] == "attach(updates=True)"
-        assert diagnosis.unjudged["spike"] == "21 steps (seen: 12)"
+        assert diagnosis.unjudged["spike"] == "21 steps (12 so far)"
         assert "vanishing (backward)" in diagnosis.judged
         assert not set(diagnosis.judged) & set(diagnosis.unjudged)
 
     def test_losses_count_for_the_rules_on_losses(self) -> None:
-        assert diagnose(course(FALLING[:15])).unjudged["not learning"] == "20 steps (seen: 15)"
+        assert diagnose(course(FALLING[:15])).unjudged["not learning"] == "20 steps (15 so far)"
         assert "not learning" in diagnose(course(FALLING[:20])).judged
 
     def test_the_text_lists_them_by_what_they_need(self) -> None:

@@ -54,6 +54,20 @@ class TestFindingsStay:
         assert 200 <= finding.steps[1] <= 299
         assert finding.message.endswith(f"not found any more after step {finding.steps[1]}")
 
+    def test_a_fault_is_not_gone_because_gradients_are_nan(self) -> None:
+        def step_of(step: int) -> Snapshot:
+            return snapshot(step, [1e-9, 1.0]) if step < 300 else snapshot(step, [math.nan, math.nan], nonfinite=1)
+
+        findings = diagnose([step_of(step) for step in range(1000)])
+        (message,) = [one.message for one in findings if one.title == "vanishing (backward)"]
+        assert "any more" not in message
+
+    def test_units_that_were_dead_before_the_first_update_still_are_later(self) -> None:
+        steps = [snapshot(step, [1.0] * 6, zeros=0.8) for step in range(1000)]
+        (finding,) = diagnose(steps)
+        assert "before the first update" in finding.cause
+        assert finding.remedies[0].startswith("He initialisation")
+
     def test_a_fault_that_lasts_is_told_with_its_newest_numbers(self) -> None:
         steps = [snapshot(step, [1e-9 * (step + 1), 1.0]) for step in range(400)]
         (finding,) = diagnose(steps)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.diagnosis.finding import Finding
-from gradprobe.diagnosis.rules.gradients import DEAD_UNITS, REVIVE_UNITS
+from gradprobe.diagnosis.rules.gradients import DEAD_FROM_THE_START, DEAD_UNITS, INITIALISE_UNITS, REVIVE_UNITS
 from gradprobe.diagnosis.rules.rule import INITIALISE, SAGEMAKER, Rule
 from gradprobe.diagnosis.run_history import ForwardPasses, RunHistory
 from gradprobe.diagnosis.thresholds import Thresholds
@@ -190,6 +190,8 @@ def _dead_relu(history: RunHistory) -> Finding | None:
         f"active less than {limits.dead_activity:.0%} of the time"
     )
     evidence = {"active_share": active, "dead_share": share, "dead": float(len(found))}
+    if passes.steps[0] == 0 and _is_dead(passes, np.array([0]), limits)[found].all():
+        return DEAD_RELU.finding(names, steps, evidence, message, INITIALISE_UNITS, DEAD_FROM_THE_START)
     return DEAD_RELU.finding(names, steps, evidence, message)
 
 

@@ -164,12 +164,14 @@ VANISHING = Rule(
 
 # Dead ReLUs and dying layers have the same cause.
 DEAD_UNITS = "units that no input activates: large negative biases, after too large an update"
+DEAD_FROM_THE_START = "units that no input activates before the first update: weights too small for the biases"
 REVIVE_UNITS = (
     "a lower learning rate",
     "He initialisation with zero biases",
     "leaky ReLU or GELU",
     "normalisation before the ReLU",
 )
+INITIALISE_UNITS = 1  # position of the remedy for units that are dead from the start
 
 
 def _dying(history: RunHistory) -> Finding | None:
@@ -189,6 +191,9 @@ def _dying(history: RunHistory) -> Finding | None:
         f"of the gradient elements are exactly zero; the first is {quoted(names[0])} with {share:.0%}"
     )
     evidence = {"zero_share": share, "dying": float(len(found)), "weights": float(len(weights))}
+    is_dying_at_first = present[0, found] & (shares[0, found] >= limits.dying_share)
+    if steps[0] == 0 and is_dying_at_first.all():
+        return DYING.finding(names, steps, evidence, message, INITIALISE_UNITS, DEAD_FROM_THE_START)
     return DYING.finding(names, steps, evidence, message)
 
 

@@ -70,10 +70,16 @@ class Rule:
                 return _HOW.get(need, need)
         needed, seen = self.n_steps(history.limits), history.count(self.needs[0] if self.needs else None)
         steps = "1 step" if needed == 1 else f"{needed} steps"
-        return f"{steps} (seen: {seen})" if seen < needed else None
+        return f"{steps} ({seen} so far)" if seen < needed else None
 
     def finding(
-        self, sites: tuple[str, ...], steps: tuple[int, int], evidence: dict[str, float], message: str, first: int = 0
+        self,
+        sites: tuple[str, ...],
+        steps: tuple[int, int],
+        evidence: dict[str, float],
+        message: str,
+        first: int = 0,
+        cause: str | None = None,
     ) -> Finding:
         """Makes a finding of this rule.
 
@@ -85,6 +91,7 @@ class Rule:
             evidence: As in `Finding`.
             message: As in `Finding`.
             first: Position of the remedy that the evidence speaks for.
+            cause: The cause that the evidence speaks for, None for the usual one.
 
         Example:
             >>> from gradprobe.diagnosis.rules import SPIKE
@@ -92,5 +99,5 @@ class Rule:
             'look at the batch of that step'
         """
         remedies = (self.remedies[first], *self.remedies[:first], *self.remedies[first + 1 :])
-        texts = (printable(message), self.formula, self.source, self.cause, remedies)
+        texts = (printable(message), self.formula, self.source, cause or self.cause, remedies)
         return Finding(self.name, self.where, sites, steps, evidence, *texts, meaning=self.meaning)
