@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -104,6 +106,39 @@ inline void grad_stats(const Work& work, double* rows) {
     for (int64_t chunk = work.first_chunk(k); chunk < work.first_chunk(k + 1); ++chunk)
       stats = merge(stats, partials[chunk]);
     finish(stats, rows + k * kStats);
+  }
+}
+
+// Writes the rows of magnitudes [n_tensors, kMagnitudeColumns] of all tensors.
+inline void magnitudes(const Work& work, double* rows) {
+  std::vector<int64_t> counts(work.n_tensors() * kCounts);
+  std::vector<Moments> partials(work.n_chunks());
+  work.for_each_chunk<FloatEnvironment>([&](int64_t number, const Chunk& chunk) {
+    int64_t of_chunk[kCounts] = {};
+    partials[number] = count_magnitudes(work.views()[chunk.tensor], chunk.begin, chunk.end, of_chunk);
+    // integers, so the order in which threads add them does not matter
+    for (int bin = 0; bin < kCounts; ++bin) {
+      if (of_chunk[bin] == 0) continue;
+      __atomic_fetch_add(&counts[chunk.tensor * kCounts + bin], of_chunk[bin], __ATOMIC_RELAXED);
+    }
+  });
+  const FloatEnvironment environment;
+  for (int64_t k = 0; k < work.n_tensors(); ++k) {
+    const int64_t first = work.first_chunk(k), end = work.first_chunk(k + 1);
+    Moments whole{0.0, INT_MIN, 0.0, 0.0};
+    for (int64_t chunk = first; chunk < end; ++chunk) {
+      whole.largest = std::max(whole.largest, partials[chunk].largest);
+      whole.exponent = std::max(whole.exponent, partials[chunk].exponent);
+    }
+    for (int64_t chunk = first; chunk < end; ++chunk) {
+      const int shift = partials[chunk].exponent - whole.exponent;
+      whole.sum_sq += std::ldexp(partials[chunk].sum_sq, 2 * shift);
+      whole.sum_fourth += std::ldexp(partials[chunk].sum_fourth, 4 * shift);
+    }
+    double* row = rows + k * kMagnitudeColumns;
+    for (int bin = 0; bin < kCounts; ++bin) row[bin] = static_cast<double>(counts[k * kCounts + bin]);
+    row[kCounts] = whole.largest;
+    row[kCounts + 1] = static_cast<double>(work.views()[k].numel) * whole.sum_fourth / (whole.sum_sq * whole.sum_sq);
   }
 }
 

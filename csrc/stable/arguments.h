@@ -75,11 +75,12 @@ inline void check_cpu(const torch::stable::Tensor& tensor, const char* name) {
 }
 
 // Checks that `rows` are the rows of n_tensors tensors; does not check their device.
-inline void check_rows(const torch::stable::Tensor& rows, int64_t n_tensors, const char* name = "out") {
+inline void check_rows(const torch::stable::Tensor& rows, int64_t n_tensors, const char* name = "out",
+                       int64_t width = kStats) {
   STD_TORCH_CHECK(rows.scalar_type() == torch::headeronly::ScalarType::Double, name, ": needed dtype float64, got ",
                   torch::headeronly::toString(rows.scalar_type()));
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == n_tensors && rows.size(1) == kStats, name, ": needed shape [",
-                  n_tensors, ", ", kStats, "], got ",
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == n_tensors && rows.size(1) == width, name, ": needed shape [",
+                  n_tensors, ", ", width, "], got ",
                   rows.dim() == 2 ? "[" + std::to_string(rows.size(0)) + ", " + std::to_string(rows.size(1)) + "]"
                                   : std::to_string(rows.dim()) + " dimensions");
   STD_TORCH_CHECK(rows.is_contiguous(), name, ": needed contiguous rows, got strides [", rows.stride(0), ", ",

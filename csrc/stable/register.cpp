@@ -83,6 +83,16 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
   cpu::grad_stats(plan(tensors, /*writable=*/false), static_cast<double*>(out.mutable_data_ptr()));
 }
 
+// magnitudes_into(Tensor[] tensors, Tensor(a!) out) -> ()
+void magnitudes_into(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[0]);
+  const auto out = torch::stable::detail::to<torch::stable::Tensor>(stack[1]);
+  check_cpu(out, "out");
+  check_rows(out, tensors.size(), "out", cpu::kMagnitudeColumns);
+  count_write(out);
+  cpu::magnitudes(plan(tensors, /*writable=*/false), static_cast<double*>(out.mutable_data_ptr()));
+}
+
 double coefficient_of(const torch::stable::Tensor& coefficient) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(coefficient.numel() == 1, "coefficient: needed one element, got ", coefficient.numel());
@@ -123,6 +133,7 @@ torch::stable::Tensor clip_coefficient(torch::stable::Tensor rows, double max_no
 
 STABLE_TORCH_LIBRARY_IMPL(gradprobe, CPU, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
+  m.impl("magnitudes_into", &gradprobe::magnitudes_into);
   m.impl("scale_", &gradprobe::scale_);
   m.impl("clip_coefficient", TORCH_BOX(&gradprobe::clip_coefficient));
 }

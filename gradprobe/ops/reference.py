@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.row_math import clip_of, merge_rows
-from gradprobe.ops.rows import STATS, range_exponent
+from gradprobe.ops.rows import HIGHEST_POWER, KURTOSIS, LOWEST_POWER, N_MAGNITUDES, STATS, range_exponent
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,6 +27,9 @@ _BITS = {
 
 # Elements processed at once: bounds the memory of a call, even for an expanded tensor.
 _PIECE_NUMEL = 1 << 19
+
+# Computes the rows of K tensors, as `_rows` does.
+_Rows = Callable[[Callable[[], Iterable[Tensor]], torch.dtype, torch.device, Tensor | int], Tensor]
 
 # Tensors of up to _SMALL_NUMEL elements share tables of up to _TABLE_NUMEL: call overhead dominates their cost.
 _SMALL_NUMEL = 1 << 12
@@ -63,8 +66,16 @@ def _scaled(piece: Tensor, factor: Tensor) -> Tensor:
     return torch.where(is_subnormal, torch.where(bits < 0, -magnitude, magnitude), piece.double() * factor)
 
 
+def _double_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns as float64 the numbers of a dtype of `_BITS` whose bits int64 integers hold."""
+    if dtype == torch.float64:
+        return bits.view(torch.float64)
+    one = torch.ones((), dtype=torch.float64, device=bits.device)
+    return _scaled(bits.to(_BITS[dtype][0]).view(dtype), one)
+
+
 def _rows(
-    tables: Callable[[], Iterable[Tensor]], dtype: torch.dtype, device: torch.device, n_padding: Tensor | int = 0
+    tables: Callable[[], Iterable[Tensor]], dtype: torch.dtype, device: torch.device, n_padding: Tensor | int
 ) -> Tensor:
     """Computes the raw rows [K, 6] of K tensors.
 
@@ -83,10 +94,7 @@ def _rows(
         n_zero = n_zero + (bits == 0).sum(1)
         n_nonfinite = n_nonfinite + (bits >= infinity).sum(1)
     one = torch.ones((), dtype=torch.float64, device=device)
-    if wide_dtype == torch.float64:
-        abs_max = abs_max_bits.view(torch.float64)
-    else:
-        abs_max = _scaled(abs_max_bits.to(integer).view(wide_dtype), one)
+    abs_max = _double_of(abs_max_bits, wide_dtype)
     abs_max = torch.where(torch.isnan(abs_max), torch.nan, abs_max)  # a NaN loses its payload
     # Beside a NaN or infinity, finite elements are scaled down so that they cannot overflow; the sums are non-finite
     # anyway.
@@ -99,19 +107,19 @@ def _rows(
     return torch.stack((*sums, abs_max, (n_zero - n_padding).double(), n_nonfinite.double()), dim=1)
 
 
-def _rows_of_small(tensors: Sequence[Tensor]) -> Tensor:
-    """Computes the raw rows [K, 6] of K tensors of one dtype in one table, shorter tensors padded with zeros."""
+def _rows_of_small(tensors: Sequence[Tensor], rows: _Rows) -> Tensor:
+    """Computes the rows of K tensors of one dtype in one table, shorter tensors padded with zeros."""
     flat = [tensor.detach().reshape(-1).resolve_neg() for tensor in tensors]
     table = pad_sequence(flat, batch_first=True)
     width = table.shape[1]
     numbers = torch.arange(width + 1, device=table.device)  # on the device: a copy from the host would synchronise
     n_padding = torch.stack([numbers[width - len(elements)] for elements in flat])
-    return _rows(lambda: [table], table.dtype, table.device, n_padding)
+    return rows(lambda: [table], table.dtype, table.device, n_padding)
 
 
-def _rows_of_large(tensor: Tensor) -> Tensor:
-    """Computes the raw row [1, 6] of one tensor, piece by piece."""
-    return _rows(lambda: (piece.unsqueeze(0) for piece in _pieces(tensor.detach())), tensor.dtype, tensor.device)
+def _rows_of_large(tensor: Tensor, rows: _Rows) -> Tensor:
+    """Computes the row of one tensor, piece by piece."""
+    return rows(lambda: (piece.unsqueeze(0) for piece in _pieces(tensor.detach())), tensor.dtype, tensor.device, 0)
 
 
 def _tables(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
@@ -144,13 +152,11 @@ def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
             raise ArgumentError(f"tensors[{k}]: needed device {device}, got {tensor.device}")
 
 
-def check_rows(rows: Tensor, n_tensors: int, name: str = "out") -> None:
+def check_rows(rows: Tensor, n_tensors: int, name: str = "out", width: int = len(STATS)) -> None:
     """Raises ArgumentError unless `rows` can hold the rows of `n_tensors` tensors."""
-    if rows.dtype != torch.float64 or list(rows.shape) != [n_tensors, len(STATS)] or not rows.is_contiguous():
-        got = f"{str(rows.dtype).removeprefix('torch.')} of shape {list(rows.shape)}"
-        raise ArgumentError(
-            f"{name}: needed contiguous float64 of shape [{n_tensors}, 6], got {got} with strides {list(rows.stride())}"
-        )
+    if rows.dtype != torch.float64 or list(rows.shape) != [n_tensors, width] or not rows.is_contiguous():
+        got = f"{str(rows.dtype).removeprefix('torch.')} of shape {list(rows.shape)} with strides {list(rows.stride())}"
+        raise ArgumentError(f"{name}: needed contiguous float64 of shape [{n_tensors}, {width}], got {got}")
 
 
 def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
@@ -171,17 +177,87 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     """
     check_rows(out, len(tensors))
     check_tensors(tensors, out.device)
-    if not tensors:
-        return
-    rows = [torch.zeros(len(STATS), dtype=torch.float64, device=out.device)] * len(tensors)  # empty tensors keep these
+    if tensors:
+        _measure(tensors, _rows, out, torch.zeros_like(out[0]))
+
+
+def _measure(tensors: Sequence[Tensor], rows_of: _Rows, out: Tensor, of_empty: Tensor) -> None:
+    """Writes the row of each tensor into `out`, small ones together; `of_empty`: the row of an empty one."""
+    rows = [of_empty] * len(tensors)
     for table in _tables(tensors):
         if tensors[table[0]].numel() > _SMALL_NUMEL:
-            measured = _rows_of_large(tensors[table[0]])
+            measured = _rows_of_large(tensors[table[0]], rows_of)
         else:
-            measured = _rows_of_small([tensors[k] for k in table])
+            measured = _rows_of_small([tensors[k] for k in table], rows_of)
         for k, row in zip(table, measured.unbind(), strict=True):
             rows[k] = row
     out.copy_(torch.stack(rows))
+
+
+def magnitudes_into(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """Counts the elements of each tensor by magnitude.
+
+    Args:
+        tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
+        out: [K, 284] float64, contiguous; gets rows of magnitudes as described in `rows`.
+
+    Raises:
+        ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what was given.
+
+    Example:
+        >>> out = torch.empty(1, N_MAGNITUDES, dtype=torch.float64)
+        >>> magnitudes_into([torch.tensor([0.0, 3.0, -4.0, 5.0])], out)
+        >>> [(k, count) for k, count in enumerate(out[0].tolist()) if count]
+        [(0, 1.0), (153, 2.0), (154, 1.0), (282, 5.0), (283, 1.5392)]
+    """
+    check_rows(out, len(tensors), width=N_MAGNITUDES)
+    check_tensors(tensors, out.device)
+    if tensors:
+        of_empty = torch.zeros_like(out[0])
+        of_empty[KURTOSIS] = torch.nan
+        _measure(tensors, _magnitude_rows, out, of_empty)
+
+
+def _magnitude_rows(
+    tables: Callable[[], Iterable[Tensor]], dtype: torch.dtype, device: torch.device, n_padding: Tensor | int
+) -> Tensor:
+    """Computes the rows of magnitudes [K, 284] of K tensors; the arguments are those of `_rows`."""
+    wide_dtype = dtype if dtype in _BITS else torch.float32
+    integer, mask, infinity, _ = _BITS[wide_dtype]
+    limits = _limits(wide_dtype, device)  # [L]
+    up_to = abs_max_bits = torch.zeros((), dtype=torch.int64, device=device)
+    numel = 0
+    for table in tables():
+        bits = _as_wide(table).view(integer) & mask
+        numel += table.shape[1]
+        # [K, L], elements whose magnitude is at most each limit
+        up_to = up_to + torch.searchsorted(bits.sort(1).values, limits.repeat(len(table), 1), right=True)
+        abs_max_bits = torch.maximum(abs_max_bits, torch.where(bits < infinity, bits, 0).amax(1))
+    n = torch.full_like(abs_max_bits, numel) - n_padding  # [K]
+    up_to = up_to - (numel - n).unsqueeze(1)
+    abs_max = _double_of(abs_max_bits, wide_dtype)
+    # Over a power of two near the largest magnitude, no fourth power that matters leaves the range of float64.
+    exponent = ((abs_max.view(torch.int64) >> 52) - 1023).clamp(-1000, 1000)
+    unit = ((1023 - exponent) << 52).view(torch.float64).unsqueeze(1)
+    sums = torch.zeros(2, 1, dtype=torch.float64, device=device)
+    for table in tables():
+        squares = _scaled(_as_wide(table), unit).square()
+        sums = sums + torch.stack((squares.sum(1), squares.square().sum(1)))
+    counts = up_to.diff(dim=1, prepend=torch.zeros_like(up_to[:, :1]), append=n.unsqueeze(1))
+    kurtosis = n * sums[1] / sums[0].square()
+    return torch.cat((counts.double(), abs_max.unsqueeze(1), kurtosis.unsqueeze(1)), dim=1)
+
+
+def _limits(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns the bits of zero, the powers of two that part the bins, and the largest finite number, on the device."""
+    integer, _, infinity, _ = _BITS[dtype]
+    powers = torch.arange(LOWEST_POWER, HIGHEST_POWER + 1, device=device)
+    if dtype == torch.float64:
+        bits = (powers + 1023) << 52
+    else:  # subnormal ones are multiples of 2**-149; 2**-150 itself becomes 0
+        bits = torch.where(powers < -126, (1 << (powers + 150).clamp(max=24)) >> 1, (powers + 127) << 23)
+    ends = torch.arange(2, device=device) * (infinity - 1)
+    return torch.cat((ends[:1], bits, ends[1:])).clamp(max=infinity - 1).to(integer)
 
 
 def check_no_overlap(tensor: Tensor, name: str) -> None:

@@ -18,11 +18,12 @@ from gradprobe.ops import batch_norm_reference, libraries, reference, residual_r
 from gradprobe.ops.autograd import Normalised, ResidualSum, autograd_kernel, backward_kernel, masked_by
 from gradprobe.ops.residual_reference import check_operands
 from gradprobe.ops.row_math import empty_rows
-from gradprobe.ops.rows import STATS
+from gradprobe.ops.rows import N_MAGNITUDES, STATS
 from gradprobe.ops.triton import launcher as triton_launcher
 
 SCHEMAS = (
     "grad_stats_into(Tensor[] tensors, Tensor(a!) out) -> ()",
+    "magnitudes_into(Tensor[] tensors, Tensor(a!) out) -> ()",
     "scale_(Tensor(a!)[] tensors, Tensor coefficient) -> ()",
     "clip_coefficient(Tensor rows, float max_norm) -> Tensor",
     "count_if(Tensor flag, bool on) -> ()",
@@ -38,11 +39,14 @@ SCHEMAS = (
 )
 
 
-def _fake_grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
-    torch._check(
-        out.dim() == 2 and out.shape[0] == len(tensors) and out.shape[1] == len(STATS),
-        lambda: f"out: needed shape [{len(tensors)}, {len(STATS)}], got {list(out.shape)}",
-    )
+def _fake_rows_into(width: int) -> Callable[[Sequence[Tensor], Tensor], None]:
+    def fake(tensors: Sequence[Tensor], out: Tensor) -> None:
+        torch._check(
+            out.dim() == 2 and out.shape[0] == len(tensors) and out.shape[1] == width,
+            lambda: f"out: needed shape [{len(tensors)}, {width}], got {list(out.shape)}",
+        )
+
+    return fake
 
 
 def _fake_scale(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
@@ -75,7 +79,8 @@ def _fake_branch_stats(branch: Tensor, shortcut: Tensor) -> Tensor:
 
 # Each operator with its fake and its reference.
 _REFERENCE: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
-    ("grad_stats_into", _fake_grad_stats_into, reference.grad_stats_into),
+    ("grad_stats_into", _fake_rows_into(len(STATS)), reference.grad_stats_into),
+    ("magnitudes_into", _fake_rows_into(N_MAGNITUDES), reference.magnitudes_into),
     ("scale_", _fake_scale, reference.scale_),
     ("clip_coefficient", _fake_clip, reference.clip_coefficient),
     ("count_if", _ignore_flag, _ignore_flag),
@@ -112,7 +117,7 @@ def define_operators(library: torch.library.Library) -> None:
 def _define_derivatives(library: torch.library.Library) -> None:
     """Registers the operators with autograd and with the transforms of `torch.func`."""
     # Measurements and updates have no derivative.
-    for name in ("grad_stats_into", "scale_", "clip_coefficient", "residual_branch_stats"):
+    for name in ("grad_stats_into", "magnitudes_into", "scale_", "clip_coefficient", "residual_branch_stats"):
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     operators, plain = getattr(torch.ops, library.ns), residual_reference
     library.impl("scale_", _count_writes(operators.scale_.default), "ADInplaceOrView", with_keyset=True)
@@ -186,6 +191,7 @@ if libraries.parts()["cuda"] != "ready" and triton_launcher.is_installed():
 
 _operators = torch.ops.gradprobe
 GRAD_STATS_INTO = _operators.grad_stats_into.default
+MAGNITUDES_INTO: Callable[[Sequence[Tensor], Tensor], None] = _operators.magnitudes_into.default
 SCALE = _operators.scale_.default
 CLIP_COEFFICIENT: Callable[[Tensor, float], Tensor] = _operators.clip_coefficient.default
 COUNT_IF = _operators.count_if.default

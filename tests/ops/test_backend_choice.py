@@ -16,6 +16,7 @@ import gradprobe
 from gradprobe import ops
 from gradprobe.errors import ArgumentError, BackendError
 from gradprobe.ops import libraries, reference, schemas
+from gradprobe.ops.rows import N_MAGNITUDES
 
 CPU = torch.device("cpu")
 
@@ -67,7 +68,8 @@ except BackendError as error:
 rows = ops.grad_stats([torch.tensor([3.0, -4.0])]).tolist()
 has_cuda_kernel = [
     torch._C._dispatch_has_kernel_for_dispatch_key("gradprobe::" + schema.partition("(")[0], "CUDA")
-    for schema in SCHEMAS if not schema.startswith(("count_if", "batch_norm_relu"))  # torch's operators do for a GPU
+    # torch's operators do for the others on a GPU
+    for schema in SCHEMAS if not schema.startswith(("count_if", "batch_norm_relu", "magnitudes"))
 ]
 auto = ops.resolve("auto", torch.device("cpu")).name
 print(json.dumps([ops.backends()["native"], refused, auto, rows, has_cuda_kernel]))
@@ -154,6 +156,8 @@ def test_opcheck(twin: torch.library.Library, namespace: str, requires_grad: boo
     wanting = [t.clone().requires_grad_(requires_grad) for t in tensors]
     out = torch.empty(4, 6, dtype=torch.float64)
     torch.library.opcheck(namespace_ops.grad_stats_into.default, (wanting, out))
+    counts = torch.empty(3, N_MAGNITUDES, dtype=torch.float64)
+    torch.library.opcheck(namespace_ops.magnitudes_into.default, (wanting[:3], counts))
     torch.library.opcheck(namespace_ops.scale_.default, (tensors, torch.tensor(0.5)))
 
 

@@ -176,6 +176,43 @@ void check_strided(Dtype dtype, Isa isa, std::mt19937_64& random) {
   }
 }
 
+void check_magnitudes(Dtype dtype, std::mt19937_64& random) {
+  const int64_t width = item_bytes(dtype);
+  const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
+  // All bit patterns; the lowest, middle and highest exponents; all finite values.
+  for (const Exponents& kind : {Exponents{0, 0}, {0, 2}, {top / 2, 3}, {top - 1, 1}, {0, top}}) {
+    for (int64_t n : {1, 2, 3, 7, 8, 9, 4095, 4097, 10000}) {
+      for (int64_t stride : {1, 3}) {
+        std::unique_ptr<char[]> data(new char[(1 + (n - 1) * stride) * width]);
+        fill(dtype, data.get(), 1 + (n - 1) * stride, random, kind.first, kind.count);
+        const Dims dims = reduce_dims(&n, &stride, 1);
+        int64_t counts[kCounts] = {}, expected[kCounts] = {};
+        const View view{data.get(), dtype, n, dims.dense() ? nullptr : &dims};
+        const Moments moments = count_magnitudes(view, 0, n, counts);
+        long double largest = 0, sum_sq = 0, sum_fourth = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const double x = std::fabs(widen(dtype, data.get() + i * stride * width));
+          int power = kLowestPower;
+          while (power <= kHighestPower && x > std::ldexp(1.0, power)) ++power;
+          ++expected[x == 0 ? 0 : std::isfinite(x) ? 1 + power - kLowestPower : kCounts - 1];
+          if (std::isfinite(x)) largest = std::max(largest, static_cast<long double>(x));
+          const long double scaled = ldexpl(x, -moments.exponent);
+          sum_sq += scaled * scaled;
+          sum_fourth += scaled * scaled * scaled * scaled;
+        }
+        const bool right = std::memcmp(counts, expected, sizeof counts) == 0 && moments.largest == largest &&
+                           close(moments.sum_sq, sum_sq, 1e-12L * sum_sq) &&
+                           close(moments.sum_fourth, sum_fourth, 1e-12L * sum_fourth);
+        if (right) continue;
+        ++failures;
+        std::printf("magnitudes are wrong: %s, exponents from %d, n=%lld, stride %lld\n",
+                    kDtypeNames[static_cast<int>(dtype)], kind.first, static_cast<long long>(n),
+                    static_cast<long long>(stride));
+      }
+    }
+  }
+}
+
 // Multiplies every float16 or bfloat16 value by several coefficients, some of which hit rounding boundaries. All
 // instruction sets must agree.
 void check_scale(Dtype dtype, Isa isa) {
@@ -491,6 +528,10 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::strcmp(argv[1], "range-exponent") == 0) {
     for (int i = 2; i < argc; ++i) std::printf("%d\n", range_exponent(std::strtod(argv[i], nullptr)));
     return 0;
+  }
+  std::mt19937_64 of_magnitudes(7);
+  for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64}) {
+    check_magnitudes(dtype, of_magnitudes);
   }
   int sets = 0;
   for (int i = 0; i < kIsas; ++i) {

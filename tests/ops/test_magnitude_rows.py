@@ -1,0 +1,202 @@
+"""Counts by magnitude against float64 and exact sums: every dtype, layouts, sizes, NaN and infinity, threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from helpers.ops_truth import DTYPES, as_float64
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradprobe.errors import ArgumentError
+from gradprobe.ops import reference
+from gradprobe.ops.rows import KURTOSIS, LARGEST, N_MAGNITUDES, NOT_FINITE, ZEROS
+from gradprobe.ops.schemas import MAGNITUDES_INTO
+from gradprobe.snapshot import FloatArray
+
+KERNELS = {"dispatched": MAGNITUDES_INTO, "reference": reference.magnitudes_into}
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+LIMITS = [0.0, *(2.0**power for power in range(-150, 129)), math.inf]
+
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+with_each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
+
+def name(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def values(tensor: torch.Tensor) -> FloatArray:
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return as_float64(tensor.detach().resolve_neg())
+
+
+def truth(tensor: torch.Tensor) -> list[float]:
+    """Returns the row of magnitudes without the kurtosis, counted in float64."""
+    x = np.abs(values(tensor))
+    finite = x[np.isfinite(x)]
+    bins = np.searchsorted(LIMITS, finite[finite > 0], side="left") - 1
+    counts = np.bincount(bins, minlength=len(LIMITS) - 1)
+    return [(x == 0).sum(), *counts, len(x) - len(finite), finite.max(initial=0.0)]
+
+
+def true_kurtosis(tensor: torch.Tensor) -> float:
+    x = values(tensor)
+    if not np.isfinite(x).all() or not x.any():
+        return math.nan
+    exponent = math.frexp(float(np.abs(x).max()))[1]
+    y = np.ldexp(np.ldexp(x, -exponent // 2), -exponent - -exponent // 2)
+    return len(y) * math.fsum(y**4) / math.fsum(y**2) ** 2
+
+
+def rows_of(tensors: list[torch.Tensor], kernel: str, device: str = "cpu") -> torch.Tensor:
+    """Returns the rows on the host. `out` starts as NaN, to detect a missing number."""
+    out = torch.full((len(tensors), N_MAGNITUDES), torch.nan, dtype=torch.float64, device=device)
+    KERNELS[kernel]([tensor.to(device) for tensor in tensors], out)
+    return out.cpu()
+
+
+def assert_right(tensors: list[torch.Tensor], kernel: str, device: str = "cpu") -> None:
+    for tensor, row in zip(tensors, rows_of(tensors, kernel, device), strict=True):
+        assert row[:KURTOSIS].tolist() == truth(tensor), f"{tensor.dtype} {list(tensor.shape)}"
+        assert row[KURTOSIS].item() == pytest.approx(true_kurtosis(tensor), rel=1e-9, nan_ok=True)
+
+
+def of_bits(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Returns the numbers of a dtype whose bits are the lowest of 64 bits."""
+    words = np.array(values, dtype=np.int64).astype({2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize])
+    return torch.from_numpy(words).view(dtype)
+
+
+@on_each_device
+@with_each_kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_every_number_of_half_precision(kernel: str, device: str, dtype: torch.dtype) -> None:
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    assert_right([numbers, numbers[torch.isfinite(numbers)]], kernel, device)
+
+
+@on_each_device
+@with_each_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_every_power_of_two_and_its_neighbours(kernel: str, device: str, dtype: torch.dtype) -> None:
+    lowest, highest = (-149, 127) if dtype == torch.float32 else (-1074, 1023)
+    powers = torch.from_numpy(np.ldexp(1.0, np.arange(lowest, highest + 1))).to(dtype)
+    bits = powers.view(BITS[dtype.itemsize])
+    numbers = torch.cat((bits - 1, bits, bits + 1)).view(dtype)
+    ends = torch.tensor([torch.finfo(dtype).max, torch.inf, -torch.inf, torch.nan, 0.0], dtype=dtype)
+    assert_right([numbers, -powers, ends], kernel, device)
+
+
+@with_each_kernel
+@given(
+    dtype=st.sampled_from(DTYPES),
+    bits=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60),
+    stride=st.integers(1, 3),
+)
+def test_any_bits(kernel: str, dtype: torch.dtype, bits: list[int], stride: int) -> None:
+    assert_right([of_bits(bits, dtype)[::stride]], kernel)
+
+
+@on_each_device
+@with_each_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_sizes_around_every_boundary(kernel: str, device: str, dtype: torch.dtype) -> None:
+    sizes = [0, *range(1, 20), 4095, 4096, 4097, 65535, 65536, 65537, 200_003]
+    numbers = torch.from_numpy(np.random.default_rng(0).normal(0.0, 1e-3, max(sizes) + 3)).to(dtype)
+    numbers[::7] = 0.0
+    assert_right([numbers[n % 3 : n % 3 + n] for n in sizes], kernel, device)
+
+
+@on_each_device
+@with_each_kernel
+def test_layouts(kernel: str, device: str) -> None:
+    x = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(0))
+    layouts = [x[0, 0, 0, 0], x.transpose(1, 3), x[:, ::2, :, 1:], x[:1].expand(9, 6, 5, 7)]
+    layouts += [x.to(memory_format=torch.channels_last), x[:, :0], torch._neg_view(x), x.clone().requires_grad_()]
+    assert_right([tensor.detach() for tensor in layouts[:-1]], kernel, device)
+    assert torch.equal(rows_of(layouts[-1:], kernel, device), rows_of([x], kernel, device))
+
+
+@with_each_kernel
+@pytest.mark.parametrize("magnitude", [1e-310, 1e-200, 1e-80, 1.0, 1e80, 1e200, 1e307])
+def test_fourth_powers_that_no_float64_holds(kernel: str, magnitude: float) -> None:
+    x = torch.from_numpy(np.random.default_rng(1).normal(size=150_000) * magnitude)
+    y, z = x.clone(), x.clone()
+    y[:140_000] *= 1e-30  # most chunks are far below the last
+    z[:140_000] = 0.0
+    assert_right([x, y, z], kernel)
+    assert rows_of([x], kernel)[0, KURTOSIS].item() == pytest.approx(3.0, abs=0.1)
+
+
+@with_each_kernel
+def test_a_row_of_nothing_and_of_zeros(kernel: str) -> None:
+    rows = rows_of([torch.zeros(0), torch.zeros(5), torch.full((3,), torch.nan)], kernel)
+    assert [rows[0].nansum().item(), rows[1, ZEROS].item(), rows[2, NOT_FINITE].item()] == [0.0, 5.0, 3.0]
+    assert rows[:, LARGEST].tolist() == [0.0, 0.0, 0.0]
+    assert rows[:, KURTOSIS].isnan().all()
+    assert rows_of([], kernel).shape == (0, N_MAGNITUDES)
+
+
+@pytest.fixture
+def flush_denormal() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@with_each_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_subnormal_numbers_count_while_torch_flushes_them(
+    kernel: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    numbers = of_bits([*range(1, 64), 0, -1 << 8 * dtype.itemsize - 1], dtype)
+    expected = truth(numbers), true_kurtosis(numbers)
+    request.getfixturevalue("flush_denormal")
+    out = torch.empty(1, N_MAGNITUDES, dtype=torch.float64)
+    KERNELS[kernel]([numbers], out)
+    torch.set_flush_denormal(False)
+    assert out[0, :KURTOSIS].tolist() == expected[0]
+    assert out[0, KURTOSIS].item() == pytest.approx(expected[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    x = torch.randn(900_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before, seen = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 3, 8):
+            torch.set_num_threads(n_threads)
+            seen.append(rows_of([x, x[:70_000], x[::3]], "dispatched"))
+    finally:
+        torch.set_num_threads(before)
+    if torch._C._dispatch_has_kernel_for_dispatch_key("gradprobe::magnitudes_into", "CPU"):
+        assert all(torch.equal(rows, seen[0]) for rows in seen)
+    assert all(torch.equal(rows[:, :KURTOSIS], seen[0][:, :KURTOSIS]) for rows in seen)
+
+
+@with_each_kernel
+def test_what_does_not_fit_is_named(kernel: str) -> None:
+    count, out = KERNELS[kernel], torch.empty(1, N_MAGNITUDES, dtype=torch.float64)
+    errors = (ArgumentError, RuntimeError)
+    with pytest.raises(errors, match=r"tensors\[0\]: needed a dtype of float16, bfloat16, float32, float64, got .*"):
+        count([torch.ones(2, dtype=torch.int32)], out)
+    with pytest.raises(errors, match=rf"out: needed .*\[2, {N_MAGNITUDES}\], got .*\[1, {N_MAGNITUDES}\]"):
+        count([torch.ones(2), torch.ones(2)], out)
+    with pytest.raises(errors, match=r"out: needed .*float64.*"):
+        count([torch.ones(2)], out.float())
+
+
+@with_each_kernel
+def test_rows_are_written_to_a_view_and_the_write_is_counted(kernel: str) -> None:
+    whole = torch.full((3, 1, N_MAGNITUDES), -7.0, dtype=torch.float64)
+    version = whole._version
+    KERNELS[kernel]([torch.ones(4)], whole[1])
+    assert (whole[[0, 2]] == -7.0).all()
+    assert whole[1].sum() == 4 + 1 + 1
+    assert whole._version > version
