@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from gradprobe.observers.magnitudes import StepMagnitudes
 from gradprobe.ops.rows import N_NONFINITE, STATS
 from gradprobe.snapshot.records import Events, FloatArray, Measured, Provenance
 
@@ -30,6 +31,7 @@ class Slot:
         is_accumulated: As in `Snapshot`.
         is_contested: As in `Snapshot`.
         serial: Its number among all steps that were committed.
+        magnitudes: How the magnitudes of its gradients spread, None if they were not counted.
         extras: Those of the extra row's values that the host knows, by column; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device other than the host, the event after which its rows can be read.
@@ -45,6 +47,7 @@ class Slot:
     is_accumulated: bool = False
     is_contested: bool = False
     serial: int = 0
+    magnitudes: StepMagnitudes | None = None
     extras: dict[int, float] = field(default_factory=dict)
     has_loss: bool = False
     ready: dict[torch.device, torch.Event] = field(default_factory=dict)

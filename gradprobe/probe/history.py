@@ -376,6 +376,7 @@ class History:
             unscaling = finished.scale if slot.is_unscaled else 1.0
             state, clip_factor = _judge_change(*finished.ratios, unscaling, slot.tolerance)
             provenance = provenance._replace(state=state)
+        magnitudes = None if slot.magnitudes is None else slot.magnitudes.read(finished.scale)
         return Snapshot(
             step=slot.step,
             loss=finished.loss,
@@ -391,6 +392,7 @@ class History:
             differ=None if reduced is None else reduced.differ,
             is_accumulated=slot.is_accumulated,
             is_contested=slot.is_contested,
+            gradient_magnitudes=magnitudes,
         )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from gradprobe.observers.magnitudes import StepMagnitudes
 from gradprobe.probe.grad_scaler import LossScale
 from gradprobe.snapshot.records import Measured
 
@@ -31,6 +32,7 @@ class OpenStep:
         accumulates: The first of them added to the gradients of the step before.
         measured: Which parameters were measured, None as long as none was.
         measured_after: How many backward passes had ended then.
+        magnitudes: How their magnitudes spread, None if they were not counted.
         state: What was known of the gradients then.
         is_averaged: They were averaged over processes.
         scales: The loss scales at the end of the newest backward pass.
@@ -52,6 +54,7 @@ class OpenStep:
     accumulates: bool = False
     measured: Measured | None = None
     measured_after: int = 0
+    magnitudes: StepMagnitudes | None = None
     state: Literal["raw", "modified"] = "raw"
     is_averaged: bool = False
     scales: list[LossScale] = field(default_factory=list)

@@ -53,16 +53,18 @@ class Options:
     sinks: Sequence[Sink] = ()
     on_finding: Callable[[Finding], object] | None = None
     start_step: int = 0
+    magnitudes: bool = False
+    magnitudes_every: int = 100
 
     def __post_init__(self) -> None:
         if self.params is not True:
             raise ArgumentError(
                 f"params: needed True, since the gradients of parameters mark the steps, got {self.params!r}"
             )
-        for name in ("junctions", "updates", "reduce_activations", "strict"):
+        for name in ("junctions", "updates", "magnitudes", "reduce_activations", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentError(f"{name}: needed True or False, got {getattr(self, name)!r}")
-        for name in ("every", "activations_every", "updates_every", "capacity"):
+        for name in ("every", "activations_every", "updates_every", "magnitudes_every", "capacity"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name}: needed an integer of at least 1, got {value!r}")
@@ -82,7 +84,7 @@ class Options:
             signals: Names of the activations and residual adds that are reduced.
         """
         digest = hashlib.sha256(repr(tuple(signals)).encode()).hexdigest()[:16]
-        names = ("every", "updates", "updates_every", "reduce_activations", "start_step")
+        names = ("every", "updates", "updates_every", "magnitudes", "reduce_activations", "start_step")
         common: dict[str, object] = {name: getattr(self, name) for name in names}
         if self.reduce_activations:
             common |= {"activations": digest, "activations_every": self.activations_every}

@@ -60,9 +60,11 @@ def attach(
     activations: Selection = False,
     junctions: bool = True,
     updates: bool = False,
+    magnitudes: bool = False,
     every: int = 1,
     activations_every: int = 1,
     updates_every: int = 1,
+    magnitudes_every: int = 100,
     capacity: int = 1024,
     backend: str = "auto",
     when: When = "auto",
@@ -89,10 +91,14 @@ def attach(
             function of name and module.
         junctions: Observe the residual adds, i.e. the `gradprobe.nn.ResidualAdd` modules of the model.
         updates: Observe how far the optimizer moves each parameter. Copies the parameters for the duration of its step.
+        magnitudes: Count the values of each gradient by magnitude, in powers of two: `Snapshot.magnitudes` then tells
+            quantiles, kurtosis, and which share would underflow or overflow in float16, bfloat16 and float8. Not of
+            gradients that are reduced over ranks, as those of a sharded model.
         every: Measure the steps whose number is a multiple of this.
         activations_every: Of the measured steps, observe activations and residual adds in those whose number is a
             multiple of this.
         updates_every: Of the measured steps, observe updates in those whose number is a multiple of this.
+        magnitudes_every: Of the measured steps, count magnitudes in those whose number is a multiple of this.
         capacity: Number of measured steps to keep; the oldest are dropped first. Memory is taken as steps are recorded.
         backend: "auto", or a name from `gradprobe.backends()`.
         when: When to measure the gradients: "auto" or "backward" at the end of each backward pass, so before clipping;
@@ -146,9 +152,11 @@ def attach(
         activations=activations,
         junctions=junctions,
         updates=updates,
+        magnitudes=magnitudes,
         every=every,
         activations_every=activations_every,
         updates_every=updates_every,
+        magnitudes_every=magnitudes_every,
         capacity=capacity,
         backend=backend,
         when=when,

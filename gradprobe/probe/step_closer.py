@@ -136,6 +136,8 @@ class StepCloser:
         if self._signals.observer is not None and self._signals.are_due() and not is_late:
             slot.events = self._signals.observer.close(self._history.ring.signal_rows())
             self._coverage.note_silent_modules(opened.number)
+        if opened.magnitudes is not None:
+            self._gradients.take_magnitudes(slot)
         inverse: torch.Tensor | float = 1.0 if scale is None else scale.inverse
         loss = mean(opened.losses) if opened.losses else None
         gradient_scale = 1.0 if opened.is_unscaled else inverse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradient_observer import GradientObserver
+from gradprobe.observers.magnitudes import MagnitudeObserver, StepMagnitudes
+from gradprobe.observers.ring_buffer import Slot
 from gradprobe.observers.updates import UpdateObserver
 from gradprobe.probe.coverage import CoverageLog
 from gradprobe.probe.grad_scaler import LossScale, Scalers, any_in_use
@@ -31,6 +34,7 @@ class StepGradients:
         history: Gets rows of other parameters if the model does.
         reduction: Has the rows to write to.
         updates: Gets the parameters too, None if updates are not measured.
+        magnitudes: Counts the magnitudes of the gradients, None if they are not counted.
         coverage: Is told of gaps.
         fence: Takes the errors.
         measured_at: When gradients are measured; `Options.measured_at`.
@@ -45,6 +49,7 @@ class StepGradients:
         history: History,
         reduction: StepReduction,
         updates: UpdateObserver | None,
+        magnitudes: MagnitudeObserver | None,
         coverage: CoverageLog,
         fence: Fence,
         measured_at: str,
@@ -56,6 +61,7 @@ class StepGradients:
         self._history = history
         self._reduction = reduction
         self._updates = updates
+        self._magnitudes = magnitudes
         self._coverage = coverage
         self._fence = fence
         self._measured_at = measured_at
@@ -110,6 +116,9 @@ class StepGradients:
                 self.measure(optimizer)
                 return
             self._coverage.note_unhooked(opened.number, unhooked)
+        if self._magnitudes is not None:
+            opened.magnitudes = None
+            self._count(self._magnitudes, lambda: enumerate(observer.hooks.gradients()[0]))
 
     def measure_ready(self, k: int, gradient: torch.Tensor) -> None:
         """Measures the gradient of parameter k, which is ready, inside the backward pass."""
@@ -128,6 +137,31 @@ class StepGradients:
         opened.measured.numels[k] = self._observer.meter.measure_one(k, gradient, self._reduction.rows())
         opened.measured.present[k] = True
         self._observer.note_ready(k)
+        if self._magnitudes is not None:
+            self._count(self._magnitudes, lambda: [(k, gradient)])
+
+    def _count(
+        self, observer: MagnitudeObserver, gradients: Callable[[], Iterable[tuple[int, torch.Tensor | None]]]
+    ) -> None:
+        """Counts the magnitudes of gradients, given with the positions of their parameters, if it is their turn."""
+        opened = self._recording.open
+        if not (observer.is_due(opened.number) and self._recording.is_due()):
+            return
+        with self._fence.around("magnitudes", observer.stop):
+            counted = opened.magnitudes or StepMagnitudes([site.name for site in self._observer.sites])
+            opened.magnitudes = None  # a part of them would be missing after an error
+            unmeasured = self._observer.meter.unmeasured
+            there = {k: one for k, one in gradients() if one is not None and k not in unmeasured}
+            observer.count(there, counted)
+            opened.magnitudes = counted
+
+    def take_magnitudes(self, slot: Slot) -> None:
+        """Gives the magnitudes of the measured gradients to their step."""
+        counted = self._recording.open.magnitudes
+        if counted is not None and self._magnitudes is not None and not self._recording.are_gradients_off:
+            with self._fence.around("magnitudes", self._magnitudes.stop):
+                counted.publish()
+                slot.magnitudes = counted
 
     def end_closure(self, optimizer: torch.optim.Optimizer) -> None:
         """Finds out what the closure of an optimizer did to the gradients, before the optimizer writes to them."""
@@ -223,7 +257,7 @@ class StepGradients:
     def restart(self) -> None:
         """Makes the history take rows of the parameters that the observer has now."""
         observer = self._observer
-        self._recording.open.measured = self._recording.open.change = None
+        self._recording.open.measured = self._recording.open.change = self._recording.open.magnitudes = None
         self._history.archive()
         meter = observer.meter
         self._history.restart(observer.table, meter.rows_on, meter.in_model_order, observer.whole)

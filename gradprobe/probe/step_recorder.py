@@ -13,6 +13,7 @@ from gradprobe.errors import ArgumentError
 from gradprobe.nn.residual import watchers
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.gradient_observer import GradientObserver
+from gradprobe.observers.magnitudes import MagnitudeObserver
 from gradprobe.observers.parameters import stepped_by
 from gradprobe.observers.ring_buffer import LOSS, SKIPPED
 from gradprobe.observers.updates import UpdateObserver
@@ -91,6 +92,7 @@ class StepRecorder:
                 self.history,
                 self._reduction,
                 self._updates,
+                MagnitudeObserver(options.magnitudes_every, options.backend) if options.magnitudes else None,
                 self.coverage,
                 self._fence,
                 self._measured_at,
@@ -121,6 +123,7 @@ class StepRecorder:
             names = choice.table.names if choice.table is not None and options.reduce_activations else ()
             if self._observer.meet(options.process_group, options.common(names), len(names)):
                 self._gradients.restart()
+                self._refuse_whole(options)
             self._signals.switch()
             if options.reduce_activations and self._observer.whole is not None:
                 self._signals.agree()
@@ -133,6 +136,15 @@ class StepRecorder:
             if hasattr(self, "_signals"):
                 self._signals.remove()
             raise
+
+    def _refuse_whole(self, options: Options) -> None:
+        """Raises ArgumentError, on all ranks, if an option asks for what is not reduced over them."""
+        whole = self._observer.whole
+        if options.magnitudes and whole is not None and not whole.are_copies:
+            raise ArgumentError(
+                "magnitudes: needed gradients that each rank holds whole, got parts that are reduced over the ranks; "
+                "with process_group='local', the magnitudes are those of this rank's parts"
+            )
 
     def follow(self) -> None:
         """Follows the model if it has other parameters than before; none of the old ones may have a hook that runs."""

@@ -3,6 +3,7 @@
 import warnings
 
 from gradprobe.snapshot.export import to_pandas
+from gradprobe.snapshot.magnitudes import Bounds, GradientMagnitudes, Magnitudes
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
 from gradprobe.snapshot.signals import Activation, Junction, Signals
 from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
@@ -12,8 +13,11 @@ from gradprobe.snapshot.updates import Update, Updates
 __all__ = [
     "COLUMNS",
     "Activation",
+    "Bounds",
     "FloatArray",
+    "GradientMagnitudes",
     "Junction",
+    "Magnitudes",
     "Measured",
     "NonFinite",
     "Provenance",

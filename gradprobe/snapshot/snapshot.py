@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from gradprobe.snapshot.magnitudes import GradientMagnitudes, Magnitudes
 from gradprobe.snapshot.metrics import Detail, metrics
 from gradprobe.snapshot.notebook import snapshot_form
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
@@ -108,6 +109,7 @@ class Snapshot:
         is_accumulated: The gradients were added to those that an optimizer had already used, as without zero_grad.
         is_contested: An optimizer of parameters outside the model has stepped since the step before, so that the loss
             is not this model's alone, as in a GAN.
+        gradient_magnitudes: How the magnitudes of the gradients spread, None if they were not counted in this step.
     """
 
     step: int
@@ -124,6 +126,7 @@ class Snapshot:
     differ: npt.NDArray[np.bool_] | None = None
     is_accumulated: bool = False
     is_contested: bool = False
+    gradient_magnitudes: GradientMagnitudes | None = None
 
     @cached_property
     def columns(self) -> dict[str, FloatArray]:
@@ -160,6 +163,12 @@ class Snapshot:
     def updates(self) -> dict[str, Update]:
         """The optimizer's updates, by the parameter's first name, in model order."""
         return {} if self.parameter_updates is None else self.parameter_updates.updates
+
+    @property
+    def magnitudes(self) -> dict[str, Magnitudes]:
+        """How the magnitudes of the gradients spread, by the parameter's first name, in model order."""
+        found = {} if self.gradient_magnitudes is None else self.gradient_magnitudes.magnitudes
+        return {name: found[name] for name in self.table.names if name in found}
 
     @property
     def changes(self) -> Updates | None:

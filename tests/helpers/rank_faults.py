@@ -118,6 +118,22 @@ def other_options(layout: str, rank: int, n_ranks: int) -> str:
     return ""
 
 
+def magnitudes(layout: str, rank: int, n_ranks: int) -> Summary:
+    """Asks for magnitudes, of whole gradients and of this rank's parts."""
+    part, optimizer = build(layout, rank, n_ranks)
+    message, options = "", {"magnitudes": True, "magnitudes_every": 1, "strict": True}
+    try:
+        gradprobe.attach(part.model, process_group=part.process_group, **options)
+    except gradprobe.ArgumentError as error:
+        message = str(error)
+    with gradprobe.attach(part.model, optimizer=optimizer, process_group="local", **options) as probe:
+        backward(layout, part, 0)
+        optimizer.step()
+        (snapshot,) = probe.history()
+    numels = {name: (one.numel, snapshot[name].numel) for name, one in snapshot.magnitudes.items()}
+    return {"message": message, "numels": numels, "n": len(snapshot)}
+
+
 def other_models(rank: int, n_ranks: int) -> str:
     """Attaches to models of other sizes on each rank."""
     model = nn.Linear(4, 4 + 2 * rank)

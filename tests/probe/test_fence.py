@@ -22,6 +22,8 @@ PLACES = {
     "looking at the model": "gradprobe.observers.gradient_observer.GradientObserver.look",
     "committing": "gradprobe.observers.ring_buffer.RingBuffer.commit",
     "judging": "gradprobe.diagnosis.running.RunningDiagnosis.take",
+    "counting magnitudes": "gradprobe.observers.magnitudes.MagnitudeObserver.count",
+    "keeping magnitudes": "gradprobe.observers.magnitudes.StepMagnitudes.publish",
     "noting": "gradprobe.probe.coverage.CoverageLog.note",
     "copying parameters": "gradprobe.observers.updates.UpdateObserver.begin",
     "measuring updates": "gradprobe.observers.updates.UpdateObserver.end",
@@ -66,7 +68,8 @@ def test_an_error_anywhere_leaves_the_training_as_it_is(
         raise Broken("planted")
 
     # steps are judged when they are about to leave the history, at the latest
-    probe = gradprobe.attach(model, updates=True, activations=True, capacity=1 if place == "judging" else 1024)
+    capacity = 1 if place == "judging" else 1024
+    probe = gradprobe.attach(model, updates=True, activations=True, magnitudes=True, capacity=capacity)
     monkeypatch.setattr(PLACES[place], fail)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

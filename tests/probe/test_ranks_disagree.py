@@ -40,6 +40,7 @@ CASES: dict[str, Case] = {
     **{f"alone {each}": partial(rank_faults.attached_alone, each) for each in _SHARDED},
     **{f"on one: {name}": partial(rank_faults.attached_on_one, *each) for name, each in _FREE.items()},
     **{f"options {each}": partial(rank_faults.other_options, each) for each in _SHARDED},
+    **{f"magnitudes {each}": partial(rank_faults.magnitudes, each) for each in _SHARDED},
     "models": rank_faults.other_models,
     **{
         f"failing {each} {at}": partial(rank_faults.failing, each, at, "measuring")
@@ -116,6 +117,14 @@ def test_where_nothing_is_reduced_one_rank_may_attach_alone(name: str, found: Fo
 @pytest.mark.parametrize("layout", _SHARDED)
 def test_other_options_are_refused_on_every_rank(layout: str, found: Found) -> None:
     assert all("every" in message and "rank" in message for message in found(f"options {layout}"))
+
+
+@pytest.mark.parametrize("layout", _SHARDED)
+def test_magnitudes_are_those_of_parts_or_refused_on_every_rank(layout: str, found: Found) -> None:
+    for rank in found(f"magnitudes {layout}"):
+        assert "magnitudes: needed gradients that each rank holds whole" in rank["message"]
+        assert len(rank["numels"]) == rank["n"] > 0
+        assert all(counted == measured for counted, measured in rank["numels"].values())
 
 
 def test_other_models_are_refused_on_every_rank(found: Found) -> None:
