@@ -207,12 +207,31 @@ def make_pages() -> ModuleType:
     return load_script(DOCS / "make_pages.py")
 
 
-def test_the_page_of_findings_has_each_topic_with_all_its_remedies(make_pages: ModuleType) -> None:
-    page = make_pages.findings()
-    assert re.findall("^## (.+)$", page, flags=re.MULTILINE) == list(TOPICS)
-    shown = page.replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")
+def test_each_topic_has_a_page_with_all_its_remedies(make_pages: ModuleType) -> None:
+    listed = re.findall(r"^- \[(.+)\]\((.+)\): ", make_pages.findings(), flags=re.MULTILINE)
+    assert listed == [(topic.name, make_pages.address(topic)) for topic in TOPICS.values()]
     for topic in TOPICS.values():
+        page = make_pages.page(topic)
+        assert page.startswith(f"# {topic.name}\n")
+        shown = page.replace("\\", "").replace("&lt;", "<").replace("&gt;", ">")
         assert [text for text in (topic.problem, *topic.remedies, *topic.formula) if text not in shown] == []
+
+
+def test_each_finding_is_shown_by_a_run_that_has_it(make_pages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    pictures = load_script(ROOT / "benchmarks" / "finding_pictures.py")
+    with_rules = [name for name, topic in TOPICS.items() if topic.rules]
+    assert sorted([*pictures.PICTURES, "replicas differ"]) == sorted(with_rules)  # which takes several processes
+    for name, (run, chart) in pictures.PICTURES.items():
+        noted = make_pages.RUNS[name]
+        assert (noted["run"], noted["chart"]) == (run, chart)
+        assert pictures.run_of(name).fault in TOPICS[name].rules
+        assert (DOCS / "img" / "findings" / f"{make_pages.slug(name)}.png").exists()
+        assert noted["note"] in make_pages.page(TOPICS[name])
+    for name in ("non-finite", "dead ReLU", "spike"):
+        note = pictures.note_of(name, pictures.train(pictures.run_of(name), pictures.SEED))
+        assert note.splitlines()[0] == make_pages.RUNS[name]["note"].splitlines()[0]
 
 
 @pytest.mark.soak
@@ -226,9 +245,11 @@ def test_the_site_is_built_without_warnings_and_loads_nothing_from_the_net(tmp_p
     )
     assert done.returncode == 0, done.stderr
 
-    pages = {path.name: path.read_text("utf-8") for path in (tmp_path / "site").glob("*.html")}
+    site = tmp_path / "site"
+    pages = {str(path.relative_to(site)): path.read_text("utf-8") for path in site.rglob("*.html")}
     loaded = re.compile(r"<(?:script|img|iframe|link rel=.?(?:stylesheet|preconnect))[^>]*(?:src|href)=\"?https?:")
     assert [name for name, text in pages.items() if loaded.search(text)] == []
-    assert 'id="dead-relu"' in pages["findings.html"]
+    assert "../img/findings/dead-ReLU.png" in pages["findings/dead-ReLU.html"]
+    assert 'href="findings/dead-ReLU.html"' in pages["index.html"]
     assert 'id="gradprobe.probe.probe.Probe.clip_grad_norm_"' in pages["api.html"]
     assert "clip" in (tmp_path / "site" / "search" / "search_index.js").read_text("utf-8")
