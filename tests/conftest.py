@@ -44,6 +44,15 @@ def python_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "native_hooks", lambda: (None, "switched off by a test"))
 
 
+@pytest.fixture
+def flush_denormal() -> Iterator[None]:
+    """Lets the processor turn subnormal numbers into zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(name="gradprobe")
 def command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

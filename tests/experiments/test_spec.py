@@ -3,14 +3,12 @@
 import itertools
 import json
 import sqlite3
-import sys
 import time
 from contextlib import closing
 
 import pytest
 import torch
 
-from gradprobe.cli import commands as cli
 from gradprobe.errors import ArgumentError, StoreError
 from gradprobe.experiments.sweep.run import plan, sweep
 from gradprobe.experiments.sweep.spec import Settings, read_specs, to_toml
@@ -44,18 +42,6 @@ def folder(working_folder):
         "    return nn.Sequential(nn.Flatten(), *inner, nn.Linear(width, num_classes))\n"
     )
     return working_folder
-
-
-@pytest.fixture
-def gradprobe(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradprobe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
 
 
 def contents(path):

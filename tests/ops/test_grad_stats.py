@@ -274,14 +274,6 @@ def test_same_bits_for_any_number_of_threads(target: Target, dtype: torch.dtype)
     assert all(torch.equal(bits, seen[0]) for bits in seen)
 
 
-@pytest.fixture
-def flush_denormal() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    yield
-    torch.set_flush_denormal(False)
-
-
 @pytest.mark.parametrize("n", [100, 300_000])
 @pytest.mark.parametrize(("dtype", "magnitude"), [(d, m) for d, m in RANGES if m < 1e-5], ids=name)
 def test_subnormal_numbers_count_while_torch_flushes_them(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -140,14 +139,6 @@ def test_a_row_of_nothing_and_of_zeros(kernel: str) -> None:
     assert rows[:, LARGEST].tolist() == [0.0, 0.0, 0.0]
     assert rows[:, KURTOSIS].isnan().all()
     assert rows_of([], kernel).shape == (0, N_MAGNITUDES)
-
-
-@pytest.fixture
-def flush_denormal() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    yield
-    torch.set_flush_denormal(False)
 
 
 @with_each_kernel

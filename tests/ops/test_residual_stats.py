@@ -1,7 +1,6 @@
 """Statistics of residual adds: exact over the full range, bit-equal for any number of threads."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -158,14 +157,6 @@ def test_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
-
-
-@pytest.fixture
-def flush_denormal() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.mark.usefixtures("any_hooks")

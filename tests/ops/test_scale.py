@@ -1,6 +1,6 @@
 """Scaling in place: bit-equal to torch's product, rounded once, for every dtype and layout."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -118,14 +118,6 @@ def test_mixed_dtypes_and_three_thousand_tensors(target: Target) -> None:
     expected = [bits(scaled_by_torch(x, factor)) for x in tensors]
     ops.scale_(tensors, factor, backend=target.backend)
     assert all(torch.equal(bits(x), want) for x, want in zip(tensors, expected, strict=True))
-
-
-@pytest.fixture
-def flush_denormal() -> Iterator[None]:
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    yield
-    torch.set_flush_denormal(False)
 
 
 @pytest.mark.usefixtures("flush_denormal")
