@@ -203,6 +203,13 @@ class TestDeadReLU:
         (finding, stuck) = diagnose(history)
         assert stuck.rule == "not learning"
         assert (finding.rule, finding.sites, finding.steps) == ("dead ReLU", ("relu0", "relu1"), (30, 39))
+        assert "too large an update" in finding.cause
+
+    def test_units_that_are_dead_before_the_first_update_died_of_no_update(self) -> None:
+        dead = passing(FLAT, layers([1.0, 1.0, 1.0], 0.999))
+        (finding,) = [one for one in diagnose(dead) if one.rule == "dead ReLU"]
+        assert "before the first update" in finding.cause
+        assert finding.remedies[0].startswith("He initialisation")
 
     def test_the_share_is_a_lower_bound_of_the_true_share(self) -> None:
         torch.manual_seed(0)

@@ -164,7 +164,7 @@ VANISHING = Rule(
 
 # Dead ReLUs and dying layers have the same cause.
 DEAD_UNITS = "units that no input activates: large negative biases, after too large an update"
-DEAD_FROM_THE_START = "units that no input activates before the first update: weights too small for the biases"
+DEAD_FROM_THE_START = "units that no input activates before the first update: negative biases that outweigh the inputs"
 REVIVE_UNITS = (
     "a lower learning rate",
     "He initialisation with zero biases",
