@@ -141,7 +141,7 @@ class Magnitudes:
     def overflow_share(self, dtype: object, scale: Scale = 1.0) -> Bounds:
         """Bounds the share of the finite values other than zero that are beyond a format.
 
-        They become infinite, or NaN in e4m3; a conversion that saturates, as torch's to e4m3 does from 2.12 on, makes
+        They become infinite, or NaN in e4m3; a conversion that saturates, as that of torch 2.13 to e4m3 on a CPU, makes
         them the largest number.
 
         Args:

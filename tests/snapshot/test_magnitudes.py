@@ -34,7 +34,7 @@ def converted_shares(x: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]
     """Returns the shares of the finite values other than zero that become zero, and that stay finite no longer."""
     x = x[torch.isfinite(x) & (x != 0)]
     there = x.to(dtype).float()
-    # torch 2.12 and newer saturate here; what lies above the middle of 448 and 480 has no nearest number
+    # torch 2.13 saturates here; what lies above the middle of 448 and 480 has no nearest number
     is_beyond = x.abs() > 464 if dtype == torch.float8_e4m3fn else ~torch.isfinite(there)
     return float((there == 0).double().mean()), float(is_beyond.double().mean())
 
