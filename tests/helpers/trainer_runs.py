@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -358,18 +359,21 @@ def run_on_ranks(name: str, folder: Path, n_ranks: int = 2, limit_s: float = 200
     Returns:
         For each rank, the runs by name.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # A port for each training: on the port of the one before, a rank may find its store, which is about to close.
+    with contextlib.ExitStack() as reserved:
+        sockets = [reserved.enter_context(socket.socket()) for _ in _KINDS]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in sockets]
     processes = []
     for rank in range(n_ranks):
         environment = {
             **os.environ, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{n_ranks}", "GROUP_RANK": "0",
-            "LOCAL_WORLD_SIZE": f"{n_ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
+            "LOCAL_WORLD_SIZE": f"{n_ranks}", "MASTER_ADDR": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(["tests", os.environ.get("PYTHONPATH", "")]),
         }  # fmt: skip
-        script = f"from helpers.trainer_runs import run_rank; run_rank({name!r}, {str(folder)!r})"
+        script = f"from helpers.trainer_runs import run_rank; run_rank({name!r}, {str(folder)!r}, {ports})"
         command = [sys.executable, "-c", script]
         log = (folder / f"rank{rank}.log").open("w")
         root = Path(__file__).parents[2]
@@ -414,6 +418,7 @@ def _accelerate_rank(folder: Path, kind: str) -> Run:
     return train_with_accelerate(folder, kind == "probed", trackers=["tensorboard"] if kind == "probed" else None)
 
 
+_KINDS = ("bare", "probed", "poisoned")
 RANKS: dict[str, Callable[[Path, str], Run]] = {
     "lightning": _lightning_rank,
     "transformers": _transformers_rank,
@@ -421,9 +426,12 @@ RANKS: dict[str, Callable[[Path, str], Run]] = {
 }
 
 
-def run_rank(name: str, folder: str) -> None:
-    """Runs the trainings of one rank, in a process of its own."""
+def run_rank(name: str, folder: str, ports: Sequence[int]) -> None:
+    """Runs the trainings of one rank, in a process of its own; each has a port for its ranks to meet."""
     torch.set_num_threads(1)
-    runs = {kind: RANKS[name](Path(folder), kind) for kind in ("bare", "probed", "poisoned")}
+    runs = {}
+    for kind, port in zip(_KINDS, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        runs[kind] = RANKS[name](Path(folder), kind)
     Path(folder, f"rank{os.environ['RANK']}.pickle").write_bytes(pickle.dumps(runs))
     os._exit(0)
