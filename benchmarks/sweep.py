@@ -2,15 +2,16 @@
 
 The script is `benchmarks/_plain_sweep.py`: the same cells, recipe and epochs with a DataLoader in one process with
 torch's default threads, float32, without a probe, the running training error and the test set in every epoch. The sweep
-measures every gradient. In each round both run once, in random order, each in a process of its own, so that a drift in
-the machine's speed affects both alike. Other load affects the plain script more, since its threads wait for each other:
-trust the ratio of a machine that was otherwise idle.
+measures every gradient, in float32 and, where the processor computes in it, in bfloat16. In each round all run once,
+in random order, each in a process of its own, so that a drift in the machine's speed affects them alike. Other load
+affects the plain script more, since its threads wait for each other: trust the ratio of an otherwise idle machine.
 
-Columns: seconds and CPU seconds (of all processes) as median and range over the rounds. The ratio is the plain script's
+Columns: seconds and CPU seconds (of all processes) as median and range over the rounds. A ratio is the plain script's
 time over the sweep's in the same round. Errors are those of the last epoch, in percent, by cell; the training error of
 the plain script is the running one.
 
     python benchmarks/sweep.py [--rounds 3] [--data cifar10:DIR] [--depths 20,56] [--seeds 0] [--epochs 20]
+                               [--precisions float32,bfloat16]
     python benchmarks/sweep.py --quick    # seconds: shows that both work, its ratio means nothing
 """
 
@@ -26,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--depths", default="20,56")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--precisions", default=",".join(precisions()), help="of the sweep; default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="one round of one small network for one epoch")
     options = parser.parse_args()
     if options.quick:
@@ -73,10 +76,9 @@ def main() -> None:
     print(f"python {platform.python_version()}")
     print(f"{options.data}: {' x '.join(cells[:3])}, epochs {options.epochs}; rounds {options.rounds}; ", end="")
     print(f"load before the first {os.getloadavg()[0]:.1f}\n", flush=True)
-    ways = {
-        "plain script": lambda: run_plain(options.data, cells),
-        "gradprobe sweep": lambda: run_ours(options.data, cells),
-    }
+    ways: dict[str, Callable[[], Timing]] = {"plain script": lambda: run_plain(options.data, cells)}
+    for precision in options.precisions.split(","):
+        ways[f"sweep, {precision}"] = partial(run_ours, options.data, cells, precision)
     timings: dict[str, list[Timing]] = {way: [] for way in ways}
     order = random.Random(0)
     for _ in range(options.rounds):
@@ -85,17 +87,23 @@ def main() -> None:
     print_table(timings)
 
 
+def precisions() -> list[str]:
+    """Returns the precisions that this processor has instructions for."""
+    return ["float32", "bfloat16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["float32"]
+
+
 def run_plain(data: str, cells: Sequence[str]) -> Timing:
     """Runs the plain script."""
     return timed([str(HERE / "_plain_sweep.py"), data, *cells])
 
 
-def run_ours(data: str, cells: Sequence[str]) -> Timing:
+def run_ours(data: str, cells: Sequence[str], precision: str) -> Timing:
     """Runs `gradprobe sweep` into a new file and reads the errors from it."""
     families, depths, seeds, epochs = cells
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.sqlite"
         grid = ["--families", families, "--depths", depths, "--seeds", seeds, "--epochs", epochs]
+        grid += ["--precision", precision]
         timing = timed(["-m", "gradprobe.cli", "sweep", "--data", data, *grid, "--out", str(out)])
         with open_run(out) as run:
             last = {f"{cell.name} seed {cell.seed}": run.epochs(cell.id)[-1] for cell in run.cells()}
@@ -124,14 +132,16 @@ def print_table(timings: dict[str, list[Timing]]) -> None:
     print(f"{'':18}{'seconds':>26}{'CPU seconds':>26}")
     for way, runs in timings.items():
         print(f"{way:18}{spread([run.seconds for run in runs]):>26}{spread([run.cpu_seconds for run in runs]):>26}")
-    plain, ours = timings.values()
-    wall = [one.seconds / other.seconds for one, other in zip(plain, ours, strict=True)]
-    cpu = [one.cpu_seconds / other.cpu_seconds for one, other in zip(plain, ours, strict=True)]
-    print(f"{'plain / gradprobe':18}{spread(wall, 2):>26}{spread(cpu, 2):>26}\n")
-    print(f"{'errors, train/test':18}{'plain script':>26}{'gradprobe sweep':>26}")
-    for cell, (train, test) in plain[-1].errors.items():
-        other_train, other_test = ours[-1].errors[cell]
-        print(f"{cell:18}{f'{train:.2f} / {test:.2f}':>26}{f'{other_train:.2f} / {other_test:.2f}':>26}")
+    plain, *sweeps = timings.values()
+    print(f"\n{'plain script over':18}")
+    for way, ours in list(timings.items())[1:]:
+        wall = [one.seconds / other.seconds for one, other in zip(plain, ours, strict=True)]
+        cpu = [one.cpu_seconds / other.cpu_seconds for one, other in zip(plain, ours, strict=True)]
+        print(f"{way:18}{spread(wall, 2):>26}{spread(cpu, 2):>26}")
+    print(f"\n{'errors, train/test':18}" + "".join(f"{way:>22}" for way in timings))
+    for cell in plain[-1].errors:
+        pairs = [runs[-1].errors[cell] for runs in (plain, *sweeps)]
+        print(f"{cell:18}" + "".join(f"{f'{train:.2f} / {test:.2f}':>22}" for train, test in pairs))
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -44,5 +44,6 @@ def test_the_plain_script_reports_both_errors_of_every_epoch(capsys):
 def test_the_quick_comparison_prints_ratio_and_errors():
     command = [sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "sweep.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "plain / gradprobe" in done.stdout
+    assert "plain script over" in done.stdout
+    assert "sweep, float32" in done.stdout
     assert "plain-8 seed 0" in done.stdout
