@@ -7,10 +7,8 @@
 #pragma once
 
 #include <ATen/EmptyTensor.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function.h>
@@ -27,31 +25,15 @@
 #include <utility>
 #include <vector>
 
-#include "core/layout.h"
 #include "cpu/batch_norm_pass.h"
+#include "hooks/channels_last.h"
 #include "hooks/compiled_node.h"
 #include "hooks/plain_tensor.h"
 #include "hooks/residual_node.h"
 
 namespace gradprobe {
 
-// Whether the CPU kernel takes a tensor, which must not be empty.
-inline bool is_matrix(const at::Tensor& tensor) {
-  return cpu::has_channels_last(tensor.sizes().data(), tensor.strides().data(), tensor.dim());
-}
-
 inline cpu::Matrix matrix_of(const at::Tensor& x) { return {*dtype_of(x), x.numel() / x.size(1), x.size(1)}; }
-
-// Returns `values` in the memory order of x, which is a matrix: a copy unless they have that order.
-inline at::Tensor in_matrix_order(const at::Tensor& x, const at::Tensor& values) {
-  if (is_matrix(values)) return values;
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return at::empty_like(x).copy_(values);
-}
-
-inline at::Tensor empty_beside(const at::Tensor& x) {
-  return at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type());
-}
 
 // x, weight, bias -> batch_norm(x), or its positive part.
 class BatchNormBackward final : public autograd::Node {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "hooks/batch_norm.h"
+#include "hooks/convolution.h"
 #include "hooks/event_rows.h"
 #include "hooks/gradient_hooks.h"
 #include "hooks/gradients.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_hooks, module) {
   gradprobe::define_output_hooks(module);
   gradprobe::define_junction_hooks(module);
   gradprobe::define_batch_norm(module);
+  gradprobe::define_convolution(module);
   module.def("grad_stats_into", &gradprobe::grad_stats_into, py::arg("tensors"), py::arg("out"));
   module.def("free_removed_hooks", &gradprobe::free_removed_hooks);
   py::class_<GradientHooks>(module, "GradientHooks")

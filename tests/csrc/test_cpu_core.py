@@ -31,9 +31,10 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("cpu_core") / "check"
-    sources = [ROOT / "tests/csrc/cpu_core/check.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
-    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", *request.param, f"-I{ROOT / 'csrc'}"]
-    objects = [str(path.with_name(f"{source.stem}.o")) for source in sources]
+    checks = ROOT / "tests/csrc/cpu_core"
+    sources = [*sorted(checks.glob("*.cpp")), *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", *request.param, f"-I{ROOT / 'csrc'}", f"-I{checks}"]
+    objects = [str(path.with_name(f"{source.parent.name}_{source.stem}.o")) for source in sources]
     compilers = [
         subprocess.Popen([COMPILER, *flags, "-c", str(source), "-o", target], stderr=subprocess.PIPE, text=True)
         for source, target in zip(sources, objects, strict=True)

@@ -21,6 +21,7 @@
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
 #include "cpu/residual_add.h"
+#include "winograd.h"
 
 using namespace gradprobe;
 using namespace gradprobe::cpu;
@@ -546,6 +547,7 @@ int main(int argc, char** argv) {
       if (item_bytes(dtype) == 2) check_scale(dtype, isa);
       if (dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16) check_batch_norm(dtype, isa, random);
     }
+    failures += check_winograd(isa, random);
     std::printf("checked %s\n", kIsaNames[i]);
   }
   std::printf("%d instruction sets, %d failures\n", sets, failures);
