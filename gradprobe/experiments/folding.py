@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gradprobe.networks import Block, CifarNet, PadShortcut
 from gradprobe.nn.batch_norm import BatchNorm2d
+from gradprobe.nn.convolution import Conv2d, convolve_3x3, is_same_3x3
 from gradprobe.nn.residual import ResidualAdd
 
 _KNOWN = (
@@ -27,6 +28,7 @@ _KNOWN = (
     nn.ModuleList,
     nn.Identity,
     nn.Conv2d,
+    Conv2d,
     nn.BatchNorm2d,
     BatchNorm2d,
     nn.Linear,
@@ -99,6 +101,8 @@ class _Convolution:
             convolution.dilation,
             convolution.groups,
         )
+        self._is_same_3x3 = is_same_3x3(convolution)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self._weight, self._bias, *self._layout)
+        y = convolve_3x3(x, self._weight, self._bias) if self._is_same_3x3 else None
+        return F.conv2d(x, self._weight, self._bias, *self._layout) if y is None else y

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gradprobe.networks.common import check_sizes
+from gradprobe.nn.convolution import Conv2d
 
 
 def deep_cnn(num_layers: int = 20, *, in_channels: int = 3, num_classes: int = 10, width: int = 64) -> nn.Module:
@@ -36,7 +37,7 @@ class _DeepCNN(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for index in range(num_layers):
-            layers += [nn.Conv2d(width if index else in_channels, width, 3, padding=1), nn.ReLU()]
+            layers += [Conv2d(width if index else in_channels, width, 3, padding=1), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(width, num_classes)
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from gradprobe.errors import ArgumentError, not_among
 from gradprobe.networks.common import INITS, Init, check_sizes, initialise, is_whole, joined
 from gradprobe.nn.batch_norm import BatchNorm2d, calls_are_watched
+from gradprobe.nn.convolution import Conv2d
 from gradprobe.nn.residual import ResidualAdd
 
 Layout = Literal["cifar", "imagenet"]
@@ -176,7 +177,7 @@ def _build(
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, norm: Norm) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm == "none")]
+    layers: list[nn.Module] = [Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm == "none")]
     if norm == "batch":
         layers.append(BatchNorm2d(out_channels))
     return nn.Sequential(*layers)

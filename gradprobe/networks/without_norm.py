@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradprobe.networks.common import check_sizes, initialise
 from gradprobe.networks.layouts import cifar_blocks, pad_shortcut, stages
+from gradprobe.nn.convolution import Conv2d
 from gradprobe.nn.residual import ResidualAdd
 
 
@@ -150,8 +151,8 @@ class FixupBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.first = Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.second = Conv2d(channels, channels, 3, padding=1, bias=False)
         self.biases = nn.ModuleList(ScalarBias() for _ in range(4))
         self.factor = nn.Parameter(torch.ones(1))
         self.shortcut = pad_shortcut(in_channels, channels, stride)
@@ -182,8 +183,8 @@ class ScaledBlock(nn.Module):
         self, in_channels: int, channels: int, stride: int, *, per_channel: bool, initial: float, relu_first: bool
     ) -> None:
         super().__init__()
-        self.first = nn.Conv2d(in_channels, channels, 3, stride, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.first = Conv2d(in_channels, channels, 3, stride, padding=1)
+        self.second = Conv2d(channels, channels, 3, padding=1)
         self.factors = nn.Parameter(torch.full((channels if per_channel else 1,), initial))
         self.relu_first = relu_first
         self.shortcut = pad_shortcut(in_channels, channels, stride)
