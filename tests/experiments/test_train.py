@@ -310,7 +310,7 @@ def test_the_optimizer_computes_what_torchs_computes(data):
         trained(make)
         for make in (
             lambda model: train.make_optimizer(model, RECIPE),
-            lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
+            lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True),
         )
     )
     assert all(torch.equal(model[name], value) for name, value in expected.items())
