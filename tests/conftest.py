@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from helpers.rows import make_device_rows
 from hypothesis import settings
 
 import gradprobe
 from gradprobe.cli import commands
+from gradprobe.observers import event_rows, signal_buffer
 from gradprobe.ops import libraries
 from gradprobe.probe import step_gradients
 
@@ -35,6 +37,19 @@ def any_hooks(request: pytest.FixtureRequest) -> str:
         pytest.skip(f"C++ hooks: {libraries.native_hooks()[1]}")
     if request.param == "python":
         request.getfixturevalue("python_hooks")
+    return str(request.param)
+
+
+@pytest.fixture(params=["native", "device", "python"])
+def any_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the C++ hooks, with those that observe outputs on a GPU, here on the CPU, and in Python."""
+    if request.param != "python" and libraries.native_hooks()[0] is None:
+        pytest.skip(f"C++ hooks: {libraries.native_hooks()[1]}")
+    if request.param == "python":
+        request.getfixturevalue("python_hooks")
+    if request.param == "device":
+        for module in (event_rows, signal_buffer):
+            monkeypatch.setattr(module, "make_rows", make_device_rows)
     return str(request.param)
 
 

@@ -8,6 +8,8 @@
 
 #include "hooks/batch_norm.h"
 #include "hooks/convolution.h"
+#include "hooks/device_event_rows.h"
+#include "hooks/event_log.h"
 #include "hooks/event_rows.h"
 #include "hooks/gradient_hooks.h"
 #include "hooks/gradients.h"
@@ -15,15 +17,22 @@
 #include "hooks/output_hooks.h"
 
 PYBIND11_MODULE(_hooks, module) {
+  using gradprobe::DeviceEventRows;
+  using gradprobe::EventLog;
   using gradprobe::EventRows;
   using gradprobe::GradientHooks;
-  py::class_<EventRows, std::shared_ptr<EventRows>>(module, "EventRows")
-      .def(py::init<size_t, size_t, bool>(), py::arg("most"), py::arg("n_sites"), py::arg("strict"))
+  py::class_<EventLog, std::shared_ptr<EventLog>>(module, "EventLog")
       .def_property(
-          "enabled", [](const EventRows& rows) { return rows.enabled.load(); },
-          [](EventRows& rows, bool enabled) { rows.enabled = enabled; })
-      .def_property_readonly("is_full", &EventRows::is_full)
-      .def_property_readonly("n_events", &EventRows::n_events)
+          "enabled", [](const EventLog& log) { return log.enabled.load(); },
+          [](EventLog& log, bool enabled) { log.enabled = enabled; })
+      .def_property_readonly("is_full", &EventLog::is_full)
+      .def_property_readonly("n_events", &EventLog::n_events)
+      .def("is_off", &EventLog::is_off, py::arg("site"))
+      .def("switch_off", &EventLog::switch_off, py::arg("site"), py::arg("n_sites"))
+      .def("off_sites", &EventLog::off_sites)
+      .def("take_errors", &EventLog::take_errors);
+  py::class_<EventRows, EventLog, std::shared_ptr<EventRows>>(module, "EventRows")
+      .def(py::init<size_t, size_t, bool>(), py::arg("most"), py::arg("n_sites"), py::arg("strict"))
       .def("next", &EventRows::next_row, py::arg("site"), py::arg("numel"), py::arg("smallest_normal"))
       .def("known", &EventRows::known_row, py::arg("tensor"))
       .def(
@@ -33,11 +42,15 @@ PYBIND11_MODULE(_hooks, module) {
           },
           py::arg("tensor"), py::arg("row"))
       .def("events", &EventRows::events)
-      .def("clear", &EventRows::clear)
-      .def("is_off", &EventRows::is_off, py::arg("site"))
-      .def("switch_off", &EventRows::switch_off, py::arg("site"), py::arg("n_sites"))
-      .def("off_sites", &EventRows::off_sites)
-      .def("take_errors", &EventRows::take_errors);
+      .def("clear", &EventRows::clear);
+  py::class_<DeviceEventRows, EventLog, std::shared_ptr<DeviceEventRows>>(module, "DeviceEventRows")
+      .def(py::init<size_t, size_t, bool, at::Device, py::object>(), py::arg("most"), py::arg("n_sites"),
+           py::arg("strict"), py::arg("device"), py::arg("is_capturing"))
+      .def("next", &DeviceEventRows::next, py::arg("site"), py::arg("numel"), py::arg("smallest_normal"))
+      .def("known", &DeviceEventRows::known, py::arg("tensor"))
+      .def("remember", &DeviceEventRows::remember, py::arg("tensor"), py::arg("row"))
+      .def("events", &DeviceEventRows::events)
+      .def("clear", &DeviceEventRows::clear);
   gradprobe::define_output_hooks(module);
   gradprobe::define_junction_hooks(module);
   gradprobe::define_batch_norm(module);

@@ -17,9 +17,9 @@
 #include <memory>
 #include <utility>
 
-#include "hooks/event_rows.h"
+#include "hooks/event_log.h"
 #include "hooks/forward_passes.h"
-#include "hooks/plain_tensor.h"
+#include "hooks/python_function.h"
 
 namespace gradprobe {
 namespace {
@@ -54,44 +54,22 @@ bool takes_hook(const at::Tensor& tensor) {
                      [](const auto& hook) { return dynamic_cast<const GradientHook*>(hook.get()) != nullptr; });
 }
 
-// The Python function that handles a gradient that is not plain.
-class PythonFallback {
- public:
-  explicit PythonFallback(py::object function) : function_(std::move(function)) {}
-  PythonFallback(const PythonFallback&) = delete;
-  PythonFallback& operator=(const PythonFallback&) = delete;
-  ~PythonFallback() {
-    if (Py_IsInitialized() == 0) {  // a graph outlived the interpreter
-      function_.release();
-      return;
-    }
-    const py::gil_scoped_acquire gil;
-    function_ = py::object();
-  }
-
-  void operator()(int64_t site, const at::Tensor& gradient) const {
-    const py::gil_scoped_acquire gil;
-    function_(site, gradient);
-  }
-
- private:
-  py::object function_;
-};
-
 // Observes the outputs of M modules: the output of module m is site 2m, its gradient site 2m + 1.
 class OutputHooks {
  public:
-  OutputHooks(std::shared_ptr<EventRows> rows, int64_t n_modules, py::object on_gradient)
+  // on_gradient: handles a gradient that is not plain.
+  OutputHooks(std::shared_ptr<EventLog> rows, int64_t n_modules, py::object on_gradient)
       : rows_(std::move(rows)),
         passes_(n_modules),
-        fallback_(std::make_shared<PythonFallback>(std::move(on_gradient))) {}
+        fallback_(std::make_shared<PythonFunction>(std::move(on_gradient))) {}
 
   // Observes the output of module m. Returns false, and does nothing, if Python has to handle it.
   bool observe(int64_t m, py::handle output) {
-    if (!rows_->enabled || !at::GradMode::is_enabled()) return true;
+    if (!at::GradMode::is_enabled()) return true;
+    if (!rows_->enabled) return !rows_->is_capturing();
     if (rows_->is_full()) return false;
     const at::Tensor* tensor = exact_tensor(output);
-    if (tensor == nullptr || !is_plain(*tensor) || !dtype_of(*tensor) || !is_plain_execution()) return false;
+    if (tensor == nullptr || !is_plain_execution() || !rows_->takes(*tensor)) return false;
     const bool has_gradient = tensor->requires_grad();
     if (has_gradient && !takes_hook(*tensor)) return false;
     if (!passes_.is_repeat(m)) {
@@ -109,26 +87,26 @@ class OutputHooks {
  private:
   class Hook final : public GradientHook {
    public:
-    Hook(const at::Tensor& tensor, std::shared_ptr<EventRows> rows, int64_t site,
-         std::shared_ptr<PythonFallback> fallback)
+    Hook(const at::Tensor& tensor, std::shared_ptr<EventLog> rows, int64_t site,
+         std::shared_ptr<PythonFunction> fallback)
         : GradientHook(tensor), rows_(std::move(rows)), site_(site), fallback_(std::move(fallback)) {}
 
-    bool is_of(const at::Tensor& tensor, const std::shared_ptr<EventRows>& rows, int64_t site) const {
+    bool is_of(const at::Tensor& tensor, const std::shared_ptr<EventLog>& rows, int64_t site) const {
       return output_nr == tensor.output_nr() && rows_ == rows && site_ == site;
     }
 
    protected:
     void observe(const at::Tensor& gradient) override {
-      if (!rows_->enabled) return;
+      if (!rows_->enabled && !rows_->is_capturing()) return;
       rows_->fence(site_, 1, [&] {
         if (!rows_->write(site_, gradient)) (*fallback_)(site_, gradient);
       });
     }
 
    private:
-    std::shared_ptr<EventRows> rows_;
+    std::shared_ptr<EventLog> rows_;
     int64_t site_;
-    std::shared_ptr<PythonFallback> fallback_;
+    std::shared_ptr<PythonFunction> fallback_;
   };
 
   // Adds one hook only, even if a module returns the same tensor twice, e.g. its input.
@@ -141,16 +119,16 @@ class OutputHooks {
     node->add_tensor_pre_hook(std::make_unique<Hook>(tensor, rows_, site, fallback_));
   }
 
-  std::shared_ptr<EventRows> rows_;
+  std::shared_ptr<EventLog> rows_;
   ForwardPasses passes_;
-  std::shared_ptr<PythonFallback> fallback_;
+  std::shared_ptr<PythonFunction> fallback_;
 };
 
 }  // namespace
 
 void define_output_hooks(py::module_& module) {
   py::class_<OutputHooks>(module, "OutputHooks")
-      .def(py::init<std::shared_ptr<EventRows>, int64_t, py::object>(), py::arg("rows"), py::arg("n_modules"),
+      .def(py::init<std::shared_ptr<EventLog>, int64_t, py::object>(), py::arg("rows"), py::arg("n_modules"),
            py::arg("on_gradient"))
       .def("observe", &OutputHooks::observe, py::arg("m"), py::arg("output"))
       .def("is_repeat", &OutputHooks::is_repeat, py::arg("key"))

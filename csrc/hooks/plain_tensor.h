@@ -35,14 +35,17 @@ inline bool is_watched() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled();
 }
 
-// Whether a tensor is just strided CPU memory, with or without autograd: no subclass, no wrapper of a transform, no
-// lazy conjugate or negation.
-inline bool is_plain(const at::Tensor& tensor) {
+// Whether a tensor is just strided memory of the CPU or, if `device` says so, of a CUDA device, with or without
+// autograd: no subclass, no wrapper of a transform, no lazy conjugate or negation.
+inline bool is_plain(const at::Tensor& tensor, at::Device device = at::kCPU) {
   using c10::DispatchKey;
-  static const c10::DispatchKeySet kPlain{DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView,
-                                          DispatchKey::AutocastCPU};
-  return tensor.defined() && tensor.layout() == at::kStrided && tensor.device().is_cpu() && tensor.has_storage() &&
-         (tensor.key_set() - kPlain).highestFunctionalityKey() == DispatchKey::Undefined;
+  static const c10::DispatchKeySet kCpu{DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView,
+                                        DispatchKey::AutocastCPU};
+  static const c10::DispatchKeySet kCuda{DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
+                                         DispatchKey::AutocastCUDA};
+  const c10::DispatchKeySet plain = device.is_cpu() ? kCpu : kCuda;
+  return tensor.defined() && tensor.layout() == at::kStrided && tensor.device() == device && tensor.has_storage() &&
+         (tensor.key_set() - plain).highestFunctionalityKey() == DispatchKey::Undefined;
 }
 
 // Adds a tensor to a pass of the CPU kernels. Returns false if it is not plain or of an unsupported dtype.

@@ -18,7 +18,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from gradprobe.errors import ArgumentError
-from gradprobe.observers.event_rows import make_native_hooks, next_native_step
+from gradprobe.observers.event_rows import make_output_hooks, next_native_step
 from gradprobe.observers.module_hooks import ModuleHook, ModuleHooks
 from gradprobe.observers.observable import ForwardPasses, may_observe_in_graph, measurable_part, tensors_in
 from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
@@ -103,7 +103,7 @@ class ActivationHooks:
         self._tensor_hooks = TensorHooks()
         self.unmeasured: set[int] = set()  # modules with an output that no kernel accepts
         on_gradient = partial(_on_gradient, weakref.ref(self))
-        self._native = make_native_hooks("OutputHooks", buffer.rows, len(modules), on_gradient)
+        self._native = make_output_hooks(buffer.rows, len(modules), on_gradient)
         self._hooks = ModuleHooks(modules, [_ForwardHook(self, m) for m in range(len(modules))])
 
     def follow_gate(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ EventTable = tuple[IntArray, IntArray, FloatArray, torch.Tensor]
 
 
 class EventRows(Protocol):
-    """Rows of events, implemented in C++ (`EventRows` of `_hooks`, on the CPU) and by `PythonEventRows`."""
+    """Rows of events: in C++ `EventRows` of `_hooks`, on the CPU, and `DeviceEventRows`; else `PythonEventRows`."""
 
     enabled: bool  # read by everything that writes here, including operators in compiled graphs
 
@@ -162,32 +163,43 @@ class PythonEventRows:
         self._rows.extend(rows)
 
 
-def make_rows(device: torch.device, backend: str, n_sites: int, strict: bool = False) -> EventRows:
-    """Makes the rows of a signal buffer: in C++ if that is built and the native CPU kernels are used.
+def make_rows(
+    device: torch.device,
+    backend: str,
+    n_sites: int,
+    strict: bool = False,
+    is_capturing: Callable[[], bool] | None = None,
+) -> EventRows:
+    """Makes the rows of a signal buffer: in C++ if that is built and the native kernels are used.
 
     Args:
         device: Where the rows lie.
         backend: Name of the back end, or "auto".
         n_sites: Number of sites.
         strict: Let the errors of measuring in C++ through.
+        is_capturing: Tells whether a graph is being captured on the device; None if it has no graphs.
 
     Returns:
         Rows without an event.
     """
     module, _ = libraries.native_hooks()
-    if module is None or device.type != "cpu" or ops.resolve(backend, device).name != "native":
+    if module is None or device.type not in ("cpu", "cuda") or ops.resolve(backend, device).name != "native":
         return PythonEventRows(device)
-    rows: EventRows = module.EventRows(MOST_EVENTS, n_sites, strict)
+    rows: EventRows
+    if device.type == "cpu":
+        rows = module.EventRows(MOST_EVENTS, n_sites, strict)
+    else:
+        rows = module.DeviceEventRows(MOST_EVENTS, n_sites, strict, device, is_capturing)
     return rows
 
 
-def make_native_hooks(kind: str, rows: EventRows, *arguments: Any) -> Any | None:
-    """Makes C++ hooks, which observe plain tensors in plain autograd and leave everything else to Python.
+def make_output_hooks(rows: EventRows, n_modules: int, on_gradient: Callable[[int, torch.Tensor], None]) -> Any | None:
+    """Makes C++ hooks on the outputs of modules, which observe plain tensors and leave everything else to Python.
 
     Args:
-        kind: Name of their class.
         rows: Rows to write to.
-        arguments: Further arguments of the class.
+        n_modules: Number of modules, M.
+        on_gradient: Observes, at a site, a gradient that the hooks do not take.
 
     Returns:
         The hooks, or None if the rows are not in C++.
@@ -195,7 +207,24 @@ def make_native_hooks(kind: str, rows: EventRows, *arguments: Any) -> Any | None
     module, _ = libraries.native_hooks()
     if module is None or isinstance(rows, PythonEventRows):
         return None
-    return getattr(module, kind)(rows, *arguments)
+    return module.OutputHooks(rows, n_modules, on_gradient)
+
+
+def make_junction_hooks(rows: EventRows, n_junctions: int, first_site: int) -> Any | None:
+    """Makes C++ hooks on residual adds, which compute and observe those of plain CPU tensors.
+
+    Args:
+        rows: Rows to write to.
+        n_junctions: Number of residual adds, J.
+        first_site: First site of residual add 0.
+
+    Returns:
+        The hooks, or None if the rows are not in C++ on the CPU.
+    """
+    module, _ = libraries.native_hooks()
+    if module is None or not isinstance(rows, module.EventRows):
+        return None
+    return module.JunctionHooks(rows, n_junctions, first_site)
 
 
 def next_native_step(native: Any | None, rows: EventRows) -> Any | None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.compiler import is_compiling
 
 from gradprobe.nn.residual import ResidualAdd
-from gradprobe.observers.event_rows import make_native_hooks, next_native_step
+from gradprobe.observers.event_rows import make_junction_hooks, next_native_step
 from gradprobe.observers.junction_call import JunctionCall, fenced
 from gradprobe.observers.observable import ForwardPasses, is_measurable, may_observe_in_graph
 from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
@@ -69,7 +69,7 @@ class JunctionHooks:
         self._modules = weakref.WeakSet(modules)
         self.passes = ForwardPasses()
         self.tensor_hooks = TensorHooks()
-        self.native = make_native_hooks("JunctionHooks", buffer.rows, len(modules), first_site)
+        self.native = make_junction_hooks(buffer.rows, len(modules), first_site)
         for j, module in enumerate(modules):
             module.observer = JunctionObserver(self, j)
 

@@ -7,14 +7,14 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
 
 from gradprobe import ops
 from gradprobe.errors import warn_user
-from gradprobe.observers.cuda_graphs import make_graph_rows
+from gradprobe.observers.cuda_graphs import can_capture, is_capturing, make_graph_rows
 from gradprobe.observers.event_rows import PythonEventRows, make_rows
 from gradprobe.ops.transfer import to_device
 from gradprobe.snapshot.records import JUNCTION_KINDS, Events, FloatArray, IntArray, Measured
@@ -75,7 +75,8 @@ class SignalBuffer:
         self._strict = strict
         self._errors: list[tuple[int, Exception]] = []
         self._is_released = False
-        self.rows = make_rows(device, backend, n_sites, strict)
+        capturing = partial(is_capturing, device) if can_capture(device) else None
+        self.rows = make_rows(device, backend, n_sites, strict, capturing)
         self.graphs = make_graph_rows(device, n_sites)
         self.gate = Gate(is_open=True)
         self._has_warned = False

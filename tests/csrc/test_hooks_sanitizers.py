@@ -48,7 +48,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_no_report(sanitized: Path) -> None:
     names = ("native_hooks", "followed_parameters", "gradient_hooks", "lifetime", "copies", "signal_faults")
-    files = [str(OBSERVERS / f"test_{name}.py") for name in (*names, "signals_edges")]
+    files = [str(OBSERVERS / f"test_{name}.py") for name in (*names, "device_rows", "signals_edges")]
     others = ("nn/test_batch_norm_module.py", "nn/test_convolution_module.py", "ops/test_batch_norm.py")
     files += [str(ROOT / "tests" / path) for path in others]
     done = run_pytest(sanitized, *files, "-k", " and ".join(f"not {part}" for part in LEFT_OUT))

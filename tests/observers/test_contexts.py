@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradprobe.snapshot.signals import Activation, Junction, Signals
 
-pytestmark = pytest.mark.usefixtures("any_hooks")
+pytestmark = pytest.mark.usefixtures("any_rows")
 
 
 CREATION: dict[str, Callable[[], AbstractContextManager[object]]] = {

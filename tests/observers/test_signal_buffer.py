@@ -12,7 +12,7 @@ from gradprobe.observers import signal_buffer
 from gradprobe.ops.transfer import to_device
 
 
-@pytest.mark.usefixtures("any_hooks")
+@pytest.mark.usefixtures("any_rows")
 def test_batches_of_changing_size_upload_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = []
 
@@ -37,7 +37,7 @@ def test_batches_of_changing_size_upload_nothing(monkeypatch: pytest.MonkeyPatch
         assert shown.norm == pytest.approx(output.norm().item(), rel=1e-6)
 
 
-@pytest.mark.usefixtures("any_hooks")
+@pytest.mark.usefixtures("any_rows")
 def test_another_number_of_calls_is_another_plan() -> None:
     class Repeated(nn.Module):
         """Calls its layer a changing number of times."""

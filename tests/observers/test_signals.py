@@ -14,7 +14,7 @@ from torch import nn
 
 import gradprobe
 
-pytestmark = pytest.mark.usefixtures("any_hooks")
+pytestmark = pytest.mark.usefixtures("any_rows")
 
 
 @pytest.mark.parametrize("name", NETS)

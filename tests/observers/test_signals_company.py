@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import gradprobe
 from gradprobe.nn import ResidualAdd
 
-pytestmark = pytest.mark.usefixtures("any_hooks")
+pytestmark = pytest.mark.usefixtures("any_rows")
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["", "after another"])

@@ -18,7 +18,7 @@ from gradprobe.nn import ResidualAdd
 from gradprobe.observers import event_rows
 from gradprobe.observers.signal_buffer import SignalBuffer
 
-pytestmark = pytest.mark.usefixtures("any_hooks")
+pytestmark = pytest.mark.usefixtures("any_rows")
 
 
 @contextmanager
@@ -345,7 +345,7 @@ def test_a_step_that_is_never_closed_does_not_fill_the_memory(monkeypatch: pytes
     assert unclosed.activations["0"].output.numel == 48
 
 
-def test_dropped_rows_are_not_remembered(any_hooks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropped_rows_are_not_remembered(any_rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_rows, "MOST_EVENTS", 2)
     rows = event_rows.make_rows(torch.device("cpu"), "auto", n_sites=1)
     tensors = torch.ones(3, 1).unbind()
