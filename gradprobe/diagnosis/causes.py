@@ -12,6 +12,7 @@ _STUCK = ("saturation", "dead ReLU")  # activations that pass no gradient
 _DEAD = ("dying", "silent parameter")
 _BROKEN = ("non-finite", "loss blow-up")
 _COURSE = ("unstable loss", "spike", "not learning")
+_OFTEN_FROM_FORWARD = (*_DEAD, "vanishing (backward)", "exploding (backward)")  # begin in the forward pass
 
 # For each rule, from cause to symptom, the titles of the rules whose findings it may explain.
 _EXPLAINS: dict[str, tuple[str, ...]] = {
@@ -90,6 +91,25 @@ def causes_first(findings: Sequence[Finding], limits: Thresholds = DEFAULTS) -> 
                 if other is not finding and root[other.title] == finding.title
             ]
     return tuple(ordered)
+
+
+def forward_causes(title: str, unjudged: Sequence[str]) -> list[str]:
+    """Returns which unjudged rules may explain a fault of the gradient that often begins in the forward pass.
+
+    Args:
+        title: Title of the fault's rule.
+        unjudged: Titles of the rules on the forward pass that were not judged.
+
+    Returns:
+        Their titles; none if the fault is another one.
+
+    Example:
+        >>> forward_causes("exploding (backward)", ["exploding (forward)", "dead ReLU"])
+        ['exploding (forward)']
+    """
+    if title not in _OFTEN_FROM_FORWARD:
+        return []
+    return [cause for cause in unjudged if title in _EXPLAINS.get(cause, ())]
 
 
 def _root(title: str, found: dict[str, Finding], limits: Thresholds) -> str:

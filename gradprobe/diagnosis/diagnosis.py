@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
+from gradprobe.diagnosis.causes import forward_causes
 from gradprobe.diagnosis.finding import NOTE_WIDTH, Finding, card, note
+from gradprobe.diagnosis.rules.rule import HOW
 from gradprobe.text.markup import BROKEN, HEALTHY, UNKNOWN, folded, form, paragraph, points
 from gradprobe.text.words import counted
 
@@ -76,7 +78,7 @@ class Diagnosis(Sequence[Finding]):
 
         text = Text(str(self))
         text.highlight_regex(r"(?m)^\d+\. .+$", "bold red")
-        text.highlight_regex(r"(?m)^   (Usual cause|Try first|It explains|More):", "bold")
+        text.highlight_regex(r"(?m)^   (Usual cause|Try first|To learn why|It explains|More):", "bold")
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +128,16 @@ class Diagnosis(Sequence[Finding]):
         """
         return tuple(other for other in self.findings if other.follows == finding.title)
 
+    def hint(self, finding: Finding) -> str:
+        """Returns what to observe to learn why there is a finding, "" if the rules that could explain it were judged.
+
+        Args:
+            finding: One of the findings.
+        """
+        how = HOW["activations=True"]
+        causes = forward_causes(finding.title, self.needs.get(how, ()))
+        return f"{how}, which also judges {', '.join(causes)}" if causes else ""
+
     def __repr__(self) -> str:
         named = f": {', '.join(finding.title for finding in self.roots)}" if self.findings else ""
         state = {True: "healthy", False: counted(len(self.roots), "fault"), None: "not judged"}[self.healthy]
@@ -133,7 +145,10 @@ class Diagnosis(Sequence[Finding]):
 
     def _repr_html_(self) -> str:
         colour = {True: HEALTHY, False: BROKEN, None: UNKNOWN}[self.healthy]
-        parts = [card(finding, f"{k}. ", self.symptoms_of(finding)) for k, finding in enumerate(self.roots, start=1)]
+        parts = [
+            card(finding, f"{k}. ", self.symptoms_of(finding), self.hint(finding))
+            for k, finding in enumerate(self.roots, start=1)
+        ]
         if self.unjudged:
             texts = [f"without {need}: {', '.join(rules)}" for need, rules in self.needs.items()]
             parts.append(folded(f"{counted(len(self.unjudged), 'rule')} not judged", [points(texts)]))
@@ -147,7 +162,7 @@ class Diagnosis(Sequence[Finding]):
             return
         for number, finding in enumerate(self.roots, start=1):
             yield ""
-            yield from note(finding, f"{number}. ", self.symptoms_of(finding))
+            yield from note(finding, f"{number}. ", self.symptoms_of(finding), self.hint(finding))
         if self.unjudged:
             yield ""
         for need, rules in self.needs.items():

@@ -79,18 +79,21 @@ def title(rule: str, where: Where) -> str:
     return f"{rule} ({where})" if where else rule
 
 
-def note(finding: Finding, place: str = "", symptoms: Sequence[Finding] = ()) -> Iterator[str]:
+def note(finding: Finding, place: str = "", symptoms: Sequence[Finding] = (), hint: str = "") -> Iterator[str]:
     """Yields the lines of a note on a finding.
 
     Args:
         finding: The finding.
         place: What stands in front of its title, such as "1. ".
         symptoms: The findings that it explains.
+        hint: What to observe to learn why it is there, "" to leave that out.
     """
     yield f"{place}{finding.title}: {finding.meaning}"
     yield from _wrapped(finding.sentence)
     yield from _wrapped(f"Usual cause: {finding.cause}.")
     yield from _wrapped(f"Try first: {finding.remedies[0]}.")
+    if hint:
+        yield from _wrapped(f"To learn why: {hint}.")
     if symptoms:
         yield "   It explains:"
     for symptom in symptoms:
@@ -98,7 +101,7 @@ def note(finding: Finding, place: str = "", symptoms: Sequence[Finding] = ()) ->
     yield from _wrapped(f"More: {finding.explain_command}")
 
 
-def card(finding: Finding, place: str = "", symptoms: Sequence[Finding] = ()) -> str:
+def card(finding: Finding, place: str = "", symptoms: Sequence[Finding] = (), hint: str = "") -> str:
     """Returns the same as `note`, as HTML for a notebook."""
     parts = [
         paragraph("", f"{place}{finding.title}: {finding.meaning}"),
@@ -106,6 +109,8 @@ def card(finding: Finding, place: str = "", symptoms: Sequence[Finding] = ()) ->
         paragraph(f"{finding.cause}.", "Usual cause:"),
         paragraph(f"{finding.remedies[0]}.", "Try first:"),
     ]
+    if hint:
+        parts.append(paragraph(f"{hint}.", "To learn why:"))
     if symptoms:
         parts += [paragraph("", "It explains:"), points(map(_told, symptoms))]
     parts.append(f"<div>More: <code>{escape(finding.explain_command)}</code></div>")

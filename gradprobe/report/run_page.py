@@ -100,10 +100,12 @@ def _finding(place: int, one: Finding, diagnosis: Diagnosis) -> str:
     symptoms = [f"{other.title}: {other.meaning}" for other in diagnosis.symptoms_of(one)]
     points = "".join(f"<li>{typeset(symptom)}</li>" for symptom in symptoms)
     explains = f"<p><b>It explains:</b></p>\n<ul>{points}</ul>\n" if symptoms else ""
+    hint = diagnosis.hint(one)
+    why = f"<p><b>To learn why:</b> {typeset(hint)}.</p>\n" if hint else ""
     return (
         f"<li><h2>{place}. {escape(one.title)}: {typeset(one.meaning)}</h2>\n<p>{typeset(one.sentence)}</p>\n"
         f"<p><b>Usual cause:</b> {typeset(one.cause)}.</p>\n<p><b>Try first:</b> {typeset(one.remedies[0])}.</p>\n"
-        f"{explains}<p>More: <code>{escape(one.explain_command)}</code></p></li>\n"
+        f"{why}{explains}<p>More: <code>{escape(one.explain_command)}</code></p></li>\n"
     )
 
 

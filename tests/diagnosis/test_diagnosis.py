@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers.diagnose_cases import FALLING, course, snapshot
+from helpers.diagnose_cases import FALLING, FLAT, course, layers, snapshot, with_outputs
 from helpers.probe_cases import loss_of, mlp
 
 import gradprobe
@@ -50,6 +50,37 @@ class TestUnjudgedRules:
             "Not judged without probe.step(loss): loss blow-up, poor initialisation, unstable loss, not learning."
         )
         assert needs_loss in text
+
+
+VANISHING = [snapshot(step, [1e-7, 1e-5, 1e-4, 1e-2, 0.1, 1.0], loss=loss) for step, loss in enumerate(FLAT)]
+DYING = [snapshot(step, [1.0] * 6, loss=loss, zeros=0.8) for step, loss in enumerate(FLAT)]
+HINT = "To learn why: attach(activations=True), which also judges"
+
+
+class TestHint:
+    @pytest.mark.parametrize(
+        ("history", "first", "causes"),
+        [
+            (VANISHING, "vanishing", "poor initialisation, saturation, dead ReLU, precision loss."),
+            (DYING, "dying", "exploding (forward), saturation, dead ReLU, precision loss."),
+        ],
+    )
+    def test_a_fault_whose_causes_were_not_observed_says_how_to_observe_them(
+        self, history: list[gradprobe.Snapshot], first: str, causes: str
+    ) -> None:
+        diagnosis = diagnose(history)
+        text = " ".join(str(diagnosis).split())
+        assert text.index(f"1. {first}") < text.index(f"{HINT} {causes}") < text.index("More: ")
+        assert f"which also judges {causes}" in diagnosis._repr_html_()
+
+        observed = diagnose([with_outputs(one, layers([1.0] * 6)) for one in history])
+        assert observed[0].title == diagnosis[0].title
+        assert "To learn why" not in f"{observed}{observed._repr_html_()}"
+
+    def test_a_fault_that_begins_elsewhere_says_nothing_of_it(self) -> None:
+        diagnosis = diagnose([snapshot(0, [1.0, 1.0], nonfinite=1)])
+        assert "dead ReLU" in diagnosis.unjudged
+        assert "To learn why" not in str(diagnosis)
 
 
 class TestForms:

@@ -67,6 +67,12 @@ def test_the_findings_are_on_top_as_the_diagnosis_prints_them() -> None:
     assert all(f"{one.title}: {one.meaning}" in shown for one in diagnosis)
 
 
+def test_a_fault_whose_causes_were_not_observed_says_how_to_observe_them() -> None:
+    shown = Page(page([snapshot(step, [1.0] * 6, zeros=0.8) for step in range(40)])).text
+    assert "1. dying" in shown
+    assert "To learn why: attach(activations=True), which also judges exploding (forward), saturation" in shown
+
+
 def test_a_healthy_run_and_an_empty_one_say_so() -> None:
     assert "No fault in 60 steps" in Page(page(run(60))).text
     assert "No gradient was measured, so nothing is known." in Page(page([])).text

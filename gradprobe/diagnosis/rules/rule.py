@@ -17,13 +17,14 @@ CLIP = "clipping: probe.clip_grad_norm_(1.0) before the optimizer's step"
 INITIALISE = "an initialisation that suits the activation: He for ReLU, Xavier for tanh"
 
 
-_HOW: dict[Need, str] = {
+HOW: dict[Need, str] = {
     "loss": "probe.step(loss)",
     "activations=True": "attach(activations=True)",
     "updates=True": "attach(updates=True)",
     "a loss of its own": "a loss that depends on this model alone; an optimizer of other parameters steps in turn",
     "a number of classes": "a bias in the last layer, behind all other parameters, which tells the number of classes",
 }
+"""How the user provides what a rule needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Rule:
         """Returns what a history lacks to judge the rule, None if it can be judged."""
         for need in self.needs:
             if not history.provides(need):
-                return _HOW.get(need, need)
+                return HOW.get(need, need)
         needed, seen = self.n_steps(history.limits), history.count(self.needs[0] if self.needs else None)
         steps = "1 step" if needed == 1 else f"{needed} steps"
         return f"{steps} ({seen} so far)" if seen < needed else None
