@@ -11,6 +11,8 @@ import pytest
 
 from gradprobe.cli import commands
 
+DOCS = Path(__file__).parents[2] / "docs"
+
 FILE = """
 import torch
 from torch import nn
@@ -88,6 +90,14 @@ def test_a_batch_with_a_loss(check: Check) -> None:
     (bias,) = [layer for layer in flow["layers"] if layer["name"] == "head.bias"]
     assert bias["norm"] == 0.5 * 3 * 2  # the sum over 3 x 2 positions, in the first of nine classes
     assert bias["zero_fraction"] == pytest.approx(8 / 9)
+
+
+def test_a_finding_names_the_source_of_its_limit_as_the_lesson_does(check: Check) -> None:
+    code, out, _ = check("gradprobe.networks:deep_cnn(20)", "--input", "3,8,8")
+    source = "vanishing towards the input (source: gradprobe's own limit, see docs/check.md)"
+    assert (code, source in " ".join(out.split())) == (1, True)
+    assert source in " ".join((DOCS / "lesson.md").read_text(encoding="utf-8").split())
+    assert "Both limits are gradprobe's own" in (DOCS / "check.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

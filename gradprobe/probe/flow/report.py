@@ -115,7 +115,7 @@ class FlowReport:
         yield table
         yield f"verdict: {self.verdict}"
         for finding in self.findings:
-            yield Text(f"  {printable(finding.message, MESSAGE_WIDTH)} (rule: {finding.source})")
+            yield Text(f"  {printable(finding.message, MESSAGE_WIDTH)} (source: {finding.source})")
         for note in self.notes:
             yield Text(f"note: {printable(note, MESSAGE_WIDTH)}")
 

@@ -19,7 +19,7 @@ from gradprobe.text.words import quoted
 VANISHING_RATIO = 1e-3
 EXPLODING_RATIO = 1e4
 
-_SOURCE = "ours, docs/check.md"
+_SOURCE = "gradprobe's own limit, see docs/check.md"
 
 
 def flow_along(trunk: Sequence[TrunkPoint]) -> Flow:
