@@ -24,12 +24,14 @@ from gradprobe.errors import ArgumentError, GradprobeError, printable
 from gradprobe.experiments import DEFAULT_EPOCHS, REMEDY_STEPS, STACK_STEPS
 from gradprobe.version import VERSION
 
+# Where the default in code is None, the help names the real one, as \[default: 1]: `show_default` adds parentheses.
 app = typer.Typer(
     cls=Commands,
     help="Measure and diagnose the gradients of deep networks.\n\nExample: gradprobe sweep --depths 8,14 --epochs 2",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",  # not the default of older versions of typer
 )
 app.command()(sweep)
 
@@ -156,7 +158,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
     every: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Time between two looks.", show_default="1; 10 if there is no terminal"),
+        typer.Option(metavar="SECONDS", help=r"Time between two looks. \[default: 1, or 10 if there is no terminal]"),
     ] = None,
 ) -> None:
     """Follow a training or a sweep until it ends: a screen in a terminal, lines elsewhere.
@@ -233,8 +235,8 @@ def remedies(
         str | None,
         typer.Option(
             help="Comma-separated: none, clipping, xavier, he, orthogonal, batchnorm, layernorm, groupnorm, residual, "
-            "fixup, skipinit, rezero, layerscale; combine them with +, as in he+residual.",
-            show_default="each alone, and some combinations",
+            "fixup, skipinit, rezero, layerscale; combine them with +, as in he+residual. "
+            r"\[default: each alone, and some combinations]",
         ),
     ] = None,
     depths: Annotated[str, typer.Option(help="Comma-separated numbers of weight layers, each at least 2.")] = "20,50",
@@ -298,7 +300,7 @@ def check(
             "arguments; or it returns (batch, loss), where loss is a function of the model's output.",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a random batch.", show_default="1")] = None,
+    batch_size: Annotated[int | None, typer.Option(help=r"Examples in a random batch. \[default: 1]")] = None,
     as_json: Json = False,
 ) -> None:
     """Check the gradient at every layer of a model with one batch.

@@ -48,16 +48,13 @@ def sweep(
     ] = None,
     augment: Annotated[
         bool | None,
-        typer.Option(
-            "--augment/--no-augment", help="Crop and flip training images at random.", show_default="CIFAR only"
-        ),
+        typer.Option("--augment/--no-augment", help=r"Crop and flip training images at random. \[default: CIFAR only]"),
     ] = None,
     families: Annotated[
         str | None,
         typer.Option(
             help="Comma-separated: plain, resnet; fixup, skipinit, rezero, layerscale (without normalisation); "
-            "transformer-pre, transformer-post, transformer-plain.",
-            show_default="plain,resnet, or none with --model",
+            r"transformer-pre, transformer-post, transformer-plain. \[default: plain,resnet, or none with --model]",
         ),
     ] = None,
     models: Annotated[
@@ -79,24 +76,25 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Comma-separated whole numbers; comparisons need at least two.")] = "0,1,2",
     epochs: Annotated[int, typer.Option(help="Passes over the training set (He et al. use 164).")] = DEFAULT_EPOCHS,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images per step.", show_default="64 for digits, else 128")
+        int | None, typer.Option(help=r"Images per step. \[default: 64 for digits, else 128]")
     ] = None,
     optimizer: Annotated[
         str, typer.Option(help="A class of torch.optim, with options if any: sgd, adamw, adamw(weight_decay=0.1).")
     ] = "sgd",
     lr: Annotated[
-        float | None, typer.Option(help="Initial learning rate.", show_default="0.1 for sgd, else the optimizer's own")
+        float | None, typer.Option(help=r"Initial learning rate. \[default: 0.1 for sgd, else the optimizer's own]")
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="batch or none; for plain and resnet.", show_default="batch")] = None,
+    norm: Annotated[str | None, typer.Option(help=r"batch or none; for plain and resnet. \[default: batch]")] = None,
     init: Annotated[
-        str | None, typer.Option(help="he, xavier, orthogonal or default; for plain and resnet.", show_default="he")
+        str | None,
+        typer.Option(help=r"he, xavier, orthogonal or default; for plain and resnet. \[default: he]"),
     ] = None,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
     out: Annotated[
         Path, typer.Option(help="SQLite file for the results; if the file exists, the sweep resumes.")
     ] = Path("run.sqlite"),
     jobs: Annotated[
-        int | None, typer.Option(help="Networks trained in parallel.", show_default="one per CPU or GPU")
+        int | None, typer.Option(help=r"Networks trained in parallel. \[default: one per CPU or GPU]")
     ] = None,
     engine: Annotated[
         str, typer.Option(help="local (processes on this machine), or ray (the cluster of RAY_ADDRESS).")
@@ -116,7 +114,7 @@ def sweep(
     ] = False,
     max_hours: Annotated[
         float | None,
-        typer.Option(help="Begin no epoch after this time; the same command resumes.", show_default="no limit"),
+        typer.Option(help=r"Begin no epoch after this time; the same command resumes. \[default: no limit]"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only list the training runs, with their parameters, time and memory.")

@@ -62,3 +62,14 @@ def test_help_has_an_example_and_fits_80_columns(gradprobe, command, monkeypatch
     assert f"Example: gradprobe {command}" in printed
     assert "…" not in printed  # a word that is cut
     assert max(map(len, printed.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", get_command(app).commands)
+def test_help_shows_defaults_as_plain_values(gradprobe, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    _, printed, _ = gradprobe(command, "--help")
+    assert "[default: (" not in printed
+    assert "\\" not in printed  # what keeps rich from reading a default as markup
+    defaults = {"check": ["1"], "sweep": ["20,56", "batch", "he", "64 for digits, else 128"], "watch": ["1, or 10 if"]}
+    for default in defaults.get(command, []):
+        assert f"[default: {default}" in printed
