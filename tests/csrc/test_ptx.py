@@ -5,10 +5,12 @@ inline assembly run, and the host code of its objects launches them.
 """
 
 import ctypes
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +41,21 @@ on_both = pytest.mark.parametrize("kernels", [NEWEST, OLDEST], indirect=True)
 on_newest = pytest.mark.parametrize("kernels", [NEWEST], indirect=True)
 
 
-@cache
-def library(architecture: int) -> Path:
-    folder = session_folder() / f"ptx-{architecture}"
-    if architecture == NEWEST:
-        return build(folder, NEWEST)
-    return build(folder, architecture, rebuilt=["grad_stats.cu"], others=library(NEWEST))
+# pytest builds each library once; if that fails, every test that needs it shows the compiler's error.
+@pytest.fixture(scope="module")
+def newest() -> Path:
+    return build(session_folder() / "ptx-newest", NEWEST)
+
+
+@pytest.fixture(scope="module")
+def oldest(newest: Path) -> Path:
+    return build(session_folder() / "ptx-oldest", OLDEST, rebuilt=["grad_stats.cu"], others=newest)
 
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest) -> PtxKernels:
-    return PtxKernels(library(request.param))
+    library = {NEWEST: "newest", OLDEST: "oldest"}[request.param]
+    return PtxKernels(request.getfixturevalue(library))
 
 
 @needs_nvcc
@@ -113,13 +119,29 @@ class TestPtx:
         kernels.clip_coefficient(np.ones((1000, 6)), 1.0)
         assert kernels.take_traffic() == Traffic(4 * 8 * 1000, 2 * 8)  # no counts; the norm and the factor
 
-    def test_a_planted_bug_is_caught(self, tmp_path: Path) -> None:
+    def test_a_planted_bug_is_caught(self, tmp_path: Path, newest: Path) -> None:
         (mutant,) = (each for each in MUTANTS if each.name == "tail_off_by_one")
         csrc = plant(mutant, tmp_path)
-        planted = build(tmp_path / "planted", NEWEST, csrc, rebuilt=[mutant.kernel], others=library(NEWEST))
+        planted = build(tmp_path / "planted", NEWEST, csrc, rebuilt=[mutant.kernel], others=newest)
         done = run_sweep(planted, "plain", "--short", "--only", mutant.caught_by)
         assert done.returncode == 1, done.stdout + done.stderr
         assert f"FAILED {mutant.caught_by}" in done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(compiler() is None or sys.platform != "linux", reason="needs g++ on Linux")
+def test_a_build_that_fails_shows_its_error_in_every_test(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: planted' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    options = ("-q", "-p", "no:cacheprovider", "-m", "soak", "-k", "of_extreme_values")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "pytest", *options, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    n_tests = 2 * len(ELEMENTS)
+    assert f"{n_tests} errors" in done.stdout, done.stdout
+    assert len(re.findall("^E +nvcc fatal: planted$", done.stdout, re.MULTILINE)) == n_tests
+    assert "FileExistsError" not in done.stdout
 
 
 INSTRUCTIONS = """
