@@ -11,11 +11,12 @@ from pathlib import Path
 
 from gradprobe.errors import printable
 from gradprobe.report.paired_tests import Contrast, contrasts, opening
+from gradprobe.report.profiles import GradientProfile, ShortcutProfile
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import EpochRow, JunctionRow, LayerRow, SweepRun
 from gradprobe.report.seed_statistics import Spread
 from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences
-from gradprobe.report.summary import GradientProfile, NetSummary, ShortcutProfile, summarise
+from gradprobe.report.summary import NetSummary, summarise
 from gradprobe.snapshot.export import strict
 from gradprobe.snapshot.files import create_folder, write_files
 

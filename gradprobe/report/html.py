@@ -20,6 +20,7 @@ from gradprobe.report.page_parts import Cell, dark_rules, figure, head, table, t
 from gradprobe.report.page_template import document
 from gradprobe.report.paired_tests import contrasts, opening
 from gradprobe.report.palette import Palette
+from gradprobe.report.profiles import GradientProfile
 from gradprobe.report.published_errors import CITATION, PublishedTable, matching_tables
 from gradprobe.report.records import SPEC_KEY, SweepRun
 from gradprobe.report.seed_statistics import MARGIN, SINGLE_SEED_MARGIN
@@ -30,7 +31,6 @@ from gradprobe.report.summary import (
     NOT_LEARNING,
     OVERFITTING,
     TOO_EARLY,
-    GradientProfile,
     NetSummary,
     Summary,
     summarise,

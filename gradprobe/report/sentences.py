@@ -10,12 +10,12 @@ from itertools import pairwise
 from gradprobe.errors import printable
 from gradprobe.report.error_comparison import EARLIEST_COMPARISON, SLOW_START_STEPS, Comparison, Learning, Rise
 from gradprobe.report.formatting import percent, short_paths
+from gradprobe.report.profiles import GradientProfile
 from gradprobe.report.summary import (
     DEGRADED,
     NOT_LEARNING,
     OVERFITTING,
     TOO_EARLY,
-    GradientProfile,
     NetSummary,
     Summary,
 )

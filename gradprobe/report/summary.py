@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gradprobe.diagnosis.depth import flow_verdict
 from gradprobe.report.error_comparison import (
     EARLIEST_COMPARISON,
     LAST_SHARE,
@@ -19,8 +17,9 @@ from gradprobe.report.error_comparison import (
     Rise,
 )
 from gradprobe.report.formatting import short_path, short_paths, short_source
-from gradprobe.report.records import Cell, EpochRow, JunctionRow, LayerRow, Net, SweepRun
-from gradprobe.report.seed_statistics import Spread, median
+from gradprobe.report.profiles import GradientProfile, ShortcutProfile, gradient_profile, shortcut_profiles
+from gradprobe.report.records import Cell, EpochRow, Net, SweepRun
+from gradprobe.report.seed_statistics import Spread
 from gradprobe.text.words import split_target
 
 DEGRADED = "degraded optimisation"
@@ -37,86 +36,6 @@ TOO_EARLY = "too early"
 
 MORE_SEEDS = "needs more seeds"
 """Verdict: healthy gradients, but a training error above that of a shallower network in a single seed."""
-
-# From the mildest to the worst; the worst breaks a tie between seeds.
-_SEVERITY = ("healthy", "vanishing", "exploding", "non-finite")
-
-
-@dataclass(frozen=True)
-class GradientProfile:
-    """The gradient over depth at one epoch.
-
-    Attributes:
-        epoch: The epoch; 0 is the first step.
-        layers_by_seed: For each seed, the weight layers in depth order.
-        verdict_counts: Number of seeds by verdict on the gradient.
-    """
-
-    epoch: int
-    layers_by_seed: tuple[tuple[LayerRow, ...], ...]
-    verdict_counts: Mapping[str, int]
-
-    @property
-    def verdict(self) -> str:
-        """The most frequent verdict over seeds; the worst breaks a tie."""
-        return max(self.verdict_counts, key=lambda word: (self.verdict_counts[word], _SEVERITY.index(word)))
-
-    @property
-    def first(self) -> float:
-        """Median over seeds of the L2 norm at the first weight layer."""
-        return median([rows[0].norm_l2 for rows in self.layers_by_seed])
-
-    @property
-    def last(self) -> float:
-        """Median over seeds of the L2 norm at the last weight layer."""
-        return median([rows[-1].norm_l2 for rows in self.layers_by_seed])
-
-    @property
-    def ratio(self) -> float:
-        """First norm over last; infinite if only the last is zero, NaN if both are."""
-        if self.last == 0:
-            return math.inf if self.first > 0 else math.nan
-        return self.first / self.last
-
-    @property
-    def only_last(self) -> bool:
-        """Whether every seed has a gradient in the last weight layer and exactly none before it."""
-        return all(
-            len(rows) > 1 and rows[-1].norm_l2 > 0 and not any(row.norm_l2 for row in rows[:-1])
-            for rows in self.layers_by_seed
-        )
-
-    @property
-    def when(self) -> str:
-        """The epoch in words."""
-        return "the first step" if self.epoch == 0 else f"epoch {self.epoch}"
-
-
-@dataclass(frozen=True)
-class ShortcutProfile:
-    """The two parts of the gradient at every residual add, in the first step after an epoch.
-
-    Attributes:
-        epoch: Number of epochs completed before the step.
-        junctions_by_seed: For each seed, the residual adds in depth order.
-    """
-
-    epoch: int
-    junctions_by_seed: tuple[tuple[JunctionRow, ...], ...]
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """The median over seeds of the shortcut's share at each residual add, by name.
-
-        NaN behind a shortcut that changes the shape, and if a part is not finite.
-        """
-        by_depth = zip(*self.junctions_by_seed, strict=True)
-        return {rows[0].site: median([row.shortcut_share for row in rows]) for rows in by_depth}
-
-    @property
-    def when(self) -> str:
-        """The epoch in words."""
-        return "at the first step" if self.epoch == 0 else f"after epoch {self.epoch}"
 
 
 @dataclass(frozen=True)
@@ -331,6 +250,7 @@ def summarise(run: SweepRun) -> Summary:
         counted = [result for result in begun if result.done] or begun
         epoch = min((max(result.epochs) for result in counted), default=None)
         shallower = [net for net in nets if net.family == family]
+        cells = [result.cell for result in counted]
         name = results[0].cell.name
         net = NetSummary(
             family=family,
@@ -338,9 +258,9 @@ def summarise(run: SweepRun) -> Summary:
             results=tuple(results),
             counted=tuple(counted),
             epoch=epoch,
-            initial=_gradient_profile(run, counted, 0),
-            end=_gradient_profile(run, counted, epoch) if epoch else None,
-            shortcut_profiles=_shortcut_profiles(run, counted, epoch or 0),
+            initial=gradient_profile(run, cells, 0),
+            end=gradient_profile(run, cells, epoch) if epoch else None,
+            shortcut_profiles=shortcut_profiles(run, cells, epoch or 0),
             comparison=_compare(name, counted, epoch or 0, shallower, limits, by="train"),
             test_comparison=_compare(name, counted, epoch or 0, shallower, limits, by="test"),
             rise=_rise(counted, epoch or 0, limits),
@@ -422,30 +342,6 @@ def _learning(counted: Sequence[CellResult], epoch: int, limits: ComparisonLimit
     if epoch < limits.earliest or before is None or now is None or math.isnan(now.train.mean):
         return None
     return Learning(epoch, limits.steps(epoch), before.train, now.train, now.train_name)
-
-
-def _gradient_profile(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> GradientProfile | None:
-    recorded = (run.layers(result.cell.id, epoch) for result in counted)
-    profiles = tuple(tuple(sorted(rows, key=lambda row: row.position)) for rows in recorded if rows)
-    if not profiles:
-        return None
-    return GradientProfile(epoch, profiles, Counter(map(_flow, profiles)))
-
-
-def _shortcut_profiles(run: SweepRun, counted: Sequence[CellResult], epoch: int) -> tuple[ShortcutProfile, ...]:
-    shortcut_profiles = []
-    # No step follows the last epoch.
-    for done in sorted({0, epoch // 2, epoch - 1}) if epoch else ():
-        recorded = (run.junctions(result.cell.id, done) for result in counted)
-        profiles = tuple(tuple(sorted(rows, key=lambda row: row.position)) for rows in recorded if rows)
-        if profiles:
-            shortcut_profiles.append(ShortcutProfile(done, profiles))
-    return tuple(shortcut_profiles)
-
-
-def _flow(rows: Sequence[LayerRow]) -> str:
-    # A median over an epoch's steps can be finite although some step was not; the count shows it.
-    return "non-finite" if any(row.nonfinite for row in rows) else flow_verdict([row.norm_l2 for row in rows])
 
 
 def _compare(

@@ -25,9 +25,10 @@ from gradprobe.report.chart_parts import (
 )
 from gradprobe.report.label_places import Label
 from gradprobe.report.palette import Palette
+from gradprobe.report.profiles import GradientProfile, ShortcutProfile
 from gradprobe.report.records import SweepRun
 from gradprobe.report.seed_statistics import Spread, median
-from gradprobe.report.summary import GradientProfile, NetSummary, ShortcutProfile, Summary, summarise
+from gradprobe.report.summary import NetSummary, Summary, summarise
 from gradprobe.snapshot.files import create_folder, write_files
 from gradprobe.text.words import number
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from gradprobe.errors import printable
 from gradprobe.report.formatting import RUNNING_NOTE, percent
 from gradprobe.report.paired_tests import opening
+from gradprobe.report.profiles import GradientProfile
 from gradprobe.report.published_errors import published_paragraphs
 from gradprobe.report.records import SweepRun
 from gradprobe.report.sentences import explain_verdict, headline, shortcut_sentences, zero_start_sentences
@@ -21,7 +22,6 @@ from gradprobe.report.summary import (
     NOT_LEARNING,
     OVERFITTING,
     TOO_EARLY,
-    GradientProfile,
     Summary,
     summarise,
 )
