@@ -140,10 +140,9 @@ static Stats branch_chunk(Dtype dtype, const void* branch, const void* shortcut,
       return stats(BFloat16{});
     case Dtype::kFloat32:
       return stats(float{});
-    case Dtype::kFloat64:
-      break;
+    default:  // float64
+      return stats(double{});
   }
-  return stats(double{});
 }
 
 }  // namespace gradprobe::cpu::GRADPROBE_ISA

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/float8.h"
 #include "core/half.h"
 #include "core/layout.h"
 #include "core/stats.h"
@@ -55,9 +56,37 @@ Stats gathered_stats(const View& view, int64_t begin, int64_t end, Isa isa) {
   return stats;
 }
 
+template <typename Float8>
+void widen(const View& view, int64_t begin, int64_t n, float* out) {
+  const auto* data = static_cast<const Float8*>(view.data);
+  const auto widen_run = [&](int64_t offset, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) *out++ = widened(data[offset + i * stride]);
+  };
+  if (view.dims == nullptr) return widen_run(begin, 1, n);
+  walk(*view.dims, begin, n, widen_run);
+}
+
+Stats float8_stats(const View& view, int64_t begin, int64_t end, Isa isa) {
+  constexpr int64_t kBuffer = 4096;
+  alignas(64) float buffer[kBuffer];
+  Stats stats = identity();
+  for (int64_t i = begin; i < end; i += kBuffer) {
+    const int64_t n = std::min(kBuffer, end - i);
+    widen_float8(view, i, n, buffer);
+    stats = merge(stats, dense_stats(Dtype::kFloat32, buffer, n, isa));
+  }
+  return stats;
+}
+
 }  // namespace
 
+void widen_float8(const View& view, int64_t begin, int64_t n, float* out) {
+  const auto widen_elements = view.dtype == Dtype::kFloat8E4M3 ? widen<Float8E4M3> : widen<Float8E5M2>;
+  widen_elements(view, begin, n, out);
+}
+
 Stats chunk_stats(const View& view, int64_t begin, int64_t end, Isa isa) {
+  if (is_float8(view.dtype)) return float8_stats(view, begin, end, isa);
   const int64_t width = item_bytes(view.dtype);
   if (view.dims == nullptr) {
     return dense_stats(view.dtype, static_cast<const char*>(view.data) + begin * width, end - begin, isa);

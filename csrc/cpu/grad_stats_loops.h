@@ -373,10 +373,9 @@ static Stats elements_stats(Dtype dtype, const void* data, int64_t n) {
       return stats_of(static_cast<const BFloat16*>(data), n);
     case Dtype::kFloat32:
       return stats_of(static_cast<const float*>(data), n);
-    case Dtype::kFloat64:
-      break;
+    default:  // float64
+      return stats_of(static_cast<const double*>(data), n);
   }
-  return stats_of(static_cast<const double*>(data), n);
 }
 
 }  // namespace gradprobe::cpu::GRADPROBE_ISA

@@ -9,10 +9,13 @@
 
 namespace gradprobe::cpu {
 
-enum class Dtype : int { kFloat16, kBFloat16, kFloat32, kFloat64 };
+enum class Dtype : int { kFloat16, kBFloat16, kFloat32, kFloat64, kFloat8E4M3, kFloat8E5M2 };
+
+// Only grad_stats and magnitudes take float8.
+inline constexpr bool is_float8(Dtype dtype) { return dtype == Dtype::kFloat8E4M3 || dtype == Dtype::kFloat8E5M2; }
 
 inline constexpr int64_t item_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : is_float8(dtype) ? 1 : 2;
 }
 
 // Elements of a chunk, a thread's unit of work. Constant, so that results do not depend on the number of threads.
@@ -36,6 +39,9 @@ struct View {
 // Returns the statistics of elements [begin, end) of the view in the order of `dims`, with end - begin <= kChunkNumel.
 // Requires a FloatEnvironment.
 Stats chunk_stats(const View& view, int64_t begin, int64_t end, Isa isa);
+
+// Writes elements [begin, begin + n) of a float8 view, in the order of `dims`, as float32. Requires a FloatEnvironment.
+void widen_float8(const View& view, int64_t begin, int64_t n, float* out);
 
 // The layout of a row of magnitudes, as gradprobe/ops/rows.py describes it.
 inline constexpr int kLowestPower = -150;

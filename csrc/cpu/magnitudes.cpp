@@ -47,6 +47,11 @@ void for_each_group(const View& view, int64_t begin, int64_t end, const Each& ea
   const int64_t width = item_bytes(view.dtype);
   for (int64_t i = begin; i < end; i += kGroup) {
     const int64_t n = std::min(kGroup, end - i);
+    if (is_float8(view.dtype)) {
+      widen_float8(view, i, n, widened);
+      each(static_cast<const float*>(widened), n);
+      continue;
+    }
     const void* data = static_cast<const char*>(view.data) + i * width;
     if (view.dims != nullptr) {
       data = gathered;
@@ -68,9 +73,8 @@ void for_each_group(const View& view, int64_t begin, int64_t end, const Each& ea
       case Dtype::kFloat16:
         for (int64_t j = 0; j < n; ++j) widened[j] = widen_float16(halves[j]);
         break;
-      case Dtype::kBFloat16:
+      default:  // bfloat16
         for (int64_t j = 0; j < n; ++j) widened[j] = widen_bfloat16(halves[j]);
-        break;
     }
     each(static_cast<const float*>(widened), n);
   }

@@ -55,7 +55,7 @@ static void add(Dtype dtype, const void* x, const void* f, void* y, int64_t n) {
                                  static_cast<uint16_t*>(y), n);
     case Dtype::kFloat32:
       return add<kRelu>(static_cast<const float*>(x), static_cast<const float*>(f), static_cast<float*>(y), n);
-    case Dtype::kFloat64:
+    default:  // float64
       return add<kRelu>(static_cast<const double*>(x), static_cast<const double*>(f), static_cast<double*>(y), n);
   }
 }
@@ -94,7 +94,7 @@ static void mask_dense(Dtype dtype, const void* grad_y, const void* y, void* gra
                            static_cast<uint16_t*>(grad_x), n);
     case Dtype::kFloat32:
       return mask(static_cast<const float*>(grad_y), static_cast<const float*>(y), static_cast<float*>(grad_x), n);
-    case Dtype::kFloat64:
+    default:  // float64
       return mask(static_cast<const double*>(grad_y), static_cast<const double*>(y), static_cast<double*>(grad_x), n);
   }
 }

@@ -35,7 +35,7 @@ static void scale_elements(Dtype dtype, void* data, int64_t n, double coefficien
       return scale_bfloat16(static_cast<uint16_t*>(data), n, static_cast<float>(coefficient));
     case Dtype::kFloat32:
       return scale(static_cast<float*>(data), n, static_cast<float>(coefficient));
-    case Dtype::kFloat64:
+    default:  // float64
       return scale(static_cast<double*>(data), n, coefficient);
   }
 }

@@ -38,7 +38,7 @@ class DeviceEventRows final : public EventLog {
   bool is_capturing() const override { return !is_capturing_.is_none() && is_capturing_.operator()<bool>(); }
 
   bool takes(const at::Tensor& tensor) const override {
-    return is_plain(tensor, device_) && dtype_of(tensor).has_value() && !is_capturing();
+    return is_plain(tensor, device_) && measured_dtype_of(tensor).has_value() && !is_capturing();
   }
 
   bool write(int64_t site, const at::Tensor& tensor) override {

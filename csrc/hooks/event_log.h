@@ -99,6 +99,10 @@ class EventLog {
         return std::numeric_limits<c10::Half>::min();
       case at::kBFloat16:
         return std::numeric_limits<c10::BFloat16>::min();
+      case at::kFloat8_e4m3fn:
+        return std::numeric_limits<c10::Float8_e4m3fn>::min();
+      case at::kFloat8_e5m2:
+        return std::numeric_limits<c10::Float8_e5m2>::min();
       case at::kFloat:
         return std::numeric_limits<float>::min();
       default:

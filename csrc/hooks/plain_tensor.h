@@ -15,6 +15,7 @@
 
 namespace gradprobe {
 
+// Returns the element type of a tensor that every kernel takes.
 inline std::optional<cpu::Dtype> dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -27,6 +28,18 @@ inline std::optional<cpu::Dtype> dtype_of(const at::Tensor& tensor) {
       return cpu::Dtype::kFloat64;
     default:
       return std::nullopt;
+  }
+}
+
+// Returns the element type of a tensor that can be measured.
+inline std::optional<cpu::Dtype> measured_dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat8_e4m3fn:
+      return cpu::Dtype::kFloat8E4M3;
+    case at::kFloat8_e5m2:
+      return cpu::Dtype::kFloat8E5M2;
+    default:
+      return dtype_of(tensor);
   }
 }
 
@@ -51,7 +64,7 @@ inline bool is_plain(const at::Tensor& tensor, at::Device device = at::kCPU) {
 // Adds a tensor to a pass of the CPU kernels. Returns false if it is not plain or of an unsupported dtype.
 inline bool add_to(cpu::Work& work, const at::Tensor& tensor) {
   if (!is_plain(tensor)) return false;
-  const std::optional<cpu::Dtype> dtype = dtype_of(tensor);
+  const std::optional<cpu::Dtype> dtype = measured_dtype_of(tensor);
   if (!dtype) return false;
   const int64_t numel = tensor.numel();
   if (numel == 0 || tensor.is_contiguous()) {

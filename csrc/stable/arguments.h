@@ -45,16 +45,19 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// Returns the element type of argument `name`, or of its element `index` if it is a list.
-inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
+// Returns the element type of argument `name`, or of its element `index` if it is a list. measures: float8 is accepted.
+inline cpu::Dtype dtype_of(AtenTensorHandle tensor, const char* name, int64_t index = -1, bool measures = false) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor, &dtype));
   if (dtype == aoti_torch_dtype_float32()) return cpu::Dtype::kFloat32;
   if (dtype == aoti_torch_dtype_float16()) return cpu::Dtype::kFloat16;
   if (dtype == aoti_torch_dtype_bfloat16()) return cpu::Dtype::kBFloat16;
   if (dtype == aoti_torch_dtype_float64()) return cpu::Dtype::kFloat64;
+  if (measures && dtype == aoti_torch_dtype_float8_e4m3fn()) return cpu::Dtype::kFloat8E4M3;
+  if (measures && dtype == aoti_torch_dtype_float8_e5m2()) return cpu::Dtype::kFloat8E5M2;
   STD_TORCH_CHECK(false, name, index < 0 ? "" : "[" + std::to_string(index) + "]",
-                  ": needed a dtype of float16, bfloat16, float32, float64, got ",
+                  ": needed a dtype of float16, bfloat16, float32, float64",
+                  measures ? ", float8_e4m3fn, float8_e5m2, got " : ", got ",
                   torch::headeronly::toString(static_cast<torch::headeronly::ScalarType>(dtype)));
 }
 

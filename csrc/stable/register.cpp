@@ -35,7 +35,7 @@ Work plan(const TensorList& tensors, bool writable) {
     int32_t device = 0;
     int32_t layout = 0;
     int64_t numel = 0;
-    const Dtype dtype = dtype_of(tensor, "tensors", k);
+    const Dtype dtype = dtype_of(tensor, "tensors", k, /*measures=*/!writable);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
     STD_TORCH_CHECK(device == kCpu, "tensors[", k, "]: needed device cpu, got device type number ", device);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor, &layout));

@@ -41,10 +41,9 @@ Element element_of(AtenTensorHandle tensor, const char* name, int64_t index = -1
       return Element::bf16;
     case cpu::Dtype::kFloat32:
       return Element::f32;
-    case cpu::Dtype::kFloat64:
-      break;
+    default:  // float64
+      return Element::f64;
   }
-  return Element::f64;
 }
 
 int32_t device_index_of(const Tensor& tensor, const char* name) {

@@ -13,6 +13,7 @@ import torch
 from gradprobe import ops
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.parameters import Layout, is_regular
+from gradprobe.ops.reference import FLOAT8_DTYPES
 from gradprobe.ops.rows import ABS_MAX
 from gradprobe.ops.schemas import CLIP_COEFFICIENT
 from gradprobe.snapshot.records import FloatArray, Measured
@@ -218,7 +219,9 @@ class GradientMeter:
                     gradient = gradients[k]
                     if gradient is None:
                         continue
-                    if regular or is_regular(gradient, self.layouts[k]):
+                    if gradient.dtype in FLOAT8_DTYPES:  # which no kernel writes
+                        gradient.copy_(gradient.float().mul_(factor.to(gradient.device)))
+                    elif regular or is_regular(gradient, self.layouts[k]):
                         members.append(gradient)
                     else:
                         gradient.mul_(factor.to(gradient.device, gradient.dtype))

@@ -22,6 +22,7 @@ from gradprobe.observers.observable import ForwardPasses, is_measurable, may_obs
 from gradprobe.observers.signal_buffer import SignalBuffer, register_signal_buffer
 from gradprobe.observers.tensor_hooks import TensorHooks
 from gradprobe.ops.autograd import residual_sum
+from gradprobe.ops.reference import FLOAT_DTYPES
 from gradprobe.ops.residual import residual_add
 from gradprobe.ops.schemas import (
     RESIDUAL_ADD,
@@ -103,8 +104,8 @@ class JunctionHooks:
             and is_measurable(x)
             and is_measurable(f)
             and x.shape == f.shape
-            and not x.is_complex()
-            and not f.is_complex()
+            and x.dtype in FLOAT_DTYPES
+            and f.dtype in FLOAT_DTYPES
             and not self.buffer.is_full()
         )
 

@@ -93,7 +93,7 @@ class ModelParameters:
         frozen: The parameters that do not require a gradient, each once.
         frozen_places: Where each of these is registered.
         frozen_names: All names of these.
-        unmeasured: Names of the trainable ones that the kernels refuse, e.g. those of float8.
+        unmeasured: Names of the trainable ones that the kernels refuse, e.g. those of float8_e4m3fnuz.
         triggers: Tensors whose gradients tell that a backward pass runs, besides the parameters'.
     """
 

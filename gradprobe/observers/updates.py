@@ -14,6 +14,7 @@ from gradprobe.observers.gradients import GradientMeter
 from gradprobe.observers.parameters import Layout, is_regular, stepped_by
 from gradprobe.observers.ring_buffer import RingBuffer, Slot
 from gradprobe.observers.shards import local_of
+from gradprobe.ops.reference import FLOAT8_DTYPES
 from gradprobe.ops.rows import SUM
 from gradprobe.snapshot.records import Measured, Provenance
 from gradprobe.snapshot.updates import Updates
@@ -30,8 +31,8 @@ class UpdateObserver:
     If several optimizers step in one step of the training, the step has the updates of all; of a parameter that two of
     them step, it has the last.
 
-    The parameters are copied before the optimizer's step and the copy is dropped after it. Half-precision parameters
-    are copied to float32, so that the differences are not rounded to half precision.
+    The parameters are copied before the optimizer's step and the copy is dropped after it. Parameters of half precision
+    or float8 are copied to float32, so that the differences are not rounded to their dtype.
 
     Args:
         backend: Name of the back end, or "auto".
@@ -59,7 +60,7 @@ class UpdateObserver:
         """
         self._names = names
         self._layouts = tuple(layouts)
-        copies = [layout._replace(dtype=torch.promote_types(layout.dtype, torch.float32)) for layout in layouts]
+        copies = [layout._replace(dtype=_dtype_of_copy(layout.dtype)) for layout in layouts]
         self._meter = GradientMeter(copies, names, self._backend, self._fence)
         self._measured = self._newest = self._meter.all_present  # of the open and of the newest finished step
         rows_on = {device: 2 * n for device, n in self._meter.rows_on.items()}
@@ -129,7 +130,8 @@ class UpdateObserver:
                 self._commit()
 
     def _measure_differences(self) -> bool:
-        torch._foreach_sub_([copy for _, copy, _ in self._pairs], [parameter for _, _, parameter in self._pairs])
+        after = [one.float() if one.dtype in FLOAT8_DTYPES else one for _, _, one in self._pairs]
+        torch._foreach_sub_([copy for _, copy, _ in self._pairs], after)
         rows = self._half(self._rows(), 1)
         self._measure(rows)
         for part in rows.values():
@@ -217,3 +219,7 @@ class UpdateObserver:
         for k, copy, _ in self._pairs:
             copies[k] = copy
         return self._meter.measure(copies, self._are_regular, rows)
+
+
+def _dtype_of_copy(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in FLOAT8_DTYPES else torch.promote_types(dtype, torch.float32)

@@ -17,9 +17,11 @@ from gradprobe.ops.row_math import clip_of, merge_rows
 from gradprobe.ops.rows import HIGHEST_POWER, KURTOSIS, LOWEST_POWER, N_MAGNITUDES, STATS, range_exponent
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # can be measured, but no kernel writes them
+MEASURED_DTYPES = (*FLOAT_DTYPES, *FLOAT8_DTYPES)
 
-# dtype -> integer dtype of the same width, mask of |x|, bits of infinity, mask of the fraction. float16 and bfloat16
-# are widened to float32 first.
+# dtype -> integer dtype of the same width, mask of |x|, bits of infinity, mask of the fraction. Narrower dtypes are
+# widened to float32 first.
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000, 0x007FFFFF),
     torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000, 0x000FFFFFFFFFFFFF),
@@ -49,7 +51,7 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _as_wide(piece: Tensor) -> Tensor:
-    """Widens float16 and bfloat16 to float32: exact, and subnormal float16 numbers become normal."""
+    """Widens the dtypes below float32 to it: exact, and subnormal float16 and float8 numbers become normal."""
     return piece if piece.dtype in _BITS else piece.float()
 
 
@@ -138,11 +140,13 @@ def _tables(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     yield from waiting.values()
 
 
-def check_tensors(tensors: Sequence[Tensor], device: torch.device) -> None:
+def check_tensors(
+    tensors: Sequence[Tensor], device: torch.device, dtypes: Sequence[torch.dtype] = MEASURED_DTYPES
+) -> None:
     """Raises ArgumentError, naming the index, for a tensor that no back end accepts."""
     for k, tensor in enumerate(tensors):
-        if tensor.dtype not in FLOAT_DTYPES:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        if tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise ArgumentError(
                 f"tensors[{k}]: needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
             )
@@ -163,7 +167,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     """Writes the raw statistics of each tensor into a row of `out`.
 
     Args:
-        tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
+        tensors: K tensors of `MEASURED_DTYPES`, any layout, on the device of `out`.
         out: [K, 6] float64, contiguous; gets raw rows as described in `rows`.
 
     Raises:
@@ -198,7 +202,7 @@ def magnitudes_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     """Counts the elements of each tensor by magnitude.
 
     Args:
-        tensors: K tensors of float16, bfloat16, float32 or float64, any layout, on the device of `out`.
+        tensors: K tensors of `MEASURED_DTYPES`, any layout, on the device of `out`.
         out: [K, 284] float64, contiguous; gets rows of magnitudes as described in `rows`.
 
     Raises:
@@ -289,7 +293,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         >>> x.tolist()
         [0.5, 1.0]
     """
-    check_tensors(tensors, coefficient.device)
+    check_tensors(tensors, coefficient.device, FLOAT_DTYPES)
     for k, tensor in enumerate(tensors):
         check_no_overlap(tensor, f"tensors[{k}]")
     scalar = coefficient.detach().reshape(())

@@ -16,7 +16,7 @@ from torch._C._functorch import (
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops.dispatch import Backend, resolve
-from gradprobe.ops.reference import FLOAT_DTYPES
+from gradprobe.ops.reference import FLOAT8_DTYPES, FLOAT_DTYPES, MEASURED_DTYPES
 from gradprobe.ops.row_math import empty_rows, rows_by, true_rows
 from gradprobe.ops.rows import STATS
 from gradprobe.ops.schemas import COUNT_IF, GRAD_STATS_INTO
@@ -25,22 +25,24 @@ PLAIN = frozenset((Tensor, nn.Parameter))  # classes whose tensors run no code o
 
 _STRIDED = torch.strided
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-_DTYPES = (*FLOAT_DTYPES, torch.complex32, torch.complex64, torch.complex128)
-_DTYPE_SET = frozenset(_DTYPES)
+_COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
+_MEASURED = frozenset((*MEASURED_DTYPES, *_COMPLEX))
+_SCALED = frozenset((*FLOAT_DTYPES, *_COMPLEX))
 
 
-def refusal(tensor: Tensor) -> str | None:
-    """Says why a tensor cannot be measured or scaled.
+def refusal(tensor: Tensor, writable: bool = False) -> str | None:
+    """Says why a tensor cannot be measured, or scaled.
 
     Args:
         tensor: Any tensor.
+        writable: It is to be scaled.
 
     Returns:
         What was needed and what was given, or None if it can.
 
     Example:
         >>> refusal(torch.zeros(2, dtype=torch.bool))
-        'needed a dtype of float16, bfloat16, float32, float64, complex32, complex64, complex128, got bool'
+        'needed a dtype of float16, bfloat16, float32, float64, float8_e4m3fn, float8_e5m2 or complex, got bool'
         >>> refusal(torch.zeros(2)) is None
         True
     """
@@ -51,9 +53,10 @@ def refusal(tensor: Tensor) -> str | None:
                 "itself; pass the tensors that it holds"
             )
         tensor = _without_class(tensor)
-    if tensor.dtype not in _DTYPE_SET:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        return f"needed a dtype of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.dtype not in (_SCALED if writable else _MEASURED):
+        dtypes = FLOAT_DTYPES if writable else MEASURED_DTYPES
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"needed a dtype of {names} or complex, got {str(tensor.dtype).removeprefix('torch.')}"
     if tensor.layout is not _STRIDED and tensor.layout not in (torch.sparse_coo, *_COMPRESSED):
         return f"needed a strided or sparse layout, got {tensor.layout}"
     if tensor.is_nested:
@@ -92,7 +95,7 @@ def _strided(tensors: Iterable[Tensor], *, writable: bool) -> list[Tensor]:
     for k, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"tensors[{k}]: needed a Tensor, got {type(tensor).__name__}")
-        reason = refusal(tensor)
+        reason = refusal(tensor, writable)
         if reason is not None:
             raise ArgumentError(f"tensors[{k}]: {reason}")
         if type(tensor) not in PLAIN:
@@ -115,6 +118,8 @@ def _summed_values(tensor: Tensor) -> Tensor:
     with torch._C._AutoDispatchBelowAutograd():  # autograd's coalesce fails on tensors made in inference mode
         if tensor.dtype == torch.complex32:  # torch cannot sum it
             tensor = tensor.to(torch.complex64)
+        elif tensor.dtype in FLOAT8_DTYPES:  # nor these
+            tensor = tensor.to(torch.float32)
         return tensor.coalesce().values()
 
 
@@ -127,7 +132,7 @@ def dense_values(tensor: Tensor) -> Tensor:
     """Returns the values that statistics of a tensor cover, as a real dense tensor.
 
     Args:
-        tensor: Any layout; float16, bfloat16, float32, float64 or complex.
+        tensor: Any layout; a dtype of `MEASURED_DTYPES` or complex.
 
     Returns:
         The specified values of a sparse tensor, duplicates summed; the absolute values of a complex one; otherwise the
@@ -151,10 +156,10 @@ def grad_stats(tensors: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     `torch.set_flush_denormal` is on. NaN and infinity propagate into sums and maximum and are counted.
 
     Args:
-        tensors: K tensors on one device, any shapes and layouts; float16, bfloat16, float32, float64 and complex dtypes
-            may be mixed. Sparse tensors count their specified values, duplicates summed; complex tensors count absolute
-            values. A subclass is measured as the memory that it is; one with `__torch_dispatch__` has none and is
-            refused.
+        tensors: K tensors on one device, any shapes and layouts; float16, bfloat16, float32, float64, float8_e4m3fn,
+            float8_e5m2 and complex dtypes may be mixed. Sparse tensors count their specified values, duplicates summed;
+            complex tensors count absolute values. A subclass is measured as the memory that it is; one with
+            `__torch_dispatch__` has none and is refused.
         backend: "auto", "native", "triton" or "reference"; see `backends`.
 
     Returns:
@@ -184,7 +189,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor, backend: Backend) ->
     """Writes raw rows into `out`: the hot path, which relies on the checks of the back end.
 
     Args:
-        tensors: List of K dense tensors of float16, bfloat16, float32 or float64 on the device of `out`.
+        tensors: List of K dense tensors of `MEASURED_DTYPES` on the device of `out`.
         out: [K, 6] float64, contiguous; may be a view of a larger tensor.
         backend: The result of `resolve` for that device.
 

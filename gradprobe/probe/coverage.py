@@ -27,9 +27,9 @@ class Coverage:
         observed: Parameters that had a gradient in at least one measured step; of sharded ones all ranks together.
         silent: Parameters that never had one, and observed modules that returned nothing.
         unhooked: Parameters with a gradient whose hook did not fire, as after a replayed CUDA graph.
-        unmeasured: Parameters whose gradients the kernels cannot read, such as those of float8; modules that returned
-            such tensors; residual adds that work in place or that another probe observes; any of these whose measuring
-            has failed.
+        unmeasured: Parameters whose gradients the kernels cannot read, such as those of float8_e4m3fnuz; modules that
+            returned such tensors; residual adds that work in place or that another probe observes; any of these whose
+            measuring has failed.
         frozen: Parameters that do not require a gradient.
         unstepped: Parameters that no optimizer steps, of those given to attach or seen so far.
         unknown: Parameters that require a gradient but are not observed yet; they are from the next measured step on.

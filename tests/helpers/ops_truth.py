@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from csrc.emulation.float8 import NUMBERS
 from numpy.typing import NDArray
 
 from gradprobe import ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+MEASURED = (*DTYPES, *FLOAT8)
 NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -50,8 +53,10 @@ class Truth:
 
 
 def as_float64(tensor: torch.Tensor) -> NDArray[np.float64]:
-    """Returns the elements, flat; converts bfloat16 through its bits, since numpy lacks the type."""
+    """Returns the elements, flat; converts the types that numpy lacks through their bits."""
     flat = tensor.detach().cpu().reshape(-1)
+    if flat.dtype in FLOAT8:
+        return NUMBERS[FLOAT8[flat.dtype]][flat.view(torch.uint8).numpy()]
     if flat.dtype == torch.bfloat16:
         return (flat.view(torch.int16).numpy().astype(np.int32) << 16).view(np.float32).astype(np.float64)
     return flat.numpy().astype(np.float64)

@@ -50,7 +50,7 @@ def test_a_frozen_parameter_that_is_known_stays() -> None:
 
 
 def test_dtypes_without_a_kernel_are_named() -> None:
-    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2)), "q": torch.zeros(2).to(torch.float8_e4m3fn)})
+    model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2)), "q": torch.zeros(2).to(torch.float8_e4m3fnuz)})
     model["q"].requires_grad_()
     found = find_parameters(model)
     assert [site.name for site in found.sites] == ["w"]

@@ -398,7 +398,7 @@ def test_an_output_that_cannot_be_looked_into() -> None:
 
 
 @pytest.mark.usefixtures("any_hooks")
-@pytest.mark.parametrize("dtype", [torch.complex32, torch.float8_e5m2, torch.complex64, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.float8_e5m2fnuz, torch.complex64, torch.float64])
 def test_an_output_of_an_unusual_dtype(dtype: torch.dtype) -> None:
     class Cast(nn.Module):
         """Returns its input in another dtype."""

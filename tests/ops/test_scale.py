@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.ops_truth import DTYPES, TARGETS, Target, scaled_by_torch
+from helpers.ops_truth import DTYPES, FLOAT8, TARGETS, Target, scaled_by_torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,3 +166,14 @@ def test_overlapping_elements_are_refused(target: Target, overlapping: Callable[
     x = torch.ones(12, device=target.device)
     with pytest.raises((ArgumentError, RuntimeError), match=r"overlap|single memory location"):
         ops.scale_([torch.ones(2, device=target.device), overlapping(x)], x[:1], backend=target.backend)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8, ids=name)
+def test_float8_is_only_measured(target: Target, dtype: torch.dtype) -> None:
+    x, factor = torch.ones(3, device=target.device).to(dtype), torch.tensor(0.5, device=target.device)
+    message = r"tensors\[0\]: needed a dtype of float16, bfloat16, float32, float64.*, got .*"
+    with pytest.raises(ArgumentError, match=message):
+        ops.scale_([x], factor, backend=target.backend)
+    with pytest.raises((ArgumentError, RuntimeError), match=message):
+        ops.resolve(target.backend, torch.device(target.device)).scale_([x], factor)
+    assert x.float().tolist() == [1.0, 1.0, 1.0]

@@ -26,13 +26,16 @@ from gradprobe.ops.statistics import raw_rows
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
-SMALL = tuple(value for name, value in vars(torch).items() if name.startswith(("float8", "float4")))
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 INTEGER = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.uint16, torch.uint32, torch.uint64),
 )
 QUANTIZED = (torch.quint8, torch.qint8, torch.qint32)
-MEASURED = REAL + COMPLEX
+MEASURED = REAL + FLOAT8 + COMPLEX
+SMALL = tuple(
+    value for name, value in vars(torch).items() if name.startswith(("float8", "float4")) and value not in FLOAT8
+)
 DTYPES = MEASURED + SMALL + INTEGER + QUANTIZED
 
 NUMBERS = [[1.5, -2.0, 0.0, 4.0, -0.5, 3.0], [0.0, 2.5, -1.0, 0.25, 8.0, -6.0]]
@@ -82,13 +85,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+# torch cannot sum duplicates of these
+SUMMED_AS = {torch.complex32: torch.complex64, torch.float8_e4m3fn: torch.float32, torch.float8_e5m2: torch.float32}
+
 REFUSED_LAYOUTS = ("mkldnn", "nested", "jagged", "semi-structured", "meta")
 
 
 def truth(x: Tensor) -> list[float]:
     """Returns the six statistics of a plain tensor, computed by torch in float64."""
     if x.layout == torch.sparse_coo:
-        x = (x.to(torch.complex64) if x.dtype == torch.complex32 else x).coalesce().values()
+        x = x.to(SUMMED_AS.get(x.dtype, x.dtype)).coalesce().values()
     elif x.layout != torch.strided:
         x = x.values()
     x = x.resolve_conj().resolve_neg()

@@ -141,7 +141,7 @@ def test_one_parameter_of_an_unknown_dtype(any_hooks: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(6, 1)
-            self.scales = nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn))
+            self.scales = nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fnuz))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.layer(x)

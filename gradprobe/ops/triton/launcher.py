@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradprobe.errors import BackendError
 from gradprobe.ops import residual_reference as plain
-from gradprobe.ops.reference import check_no_overlap, check_rows, check_tensors
+from gradprobe.ops.reference import FLOAT_DTYPES, check_no_overlap, check_rows, check_tensors
 from gradprobe.ops.residual_reference import check_operands
 from gradprobe.ops.row_math import clip_of, rows_by
 from gradprobe.ops.rows import STATS
@@ -138,7 +138,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         BackendError: A CUDA graph is being captured.
     """
     check_rows(out, len(tensors))
-    check_tensors(tensors, out.device)
+    check_tensors(tensors, out.device, FLOAT_DTYPES)
     _refuse_capture(out.device)
     kernels = _device_code()
     torch.autograd.graph.increment_version(out)
@@ -166,7 +166,7 @@ def scale_(tensors: Sequence[Tensor], coefficient: Tensor) -> None:
         ArgumentError: A tensor does not fit; the message names it, what was needed and what was given.
         BackendError: A CUDA graph is being captured.
     """
-    check_tensors(tensors, coefficient.device)
+    check_tensors(tensors, coefficient.device, FLOAT_DTYPES)
     for k, tensor in enumerate(tensors):
         check_no_overlap(tensor, f"tensors[{k}]")
     _refuse_capture(coefficient.device)

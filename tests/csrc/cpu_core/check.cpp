@@ -29,10 +29,30 @@ using namespace gradprobe::cpu;
 namespace {
 
 constexpr const char* kIsaNames[kIsas] = {"baseline", "avx2", "avx512"};
-constexpr const char* kDtypeNames[4] = {"float16", "bfloat16", "float32", "float64"};
+constexpr Dtype kDtypes[6] = {Dtype::kFloat16, Dtype::kBFloat16,   Dtype::kFloat32,
+                              Dtype::kFloat64, Dtype::kFloat8E4M3, Dtype::kFloat8E5M2};
+constexpr const char* kDtypeNames[6] = {"float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"};
 int failures = 0;
 
+int fraction_bits(Dtype dtype) {
+  constexpr int kBits[6] = {10, 7, 23, 52, 3, 2};
+  return kBits[static_cast<int>(dtype)];
+}
+
+int exponent_fields(Dtype dtype) { return 1 << (8 * item_bytes(dtype) - 1 - fraction_bits(dtype)); }
+
+double widen_float8(Dtype dtype, uint8_t bits) {
+  const int digits = fraction_bits(dtype), magnitude = bits & 127;
+  const int exponent = magnitude >> digits, fraction = magnitude % (1 << digits);
+  const int bias = exponent_fields(dtype) / 2 - 1;
+  double x = std::ldexp(exponent == 0 ? fraction : fraction + (1 << digits), std::max(exponent, 1) - bias - digits);
+  if (dtype == Dtype::kFloat8E5M2 && exponent == 31) x = std::numeric_limits<double>::infinity();
+  if (magnitude > (dtype == Dtype::kFloat8E5M2 ? 124 : 126)) x = std::numeric_limits<double>::quiet_NaN();
+  return bits & 128 ? -x : x;
+}
+
 double widen(Dtype dtype, const void* element) {
+  if (is_float8(dtype)) return widen_float8(dtype, *static_cast<const uint8_t*>(element));
   if (dtype == Dtype::kFloat64 || dtype == Dtype::kFloat32) {
     double x;
     float f;
@@ -60,17 +80,13 @@ double widen(Dtype dtype, const void* element) {
 // many exponents from `first_exponent` on, and some powers of two and zeros.
 void fill(Dtype dtype, void* data, int64_t n, std::mt19937_64& random, int first_exponent, int exponents) {
   const int64_t width = item_bytes(dtype);
-  const int fraction_bits = dtype == Dtype::kFloat16    ? 10
-                            : dtype == Dtype::kBFloat16 ? 7
-                            : dtype == Dtype::kFloat32  ? 23
-                                                        : 52;
   for (int64_t i = 0; i < n; ++i) {
     uint64_t bits = random();
     if (exponents > 0) {
       const uint64_t sign = (bits & 1) << (8 * width - 1);
       const uint64_t exponent = first_exponent + (bits >> 1) % exponents;
-      const uint64_t fraction = (random() >> 11) & ((uint64_t{1} << fraction_bits) - 1);
-      bits = sign | exponent << fraction_bits | (random() % 16 == 0 ? 0 : fraction);
+      const uint64_t fraction = (random() >> 11) & ((uint64_t{1} << fraction_bits(dtype)) - 1);
+      bits = sign | exponent << fraction_bits(dtype) | (random() % 16 == 0 ? 0 : fraction);
       if (random() % 16 == 0) bits = sign;
     }
     std::memcpy(static_cast<char*>(data) + i * width, &bits, width);
@@ -118,7 +134,7 @@ struct Exponents {
 
 void check_dense(Dtype dtype, Isa isa, std::mt19937_64& random) {
   const int64_t width = item_bytes(dtype);
-  const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
+  const int top = exponent_fields(dtype) - 1;
   // All bit patterns; the lowest, middle and highest exponents; all finite values.
   const Exponents kinds[] = {{0, 0}, {0, 2}, {top / 2, 3}, {top - 2, 2}, {0, top}};
   std::vector<int64_t> sizes;
@@ -165,7 +181,7 @@ void check_strided(Dtype dtype, Isa isa, std::mt19937_64& random) {
     const int64_t middle = random() % (numel + 1);
     check("strided", dtype, isa, x, merge(chunk_stats(view, 0, middle, isa), chunk_stats(view, middle, numel, isa)));
     // Scaling by 1 must write every element back to its place, and no other element.
-    if (!dims.may_overlap()) {
+    if (!dims.may_overlap() && !is_float8(dtype)) {
       const std::vector<char> before(data.get(), data.get() + reach * width);
       scale_chunk(view, 0, numel, 1.0, isa);
       if (std::memcmp(before.data(), data.get(), before.size()) != 0) {
@@ -179,7 +195,7 @@ void check_strided(Dtype dtype, Isa isa, std::mt19937_64& random) {
 
 void check_magnitudes(Dtype dtype, std::mt19937_64& random) {
   const int64_t width = item_bytes(dtype);
-  const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
+  const int top = exponent_fields(dtype) - 1;
   // All bit patterns; the lowest, middle and highest exponents; all finite values.
   for (const Exponents& kind : {Exponents{0, 0}, {0, 2}, {top / 2, 3}, {top - 1, 1}, {0, top}}) {
     for (int64_t n : {1, 2, 3, 7, 8, 9, 4095, 4097, 10000}) {
@@ -359,7 +375,7 @@ void check_branch(Isa isa, const Buffer& branch, const Buffer& shortcut, int64_t
 }
 
 void check_residual(Dtype dtype, Isa isa, std::mt19937_64& random) {
-  const int top = dtype == Dtype::kFloat16 ? 31 : dtype == Dtype::kFloat64 ? 2047 : 255;
+  const int top = exponent_fields(dtype) - 1;
   // All bit patterns; numbers that nearly cancel; the lowest and the highest exponents; non-finite values.
   const Exponents kinds[] = {{0, 0}, {top / 2, 2}, {0, 3}, {top - 3, 3}, {top - 1, 2}};
   for (int64_t n : {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 129, 1000, 4095, 4097, 9001}) {
@@ -531,18 +547,17 @@ int main(int argc, char** argv) {
     return 0;
   }
   std::mt19937_64 of_magnitudes(7);
-  for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64}) {
-    check_magnitudes(dtype, of_magnitudes);
-  }
+  for (Dtype dtype : kDtypes) check_magnitudes(dtype, of_magnitudes);
   int sets = 0;
   for (int i = 0; i < kIsas; ++i) {
     const Isa isa = static_cast<Isa>(i);
     if (!can_run(isa)) continue;
     ++sets;
     std::mt19937_64 random(42);
-    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32, Dtype::kFloat64}) {
+    for (Dtype dtype : kDtypes) {
       check_dense(dtype, isa, random);
       check_strided(dtype, isa, random);
+      if (is_float8(dtype)) continue;  // only measured
       check_residual(dtype, isa, random);
       if (item_bytes(dtype) == 2) check_scale(dtype, isa);
       if (dtype == Dtype::kFloat32 || dtype == Dtype::kBFloat16) check_batch_norm(dtype, isa, random);
