@@ -4,6 +4,7 @@ With TRITON_INTERPRET=1 the kernels run on the CPU in Triton's interpreter, othe
 variable when it is imported, hence the process.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from csrc.emulation.reference import check_products, check_row
+from helpers.ops_truth import FLOAT8
 
 from gradprobe import ops
 from gradprobe.errors import ArgumentError, BackendError
@@ -23,8 +25,10 @@ from gradprobe.ops.triton import launcher as triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
-DTYPES = pytest.mark.parametrize("dtype", NAMES, ids=str)
+WRITTEN = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
+NAMES = WRITTEN | FLOAT8
+DTYPES = pytest.mark.parametrize("dtype", WRITTEN, ids=str)
+MEASURED = pytest.mark.parametrize("dtype", NAMES, ids=str)
 
 if INTERPRETED:
     from triton.runtime import interpreter
@@ -60,7 +64,7 @@ def random(numel: int, dtype: torch.dtype, seed: int, scale: float = 1.0) -> tor
     return values.to(dtype).to(DEVICE)
 
 
-@DTYPES
+@MEASURED
 def test_sizes_at_boundaries(dtype: torch.dtype) -> None:
     _, columns, rows = triton_kernels._TILES[dtype]
     chunk = columns * rows * triton_kernels._TILES_IN_CHUNK
@@ -69,22 +73,32 @@ def test_sizes_at_boundaries(dtype: torch.dtype) -> None:
     check([random(n, dtype, k) for k, n in enumerate(sizes)], "boundaries")
 
 
-@DTYPES
+@MEASURED
 def test_unaligned_and_strided_tensors(dtype: torch.dtype) -> None:
     base = random(5000, dtype, 1)
+    negated = [] if dtype in FLOAT8 else [torch._neg_view(base)]  # torch cannot negate float8
     check(
         [
-            *(base[1:], base[3:4000], base[::3], torch._neg_view(base)),
+            *(base[1:], base[3:4000], base[::3], *negated),
             base[:4800].view(8, 6, 10, 10).to(memory_format=torch.channels_last),
         ],
         "views",
     )
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_every_number_of_float8(dtype: torch.dtype) -> None:
+    numbers = torch.arange(256, dtype=torch.uint8)
+    finite = numbers[torch.isfinite(numbers.view(dtype).float())]
+    single = torch.cat((numbers[::32], numbers[0x7C:0x80])).split(1)
+    lists = [*single, numbers[:-1], numbers[::3], finite.repeat(75)[3:], finite.flip(0)]
+    check([one.to(DEVICE).view(dtype) for one in lists], "every number")
+
+
+@MEASURED
 def test_the_whole_range(dtype: torch.dtype) -> None:
-    smallest = {torch.float16: -24, torch.bfloat16: -133, torch.float32: -149, torch.float64: -1074}[dtype]
-    largest = {torch.float16: 15, torch.bfloat16: 127, torch.float32: 127, torch.float64: 1023}[dtype]
+    info = torch.finfo(dtype)
+    smallest, largest = (math.frexp(each)[1] - 1 for each in (info.smallest_normal * info.eps, info.max))
     rng = np.random.default_rng(1)
 
     def spread(low: int, high: int, numel: int) -> torch.Tensor:
@@ -96,10 +110,11 @@ def test_the_whole_range(dtype: torch.dtype) -> None:
     chunk = triton_kernels._TILES[dtype][1] * triton_kernels._TILES[dtype][2] * triton_kernels._TILES_IN_CHUNK
     # One magnitude per chunk, so partial results of different exponents merge.
     steps = torch.cat([spread(int(mark), int(mark) + 1, chunk) for mark in marks[[0, 3, 7]]])
-    check([*narrow, spread(smallest, largest, 9000), steps, steps.flip(0)], "range")
+    backwards = steps.view(3, chunk)[[2, 1, 0]].view(-1)
+    check([*narrow, spread(smallest, largest, 9000), steps, backwards], "range")
 
 
-@DTYPES
+@MEASURED
 def test_nan_and_infinity(dtype: torch.dtype) -> None:
     tensors = []
     for k, special in enumerate(([np.nan], [np.inf], [-np.inf], [np.inf, -np.inf], [np.nan, np.inf])):
@@ -112,7 +127,7 @@ def test_nan_and_infinity(dtype: torch.dtype) -> None:
 
 def test_many_tensors_of_mixed_dtypes() -> None:
     dtypes = list(NAMES)
-    check([random(k % 40, dtypes[k % 4], k) for k in range(120 if INTERPRETED else 3000)], "many")
+    check([random(k % 40, dtypes[k % len(dtypes)], k) for k in range(120 if INTERPRETED else 3000)], "many")
 
 
 @DTYPES

@@ -32,8 +32,10 @@ def _element_pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # typ
         pointer = address.to(tl.pointer_type(tl.float16))
     elif TYPE == "bf16":
         pointer = address.to(tl.pointer_type(tl.bfloat16))
-    else:
+    elif TYPE == "f64":
         pointer = address.to(tl.pointer_type(tl.float64))
+    else:  # float8, as bits
+        pointer = address.to(tl.pointer_type(tl.uint8))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)  # allows 16-byte loads
     return pointer
@@ -101,11 +103,24 @@ def store_partial(to, sum_, sum_abs, sum_sq, bits, n_zero, n_nonfinite, TYPE: tl
 
 
 @jit
+def _widened_float8(x, SHIFT: tl.constexpr, REBIAS: tl.constexpr, FIRST_SPECIAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Does what `widened_float8` of csrc/core/float8.h does: not every GPU has the types of float8."""
+    magnitude = x.to(tl.uint32) & 0x7F
+    moved = ((x.to(tl.uint32) & 0x80) << 24) | (magnitude << SHIFT)
+    finite = moved.to(tl.float32, bitcast=True) * REBIAS
+    return tl.where(magnitude < FIRST_SPECIAL, finite, (moved | 0x7F800000).to(tl.float32, bitcast=True))
+
+
+@jit
 def widened(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Returns `x` as float64 if that is its type, else as float32."""
     if TYPE == "bf16":
         # bfloat16 is the upper half of a float32. A conversion in Triton's interpreter would lose subnormals.
         wide = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif TYPE == "e4m3":
+        wide = _widened_float8(x, 20, 1.329227995784916e36, 0x7F)  # 2**120
+    elif TYPE == "e5m2":
+        wide = _widened_float8(x, 21, 5.192296858534828e33, 0x7C)  # 2**112
     else:
         wide = x if TYPE == "f64" else x.to(tl.float32)
     return wide

@@ -31,6 +31,8 @@ _TILES = {
     torch.float16: ("f16", 1024, 8),
     torch.bfloat16: ("bf16", 1024, 8),
     torch.float64: ("f64", 256, 8),
+    torch.float8_e4m3fn: ("e4m3", 2048, 4),
+    torch.float8_e5m2: ("e5m2", 2048, 4),
 }
 _TILES_IN_CHUNK = 4
 _MERGE_TILE = 128
@@ -138,7 +140,7 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         BackendError: A CUDA graph is being captured.
     """
     check_rows(out, len(tensors))
-    check_tensors(tensors, out.device, FLOAT_DTYPES)
+    check_tensors(tensors, out.device)
     _refuse_capture(out.device)
     kernels = _device_code()
     torch.autograd.graph.increment_version(out)

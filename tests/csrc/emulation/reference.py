@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Largest error relative to sum_abs for "sum", and relative to the value for the other sums.
-TOLERANCE = {"f16": 1e-6, "bf16": 1e-6, "f32": 1e-6, "f64": 1e-12}
+TOLERANCE = {"f16": 1e-6, "bf16": 1e-6, "f32": 1e-6, "f64": 1e-12, "e4m3": 1e-6, "e5m2": 1e-6}
 
 
 def range_exponent(abs_max: float) -> int:
