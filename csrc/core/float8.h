@@ -18,17 +18,16 @@ struct Float8E5M2 {
   uint8_t bits;
 };
 
-// Converts a number whose exponent and fraction belong `shift` bits higher in a float32. The product with `rebias`
-// changes the exponent's bias to that of float32, exactly for subnormal numbers too, unless the caller flushes them.
-// Magnitudes from `first_special` on are infinite or NaN.
-GRADPROBE_HD float widened_float8(uint8_t bits, int shift, float rebias, uint32_t first_special) {
-  const uint32_t magnitude = bits & 0x7fu;
-  const uint32_t moved = (bits & 0x80u) << 24 | magnitude << shift;
-  return magnitude < first_special ? float_of_bits(static_cast<int32_t>(moved)) * rebias
-                                   : float_of_bits(static_cast<int32_t>(moved | kFloatInfBits));
+// Moves sign, exponent and fraction to where a float32 has them. The product with `rebias` changes the exponent's bias
+// to that of float32, exactly for subnormal numbers too, unless the caller flushes them. Magnitudes that it brings to
+// `limit` or above are infinite or NaN.
+GRADPROBE_HD float widened_float8(uint8_t bits, int shift, float rebias, float limit) {
+  const int32_t moved = static_cast<int32_t>(uint32_t{bits} << 24) >> shift & (INT32_MIN | 0x7f000000 >> shift);
+  const float finite = float_of_bits(moved) * rebias;
+  return fabsf(finite) < limit ? finite : float_of_bits(moved | kFloatInfBits);
 }
 
-GRADPROBE_HD float widened(Float8E4M3 x) { return widened_float8(x.bits, 20, 0x1p+120f, 0x7f); }
-GRADPROBE_HD float widened(Float8E5M2 x) { return widened_float8(x.bits, 21, 0x1p+112f, 0x7c); }
+GRADPROBE_HD float widened(Float8E4M3 x) { return widened_float8(x.bits, 4, 0x1p+120f, 480.0f); }
+GRADPROBE_HD float widened(Float8E5M2 x) { return widened_float8(x.bits, 3, 0x1p+112f, 0x1p+16f); }
 
 }  // namespace gradprobe

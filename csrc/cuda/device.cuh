@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
   __stcg(reinterpret_cast<uint4*>(address), bytes);
 }
 
-// Calls body with a null pointer to the C++ type of `element`.
+// Calls body with a null pointer to the C++ type of `element`, unless that is float8.
 template <typename Body>
 cudaError_t with_type(Element element, Body&& body) {
   switch (element) {
@@ -104,6 +104,8 @@ cudaError_t with_type(Element element, Body&& body) {
       return body(static_cast<float*>(nullptr));
     case Element::f64:
       return body(static_cast<double*>(nullptr));
+    default:
+      break;
   }
   return cudaErrorInvalidValue;
 }

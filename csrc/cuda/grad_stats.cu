@@ -4,6 +4,7 @@
 // the launch's table and sums its chunk. It writes the row if the tensor has no other chunk, else a partial result for
 // the second launch to merge. There are no atomics: the order of every sum depends only on the tensor's size and
 // alignment.
+#include "core/float8.h"
 #include "cuda/finish.cuh"
 #include "cuda/table.cuh"
 #include "cuda/thread_sums.cuh"
@@ -11,11 +12,10 @@
 namespace gradprobe::cuda {
 namespace {
 
-constexpr int kLoads = 4;  // 16-byte loads in flight per thread
-
 template <typename T>
 __device__ __forceinline__ void add_range(ThreadSums<T>& sums, const T* begin, int numel) {
   constexpr int kNumel = kVectorNumel<T>;
+  constexpr int kLoads = sizeof(T) == 1 ? 2 : 4;  // in flight per thread; two have as many elements as fast sums allow
   const Split split = split_range(begin, numel);
   const T* vectors = begin + split.head;
   const int thread = static_cast<int>(threadIdx.x);
@@ -92,8 +92,7 @@ cudaError_t sum_tensors(const TensorSpan* tensors, int64_t n_tensors, Stats* par
 }  // namespace
 
 int64_t count_partials(int64_t numel, Element element) {
-  const int64_t element_bytes = element == Element::f64 ? 8 : element == Element::f32 ? 4 : 2;
-  return count_chunks(numel, grown_chunk(numel, kChunkBytes / element_bytes, kMaxChunks));
+  return count_chunks(numel, grown_chunk(numel, kChunkBytes / kBytes[static_cast<int>(element)], kMaxChunks));
 }
 
 int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element element) {
@@ -109,12 +108,15 @@ int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element ele
 
 cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element element, Stats* partials, double* rows,
                        const int32_t* enabled, cudaStream_t stream) {
-  return with_type(element, [&](auto* type) {
+  const auto sum = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_capacity(n_tensors, [&](auto capacity) {
       return sum_tensors<T, capacity.value>(tensors, n_tensors, partials, rows, enabled, stream);
     });
-  });
+  };
+  if (element == Element::e4m3) return sum(static_cast<Float8E4M3*>(nullptr));
+  if (element == Element::e5m2) return sum(static_cast<Float8E5M2*>(nullptr));
+  return with_type(element, sum);
 }
 
 }  // namespace gradprobe::cuda

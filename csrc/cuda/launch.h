@@ -13,7 +13,9 @@
 
 namespace gradprobe::cuda {
 
-enum class Element { f16, bf16, f32, f64 };
+enum class Element { f16, bf16, f32, f64, e4m3, e5m2 };  // only grad_stats takes the last two
+inline constexpr int kElements = 6;
+inline constexpr int64_t kBytes[kElements] = {2, 2, 4, 8, 1, 1};  // by Element
 
 struct TensorSpan {
   const void* data;  // dense elements, aligned to their size

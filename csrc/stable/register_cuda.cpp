@@ -27,23 +27,27 @@ namespace gradprobe {
 namespace {
 
 using cuda::Element;
+using cuda::kBytes;
+using cuda::kElements;
 using cuda::TensorSpan;
 using torch::stable::Tensor;
 
-constexpr int kElements = 4;
-constexpr int64_t kBytes[kElements] = {2, 2, 4, 8};  // by Element
-
-Element element_of(AtenTensorHandle tensor, const char* name, int64_t index = -1) {
-  switch (dtype_of(tensor, name, index)) {
+Element element_of(AtenTensorHandle tensor, const char* name, int64_t index = -1, bool measures = false) {
+  switch (dtype_of(tensor, name, index, measures)) {
     case cpu::Dtype::kFloat16:
       return Element::f16;
     case cpu::Dtype::kBFloat16:
       return Element::bf16;
     case cpu::Dtype::kFloat32:
       return Element::f32;
-    default:  // float64
-      return Element::f64;
+    case cpu::Dtype::kFloat8E4M3:
+      return Element::e4m3;
+    case cpu::Dtype::kFloat8E5M2:
+      return Element::e5m2;
+    case cpu::Dtype::kFloat64:
+      break;
   }
+  return Element::f64;
 }
 
 int32_t device_index_of(const Tensor& tensor, const char* name) {
@@ -84,7 +88,7 @@ Groups group(const TensorList& tensors, int32_t device_index, bool writable) {
   Groups groups;
   for (int64_t k = 0; k < tensors.size(); ++k) {
     AtenTensorHandle tensor = tensors[k];
-    const auto element = static_cast<int>(element_of(tensor, "tensors", k));
+    const auto element = static_cast<int>(element_of(tensor, "tensors", k, /*measures=*/!writable));
     int32_t its_type = 0;
     int32_t its_index = 0;
     int32_t layout = 0;
@@ -190,6 +194,7 @@ void scale_(StableIValue* stack, uint64_t, uint64_t) {
   const cudaStream_t stream = cuda::current_stream(device_index);
   for (int e = 0; e < kElements; ++e) {
     const auto& spans = groups.spans[e];
+    if (spans.empty()) continue;
     check_launch(cuda::scale(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e),
                              coefficient.const_data_ptr(),
                              dtype == torch::headeronly::ScalarType::Double ? Element::f64 : Element::f32, stream),

@@ -9,14 +9,13 @@ import pytest
 import torch
 from emulation.building import compiler
 from emulation.operators import emulated_operators
-from helpers.ops_truth import scaled_by_torch
+from helpers.ops_truth import DTYPES, MEASURED, scaled_by_torch
 from torch import Tensor
 
 from gradprobe import ops
 from gradprobe.ops import reference
 
 OPERATORS = ("grad_stats_into", "scale_")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Operator = Callable[..., None]
 
@@ -65,7 +64,7 @@ def assert_rows_match(out: Tensor, tensors: list[Tensor]) -> None:
     torch.testing.assert_close(got[:, 1:3], needed[:, 1:3], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", MEASURED, ids=str)
 def test_statistics_of_every_layout(target: tuple[object, torch.device], dtype: torch.dtype) -> None:
     operators, device = target
     tensors = [*layouts(dtype, device), torch.randn(5, 1, device=device).to(dtype).expand(5, 7)]
@@ -76,7 +75,7 @@ def test_statistics_of_every_layout(target: tuple[object, torch.device], dtype: 
 
 def test_mixed_dtypes_go_to_their_own_rows(target: tuple[object, torch.device]) -> None:
     operators, device = target
-    tensors = [tensor for row in zip(*(layouts(dtype, device) for dtype in DTYPES), strict=True) for tensor in row]
+    tensors = [tensor for row in zip(*(layouts(dtype, device) for dtype in MEASURED), strict=True) for tensor in row]
     ring = torch.full((3, len(tensors), 6), torch.nan, dtype=torch.float64, device=device)
     operators.grad_stats_into(tensors, ring[1])
     assert_rows_match(ring[1], tensors)

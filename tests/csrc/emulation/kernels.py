@@ -11,14 +11,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-ELEMENTS = ("f16", "bf16", "f32", "f64")
-ITEM_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+from emulation import float8
+
+WRITTEN = ("f16", "bf16", "f32", "f64")
+ELEMENTS = (*WRITTEN, "e4m3", "e5m2")  # by gradprobe::cuda::Element
+ITEM_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "e4m3": 1, "e5m2": 1}
 CHUNK_BYTES = 64 * 1024
 VECTOR_BYTES = 16
 
 
 def encode(values: NDArray[np.float64], element: str) -> NDArray[np.generic]:
-    """Rounds values to the element type. bfloat16 is returned as bit patterns in uint16."""
+    """Rounds values to the element type. bfloat16 is returned as bit patterns in uint16, float8 in uint8."""
+    if element in float8.NUMBERS:
+        return float8.encode(values, element)
     with np.errstate(over="ignore", invalid="ignore"):
         if element == "f64":
             return values.astype(np.float64)
@@ -34,6 +39,8 @@ def encode(values: NDArray[np.float64], element: str) -> NDArray[np.generic]:
 
 def decode(storage: NDArray[np.generic], element: str) -> NDArray[np.float64]:
     """Returns the exact values as float64."""
+    if element in float8.NUMBERS:
+        return float8.NUMBERS[element][storage.astype(np.uint8)]
     if element == "bf16":
         return (storage.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return storage.astype(np.float64)

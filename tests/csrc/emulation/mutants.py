@@ -27,6 +27,13 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        "float8_nan_read_as_number",
+        "core/float8.h",
+        "0x1p+120f, 480.0f)",
+        "0x1p+120f, 512.0f)",
+        "grad_stats/every_number/e4m3",
+    ),
+    Mutant(
         "missing_barrier",
         "cuda/device.cuh",
         "  __syncthreads();\n  Stats all",

@@ -20,6 +20,7 @@ from emulation.kernels import (
     ELEMENTS,
     ITEM_BYTES,
     VECTOR_BYTES,
+    WRITTEN,
     Block,
     KernelError,
     Kernels,
@@ -40,7 +41,7 @@ def sizes_at_boundaries(element: str, short: bool = False) -> list[int]:
     chunk = CHUNK_BYTES // ITEM_BYTES[element]
     marks = [1, vector, 32, 256, 32 * vector, THREADS * vector, LOADS * THREADS * vector, chunk]
     if not short:
-        marks += [2 * vector, (LOADS - 1) * THREADS * vector, 2 * chunk]
+        marks += [2 * vector, 2 * THREADS * vector, (LOADS - 1) * THREADS * vector, 2 * chunk]
     return sorted({0, *(mark + step for mark in marks for step in (-1, 0, 1)), chunk + vector - 1})
 
 
@@ -99,6 +100,8 @@ def _extremes(element: str) -> list[NDArray[np.float64]]:
         "bf16": (2.0**-133, 2.0**127),
         "f32": (2.0**-149, 3.4e38),
         "f64": (5e-324, 1.7e308),
+        "e4m3": (2.0**-9, 448.0),
+        "e5m2": (2.0**-16, 57344.0),
     }[element]
     rng = np.random.default_rng(3)
     cases = []
@@ -132,6 +135,18 @@ def extremes(element: str, short: bool) -> Check:
             [Block(encode(values, element), element, k % 2) for k, values in enumerate(cases)],
             f"{element} extremes",
         )
+
+    return check
+
+
+def every_number(element: str) -> Check:
+    """All bit patterns of float8, alone, all together, and without those that are not finite."""
+
+    def check(kernels: Kernels) -> None:
+        bits = np.arange(256, dtype=np.uint8)
+        finite = bits[np.isfinite(decode(bits, element))]
+        storages = [*bits[:, None], bits[:-1], finite[::-1], np.tile(finite, 75)[:-3]]
+        check_tensors(kernels, [Block(each, element, k % 16) for k, each in enumerate(storages)], f"every {element}")
 
     return check
 
@@ -421,11 +436,14 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"grad_stats/boundaries/{element}"] = boundaries(element, short)
         checks[f"grad_stats/misaligned/{element}"] = misaligned(element)
         checks[f"grad_stats/extremes/{element}"] = extremes(element, short)
+        checks[f"grad_stats/only_if/{element}"] = only_if("grad_stats", element)
+        if element not in WRITTEN:
+            checks[f"grad_stats/every_number/{element}"] = every_number(element)
+            continue
         checks[f"scale/boundaries/{element}"] = scaled(element, short)
         checks[f"residual_add/forward/{element}"] = residual_forward(element, short)
         checks[f"residual_add/backward/{element}"] = residual_backward(element, short)
         checks[f"branch_stats/parts/{element}"] = both_parts(element, short)
-        checks[f"grad_stats/only_if/{element}"] = only_if("grad_stats", element)
         checks[f"residual_add/only_if/forward/{element}"] = only_if("residual_add", element)
         checks[f"residual_add/only_if/backward/{element}"] = only_if("residual_add_backward", element)
         checks[f"branch_stats/only_if/{element}"] = only_if("branch_stats", element)

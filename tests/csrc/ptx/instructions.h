@@ -128,6 +128,13 @@ T op_shr(T a, T bits) {
   return u64(bits) < 8 * sizeof a ? a >> bits : a < 0 ? -1 : 0;
 }
 
+// Puts the lowest `length` bits of a at bit `start` of b.
+template <Integer T>
+T op_bfi(T a, T b, T start, T length) {
+  const T mask = op_shl<T>(~op_shl<T>(~T{0}, length), start);
+  return (op_shl<T>(a, start) & mask) | (b & ~mask);
+}
+
 template <Integer T>
 T op_add(T a, T b) {
   return a + b;
