@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/layout.h"
+#include "core/magnitudes.h"
 #include "core/stats.h"
 
 namespace gradprobe::cpu {
@@ -43,22 +44,7 @@ Stats chunk_stats(const View& view, int64_t begin, int64_t end, Isa isa);
 // Writes elements [begin, begin + n) of a float8 view, in the order of `dims`, as float32. Requires a FloatEnvironment.
 void widen_float8(const View& view, int64_t begin, int64_t n, float* out);
 
-// The layout of a row of magnitudes, as gradprobe/ops/rows.py describes it.
-inline constexpr int kLowestPower = -150;
-inline constexpr int kHighestPower = 128;
-inline constexpr int kBins = kHighestPower - kLowestPower + 2;
-inline constexpr int kCounts = 1 + kBins + 1;          // zeros, bins, NaN and infinity
-inline constexpr int kMagnitudeColumns = kCounts + 2;  // and the largest magnitude and the kurtosis
-
-// What a chunk adds to the two numbers behind the counts.
-struct Moments {
-  double largest;  // finite magnitude
-  int exponent;    // the sums are those of x * 2**-exponent
-  double sum_sq;
-  double sum_fourth;
-};
-
-// Adds elements [begin, end) of the view to counts [kCounts]. Requires a FloatEnvironment.
+// Adds elements [begin, end) of the view to counts [kCounts], and returns their moments. Requires a FloatEnvironment.
 Moments count_magnitudes(const View& view, int64_t begin, int64_t end, int64_t* counts);
 
 // Multiplies elements [begin, end) in place, in double for kFloat64, else in float, and rounds each product to the

@@ -1,5 +1,7 @@
 // Counts the elements of a chunk by their exponents. The arithmetic is on bit patterns: of u = |x| as an integer, the
 // exponent of u - 1 is k for every x in (2**k, 2**(k + 1)], so that a power of two falls below its own exponent.
+#include "core/magnitudes.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -36,8 +38,6 @@ typename Format<Float>::Word magnitude_bits(Float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits & ~(typename Format<Float>::Word{1} << (8 * sizeof bits - 1));
 }
-
-int column_of(int exponent) { return 2 + std::clamp(exponent, kLowestPower - 1, kHighestPower) - kLowestPower; }
 
 // Calls each(data, n) for groups of the elements [begin, end) as float or double.
 template <typename Each>
@@ -103,12 +103,12 @@ void count_ends(const Float* data, int64_t n, int64_t* counts) {
 template <typename Float>
 void add_powers(const Float* data, int64_t n, Moments& moments) {
   constexpr int kLanes = 8;
-  const double unit = std::ldexp(1.0, -moments.exponent);
-  double sum_sq[kLanes] = {}, sum_fourth[kLanes] = {};
+  const double unit = power_of_two(-moments.exponent);
+  double sum_square[kLanes] = {}, sum_fourth[kLanes] = {};
   int64_t i = 0;
   const auto add = [&](int lane, double x) {
     const double square = x * x;
-    sum_sq[lane] += square;
+    sum_square[lane] += square;
     sum_fourth[lane] += square * square;
   };
   for (; i + kLanes <= n; i += kLanes) {
@@ -116,7 +116,7 @@ void add_powers(const Float* data, int64_t n, Moments& moments) {
   }
   for (; i < n; ++i) add(0, data[i] * unit);
   for (int lane = 0; lane < kLanes; ++lane) {
-    moments.sum_sq += sum_sq[lane];
+    moments.sum_square += sum_square[lane];
     moments.sum_fourth += sum_fourth[lane];
   }
 }
@@ -164,7 +164,7 @@ Moments count(const View& view, int64_t begin, int64_t end, int64_t* counts) {
   std::memcpy(&largest_value, &largest, sizeof largest_value);
   moments.largest = static_cast<double>(largest_value);
   if (!kOnce) {
-    moments.exponent = largest == 0 ? -1000 : std::clamp(std::ilogb(moments.largest), -1000, 1000);
+    moments.exponent = magnitude_exponent(moments.largest);
     groups([&](const Float* data, int64_t n) { add_powers(data, n, moments); });
   }
   return moments;

@@ -3,14 +3,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <climits>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "core/chunks.h"
 #include "core/layout.h"
+#include "core/magnitudes.h"
 #include "core/stats.h"
 #include "cpu/float_env.h"
 #include "cpu/kernels.h"
@@ -124,21 +123,12 @@ inline void magnitudes(const Work& work, double* rows) {
   });
   const FloatEnvironment environment;
   for (int64_t k = 0; k < work.n_tensors(); ++k) {
-    const int64_t first = work.first_chunk(k), end = work.first_chunk(k + 1);
-    Moments whole{0.0, INT_MIN, 0.0, 0.0};
-    for (int64_t chunk = first; chunk < end; ++chunk) {
-      whole.largest = std::max(whole.largest, partials[chunk].largest);
-      whole.exponent = std::max(whole.exponent, partials[chunk].exponent);
-    }
-    for (int64_t chunk = first; chunk < end; ++chunk) {
-      const int shift = partials[chunk].exponent - whole.exponent;
-      whole.sum_sq += std::ldexp(partials[chunk].sum_sq, 2 * shift);
-      whole.sum_fourth += std::ldexp(partials[chunk].sum_fourth, 4 * shift);
-    }
+    Moments whole = no_moments();
+    for (int64_t chunk = work.first_chunk(k); chunk < work.first_chunk(k + 1); ++chunk)
+      whole = merge(whole, partials[chunk]);
     double* row = rows + k * kMagnitudeColumns;
     for (int bin = 0; bin < kCounts; ++bin) row[bin] = static_cast<double>(counts[k * kCounts + bin]);
-    row[kCounts] = whole.largest;
-    row[kCounts + 1] = static_cast<double>(work.views()[k].numel) * whole.sum_fourth / (whole.sum_sq * whole.sum_sq);
+    finish(whole, row);
   }
 }
 

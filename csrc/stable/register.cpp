@@ -88,7 +88,7 @@ void magnitudes_into(StableIValue* stack, uint64_t, uint64_t) {
   const TensorList tensors(stack[0]);
   const auto out = torch::stable::detail::to<torch::stable::Tensor>(stack[1]);
   check_cpu(out, "out");
-  check_rows(out, tensors.size(), "out", cpu::kMagnitudeColumns);
+  check_rows(out, tensors.size(), "out", kMagnitudeColumns);
   count_write(out);
   cpu::magnitudes(plan(tensors, /*writable=*/false), static_cast<double*>(out.mutable_data_ptr()));
 }

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from gradprobe.errors import ArgumentError
-from gradprobe.ops.row_math import clip_of, merge_rows
-from gradprobe.ops.rows import HIGHEST_POWER, KURTOSIS, LOWEST_POWER, N_MAGNITUDES, STATS, range_exponent
+from gradprobe.ops.row_math import clip_of, magnitude_exponent, merge_rows, power_of_two
+from gradprobe.ops.rows import HIGHEST_POWER, LOWEST_POWER, N_MAGNITUDES, STATS, range_exponent
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)  # can be measured, but no kernel writes them
@@ -182,12 +182,12 @@ def grad_stats_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     check_rows(out, len(tensors))
     check_tensors(tensors, out.device)
     if tensors:
-        _measure(tensors, _rows, out, torch.zeros_like(out[0]))
+        _measure(tensors, _rows, out)
 
 
-def _measure(tensors: Sequence[Tensor], rows_of: _Rows, out: Tensor, of_empty: Tensor) -> None:
-    """Writes the row of each tensor into `out`, small ones together; `of_empty`: the row of an empty one."""
-    rows = [of_empty] * len(tensors)
+def _measure(tensors: Sequence[Tensor], rows_of: _Rows, out: Tensor) -> None:
+    """Writes the row of each tensor into `out`, small ones together; that of an empty one is zero."""
+    rows = [torch.zeros_like(out[0])] * len(tensors)
     for table in _tables(tensors):
         if tensors[table[0]].numel() > _SMALL_NUMEL:
             measured = _rows_of_large(tensors[table[0]], rows_of)
@@ -203,7 +203,7 @@ def magnitudes_into(tensors: Sequence[Tensor], out: Tensor) -> None:
 
     Args:
         tensors: K tensors of `MEASURED_DTYPES`, any layout, on the device of `out`.
-        out: [K, 284] float64, contiguous; gets rows of magnitudes as described in `rows`.
+        out: [K, 285] float64, contiguous; gets rows of magnitudes as described in `rows`.
 
     Raises:
         ArgumentError: A tensor or `out` does not fit; the message names it, what was needed and what was given.
@@ -212,20 +212,18 @@ def magnitudes_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         >>> out = torch.empty(1, N_MAGNITUDES, dtype=torch.float64)
         >>> magnitudes_into([torch.tensor([0.0, 3.0, -4.0, 5.0])], out)
         >>> [(k, count) for k, count in enumerate(out[0].tolist()) if count]
-        [(0, 1.0), (153, 2.0), (154, 1.0), (282, 5.0), (283, 1.5392)]
+        [(0, 1.0), (153, 2.0), (154, 1.0), (282, 5.0), (283, 3.125), (284, 3.7578125)]
     """
     check_rows(out, len(tensors), width=N_MAGNITUDES)
     check_tensors(tensors, out.device)
     if tensors:
-        of_empty = torch.zeros_like(out[0])
-        of_empty[KURTOSIS] = torch.nan
-        _measure(tensors, _magnitude_rows, out, of_empty)
+        _measure(tensors, _magnitude_rows, out)
 
 
 def _magnitude_rows(
     tables: Callable[[], Iterable[Tensor]], dtype: torch.dtype, device: torch.device, n_padding: Tensor | int
 ) -> Tensor:
-    """Computes the rows of magnitudes [K, 284] of K tensors; the arguments are those of `_rows`."""
+    """Computes the rows of magnitudes [K, 285] of K tensors; the arguments are those of `_rows`."""
     wide_dtype = dtype if dtype in _BITS else torch.float32
     integer, mask, infinity, _ = _BITS[wide_dtype]
     limits = _limits(wide_dtype, device)  # [L]
@@ -241,15 +239,13 @@ def _magnitude_rows(
     up_to = up_to - (numel - n).unsqueeze(1)
     abs_max = _double_of(abs_max_bits, wide_dtype)
     # Over a power of two near the largest magnitude, no fourth power that matters leaves the range of float64.
-    exponent = ((abs_max.view(torch.int64) >> 52) - 1023).clamp(-1000, 1000)
-    unit = ((1023 - exponent) << 52).view(torch.float64).unsqueeze(1)
+    unit = power_of_two(-magnitude_exponent(abs_max)).unsqueeze(1)
     sums = torch.zeros(2, 1, dtype=torch.float64, device=device)
     for table in tables():
         squares = _scaled(_as_wide(table), unit).square()
         sums = sums + torch.stack((squares.sum(1), squares.square().sum(1)))
     counts = up_to.diff(dim=1, prepend=torch.zeros_like(up_to[:, :1]), append=n.unsqueeze(1))
-    kurtosis = n * sums[1] / sums[0].square()
-    return torch.cat((counts.double(), abs_max.unsqueeze(1), kurtosis.unsqueeze(1)), dim=1)
+    return torch.cat((counts.double(), abs_max.unsqueeze(1), sums.T), dim=1)
 
 
 def _limits(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,7 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradprobe.ops.rows import ABS_MAX, N_ZERO, STATS, SUM_SQ, range_exponent
+from gradprobe.ops.rows import (
+    ABS_MAX,
+    LARGEST,
+    N_ZERO,
+    STATS,
+    SUM_FOURTH,
+    SUM_SQ,
+    SUM_SQUARE,
+    range_exponent,
+)
 
 
 def true_rows(rows: Tensor) -> Tensor:
@@ -73,6 +82,47 @@ def merge_rows(rows: Tensor) -> Tensor:
     sum_sq = (rows[..., SUM_SQ] * factor * factor).sum(dim=1)
     counts = rows[..., N_ZERO:].sum(dim=1)
     return torch.cat((sums, sum_sq.unsqueeze(1), abs_max.unsqueeze(1), counts), dim=1)
+
+
+def magnitude_exponent(largest: Tensor) -> Tensor:
+    """Returns the exponent e of the power of two over which a row of magnitudes sums, given its largest magnitude.
+
+    Args:
+        largest: Float64, any shape.
+
+    Returns:
+        Int64 of the same shape, from -1000 to 1000.
+
+    Example:
+        >>> magnitude_exponent(torch.tensor([0.0, 3.0, 1e308], dtype=torch.float64)).tolist()
+        [-1000, 1, 1000]
+    """
+    return ((largest.view(torch.int64) >> 52) - 1023).clamp(-1000, 1000)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Returns 2**exponent as float64, exactly, of int64 exponents from -1022 to 1023."""
+    return ((exponent + 1023) << 52).view(torch.float64)
+
+
+def merge_magnitudes(one: Tensor, other: Tensor) -> Tensor:
+    """Merges two rows of magnitudes into that of both tensors together.
+
+    Args:
+        one: [285] float64, as `magnitudes_into` writes it.
+        other: Another, on the same device.
+
+    Returns:
+        [285] float64.
+    """
+    rows = torch.stack((one, other))
+    # compared as integers, since torch may flush subnormal numbers
+    largest = rows[:, LARGEST].contiguous().view(torch.int64).amax(0, keepdim=True).view(torch.float64)  # [1]
+    shift = magnitude_exponent(rows[:, LARGEST].contiguous()) - magnitude_exponent(largest)  # [2], at most 0
+    factor = power_of_two(shift.clamp(min=-500))  # below, nothing is left of a sum
+    squares = (rows[:, SUM_SQUARE] * factor.square()).sum(0, keepdim=True)
+    fourths = (rows[:, SUM_FOURTH] * factor.square().square()).sum(0, keepdim=True)
+    return torch.cat((rows[:, :LARGEST].sum(0), largest, squares, fourths))
 
 
 def clip_of(row: Tensor, max_norm: float) -> Tensor:

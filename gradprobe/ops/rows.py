@@ -4,11 +4,12 @@ A raw row [6] holds, in the order of `STATS`: `sum(x) * 2**-e`, `sum(|x|) * 2**-
 the number of zeros, and the number of NaN and infinite elements. The exponent `e = range_exponent(max(|x|))` is 0
 unless the largest magnitude of a float64 tensor lies outside [2**-480, 2**480], where squares underflow or overflow.
 
-A row of magnitudes [284] counts the elements by |x|, all of them once: zeros; those up to `2**-150`; those in
+A row of magnitudes [285] counts the elements by |x|, all of them once: zeros; those up to `2**-150`; those in
 `(2**k, 2**(k + 1)]` for each k from -150 to 127, which are all that float32 and the half-precision dtypes have; those
-above `2**128`; NaN and infinity. Then follow the largest finite magnitude, and `n * sum(x**4) / sum(x**2)**2` over all
-n elements, which is NaN if all are zero or one is not finite. A bin has its upper limit inside, since a number halfway
-between zero and the smallest of a format, a power of two, is rounded to zero.
+above `2**128`; NaN and infinity. Then follow the largest finite magnitude, `sum((x * 2**-e)**2)` and
+`sum((x * 2**-e)**4)`, where e is the magnitude's exponent, limited to [-1000, 1000]; the sums are not finite if an
+element is not. A bin has its upper limit inside, since a number halfway between zero and the smallest of a format, a
+power of two, is rounded to zero.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SUM, SUM_ABS, SUM_SQ, ABS_MAX, N_ZERO, N_NONFINITE = range(len(STATS))
 
 LOWEST_POWER, HIGHEST_POWER = -150, 128
 ZEROS, BINS = 0, slice(1, HIGHEST_POWER - LOWEST_POWER + 3)
-NOT_FINITE, LARGEST, KURTOSIS = range(BINS.stop, BINS.stop + 3)
-N_MAGNITUDES = KURTOSIS + 1
+NOT_FINITE, LARGEST, SUM_SQUARE, SUM_FOURTH = range(BINS.stop, BINS.stop + 4)
+N_MAGNITUDES = SUM_FOURTH + 1
 
 # 2**480, 2**-480 and infinity as float64 bits. Compared as integers, subnormal numbers differ from zero even while
 # torch flushes denormals.

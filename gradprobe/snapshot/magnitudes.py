@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.errors import ArgumentError
-from gradprobe.ops.rows import BINS, HIGHEST_POWER, KURTOSIS, LARGEST, LOWEST_POWER, NOT_FINITE, ZEROS
+from gradprobe.ops.rows import BINS, HIGHEST_POWER, LARGEST, LOWEST_POWER, NOT_FINITE, SUM_FOURTH, SUM_SQUARE, ZEROS
 from gradprobe.snapshot.records import FloatArray, IntArray
 
 
@@ -62,7 +62,7 @@ class Magnitudes:
     scale that is a power of two, and, where no value overflows, for overflow.
 
     Attributes:
-        name: Name of the parameter.
+        name: Name of the parameter or module.
         edges: Limits of the bins, which rise by factors of two: of 0, `2**-150`, ..., `2**128` and infinity, times the
             factor that undoes loss scaling. [B + 1]
         counts: Number of values with `edges[b] < |x| <= edges[b + 1]`. [B]
@@ -198,13 +198,54 @@ def _format(dtype: object) -> Format:
     return _FORMATS[name]
 
 
+def edges_of(scale: float) -> FloatArray:
+    """Returns the limits of the bins of values that are multiplied by a factor after they are counted, [B + 1]."""
+    powers = np.exp2(np.arange(LOWEST_POWER, HIGHEST_POWER + 1))
+    return np.concatenate(([0.0], powers * scale, [math.inf]))
+
+
+def count_in(row: FloatArray) -> int:
+    """Returns the number of values that a row of magnitudes counts."""
+    return int(row[: NOT_FINITE + 1].sum())
+
+
+def magnitudes_of(name: str, row: FloatArray, scale: float, edges: FloatArray) -> Magnitudes:
+    """Reads a row of magnitudes.
+
+    Args:
+        name: Name of the parameter or module.
+        row: The row, as `gradprobe.ops.rows` describes it. [285]
+        scale: Factor that undoes loss scaling.
+        edges: The limits of the bins with this factor, from `edges_of`.
+    """
+    counts = row[: NOT_FINITE + 1].astype(np.int64)
+    numel = int(counts.sum())
+    with np.errstate(invalid="ignore"):  # all are zero, or one is not finite
+        kurtosis = float(numel * row[SUM_FOURTH] / row[SUM_SQUARE] ** 2)
+    abs_max = float(row[LARGEST]) * scale
+    return Magnitudes(name, edges, counts[BINS], int(counts[ZEROS]), int(counts[NOT_FINITE]), numel, abs_max, kurtosis)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ActivationMagnitudes:
+    """How the magnitudes of a module's output spread, and those of its gradient.
+
+    Attributes:
+        output: Those of the output, over all tensors and calls together.
+        gradient: Those of the gradient of the output, None if there was none or not all of it was counted.
+    """
+
+    output: Magnitudes
+    gradient: Magnitudes | None
+
+
 @dataclass(frozen=True, eq=False)
 class GradientMagnitudes:
     """The magnitudes of the gradients of K parameters.
 
     Attributes:
         names: First names of the parameters. Length K.
-        rows: Rows of magnitudes, as `gradprobe.ops.rows` describes them. [K, 284]
+        rows: Rows of magnitudes, as `gradprobe.ops.rows` describes them. [K, 285]
         present: Which parameters had a gradient. [K]
         scale: Factor that undoes loss scaling.
     """
@@ -217,20 +258,6 @@ class GradientMagnitudes:
     @cached_property
     def magnitudes(self) -> dict[str, Magnitudes]:
         """The magnitudes of the gradients, by the parameter's first name, in the order of `names`."""
-        powers = np.exp2(np.arange(LOWEST_POWER, HIGHEST_POWER + 1))
-        edges = np.concatenate(([0.0], powers * self.scale, [math.inf]))
-        return {self.names[k]: self._one(k, edges) for k in np.flatnonzero(self.present).tolist()}
-
-    def _one(self, k: int, edges: FloatArray) -> Magnitudes:
-        row = self.rows[k]
-        counts = row[: NOT_FINITE + 1].astype(np.int64)
-        return Magnitudes(
-            self.names[k],
-            edges,
-            counts[BINS],
-            int(counts[ZEROS]),
-            int(counts[NOT_FINITE]),
-            int(counts.sum()),
-            float(row[LARGEST]) * self.scale,
-            float(row[KURTOSIS]),
-        )
+        edges = edges_of(self.scale)
+        there = np.flatnonzero(self.present).tolist()
+        return {self.names[k]: magnitudes_of(self.names[k], self.rows[k], self.scale, edges) for k in there}

@@ -133,3 +133,9 @@ def assert_right(tensors: list[torch.Tensor], target: Target, expected: list[Tru
         assert (n_zero, n_nonfinite) == (want.n_zero, want.n_nonfinite), what
         if 1e-150 < want.norm < 1e150 or math.isnan(want.norm) or want.norm == 0.0:
             assert same(sum_sq, want.norm**2, 2.1e-6 * want.norm**2), what
+
+
+def of_bits(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Returns the numbers of a dtype whose bits are the lowest of 64 bits."""
+    words = np.array(values, dtype=np.int64).astype({1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize])
+    return torch.from_numpy(words).view(dtype)

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.ops_truth import FLOAT8, MEASURED, as_float64
+from helpers.ops_truth import DTYPES, FLOAT8, MEASURED, as_float64, of_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gradprobe.errors import ArgumentError
 from gradprobe.ops import reference
-from gradprobe.ops.rows import KURTOSIS, LARGEST, N_MAGNITUDES, NOT_FINITE, ZEROS
+from gradprobe.ops.row_math import merge_magnitudes
+from gradprobe.ops.rows import LARGEST, N_MAGNITUDES, NOT_FINITE, SUM_SQUARE, ZEROS
 from gradprobe.ops.schemas import MAGNITUDES_INTO
 from gradprobe.snapshot import FloatArray
 
@@ -35,7 +36,7 @@ def values(tensor: torch.Tensor) -> FloatArray:
 
 
 def truth(tensor: torch.Tensor) -> list[float]:
-    """Returns the row of magnitudes without the kurtosis, counted in float64."""
+    """Returns the row of magnitudes without the sums, counted in float64."""
     x = np.abs(values(tensor))
     finite = x[np.isfinite(x)]
     bins = np.searchsorted(LIMITS, finite[finite > 0], side="left") - 1
@@ -43,13 +44,14 @@ def truth(tensor: torch.Tensor) -> list[float]:
     return [(x == 0).sum(), *counts, len(x) - len(finite), finite.max(initial=0.0)]
 
 
-def true_kurtosis(tensor: torch.Tensor) -> float:
+def true_sums(tensor: torch.Tensor) -> list[float] | None:
+    """Returns the exact sums of a row, None if they are not finite."""
     x = values(tensor)
-    if not np.isfinite(x).all() or not x.any():
-        return math.nan
-    exponent = math.frexp(float(np.abs(x).max()))[1]
-    y = np.ldexp(np.ldexp(x, -exponent // 2), -exponent - -exponent // 2)
-    return len(y) * math.fsum(y**4) / math.fsum(y**2) ** 2
+    if not np.isfinite(x).all():
+        return None
+    exponent = max(-1000, min(1000, math.frexp(float(np.abs(x).max(initial=0.0)))[1] - 1)) if x.any() else 0
+    y = np.ldexp(x, -exponent)
+    return [math.fsum(y**2), math.fsum(y**4)]
 
 
 def rows_of(tensors: list[torch.Tensor], kernel: str, device: str = "cpu") -> torch.Tensor:
@@ -61,14 +63,15 @@ def rows_of(tensors: list[torch.Tensor], kernel: str, device: str = "cpu") -> to
 
 def assert_right(tensors: list[torch.Tensor], kernel: str, device: str = "cpu") -> None:
     for tensor, row in zip(tensors, rows_of(tensors, kernel, device), strict=True):
-        assert row[:KURTOSIS].tolist() == truth(tensor), f"{tensor.dtype} {list(tensor.shape)}"
-        assert row[KURTOSIS].item() == pytest.approx(true_kurtosis(tensor), rel=1e-9, nan_ok=True)
+        assert_row_is(row, truth(tensor), true_sums(tensor))
 
 
-def of_bits(values: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """Returns the numbers of a dtype whose bits are the lowest of 64 bits."""
-    words = np.array(values, dtype=np.int64).astype({1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize])
-    return torch.from_numpy(words).view(dtype)
+def assert_row_is(row: torch.Tensor, counts: list[float], sums: list[float] | None) -> None:
+    assert row[:SUM_SQUARE].tolist() == counts
+    if sums is None:
+        assert not row[SUM_SQUARE:].isfinite().any()
+    else:
+        assert row[SUM_SQUARE:].tolist() == pytest.approx(sums, rel=1e-12)
 
 
 @on_each_device
@@ -129,15 +132,17 @@ def test_fourth_powers_that_no_float64_holds(kernel: str, magnitude: float) -> N
     y[:140_000] *= 1e-30  # most chunks are far below the last
     z[:140_000] = 0.0
     assert_right([x, y, z], kernel)
-    assert rows_of([x], kernel)[0, KURTOSIS].item() == pytest.approx(3.0, abs=0.1)
+    square, fourth = rows_of([x], kernel)[0, SUM_SQUARE:].tolist()
+    assert len(x) * fourth / square**2 == pytest.approx(3.0, abs=0.1)
 
 
 @with_each_kernel
 def test_a_row_of_nothing_and_of_zeros(kernel: str) -> None:
     rows = rows_of([torch.zeros(0), torch.zeros(5), torch.full((3,), torch.nan)], kernel)
-    assert [rows[0].nansum().item(), rows[1, ZEROS].item(), rows[2, NOT_FINITE].item()] == [0.0, 5.0, 3.0]
+    assert [rows[0].sum().item(), rows[1].sum().item(), rows[2, NOT_FINITE].item()] == [0.0, 5.0, 3.0]
     assert rows[:, LARGEST].tolist() == [0.0, 0.0, 0.0]
-    assert rows[:, KURTOSIS].isnan().all()
+    assert rows[1, ZEROS] == 5
+    assert rows[2, SUM_SQUARE:].isnan().all()
     assert rows_of([], kernel).shape == (0, N_MAGNITUDES)
 
 
@@ -147,13 +152,33 @@ def test_subnormal_numbers_count_while_torch_flushes_them(
     kernel: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     numbers = of_bits([*range(1, 64), 0, -1 << 8 * dtype.itemsize - 1], dtype)
-    expected = truth(numbers), true_kurtosis(numbers)
+    expected = truth(numbers), true_sums(numbers)
     request.getfixturevalue("flush_denormal")
     out = torch.empty(1, N_MAGNITUDES, dtype=torch.float64)
     KERNELS[kernel]([numbers], out)
     torch.set_flush_denormal(False)
-    assert out[0, :KURTOSIS].tolist() == expected[0]
-    assert out[0, KURTOSIS].item() == pytest.approx(expected[1], rel=1e-9)
+    assert_row_is(out[0], *expected)
+
+
+@given(
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    bits=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60),
+    middle=st.integers(0, 60),
+    flushes=st.booleans(),
+)
+def test_merged_rows_are_those_of_both_tensors(
+    dtypes: tuple[torch.dtype, torch.dtype], bits: list[int], middle: int, flushes: bool
+) -> None:
+    parts = [of_bits(bits[:middle], dtypes[0]), of_bits(bits[middle:], dtypes[1])]
+    both = torch.cat([torch.from_numpy(values(part)) for part in parts])
+    expected = truth(both), true_sums(both)
+    rows = rows_of(parts, "dispatched")
+    torch.set_flush_denormal(flushes)
+    try:
+        merged = merge_magnitudes(*rows)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_row_is(merged, *expected)
 
 
 @pytest.mark.parametrize("dtype", MEASURED, ids=name)
@@ -168,7 +193,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
     if torch._C._dispatch_has_kernel_for_dispatch_key("gradprobe::magnitudes_into", "CPU"):
         assert all(torch.equal(rows, seen[0]) for rows in seen)
-    assert all(torch.equal(rows[:, :KURTOSIS], seen[0][:, :KURTOSIS]) for rows in seen)
+    assert all(torch.equal(rows[:, :SUM_SQUARE], seen[0][:, :SUM_SQUARE]) for rows in seen)
 
 
 @with_each_kernel
@@ -189,5 +214,5 @@ def test_rows_are_written_to_a_view_and_the_write_is_counted(kernel: str) -> Non
     version = whole._version
     KERNELS[kernel]([torch.ones(4)], whole[1])
     assert (whole[[0, 2]] == -7.0).all()
-    assert whole[1].sum() == 4 + 1 + 1
+    assert whole[1].sum() == 4 + 1 + 4 + 4
     assert whole._version > version

@@ -206,7 +206,7 @@ void check_magnitudes(Dtype dtype, std::mt19937_64& random) {
         int64_t counts[kCounts] = {}, expected[kCounts] = {};
         const View view{data.get(), dtype, n, dims.dense() ? nullptr : &dims};
         const Moments moments = count_magnitudes(view, 0, n, counts);
-        long double largest = 0, sum_sq = 0, sum_fourth = 0;
+        long double largest = 0, sum_square = 0, sum_fourth = 0;
         for (int64_t i = 0; i < n; ++i) {
           const double x = std::fabs(widen(dtype, data.get() + i * stride * width));
           int power = kLowestPower;
@@ -214,11 +214,11 @@ void check_magnitudes(Dtype dtype, std::mt19937_64& random) {
           ++expected[x == 0 ? 0 : std::isfinite(x) ? 1 + power - kLowestPower : kCounts - 1];
           if (std::isfinite(x)) largest = std::max(largest, static_cast<long double>(x));
           const long double scaled = ldexpl(x, -moments.exponent);
-          sum_sq += scaled * scaled;
+          sum_square += scaled * scaled;
           sum_fourth += scaled * scaled * scaled * scaled;
         }
         const bool right = std::memcmp(counts, expected, sizeof counts) == 0 && moments.largest == largest &&
-                           close(moments.sum_sq, sum_sq, 1e-12L * sum_sq) &&
+                           close(moments.sum_square, sum_square, 1e-12L * sum_square) &&
                            close(moments.sum_fourth, sum_fourth, 1e-12L * sum_fourth);
         if (right) continue;
         ++failures;
