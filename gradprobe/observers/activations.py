@@ -135,7 +135,7 @@ class ActivationHooks:
 
     def on_output(self, m: int, output: Any) -> None:
         """Observes the output of module m. Never raises an error of measuring, unless the buffer is strict."""
-        if self._native is not None and self._native.observe(m, output):
+        if self._native is not None and self.buffer.on_event is None and self._native.observe(m, output):
             return
         try:
             self._observe(m, output)

@@ -1,39 +1,60 @@
-"""Counts the values of gradients by magnitude, on one step in many."""
+"""Counts the values of gradients and activations by magnitude, on one step in many."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gradprobe import ops
 from gradprobe.ops import reference
+from gradprobe.ops.row_math import merge_magnitudes
 from gradprobe.ops.rows import N_MAGNITUDES
 from gradprobe.ops.schemas import MAGNITUDES_INTO
-from gradprobe.snapshot.magnitudes import GradientMagnitudes
+from gradprobe.snapshot.records import FloatArray
 
 
 class StepMagnitudes:
-    """The magnitudes of one step's gradients: rows on their devices, then on the host. Keeps no gradient.
+    """The magnitudes of one step's tensors: rows on their devices, then on the host. Keeps no tensor.
+
+    Attributes:
+        names: Names of the K sites.
 
     Args:
-        names: First names of the K parameters.
+        names: The same.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._names = tuple(names)
-        self._rows: dict[tuple[int, ...], torch.Tensor] = {}  # by the positions of their parameters, [P, 284]
+        self.names = tuple(names)
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}  # by the positions of P sites, [P, 285]
         self._ready: list[torch.Event] = []
+        self._lock = threading.Lock()  # a backward pass runs one thread per device
 
     def put(self, positions: Sequence[int], rows: torch.Tensor) -> None:
-        """Takes the rows of parameters, in place of earlier ones of the same.
+        """Takes the rows of sites, in place of earlier ones of the same.
 
         Args:
-            positions: Positions of P parameters.
-            rows: Their rows of magnitudes, on any device. [P, 284]
+            positions: Positions of P sites.
+            rows: Their rows of magnitudes, on any device. [P, 285]
         """
         self._rows[tuple(positions)] = rows
+
+    def add(self, position: int, rows: torch.Tensor) -> None:
+        """Takes the row of one more tensor of a site.
+
+        Args:
+            position: Position of the site.
+            rows: Its row of magnitudes, on any device. [1, 285]
+        """
+        with self._lock:
+            known = self._rows.get((position,))
+            if known is not None:
+                rows = merge_magnitudes(known[0], rows[0].to(known.device)).unsqueeze(0)
+            self._rows[position,] = rows
 
     def publish(self) -> None:
         """Starts the copies of all rows to the host."""
@@ -51,22 +72,18 @@ class StepMagnitudes:
             event.record()
             self._ready.append(event)
 
-    def read(self, scale: float) -> GradientMagnitudes:
-        """Returns the magnitudes as host data, once `publish` has been called. Waits for the copies.
-
-        Args:
-            scale: Factor that undoes loss scaling.
-        """
+    def read(self) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+        """Returns the rows [K, 285], and which sites have one [K], after `publish`. Waits for the copies."""
         for event in self._ready:
             event.synchronize()
-        rows, present = np.zeros((len(self._names), N_MAGNITUDES)), np.zeros(len(self._names), dtype=np.bool_)
+        rows, present = np.zeros((len(self.names), N_MAGNITUDES)), np.zeros(len(self.names), dtype=np.bool_)
         for positions, part in self._rows.items():
             rows[list(positions)], present[list(positions)] = part.numpy(), True
-        return GradientMagnitudes(self._names, rows, present, scale)
+        return rows, present
 
 
 class MagnitudeObserver:
-    """Counts the values of gradients by magnitude.
+    """Counts the values of gradients or activations by magnitude.
 
     Args:
         every: Every how many steps.
@@ -83,7 +100,7 @@ class MagnitudeObserver:
         self._is_off = True
 
     def is_due(self, step: int) -> bool:
-        """Returns whether the gradients of a step are counted."""
+        """Returns whether the values of a step are counted."""
         return step % self._every == 0 and not self._is_off
 
     def count(self, gradients: Mapping[int, torch.Tensor], into: StepMagnitudes) -> None:
@@ -103,3 +120,17 @@ class MagnitudeObserver:
                 rows = torch.empty(len(members), N_MAGNITUDES, dtype=torch.float64, device=device)
                 self._kernel(list(members.values()), rows)
                 into.put(tuple(members), rows)
+
+    def count_event(self, site: int, values: torch.Tensor, into: StepMagnitudes) -> None:
+        """Counts the values of one of the tensors observed at a site, without waiting for a device.
+
+        Args:
+            site: Position of the site.
+            values: Dense and real; any strides and device.
+            into: Gets the row.
+        """
+        # a mode that records the operators of a forward pass, as of a selective checkpoint, must not see these
+        with _disable_current_modes(), torch.no_grad():
+            row = torch.empty(1, N_MAGNITUDES, dtype=torch.float64, device=values.device)
+            self._kernel([values], row)
+            into.add(site, row)

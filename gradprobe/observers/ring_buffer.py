@@ -32,6 +32,7 @@ class Slot:
         is_contested: As in `Snapshot`.
         serial: Its number among all steps that were committed.
         magnitudes: How the magnitudes of its gradients spread, None if they were not counted.
+        signal_magnitudes: The same of its activations.
         extras: Those of the extra row's values that the host knows, by column; the others are in the extra row.
         has_loss: A loss was given.
         ready: For each device other than the host, the event after which its rows can be read.
@@ -48,6 +49,7 @@ class Slot:
     is_contested: bool = False
     serial: int = 0
     magnitudes: StepMagnitudes | None = None
+    signal_magnitudes: StepMagnitudes | None = None
     extras: dict[int, float] = field(default_factory=dict)
     has_loss: bool = False
     ready: dict[torch.device, torch.Event] = field(default_factory=dict)

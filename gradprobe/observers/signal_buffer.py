@@ -47,6 +47,7 @@ class SignalBuffer:
         rows: Rows of the events of the open step.
         graphs: Rows that captured CUDA graphs write; does nothing on a device without graphs.
         gate: Closed while nothing can be observed.
+        on_event: Called with each activation's site and values, None if nobody wants to know. C++ hooks do not call it.
 
     Args:
         n_sites: Number of sites, S.
@@ -79,6 +80,7 @@ class SignalBuffer:
         self.rows = make_rows(device, backend, n_sites, strict, capturing)
         self.graphs = make_graph_rows(device, n_sites)
         self.gate = Gate(is_open=True)
+        self.on_event: Callable[[int, torch.Tensor], None] | None = None
         self._has_warned = False
         self._last_plan: _Plan | None = None
 
@@ -167,10 +169,12 @@ class SignalBuffer:
         """
         rows = self.graphs.open_rows(self.rows)
         known = rows.known(tensor)
-        if known is not None:
-            rows.next(site, tensor.numel(), _smallest_normal(tensor.dtype)).copy_(known)
-        else:
+        if known is None:
             rows.remember(tensor, self.write_uncached(site, tensor))
+            return
+        rows.next(site, tensor.numel(), _smallest_normal(tensor.dtype)).copy_(known)
+        if self.on_event is not None:
+            self._tell(site, ops.dense_values(tensor))
 
     def write_uncached(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
         """Records a tensor without looking for an earlier row: compiled code does not count versions.
@@ -185,6 +189,8 @@ class SignalBuffer:
         with torch.no_grad(), self.graphs.counting():
             values = ops.dense_values(tensor)
             row = self._next(site, values)
+            if self.on_event is not None:
+                self._tell(site, values)
             if values.device == self._device:
                 self._backends[self._device].grad_stats_into([values], row)
                 return row
@@ -255,6 +261,13 @@ class SignalBuffer:
             self.rows.switch_off(site, 1)
         self.graphs = make_graph_rows(device, self._n_sites)
         self.enabled = is_on
+
+    def _tell(self, site: int, values: torch.Tensor) -> None:
+        """Tells `on_event` of an activation, unless a CUDA graph is being captured: its replays would not tell."""
+        on_event = self.on_event  # another thread may close the step
+        is_captured = self.graphs.open_rows(self.rows) is not self.rows
+        if on_event is not None and site < self._first_junction_site and not is_captured:
+            on_event(site, values)
 
     def _next(self, site: int, tensor: torch.Tensor) -> torch.Tensor:
         return self.graphs.open_rows(self.rows).next(site, tensor.numel(), _smallest_normal(tensor.dtype))

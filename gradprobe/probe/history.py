@@ -17,6 +17,7 @@ from gradprobe.observers.cuda_graphs import n_rows, unpack_numels
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.ring_buffer import FinishedStep, RingBuffer
 from gradprobe.observers.updates import UpdateObserver
+from gradprobe.snapshot.magnitudes import GradientMagnitudes
 from gradprobe.snapshot.records import FloatArray
 from gradprobe.snapshot.signals import Signals, SignalTable
 from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
@@ -369,14 +370,17 @@ class History:
             reduction: Literal["local", "global"] = "local"
             if reduced is not None and len(reduced.signal_numels) > 0:
                 events, reduction = events.seen(reduced.signal_numels), "global"
-            signals = Signals(self.signals, finished.signals[:n_sites], events, finished.signal_scale, reduction)
+            rows, counted = finished.signals[:n_sites], slot.signal_magnitudes
+            magnitudes = None if counted is None else counted.read()[0]
+            signals = Signals(self.signals, rows, events, finished.signal_scale, reduction, magnitudes)
         provenance, clip_factor = slot.provenance, 1.0 if slot.provenance.state == "raw" else None
         if slot.tolerance is not None:
             # unscaling multiplies as clipping does
             unscaling = finished.scale if slot.is_unscaled else 1.0
             state, clip_factor = _judge_change(*finished.ratios, unscaling, slot.tolerance)
             provenance = provenance._replace(state=state)
-        magnitudes = None if slot.magnitudes is None else slot.magnitudes.read(finished.scale)
+        counts = slot.magnitudes
+        of_gradients = None if counts is None else GradientMagnitudes(counts.names, *counts.read(), finished.scale)
         return Snapshot(
             step=slot.step,
             loss=finished.loss,
@@ -392,7 +396,7 @@ class History:
             differ=None if reduced is None else reduced.differ,
             is_accumulated=slot.is_accumulated,
             is_contested=slot.is_contested,
-            gradient_magnitudes=magnitudes,
+            gradient_magnitudes=of_gradients,
         )
 
 

@@ -92,8 +92,9 @@ def attach(
         junctions: Observe the residual adds, i.e. the `gradprobe.nn.ResidualAdd` modules of the model.
         updates: Observe how far the optimizer moves each parameter. Copies the parameters for the duration of its step.
         magnitudes: Count the values of each gradient by magnitude, in powers of two: `Snapshot.magnitudes` then tells
-            quantiles, kurtosis, and which share would underflow or overflow in float16, bfloat16 and float8. Not of
-            gradients that are reduced over ranks, as those of a sharded model.
+            quantiles, kurtosis, and which share would underflow or overflow in float16, bfloat16 and float8, and
+            `Snapshot.activation_magnitudes` the same of each observed module's output and its gradient. Not of
+            gradients and activations that are reduced over ranks, such as the gradients of a sharded model.
         every: Measure the steps whose number is a multiple of this.
         activations_every: Of the measured steps, observe activations and residual adds in those whose number is a
             multiple of this.

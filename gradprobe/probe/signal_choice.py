@@ -12,6 +12,7 @@ from gradprobe.nn.residual import ResidualAdd
 from gradprobe.observers.activations import select_modules
 from gradprobe.observers.fence import Fence
 from gradprobe.observers.junctions import junction_modules
+from gradprobe.observers.magnitudes import MagnitudeObserver
 from gradprobe.observers.signals import SignalObserver
 from gradprobe.probe.options import Options
 from gradprobe.snapshot.signals import SignalTable
@@ -36,6 +37,9 @@ class SignalChoice:
         self._model = weakref.ref(model)
         self._selection, self._has_junctions = options.activations, options.junctions
         self._backend = options.backend
+        # statistics that are reduced over ranks are of more elements than are counted here
+        counts = options.magnitudes and self._selection is not False and not options.reduce_activations
+        self._magnitudes = MagnitudeObserver(options.magnitudes_every, options.backend) if counts else None
         # a module may refer to the model, or be the model, which must not keep itself alive through its probe
         self._activations: WeakValueDictionary[str, nn.Module] = WeakValueDictionary()
         self._junctions: WeakValueDictionary[str, ResidualAdd] = WeakValueDictionary()
@@ -78,7 +82,9 @@ class SignalChoice:
         """
         if self.table is None:
             return None
-        return SignalObserver(self.table, self._activations, self._junctions, device, self._backend, fence)
+        return SignalObserver(
+            self.table, self._activations, self._junctions, device, self._backend, fence, self._magnitudes
+        )
 
 
 def _residual_adds(model: nn.Module) -> dict[str, ResidualAdd]:

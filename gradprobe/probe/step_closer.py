@@ -135,6 +135,7 @@ class StepCloser:
         slot.tolerance, slot.is_unscaled = change.tolerance, change.is_unscaled
         if self._signals.observer is not None and self._signals.are_due() and not is_late:
             slot.events = self._signals.observer.close(self._history.ring.signal_rows())
+            slot.signal_magnitudes = self._signals.observer.magnitudes
             self._coverage.note_silent_modules(opened.number)
         if opened.magnitudes is not None:
             self._gradients.take_magnitudes(slot)

@@ -90,7 +90,7 @@ class StepSignals:
     def switch(self) -> None:
         """Switches the hooks on if they are due in the open step, else off."""
         if self.observer is not None and not self._is_released:
-            self.observer.set_enabled(self.are_due())
+            self.observer.set_enabled(self.are_due(), self._recording.open.number)
 
     def remove(self) -> None:
         """Removes the hooks."""

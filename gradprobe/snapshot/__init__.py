@@ -3,7 +3,7 @@
 import warnings
 
 from gradprobe.snapshot.export import to_pandas
-from gradprobe.snapshot.magnitudes import Bounds, GradientMagnitudes, Magnitudes
+from gradprobe.snapshot.magnitudes import ActivationMagnitudes, Bounds, GradientMagnitudes, Magnitudes
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
 from gradprobe.snapshot.signals import Activation, Junction, Signals
 from gradprobe.snapshot.snapshot import NonFinite, SiteTable, Snapshot
@@ -13,6 +13,7 @@ from gradprobe.snapshot.updates import Update, Updates
 __all__ = [
     "COLUMNS",
     "Activation",
+    "ActivationMagnitudes",
     "Bounds",
     "FloatArray",
     "GradientMagnitudes",

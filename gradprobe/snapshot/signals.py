@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gradprobe.ops.rows import ABS_MAX, SUM_ABS, SUM_SQ, range_exponent
+from gradprobe.snapshot.magnitudes import ActivationMagnitudes, Magnitudes, count_in, edges_of, magnitudes_of
 from gradprobe.snapshot.records import JUNCTION_KINDS, Events, FloatArray
 from gradprobe.snapshot.stats import SiteStats, finish_rows, site_stats
 
@@ -132,6 +133,8 @@ class Signals:
         events: The events, in order of execution.
         scale: Factor that undoes loss scaling on the gradients.
         reduction: "local": of this process; "global": of the elements on all ranks together, copies included.
+        magnitude_rows: Rows of magnitudes, of which those of activations are read; None if they were not counted in
+            this step. [S, 285]
     """
 
     table: SignalTable
@@ -139,6 +142,7 @@ class Signals:
     events: Events
     scale: float
     reduction: Literal["local", "global"] = "local"
+    magnitude_rows: FloatArray | None = None
 
     @property
     def scaled_abs_mean(self) -> FloatArray:
@@ -167,6 +171,17 @@ class Signals:
                 assert output is not None
                 module_type = self.table.module_types[site // len(ACTIVATION_KINDS)]
                 found[name] = Activation(name, module_type, output, self.stats(site + 1))
+        return found
+
+    @cached_property
+    def activation_magnitudes(self) -> dict[str, ActivationMagnitudes]:
+        """How the magnitudes of outputs and their gradients spread, by module, in order of execution."""
+        unscaled, scaled = edges_of(1.0), edges_of(self.scale)
+        found = {}
+        for site in dict.fromkeys(self.events.sites):
+            output = self._magnitudes(site, 1.0, unscaled) if self.table.kinds[site] == "activation" else None
+            if output is not None:
+                found[output.name] = ActivationMagnitudes(output, self._magnitudes(site + 1, self.scale, scaled))
         return found
 
     @cached_property
@@ -221,6 +236,16 @@ class Signals:
     def all_stats(self) -> Iterator[SiteStats]:
         """Yields the statistics of every observed tensor, in order of execution."""
         yield from (stats for site in self.observed if (stats := self.stats(site)) is not None)
+
+    def _magnitudes(self, site: int, scale: float, edges: FloatArray) -> Magnitudes | None:
+        """Reads the magnitudes at a site, None unless all of its values were counted."""
+        measured = self.events.measured
+        if self.magnitude_rows is None or not measured.present[site]:
+            return None
+        row = self.magnitude_rows[site]
+        if count_in(row) != measured.numels[site]:
+            return None
+        return magnitudes_of(self.table.names[site], row, scale, edges)
 
     def _cosine(self, first: int) -> float:
         shortcut, branch, dot = (first + JUNCTION_KINDS.index(kind) for kind in JUNCTION_KINDS[4:])

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from gradprobe.snapshot.magnitudes import GradientMagnitudes, Magnitudes
+from gradprobe.snapshot.magnitudes import ActivationMagnitudes, GradientMagnitudes, Magnitudes
 from gradprobe.snapshot.metrics import Detail, metrics
 from gradprobe.snapshot.notebook import snapshot_form
 from gradprobe.snapshot.records import FloatArray, Measured, Provenance
@@ -169,6 +169,11 @@ class Snapshot:
         """How the magnitudes of the gradients spread, by the parameter's first name, in model order."""
         found = {} if self.gradient_magnitudes is None else self.gradient_magnitudes.magnitudes
         return {name: found[name] for name in self.table.names if name in found}
+
+    @property
+    def activation_magnitudes(self) -> dict[str, ActivationMagnitudes]:
+        """How the magnitudes of module outputs and of their gradients spread, by module, in order of execution."""
+        return {} if self.signals is None else self.signals.activation_magnitudes
 
     @property
     def changes(self) -> Updates | None:

@@ -5,27 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from helpers.magnitude_cases import EDGES, attach, counts_of, newest
 from helpers.probe_cases import RejectReads, loss_of, mlp, sgd
 from torch import nn
 
 import gradprobe
 from gradprobe.errors import ArgumentError
 from gradprobe.log import read_run
-from gradprobe.snapshot import FloatArray, Magnitudes, Snapshot
-
-EDGES = np.concatenate(([0.0], np.exp2(np.arange(-150, 129)), [math.inf]))
-
-
-def counts_of(gradient: torch.Tensor, edges: FloatArray = EDGES) -> list[int]:
-    """Counts in float64 how many values of a gradient lie in each bin."""
-    x = gradient.detach().double().abs().numpy().ravel()
-    x = x[np.isfinite(x) & (x > 0)]
-    return np.bincount(np.searchsorted(edges, x) - 1, minlength=len(edges) - 1).tolist()
+from gradprobe.snapshot import Magnitudes
 
 
 def counts_in(magnitudes: dict[str, Magnitudes]) -> dict[str, list[int]]:
@@ -34,16 +24,6 @@ def counts_in(magnitudes: dict[str, Magnitudes]) -> dict[str, list[int]]:
 
 def truth(model: nn.Module) -> dict[str, list[int]]:
     return {name: counts_of(one.grad) for name, one in model.named_parameters() if one.grad is not None}
-
-
-def attach(model: nn.Module, **options: Any) -> gradprobe.Probe:
-    return gradprobe.attach(model, magnitudes=True, strict=True, **{"magnitudes_every": 1, **options})
-
-
-def newest(probe: gradprobe.Probe) -> Snapshot:
-    snapshot = probe.latest(wait=True)
-    assert snapshot is not None
-    return snapshot
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -23,6 +23,7 @@ PLACES = {
     "committing": "gradprobe.observers.ring_buffer.RingBuffer.commit",
     "judging": "gradprobe.diagnosis.running.RunningDiagnosis.take",
     "counting magnitudes": "gradprobe.observers.magnitudes.MagnitudeObserver.count",
+    "counting activations": "gradprobe.observers.magnitudes.MagnitudeObserver.count_event",
     "keeping magnitudes": "gradprobe.observers.magnitudes.StepMagnitudes.publish",
     "noting": "gradprobe.probe.coverage.CoverageLog.note",
     "copying parameters": "gradprobe.observers.updates.UpdateObserver.begin",
@@ -76,7 +77,9 @@ def test_an_error_anywhere_leaves_the_training_as_it_is(
         watched = train(model)
     assert all(torch.equal(one, other) for one, other in zip(bare, watched, strict=True))
     failures = [str(each.message) for each in told if "planted" in str(each.message)]
-    assert len(failures) == (2 if place == "measuring" and any_hooks == "python" else 1)  # gradients and updates
+    # gradients and updates, or gradients and activations, fail on their own
+    is_of_two = place == "keeping magnitudes" or (place == "measuring" and any_hooks == "python")
+    assert len(failures) == 1 + is_of_two
     assert all("Broken: planted" in failure for failure in failures)
     monkeypatch.undo()
     probe.detach()
