@@ -33,6 +33,14 @@ GRADPROBE_HD int column_of(int exponent) {
   return 2 + (exponent < lowest ? lowest : exponent > kHighestPower ? kHighestPower : exponent) - kLowestPower;
 }
 
+// Returns the column that counts an element with these bits of |x|. A power of two falls below its own exponent, into
+// that of the number before it.
+GRADPROBE_HD int column_of_bits(int64_t bits) {
+  if (bits == 0) return 0;
+  if (bits >= kDoubleInfBits) return kCounts - 1;
+  return column_of(static_cast<int>((bits - 1) >> 52) - 1023);
+}
+
 // What elements add to the numbers behind the counts.
 struct Moments {
   double largest;  // finite magnitude

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "core/chunks.h"
+#include "core/float8.h"
 #include "core/stats.h"
 #include "cuda/kernel_list.h"
 #include "cuda/launch.h"
@@ -108,6 +109,14 @@ cudaError_t with_type(Element element, Body&& body) {
       break;
   }
   return cudaErrorInvalidValue;
+}
+
+// The same for every element that is measured.
+template <typename Body>
+cudaError_t with_measured_type(Element element, Body&& body) {
+  if (element == Element::e4m3) return body(static_cast<Float8E4M3*>(nullptr));
+  if (element == Element::e5m2) return body(static_cast<Float8E5M2*>(nullptr));
+  return with_type(element, body);
 }
 
 // A range split at 16-byte boundaries: `head` single elements, vectors, `tail` single elements.

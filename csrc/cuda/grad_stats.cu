@@ -4,7 +4,6 @@
 // the launch's table and sums its chunk. It writes the row if the tensor has no other chunk, else a partial result for
 // the second launch to merge. There are no atomics: the order of every sum depends only on the tensor's size and
 // alignment.
-#include "core/float8.h"
 #include "cuda/finish.cuh"
 #include "cuda/table.cuh"
 #include "cuda/thread_sums.cuh"
@@ -108,15 +107,12 @@ int64_t count_partials(const TensorSpan* tensors, int64_t n_tensors, Element ele
 
 cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element element, Stats* partials, double* rows,
                        const int32_t* enabled, cudaStream_t stream) {
-  const auto sum = [&](auto* type) {
+  return with_measured_type(element, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return with_capacity(n_tensors, [&](auto capacity) {
       return sum_tensors<T, capacity.value>(tensors, n_tensors, partials, rows, enabled, stream);
     });
-  };
-  if (element == Element::e4m3) return sum(static_cast<Float8E4M3*>(nullptr));
-  if (element == Element::e5m2) return sum(static_cast<Float8E5M2*>(nullptr));
-  return with_type(element, sum);
+  });
 }
 
 }  // namespace gradprobe::cuda

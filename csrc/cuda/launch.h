@@ -13,7 +13,7 @@
 
 namespace gradprobe::cuda {
 
-enum class Element { f16, bf16, f32, f64, e4m3, e5m2 };  // only grad_stats takes the last two
+enum class Element { f16, bf16, f32, f64, e4m3, e5m2 };  // the last two can only be measured
 inline constexpr int kElements = 6;
 inline constexpr int64_t kBytes[kElements] = {2, 2, 4, 8, 1, 1};  // by Element
 
@@ -31,6 +31,14 @@ int64_t count_partials(int64_t numel, Element element);
 // tensors do not fit into one table in kernel parameters.
 cudaError_t grad_stats(const TensorSpan* tensors, int64_t n_tensors, Element element, Stats* partials, double* rows,
                        const int32_t* enabled, cudaStream_t stream);
+
+// Returns the bytes of scratch space of a call of `magnitudes`.
+int64_t magnitude_bytes(const TensorSpan* tensors, int64_t n_tensors, Element element);
+
+// Writes the rows of magnitudes of the tensors that are not empty to rows [*, kMagnitudeColumns]. Two launches; more if
+// the tensors do not fit into one table in kernel parameters.
+cudaError_t magnitudes(const TensorSpan* tensors, int64_t n_tensors, Element element, void* scratch, double* rows,
+                       cudaStream_t stream);
 
 // Multiplies the tensors in place by the number that `coefficient` points to on the device. Accesses no tensor if it
 // is 1.

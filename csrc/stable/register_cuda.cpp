@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "core/layout.h"
+#include "core/magnitudes.h"
 #include "cuda/launch.h"
 #include "stable/arguments.h"
 #include "stable/residual_layout.h"
@@ -177,6 +178,34 @@ void grad_stats_into(StableIValue* stack, uint64_t, uint64_t) {
     check_launch(cuda::grad_stats(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e), partials,
                                   rows, enabled(device_index), stream),
                  "grad_stats_into", device_index);
+  }
+}
+
+// magnitudes_into(Tensor[] tensors, Tensor(a!) out) -> ()
+void magnitudes_into(StableIValue* stack, uint64_t, uint64_t) {
+  const TensorList tensors(stack[0]);
+  const auto out = torch::stable::detail::to<Tensor>(stack[1]);
+  const int32_t device_index = device_index_of(out, "out");
+  check_rows(out, tensors.size(), "out", kMagnitudeColumns);
+  const cuda::DeviceScope scope(device_index);
+  const Groups groups = group(tensors, device_index, /*writable=*/false);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));  // the rows of empty tensors; counts as a write
+
+  // Launches on a stream run one after another, so all groups share the scratch space.
+  int64_t n_bytes = 0;
+  for (int e = 0; e < kElements; ++e) {
+    const auto& spans = groups.spans[e];
+    n_bytes = std::max(
+        n_bytes, cuda::magnitude_bytes(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e)));
+  }
+  Tensor scratch = torch::stable::empty({n_bytes}, torch::headeronly::ScalarType::Byte, std::nullopt, out.device());
+  auto* rows = static_cast<double*>(out.mutable_data_ptr());  // [K, kMagnitudeColumns]
+  const cudaStream_t stream = cuda::current_stream(device_index);
+  for (int e = 0; e < kElements; ++e) {
+    const auto& spans = groups.spans[e];
+    check_launch(cuda::magnitudes(spans.data(), static_cast<int64_t>(spans.size()), static_cast<Element>(e),
+                                  scratch.mutable_data_ptr(), rows, stream),
+                 "magnitudes_into", device_index);
   }
 }
 
@@ -348,6 +377,7 @@ Tensor residual_add_backward(Tensor grad_y, Tensor y) {
 
 STABLE_TORCH_LIBRARY_IMPL(GRADPROBE_NAMESPACE, GRADPROBE_DISPATCH_KEY, m) {
   m.impl("grad_stats_into", &gradprobe::grad_stats_into);
+  m.impl("magnitudes_into", &gradprobe::magnitudes_into);
   m.impl("scale_", &gradprobe::scale_);
   m.impl("clip_coefficient", TORCH_BOX(&gradprobe::clip_coefficient));
   m.impl("count_if", TORCH_BOX(&gradprobe::count_if));

@@ -178,6 +178,7 @@ def register_for_cuda(backend: str) -> None:
         warnings.simplefilter("ignore")
         if backend == "triton":
             triton_launcher.register(_library, "CUDA")
+            _library.impl("magnitudes_into", reference.magnitudes_into, "CUDA", allow_override=True)  # Triton has none
             return
         for name, _, kernel in _REFERENCE:
             _library.impl(name, kernel, "CUDA", allow_override=True)

@@ -83,7 +83,11 @@ def test_all_shared_memory_is_poisoned(kernels: Kernels) -> None:
     declared = [
         line for path in (CSRC / "cuda").iterdir() for line in path.read_text().splitlines() if "__shared__" in line
     ]
-    assert [line.strip() for line in declared] == ["__shared__ Stats of_thread[kThreads];"]
+    assert sorted(line.strip() for line in declared) == [
+        "__shared__ Moments of_thread[kThreads];",
+        "__shared__ Stats of_thread[kThreads];",
+        "__shared__ int32_t of_warp[kWarps * kCounts];",
+    ]
     # One copy per file that calls merge_block.
     users = [path for path in (CSRC / "cuda").glob("*.cu") if re.search(r"\bmerge_block<", path.read_text())]
-    assert kernels.shared_bytes() == len(users) * 256 * 48
+    assert kernels.shared_bytes() - len(users) * 256 * 48 == pytest.approx(256 * 32 + 8 * 282 * 4, abs=64)  # aligned

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gradprobe import ops
 from gradprobe.ops import reference
+from gradprobe.ops.rows import N_MAGNITUDES, SUM_SQUARE
 
-OPERATORS = ("grad_stats_into", "scale_")
+OPERATORS = ("grad_stats_into", "magnitudes_into", "scale_")
 
 Operator = Callable[..., None]
 
@@ -81,6 +82,23 @@ def test_mixed_dtypes_go_to_their_own_rows(target: tuple[object, torch.device]) 
     assert_rows_match(ring[1], tensors)
     assert ring[0].isnan().all()
     assert ring[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_magnitudes_of_every_layout_are_those_of_the_cpu(
+    target: tuple[object, torch.device], dtype: torch.dtype
+) -> None:
+    operators, device = target
+    tensors = [*layouts(dtype, device), torch.randn(5, 1, device=device).to(dtype).expand(5, 7)]
+    tensors.append(torch.tensor([0.0, torch.inf, torch.nan], device=device, dtype=dtype))
+    out = torch.full((len(tensors), N_MAGNITUDES), torch.nan, dtype=torch.float64, device=device)
+    version = out._version
+    operators.magnitudes_into(tensors, out)
+    needed = torch.empty_like(out, device="cpu")
+    torch.ops.gradprobe.magnitudes_into([tensor.cpu() for tensor in tensors], needed)
+    assert torch.equal(out[:, :SUM_SQUARE].cpu(), needed[:, :SUM_SQUARE])
+    torch.testing.assert_close(out[:, SUM_SQUARE:].cpu(), needed[:, SUM_SQUARE:], rtol=1e-12, atol=0, equal_nan=True)
+    assert out._version > version
 
 
 @pytest.mark.parametrize("coefficient_dtype", [torch.float32, torch.float64], ids=str)
@@ -149,6 +167,7 @@ def test_the_total_norm_and_the_factor_that_clips_it(target: tuple[object, torch
 def test_an_empty_list_is_no_work(target: tuple[object, torch.device]) -> None:
     operators, device = target
     operators.grad_stats_into([], torch.empty(0, 6, dtype=torch.float64, device=device))
+    operators.magnitudes_into([], torch.empty(0, N_MAGNITUDES, dtype=torch.float64, device=device))
     operators.scale_([], torch.ones((), device=device))
 
 
@@ -156,8 +175,8 @@ def test_an_empty_list_is_no_work(target: tuple[object, torch.device]) -> None:
 def test_opcheck_passes(target: tuple[object, torch.device], name: str) -> None:
     operators, device = target
     tensors = [torch.randn(n, device=device) for n in (3, 50_000)]
-    rows = torch.empty(2, 6, dtype=torch.float64, device=device)
-    second = rows if name == "grad_stats_into" else torch.tensor(0.5, device=device)
+    rows = torch.empty(2, N_MAGNITUDES if name == "magnitudes_into" else 6, dtype=torch.float64, device=device)
+    second = torch.tensor(0.5, device=device) if name == "scale_" else rows
     torch.library.opcheck(getattr(operators, name).default, (tensors, second))
 
 

@@ -92,6 +92,20 @@ class TestPtx:
         assert kernels.take_traffic() == Traffic(flags, 0)
 
     @on_newest
+    @pytest.mark.parametrize("element", ELEMENTS)
+    def test_magnitudes_read_each_element_once(self, kernels: PtxKernels, element: str) -> None:
+        """Those of float64 twice: their scale comes first."""
+        sizes = [0, 1, 1000, 3 * CHUNK_BYTES // ITEM_BYTES[element] + 77]
+        blocks = [random_block(numel, element, offset=k % 2) for k, numel in enumerate(sizes)]
+        data = sum(sizes) * ITEM_BYTES[element] * (2 if element == "f64" else 1)
+        n_chunks, counts, moments, rows = 6, 4 * 282, 28, 3 * 8 * 285
+        padding = 4  # is stored with the moments
+        kernels.take_traffic()
+        kernels.magnitudes(blocks)
+        partials = (counts + moments) * n_chunks
+        assert kernels.take_traffic() == Traffic(data + partials, partials + padding * n_chunks + rows)
+
+    @on_newest
     @pytest.mark.parametrize("element", WRITTEN)
     @pytest.mark.parametrize("n_chunks", [1, 3])
     def test_other_kernels_read_and_write_each_element_once(

@@ -234,9 +234,9 @@ with warnings.catch_warnings(record=True) as caught:
     for name in sys.argv[2].split(","):
         name, _, index = name.partition("@")
         chosen.append(ops.resolve(name, torch.device("cuda", int(index or 0))).name)
-dump = torch._C._dispatch_dump("gradprobe::residual_add_stats")
-active = next(line for line in dump.splitlines() if line.startswith("CUDA:"))
-print(json.dumps([chosen, len(caught), registered[-1:], "schemas.py" in active, ops.backends()]))
+dumps = [torch._C._dispatch_dump(f"gradprobe::{name}") for name in ("residual_add_stats", "magnitudes_into")]
+active = [next(line for line in dump.splitlines() if line.startswith("CUDA:")) for dump in dumps]
+print(json.dumps([chosen, len(caught), registered[-1:], ["schemas.py" in line for line in active], ops.backends()]))
 """
 
 
@@ -276,7 +276,7 @@ def test_the_dispatcher_never_keeps_kernels_that_cannot_run_on_the_gpu(
     done = subprocess.run([sys.executable, "-c", PLAYED, verdicts, asked], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *found, states = json.loads(done.stdout)
-    assert found == [chosen, n_warnings, registered, bool(registered)]
+    assert found == [chosen, n_warnings, registered, [bool(registered)] * 2]
     on = "cuda:1" if "@1" in verdicts else "cuda:0"
     assert states["native"] == (f"ready for cpu; cuda: cannot run on {on}: no image" if registered else "ready")
     assert states["triton"] == ("cannot run on cuda:0: no image" if "triton=no image" in verdicts else "ready")

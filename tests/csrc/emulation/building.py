@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[2] / "csrc"
-KERNELS = ("grad_stats.cu", "scale.cu", "clip_coefficient.cu", "residual_add.cu", "branch_stats.cu")
+KERNELS = ("grad_stats.cu", "magnitudes.cu", "scale.cu", "clip_coefficient.cu", "residual_add.cu", "branch_stats.cu")
 HARNESS = ("scheduler.cpp", "exports.cpp")
 
 _FLAGS = {

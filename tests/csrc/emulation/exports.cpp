@@ -66,6 +66,15 @@ int emulated_grad_stats(const TensorSpan* tensors, int64_t n_tensors, int elemen
   });
 }
 
+int emulated_magnitudes(const TensorSpan* tensors, int64_t n_tensors, int element, double* rows) {
+  return guarded([&] {
+    const auto type = static_cast<Element>(element);
+    const int64_t bytes = gradprobe::cuda::magnitude_bytes(tensors, n_tensors, type);
+    auto partials = scratch((bytes + sizeof(Stats) - 1) / sizeof(Stats));
+    return gradprobe::cuda::magnitudes(tensors, n_tensors, type, partials.data(), rows, nullptr);
+  });
+}
+
 int emulated_scale(const TensorSpan* tensors, int64_t n_tensors, int element, const void* coefficient,
                    int coefficient_element) {
   return guarded([&] {

@@ -114,30 +114,49 @@ class Kernels:
         self, blocks: Sequence[Block], rows: Sequence[int] | None = None, n_rows: int | None = None
     ) -> NDArray[np.float64]:
         """Returns the raw rows [n_rows, 6] of tensors of one type. Tensor k goes to rows[k]; unwritten rows are NaN."""
+        return self._rows(self._library.emulated_grad_stats, 6, blocks, rows, n_rows)
+
+    def magnitudes(
+        self, blocks: Sequence[Block], rows: Sequence[int] | None = None, n_rows: int | None = None
+    ) -> NDArray[np.float64]:
+        """Returns the rows of magnitudes [n_rows, 285] of tensors of one type, as `grad_stats` does."""
+        return self._rows(self._library.emulated_magnitudes, 285, blocks, rows, n_rows)
+
+    def _rows(
+        self,
+        function: Callable[..., int],
+        width: int,
+        blocks: Sequence[Block],
+        rows: Sequence[int] | None,
+        n_rows: int | None,
+    ) -> NDArray[np.float64]:
         with _Memory(self._library, self._guard_bytes) as memory:
             spans = (_Span * max(1, len(blocks)))()
             for k, block in enumerate(blocks):
                 spans[k] = _Span(memory.place(block), block.storage.size, k if rows is None else rows[k])
-            out = np.full((len(blocks) if n_rows is None else n_rows, 6), np.nan)
+            out = np.full((len(blocks) if n_rows is None else n_rows, width), np.nan)
             element = ELEMENTS.index(blocks[0].element) if blocks else 0
-            self._check(
-                self._library.emulated_grad_stats(
-                    spans, ctypes.c_int64(len(blocks)), element, ctypes.c_void_p(out.ctypes.data)
-                )
-            )
+            self._check(function(spans, ctypes.c_int64(len(blocks)), element, ctypes.c_void_p(out.ctypes.data)))
             memory.check_untouched()
         return out
 
     def grad_stats_at(self, tensors: Sequence[NDArray[np.generic]], element: str) -> NDArray[np.float64]:
         """Returns the raw rows [K, 6] of tensors where they lie, such as in memory that is only reserved."""
-        out = np.full((len(tensors), 6), np.nan)
+        return self._rows_at(self._library.emulated_grad_stats, 6, tensors, element)
+
+    def magnitudes_at(self, tensors: Sequence[NDArray[np.generic]], element: str) -> NDArray[np.float64]:
+        """Returns the rows of magnitudes [K, 285] of tensors where they lie."""
+        return self._rows_at(self._library.emulated_magnitudes, 285, tensors, element)
+
+    def _rows_at(
+        self, function: Callable[..., int], width: int, tensors: Sequence[NDArray[np.generic]], element: str
+    ) -> NDArray[np.float64]:
+        out = np.full((len(tensors), width), np.nan)
         spans = (_Span * len(tensors))()
         for k, tensor in enumerate(tensors):
             spans[k] = _Span(tensor.ctypes.data, tensor.size, k)
         self._check(
-            self._library.emulated_grad_stats(
-                spans, ctypes.c_int64(len(tensors)), ELEMENTS.index(element), ctypes.c_void_p(out.ctypes.data)
-            )
+            function(spans, ctypes.c_int64(len(tensors)), ELEMENTS.index(element), ctypes.c_void_p(out.ctypes.data))
         )
         return out
 

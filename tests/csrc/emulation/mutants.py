@@ -400,6 +400,48 @@ MUTANTS = (
         "parts.add(branch[at], shortcut[thread])",
         "branch_stats/parts/f16",
     ),
+    Mutant(
+        "counts_of_one_warp_left_out",
+        "cuda/magnitudes.cu",
+        "warp < kWarps; ++warp",
+        "warp < kWarps - 1; ++warp",
+        "magnitudes/boundaries/f32",
+    ),
+    Mutant(
+        "counters_not_cleared_before_others_count",
+        "cuda/magnitudes.cu",
+        "counts[i] = 0;\n  __syncthreads();",
+        "counts[i] = 0;",
+        "magnitudes/boundaries/f32",
+    ),
+    Mutant(
+        "power_of_two_in_its_own_bin",
+        "core/magnitudes.h",
+        "(bits - 1) >> 52",
+        "bits >> 52",
+        "magnitudes/extremes/bf16",
+    ),
+    Mutant(
+        "moments_merged_at_different_scales",
+        "core/magnitudes.h",
+        "  rescale(b, exponent);\n",
+        "",
+        "magnitudes/many",
+    ),
+    Mutant(
+        "fourth_powers_overflow",
+        "cuda/magnitudes.cu",
+        "if (!kOnce) {",
+        "if (false) {",
+        "magnitudes/extremes/f64",
+    ),
+    Mutant(
+        "rows_of_later_launches_in_the_first",
+        "cuda/magnitudes.cu",
+        "rows + kMagnitudeColumns * packer.first_row()",
+        "rows",
+        "magnitudes/many",
+    ),
 )
 
 

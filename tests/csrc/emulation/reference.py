@@ -60,3 +60,27 @@ def check_products(got: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[
             raise AssertionError(f"{what}: the sum of products is {seen!r}, needed {needed!r}, give or take {bound!r}")
     elif not (seen == needed or (np.isnan(seen) and np.isnan(needed))):
         raise AssertionError(f"{what}: the sum of products is {seen!r}, needed {needed!r}")
+
+
+def check_magnitudes(got: NDArray[np.float64], values: NDArray[np.float64], what: str) -> None:
+    """Raises AssertionError unless `got` [285] is the row of magnitudes of `values`, or unwritten if there are none."""
+    if not values.size:
+        if not np.isnan(got).all():
+            raise AssertionError(f"{what}: the row of an empty tensor was written")
+        return
+    magnitude = np.abs(values)
+    finite = magnitude[np.isfinite(magnitude)]
+    limits = np.ldexp(1.0, np.arange(-150, 129))  # a limit belongs to the bin below it
+    bins = np.bincount(np.searchsorted(limits, finite[finite > 0], side="left"), minlength=280)
+    largest = finite.max(initial=0.0)
+    needed = [np.sum(magnitude == 0), *bins, values.size - finite.size, largest]
+    if got[:283].tolist() != needed:
+        (column, *_) = np.flatnonzero(got[:283] != needed)
+        raise AssertionError(f"{what}: column {column} is {got[column]!r}, needed {needed[column]!r}")
+    exponent = np.clip(np.frexp(largest)[1] - 1, -1000, 1000) if largest else -1000
+    scaled = np.ldexp(values.astype(np.longdouble), -exponent)
+    for column, power in ((283, 2), (284, 4)):
+        with np.errstate(invalid="ignore"):
+            total = (scaled**power).sum()
+        if not (abs(got[column] - total) <= 1e-12 * total if np.isfinite(total) else not np.isfinite(got[column])):
+            raise AssertionError(f"{what}: the sum of powers of {power} is {got[column]!r}, needed {total!r}")

@@ -27,7 +27,7 @@ from emulation.kernels import (
     decode,
     encode,
 )
-from emulation.reference import check_products, check_row
+from emulation.reference import check_magnitudes, check_products, check_row
 
 THREADS = 256
 LOADS = 4
@@ -67,6 +67,66 @@ def check_tensors(kernels: Kernels, blocks: list[Block], what: str) -> None:
     again = kernels.grad_stats(blocks)
     if again.tobytes() != rows.tobytes():
         raise AssertionError(f"{what}: another order of threads changes the result")
+
+
+def check_counts(kernels: Kernels, blocks: list[Block], what: str) -> None:
+    """Checks the rows of magnitudes of `blocks`, and that thread order does not change a bit."""
+    kernels.seed(len(blocks))
+    rows = kernels.magnitudes(blocks)
+    for k, (row, block) in enumerate(zip(rows, blocks, strict=True)):
+        values = decode(block.storage, block.element)
+        check_magnitudes(row, values, f"{what}, tensor {k} [{values.size}] + {block.offset}")
+    kernels.seed(len(blocks) + 1)
+    if kernels.magnitudes(blocks).tobytes() != rows.tobytes():
+        raise AssertionError(f"{what}: another order of threads changes the result")
+
+
+def counted_boundaries(element: str, short: bool) -> Check:
+    def check(kernels: Kernels) -> None:
+        rng = np.random.default_rng(14)
+        vector = VECTOR_BYTES // ITEM_BYTES[element]
+        sizes = sizes_at_boundaries(element, short)
+        blocks = [Block(encode(random_values(rng, n), element), element, k % vector) for k, n in enumerate(sizes)]
+        check_counts(kernels, blocks, f"{element} sizes at boundaries")
+
+    return check
+
+
+def counted_extremes(element: str, short: bool) -> Check:
+    """Values at both ends of the range, and each power of two with its neighbours."""
+
+    def check(kernels: Kernels) -> None:
+        lowest, highest = {"f16": (-24, 15), "bf16": (-133, 127), "f32": (-149, 127), "f64": (-1074, 1023)}[element]
+        powers = encode(np.ldexp(1.0, np.arange(lowest, highest + 1)), element)
+        bits = powers.view({2: np.uint16, 4: np.uint32, 8: np.uint64}[ITEM_BYTES[element]])
+        beside = np.concatenate((bits - 1, bits, bits + 1)).view(powers.dtype)
+        cases = [encode(values, element) for values in _extremes(element)[:: 4 if short else 1]]
+        check_counts(
+            kernels,
+            [Block(storage, element, k % 2) for k, storage in enumerate((beside, *cases))],
+            f"{element} extremes",
+        )
+
+    return check
+
+
+def counted_many(kernels: Kernels) -> None:
+    """More tensors than fit in a launch's table, and one of chunks of very different ranges; rows in any order."""
+    rng = np.random.default_rng(15)
+    sizes = np.where(rng.random(2500) < 0.3, 0, rng.integers(1, 20, 2500))
+    sizes[[3, -3]] = 5 * CHUNK_BYTES // 8 + 5
+    blocks = [Block(encode(random_values(rng, int(n)), "f64"), "f64") for n in sizes]
+    apart = (
+        random_values(rng, int(sizes[3]))
+        * np.repeat([1e-200, 1e-40, 0.0, 1e200, 1e250, 1e-300], CHUNK_BYTES // 8)[: sizes[3]]
+    )
+    blocks[3] = Block(apart, "f64")
+    order = rng.permutation(len(blocks)).tolist()
+    out = kernels.magnitudes(blocks, rows=order, n_rows=len(blocks) + 1)
+    for row, block in zip(order, blocks, strict=True):
+        check_magnitudes(out[row], decode(block.storage, "f64"), f"row {row}")
+    if not np.isnan(out[-1]).all():
+        raise AssertionError("a kernel wrote other rows than those of its tensors")
 
 
 def boundaries(element: str, short: bool) -> Check:
@@ -406,27 +466,36 @@ def only_if(operation: str, element: str) -> Check:
     return check
 
 
-def beyond_int32(kernels: Kernels) -> None:
+def beyond_int32(operation: str) -> Check:
     """Elements after index 2**31, between two small tensors. The memory is only reserved: untouched pages are zeros."""
-    numel = 2**31 + 70_001
-    chunk = 2**19  # 2**15 elements, doubled until at most 8,192 chunks hold the tensor
-    first_block = 2**31 // chunk - 1
-    small = [np.full(n, 0.25, dtype=np.float16) for n in (7, 40_000)]
-    with mmap.mmap(
-        -1, numel * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    ) as memory:
-        storage = np.frombuffer(memory, dtype=np.float16)
-        storage[2**31 - 3 :] = 0.5
-        storage[-1] = 2.0
-        kernels.run_only(first_block)
-        try:
-            rows = kernels.grad_stats_at([small[0], storage, small[1]], "f16")
-        finally:
-            kernels.run_only(0)
-            tail = storage[first_block * chunk :].astype(np.float64)
-            del storage
-    for row, values in zip(rows, (small[0], tail, small[1]), strict=True):
-        check_row(row, values.astype(np.float64), "f16", f"{values.size} elements beside more than 2**31")
+
+    def check(kernels: Kernels) -> None:
+        numel = 2**31 + 70_001
+        chunk = 2**19  # 2**15 elements, doubled until at most 8,192 chunks hold the tensor
+        first_block = 2**31 // chunk - 1
+        small = [np.full(n, 0.25, dtype=np.float16) for n in (7, 40_000)]
+        measure = kernels.magnitudes_at if operation == "magnitudes" else kernels.grad_stats_at
+        with mmap.mmap(
+            -1, numel * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        ) as memory:
+            storage = np.frombuffer(memory, dtype=np.float16)
+            storage[2**31 - 3 :] = 0.5
+            storage[-1] = 2.0
+            kernels.run_only(first_block)
+            try:
+                rows = measure([small[0], storage, small[1]], "f16")
+            finally:
+                kernels.run_only(0)
+                tail = storage[first_block * chunk :].astype(np.float64)
+                del storage
+        for row, values in zip(rows, (small[0], tail, small[1]), strict=True):
+            what = f"{values.size} elements beside more than 2**31"
+            if operation == "magnitudes":
+                check_magnitudes(row, values.astype(np.float64), what)
+            else:
+                check_row(row, values.astype(np.float64), "f16", what)
+
+    return check
 
 
 def all_checks(short: bool = False) -> dict[str, Check]:
@@ -436,6 +505,8 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"grad_stats/boundaries/{element}"] = boundaries(element, short)
         checks[f"grad_stats/misaligned/{element}"] = misaligned(element)
         checks[f"grad_stats/extremes/{element}"] = extremes(element, short)
+        checks[f"magnitudes/boundaries/{element}"] = counted_boundaries(element, short)
+        checks[f"magnitudes/extremes/{element}"] = counted_extremes(element, short)
         checks[f"grad_stats/only_if/{element}"] = only_if("grad_stats", element)
         if element not in WRITTEN:
             checks[f"grad_stats/every_number/{element}"] = every_number(element)
@@ -449,10 +520,12 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"branch_stats/only_if/{element}"] = only_if("branch_stats", element)
     checks["branch_stats/ranges"] = products_of_any_range
     checks["clip_coefficient"] = clipped
+    checks["magnitudes/many"] = counted_many
     checks["grad_stats/scattered_rows"] = scattered_rows
     checks["grad_stats/mixed_chunk_counts"] = mixed_chunk_counts
     if not short:
-        checks["grad_stats/beyond_int32"] = beyond_int32
+        checks["grad_stats/beyond_int32"] = beyond_int32("grad_stats")
+        checks["magnitudes/beyond_int32"] = beyond_int32("magnitudes")
         checks["scale/many"] = scaled_many
         checks["grad_stats/many/3000"] = many(3000, share_empty=0.02)
         checks["grad_stats/many/3000-mostly-empty"] = many(3000, share_empty=0.97)

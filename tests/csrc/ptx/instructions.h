@@ -63,13 +63,21 @@ char* shared_at(u64 address) {
   return shared + address;
 }
 
-template <typename T>
-T op_ld_shared(u64 address) {
-  return op_ld_param<T>(reinterpret_cast<u64>(shared_at<T>(address)));
+template <typename T, int n = 1>
+Loaded<T, n> op_ld_shared(u64 address) {
+  return op_ld_param<T, n>(reinterpret_cast<u64>(shared_at<Loaded<T, n>>(address)));
 }
 template <typename T>
 void op_st_shared(u64 address, T value) {
   std::memcpy(shared_at<T>(address), &value, sizeof value);
+}
+
+// Threads are fibers of one thread, which do not interrupt each other.
+template <Integer T>
+T op_atom_shared_add(u64 address, T value) {
+  const T before = op_ld_shared<T>(address);
+  op_st_shared<T>(address, before + value);
+  return before;
 }
 
 template <typename T>
@@ -150,6 +158,10 @@ T op_mul_lo(T a, T b) {
 template <Integer T>
 T op_mad_lo(T a, T b, T c) {
   return a * b + c;
+}
+template <Integer T>
+T op_div(T a, T b) {
+  return a / b;
 }
 template <Integer T>
 auto op_mul_wide(T a, T b) {
