@@ -83,6 +83,8 @@ WAYS: dict[str, Install] = {
     "parameters, residual adds": attach(),
     "parameters, residual adds, activations": attach(activations=True),
     "all, every=10": attach(activations=True, every=10),
+    "parameters, magnitudes_every=10": attach(junctions=False, magnitudes=True, magnitudes_every=10),
+    "all, magnitudes_every=10": attach(activations=True, magnitudes=True, magnitudes_every=10),
 }
 
 

@@ -86,7 +86,7 @@ def test_training_takes_the_kernel_and_gives_torchs_numbers(
     assert n_passes == {False: 2 * n_projections, True: 2 * (n_norms - n_projections)}
     monkeypatch.setattr(BatchNorm2d, "in_one_pass", by_torch)
     expected = train(made(make), steps=2)
-    assert fused[-1].tolist() == pytest.approx(expected[-1].tolist(), rel=1e-3)
+    assert fused[-1].tolist() == pytest.approx(expected[-1].tolist(), rel=5e-3)
     counts = [a for name, a in zip(model.state_dict(), fused, strict=False) if "num_batches" in name]
     assert {count.item() for count in counts} == {2}
 
@@ -190,7 +190,7 @@ def test_copies_pickles_and_parallel_clones_train_alike() -> None:
     for block in model.modules():
         if isinstance(block, nn.Sequential) and isinstance(block[-1], BatchNorm2d):
             block[-1].__class__ = nn.BatchNorm2d
-    assert train(model)[-1].tolist() == pytest.approx(expected[-1].tolist(), rel=1e-3)
+    assert train(model)[-1].tolist() == pytest.approx(expected[-1].tolist(), rel=5e-3)
 
 
 def test_keys_and_names_are_torchs() -> None:

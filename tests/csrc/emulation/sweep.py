@@ -199,14 +199,14 @@ def extremes(element: str, short: bool) -> Check:
     return check
 
 
-def every_number(element: str) -> Check:
+def every_number(element: str, check_blocks: Callable[[Kernels, list[Block], str], None]) -> Check:
     """All bit patterns of float8, alone, all together, and without those that are not finite."""
 
     def check(kernels: Kernels) -> None:
         bits = np.arange(256, dtype=np.uint8)
         finite = bits[np.isfinite(decode(bits, element))]
         storages = [*bits[:, None], bits[:-1], finite[::-1], np.tile(finite, 75)[:-3]]
-        check_tensors(kernels, [Block(each, element, k % 16) for k, each in enumerate(storages)], f"every {element}")
+        check_blocks(kernels, [Block(each, element, k % 16) for k, each in enumerate(storages)], f"every {element}")
 
     return check
 
@@ -506,11 +506,12 @@ def all_checks(short: bool = False) -> dict[str, Check]:
         checks[f"grad_stats/misaligned/{element}"] = misaligned(element)
         checks[f"grad_stats/extremes/{element}"] = extremes(element, short)
         checks[f"magnitudes/boundaries/{element}"] = counted_boundaries(element, short)
-        checks[f"magnitudes/extremes/{element}"] = counted_extremes(element, short)
         checks[f"grad_stats/only_if/{element}"] = only_if("grad_stats", element)
         if element not in WRITTEN:
-            checks[f"grad_stats/every_number/{element}"] = every_number(element)
+            checks[f"grad_stats/every_number/{element}"] = every_number(element, check_tensors)
+            checks[f"magnitudes/every_number/{element}"] = every_number(element, check_counts)
             continue
+        checks[f"magnitudes/extremes/{element}"] = counted_extremes(element, short)
         checks[f"scale/boundaries/{element}"] = scaled(element, short)
         checks[f"residual_add/forward/{element}"] = residual_forward(element, short)
         checks[f"residual_add/backward/{element}"] = residual_backward(element, short)
