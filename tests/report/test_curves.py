@@ -80,7 +80,7 @@ def test_what_is_still_above_the_cut_is_named_within_the_chart_and_has_no_dot(ea
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.lists(st.integers(0, 100), min_size=1, max_size=12), st.sampled_from([WIDE, NARROW]))
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=12), st.sampled_from([WIDE, NARROW]))
 def test_names_stand_in_the_order_of_the_lines_and_apart(errors: list[int], size: Size) -> None:
     run = recorded({("plain", 20 + k, 0): [90.0, float(error)] for k, error in enumerate(errors)})
     drawn = chart(run, size)
