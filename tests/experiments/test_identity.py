@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -288,3 +290,13 @@ def test_the_command() -> None:
     assert values["paradox"]["constructed"]["test_error_pct"] == values["paradox"]["shallow"]["test_error_pct"]
     assert len(values["paradox"]["conclusions"]) == 3
     assert [one["depth"] for one in values["stacks"]["stacks"] if one["init"] == "zero"] == [1, 2, 4, 8, 16, 32]
+
+
+@pytest.mark.soak
+def test_its_workers_do_not_wait_for_threads_of_their_parent() -> None:
+    """In a process of its own, without other threads, as from a shell: then the workers are forked."""
+    options = ["--depths", "8,14", "--epochs", "3", "--steps", "10"]
+    command = [sys.executable, "-m", "gradprobe.cli", "identity", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "plain-14" in done.stdout

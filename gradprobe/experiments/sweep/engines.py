@@ -77,7 +77,7 @@ class Job:
         from gradprobe.experiments.data import load
         from gradprobe.experiments.train import train_cell
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # on a cluster
         data = load(self.data_spec) if data is None else data
         cell = self.cell
         results = train_cell(
@@ -270,6 +270,8 @@ def _can_fork() -> bool:
 
 def _run_worker(number: int, connection: Connection, inherited: Sequence[Connection], data: Dataset | None) -> None:
     """Runs jobs in a worker process until the other end of the connection closes."""
+    import torch
+
     from gradprobe.experiments.data import load
     from gradprobe.experiments.device import use
 
@@ -277,6 +279,7 @@ def _run_worker(number: int, connection: Connection, inherited: Sequence[Connect
     def placed(spec: DataSpec, device: str) -> Dataset:
         return (load(spec) if data is None else data).to(use(device, number))
 
+    torch.set_num_threads(1)  # before anything is computed: a fork would wait for OpenMP threads that it does not have
     # Ctrl-C, and often SIGTERM, reach the whole process group; only the parent handles them, and it ends this process.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.SIG_IGN)
