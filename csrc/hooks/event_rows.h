@@ -54,7 +54,9 @@ class EventRows final : public EventLog, public std::enable_shared_from_this<Eve
     return at::from_blob(row, {1, kStats}, [alive = shared_from_this()](void*) {}, at::kDouble);
   }
 
-  bool takes(const at::Tensor& tensor) const override { return is_plain(tensor) && measured_dtype_of(tensor).has_value(); }
+  bool takes(const at::Tensor& tensor) const override {
+    return is_plain(tensor) && measured_dtype_of(tensor).has_value();
+  }
 
   bool write(int64_t site, const at::Tensor& tensor) override {
     if (const double* known = this->known(tensor)) {
